@@ -1,0 +1,283 @@
+"""The configuration of a Qwen2-VL, read from any layout found on the hub."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower. Defaults are those of every published checkpoint; hub files leave out what equals them."""
+
+    depth: int = 32
+    embed_dim: int = 1280
+    num_heads: int = 16
+    mlp_ratio: int = 4
+    hidden_size: int = 3584  # what the merger puts out: the text model's width
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+    rope_theta: float = 10_000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one row of `pixel_values`: channels x frames x patch x patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one token of text."""
+        return self.spatial_merge_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The language model. Defaults are the 2B's."""
+
+    vocab_size: int = 151_936
+    hidden_size: int = 1536
+    intermediate_size: int = 8960
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    mrope_section: tuple[int, ...] = (16, 24, 24)
+    max_position_embeddings: int = 32_768
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2VLConfig:
+    """Everything that shapes a Qwen2-VL; hashable, so that it can be a static argument of `jax.jit`.
+
+    `eos_token_ids` and `pad_token_id` come from the checkpoint's generation_config.json; a config that was not read from a
+    checkpoint has none.
+
+    Example:
+        >>> from liger_jax import Qwen2VLConfig
+        >>> Qwen2VLConfig.qwen2_vl_2b().text.hidden_size
+        1536
+    """
+
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151_655
+    video_token_id: int = 151_656
+    vision_start_token_id: int = 151_652
+    vision_end_token_id: int = 151_653
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        text, vision = self.text, self.vision
+        demands = {
+            f"text.num_attention_heads {text.num_attention_heads} is a multiple of num_key_value_heads "
+            f"{text.num_key_value_heads}": text.num_attention_heads % text.num_key_value_heads == 0,
+            f"text.mrope_section {text.mrope_section} sums to half of head_dim {text.head_dim}": 2
+            * sum(text.mrope_section)
+            == text.head_dim,
+            f"vision.embed_dim {vision.embed_dim} is a multiple of num_heads {vision.num_heads}": vision.embed_dim
+            % vision.num_heads
+            == 0,
+            f"vision head size {vision.head_dim} is a multiple of 4 (two axes, rotated in pairs)": vision.head_dim % 4
+            == 0,
+            f"vision.hidden_size {vision.hidden_size} equals text.hidden_size {text.hidden_size}": vision.hidden_size
+            == text.hidden_size,
+        }
+        broken = [demand for demand, holds in demands.items() if not holds]
+        if broken:
+            raise ValueError("Not a Qwen2-VL configuration. It must hold that " + "; ".join(broken))
+
+    @classmethod
+    def qwen2_vl_2b(cls) -> Self:
+        return cls(vision=VisionConfig(hidden_size=1536), tie_word_embeddings=True)
+
+    @classmethod
+    def qwen2_vl_7b(cls) -> Self:
+        text = TextConfig(
+            vocab_size=152_064,
+            hidden_size=3584,
+            intermediate_size=18_944,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+        )
+        return cls(text=text)
+
+    @classmethod
+    def qwen2_vl_72b(cls) -> Self:
+        text = TextConfig(
+            vocab_size=152_064,
+            hidden_size=8192,
+            intermediate_size=29_568,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+        )
+        return cls(text=text, vision=VisionConfig(hidden_size=8192))
+
+    @classmethod
+    def tiny(cls, vocab_size: int = 320) -> Self:
+        """Small enough for a test on a CPU: 2 + 2 layers. Special tokens are the last ids of the vocabulary."""
+        text = TextConfig(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            mrope_section=(2, 3, 3),
+            max_position_embeddings=4096,
+        )
+        vision = VisionConfig(depth=2, embed_dim=32, num_heads=4, hidden_size=64)
+        return cls(
+            text=text,
+            vision=vision,
+            image_token_id=vocab_size - 2,
+            video_token_id=vocab_size - 1,
+            vision_start_token_id=vocab_size - 5,
+            vision_end_token_id=vocab_size - 4,
+        )
+
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> Self:
+        """Reads a Hugging Face configuration: a dict, a config.json, or a folder that holds one.
+
+        Understands the flat layout of the hub (transformers 4.41), the same with defaults left out (4.45 to 4.51), the
+        nested one (4.52 and later) and the one with `rope_parameters` (5.x). Beside a config.json, the end and padding
+        tokens are taken from generation_config.json if that is there.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            ValueError: not a Qwen2-VL, a value that does not fit, or a rope scaling that is not implemented.
+        """
+        if isinstance(source, Mapping):
+            return _from_dict(cls, source, {})
+        path = Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"No configuration at {path}: expected a config.json, or a folder with one")
+        beside = path.with_name("generation_config.json")
+        generation = json.loads(beside.read_text()) if beside.is_file() else {}
+        return _from_dict(cls, json.loads(path.read_text()), generation)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The configuration as transformers writes it today (nested, `rope_parameters`), ready for config.json."""
+        text, vision = self.text, self.vision
+        special = {
+            "image_token_id": self.image_token_id,
+            "video_token_id": self.video_token_id,
+            "vision_start_token_id": self.vision_start_token_id,
+            "vision_end_token_id": self.vision_end_token_id,
+        }
+        text_config = {name: getattr(text, name) for name in _SAME_NAME_TEXT} | {
+            "model_type": "qwen2_vl_text",
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "rope_parameters": {
+                "type": "mrope",
+                "rope_type": "default",
+                "mrope_section": list(text.mrope_section),
+                "rope_theta": text.rope_theta,
+            },
+        }
+        vision_config = {name: getattr(vision, name) for name in _SAME_NAME_VISION} | {
+            "model_type": "qwen2_vl_vision",
+            "hidden_act": "quick_gelu",
+            "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
+        }
+        return {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "text_config": text_config,
+            "vision_config": vision_config,
+            **special,
+        }
+
+
+# Keys that mean the same in a hub file and here.
+_SAME_NAME_TEXT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+_SAME_NAME_VISION = (
+    "depth",
+    "embed_dim",
+    "num_heads",
+    "mlp_ratio",
+    "hidden_size",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "in_channels",
+)
+_SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_NEEDED_TEXT = tuple(n for n in _SAME_NAME_TEXT if n not in ("head_dim", "max_position_embeddings", "rms_norm_eps"))
+
+
+def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2VLConfig:
+    if hub.get("model_type") != "qwen2_vl":
+        raise ValueError(f"Expected a configuration with model_type 'qwen2_vl', found {hub.get('model_type')!r}")
+    # transformers nests the text keys since 4.52; before, they stand at the root
+    text = hub.get("text_config") or hub
+    vision = hub.get("vision_config") or {}
+    missing = [name for name in _NEEDED_TEXT if name not in text]
+    if missing:
+        raise ValueError(f"The configuration lacks {missing} (looked at the root and in text_config)")
+    for where, name, found, expected in (
+        ("text", "hidden_act", text.get("hidden_act", "silu"), "silu"),
+        ("vision", "hidden_act", vision.get("hidden_act", "quick_gelu"), "quick_gelu"),
+        ("text", "use_sliding_window", text.get("use_sliding_window") or False, False),
+    ):
+        if found != expected:
+            raise ValueError(f"{where} {name} is {found!r}; only {expected!r} is implemented")
+
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    kinds = {rope.get("rope_type", "default"), rope.get("type", "mrope")}
+    if not kinds <= {"default", "mrope"} or "mrope_section" not in rope:
+        raise ValueError(
+            f"rope_scaling / rope_parameters is {rope}; expected type 'mrope' with an mrope_section "
+            "(YaRN and other long-context scalings are not implemented)"
+        )
+    text_values = {name: text[name] for name in _SAME_NAME_TEXT if text.get(name) is not None}
+    text_values.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    text_config = TextConfig(
+        **text_values,
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))),
+        mrope_section=tuple(rope["mrope_section"]),
+    )
+    vision_theta = (vision.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+    vision_config = VisionConfig(
+        **{name: vision[name] for name in _SAME_NAME_VISION if vision.get(name) is not None},
+        rope_theta=float(vision_theta),
+    )
+    eos = generation.get("eos_token_id")
+    return cls(
+        text=text_config,
+        vision=vision_config,
+        tie_word_embeddings=bool(hub.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        **{name: hub[name] for name in _SPECIAL if hub.get(name) is not None},
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        pad_token_id=generation.get("pad_token_id"),
+    )
