@@ -1,0 +1,99 @@
+"""Qwen2-VL: the vision tower's vectors take the placeholders' places among the tokens, and the language model reads on."""
+
+import functools
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+import pallas_kernels as pk
+from liger_jax.batch import Batch
+from liger_jax.config import Qwen2VLConfig
+from liger_jax.mesh import copy_whole, param_shardings, split_rows
+from liger_jax.model.layers import Init, Table
+from liger_jax.model.text import LanguageModel
+from liger_jax.model.vision import VisionTower
+
+
+class Qwen2VL(nnx.Module):
+    """A Qwen2-VL as a pytree of weights: it goes through `jax.jit`, `jax.grad` and optax as it is.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
+        >>> model = Qwen2VL.init(Qwen2VLConfig.tiny(), dtype="float32")
+        >>> batch = prepare(model.config, input_ids=np.array([[5, 6, 7]]))
+        >>> jax.jit(lambda m, b: m(b))(model, batch).shape
+        (1, 64, 320)
+    """
+
+    def __init__(self, init: Init, config: Qwen2VLConfig):
+        self.config = config
+        self.visual = VisionTower(init, config.vision)
+        self.language_model = LanguageModel(init, config.text)
+        text = config.text
+        self.lm_head = None if config.tie_word_embeddings else Table(init, text.vocab_size, text.hidden_size)
+
+    @classmethod
+    def init(cls, config: Qwen2VLConfig, *, seed: int = 0, dtype="bfloat16", mesh: Mesh | None = None) -> Self:
+        """A model with random weights, made where they live: on the default device, or in parts over `mesh`."""
+        abstract = cls.abstract(config, dtype=dtype)
+        shardings = None if mesh is None else param_shardings(abstract, mesh)
+        return jax.jit(lambda seed: cls(Init(seed, dtype), config), out_shardings=shardings)(seed)
+
+    @classmethod
+    def abstract(cls, config: Qwen2VLConfig, *, dtype="bfloat16") -> Self:
+        """The model with `jax.ShapeDtypeStruct` in place of weights: shapes without memory."""
+        return jax.eval_shape(lambda: cls(Init(0, dtype), config))
+
+    @property
+    def head(self) -> jax.Array:
+        """The output weights [V, H]; of a tied model, the embedding."""
+        return (self.lm_head or self.language_model.embed_tokens).weight[...]
+
+    def embed(self, batch: Batch, *, remat: str = "none", keep: dict | None = None) -> jax.Array:
+        """-> [B, L, H]: the tokens' embeddings, with the vision tower's vectors in the placeholders' columns."""
+        x = split_rows(copy_whole(self.language_model.embed_tokens.weight[...])[batch.input_ids])
+        if batch.vision is not None:
+            features = self.visual(batch.vision, remat=remat, keep=keep)
+            x = jax.vmap(_place)(x, batch.vision.token_columns, features)
+        if keep is not None:
+            keep["inputs_embeds"] = x
+        return x
+
+    def hidden_states(self, batch: Batch, *, remat: str = "none", keep: dict | None = None) -> jax.Array:
+        """-> [B, L, H]: what the output head reads. `remat`: see `liger_jax.model.scan.REMAT`."""
+        x = self.embed(batch, remat=remat, keep=keep)
+        attend = functools.partial(attend_row, batch)
+        return self.language_model(x, batch.position_ids, attend, remat=remat, keep=keep)[0]
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """-> logits [B, L, V]; rows and columns of the caller's `input_ids` come first."""
+        return self.logits(self.hidden_states(batch))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., H] -> [..., V]."""
+        return jnp.einsum("...h,vh->...v", hidden, self.head)
+
+    def activations(self, batch: Batch) -> dict[str, jax.Array]:
+        """The output of every layer, to look at.
+
+        patch_embed [B,P,E], vision_blocks [Lv,B,P,E] and features [B,P/4,H] if there are pictures; inputs_embeds [B,L,H],
+        text_layers [Lt,B,L,H], final_hidden [B,L,H], logits [B,L,V].
+        """
+        keep: dict[str, jax.Array] = {}
+        keep["logits"] = self.logits(self.hidden_states(batch, keep=keep))
+        return keep
+
+
+def attend_row(batch: Batch, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    """A token sees itself and what comes before it in its own sequence."""
+    segments = {"segment_ids": batch.segment_ids, "max_segments": batch.max_segments}
+    return pk.attention(q, k, v, causal=True, **segments), None
+
+
+def _place(x: jax.Array, columns: jax.Array, features: jax.Array) -> jax.Array:
+    """x [L, H] with row columns[j] replaced by features[j]; columns behind the row are dropped."""
+    return x.at[columns].set(features.astype(x.dtype), mode="drop", unique_indices=True)

@@ -1,0 +1,105 @@
+"""The language model: embeddings in, hidden states out.
+
+Shapes: B rows, T tokens, H width, N query heads and K key/value heads of D. What attention looks at is the caller's: the
+same layers serve training (the row itself), prefill (the same, keys and values handed out) and decoding (a cache).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import pallas_kernels as pk
+from liger_jax.config import TextConfig
+from liger_jax.model.layers import Init, Linear, RMSNorm, Table, inverse_frequencies
+from liger_jax.model.scan import scan_layers
+
+# attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], whatever else the caller wants back)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, init: Init, config: TextConfig, stack):
+        width, heads = (config.hidden_size,), (config.num_attention_heads, config.head_dim)
+        kv_heads = (config.num_key_value_heads, config.head_dim)
+        self.q_proj = Linear(init, width, heads, stack=stack, bias=True)
+        self.k_proj = Linear(init, width, kv_heads, stack=stack, bias=True)
+        self.v_proj = Linear(init, width, kv_heads, stack=stack, bias=True)
+        self.o_proj = Linear(init, heads, width, stack=stack, bias=False)
+
+    def __call__(self, x, cos, sin, attend: Attend):
+        q, k = pk.rope(self.q_proj(x), self.k_proj(x), cos, sin)
+        out, aux = attend(q, k, self.v_proj(x))
+        return self.o_proj(out), aux
+
+
+class MLP(nnx.Module):
+    def __init__(self, init: Init, config: TextConfig, stack):
+        width, wide = (config.hidden_size,), (config.intermediate_size,)
+        self.gate_proj = Linear(init, width, wide, stack=stack, bias=False)
+        self.up_proj = Linear(init, width, wide, stack=stack, bias=False)
+        self.down_proj = Linear(init, wide, width, stack=stack, bias=False)
+
+    def __call__(self, x):
+        return self.down_proj(pk.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, init: Init, config: TextConfig):
+        stack = (config.num_hidden_layers,)
+        self.input_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
+        self.self_attn = SelfAttention(init, config, stack)
+        self.post_attention_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
+        self.mlp = MLP(init, config, stack)
+
+    def __call__(self, x, cos, sin, attend: Attend):
+        attended, aux = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        normed, x = pk.add_rms_norm(
+            attended, x, self.post_attention_layernorm.weight[...], eps=self.post_attention_layernorm.eps
+        )
+        return x + self.mlp(normed), aux
+
+
+class LanguageModel(nnx.Module):
+    def __init__(self, init: Init, config: TextConfig):
+        self.config = config
+        self.embed_tokens = Table(init, config.vocab_size, config.hidden_size)
+        self.layers = DecoderLayer(init, config)
+        self.norm = RMSNorm(init, config.hidden_size, eps=config.rms_norm_eps)
+
+    def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(t, h, w) [B, 3, T] -> cos, sin [B, T, D/2].
+
+        M-RoPE: the first mrope_section[0] frequencies turn with t, the next with h, the last with w. The three tables
+        are merged here, once, so that each layer rotates by a single one.
+        """
+        sections = self.config.mrope_section
+        axis = np.repeat(np.arange(len(sections)), sections)  # which axis turns each frequency
+        position = jnp.take(position_ids.astype(jnp.float32), axis, axis=1)  # [B, D/2, T]
+        angle = position.swapaxes(1, 2) * inverse_frequencies(self.config.rope_theta, len(axis))
+        return jnp.cos(angle), jnp.sin(angle)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        position_ids: jax.Array,
+        attend: Attend,
+        *,
+        remat: str = "none",
+        keep: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, H] embeddings -> normed hidden states [B, T, H], and attend's extra results, stacked over layers."""
+        cos, sin = self.rotary(position_ids)
+
+        def layer(x, weights: DecoderLayer):
+            x, aux = weights(x, cos, sin, attend)
+            return x, (aux, None if keep is None else x)
+
+        x, (aux, outputs) = scan_layers(layer, x, self.layers, remat=remat)
+        hidden = self.norm(x)
+        if keep is not None:
+            keep |= {"text_layers": outputs, "final_hidden": hidden}
+        return hidden, aux

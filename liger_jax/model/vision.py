@@ -1,0 +1,96 @@
+"""The vision tower: patches of images and video frames in, one vector for each 2 x 2 patches out.
+
+Shapes: B rows, P patches a row (several images and frames one after the other, then padding), E width, n heads of d.
+A patch sees the patches of its own image or frame only: those with the same segment id.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import pallas_kernels as pk
+from liger_jax.batch import Vision
+from liger_jax.config import VisionConfig
+from liger_jax.model.layers import Init, LayerNorm, Linear, inverse_frequencies
+from liger_jax.model.scan import scan_layers
+
+
+class VisionAttention(nnx.Module):
+    def __init__(self, init: Init, config: VisionConfig, stack):
+        heads, width = (config.num_heads, config.head_dim), (config.embed_dim,)
+        self.qkv = Linear(init, width, (3, *heads), stack=stack, bias=True)
+        self.proj = Linear(init, heads, width, stack=stack, bias=True)
+
+    def __call__(self, x, cos, sin, vision: Vision):
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
+        q, k = pk.rope(q, k, cos, sin)
+        segments = {"segment_ids": vision.segment_ids, "max_segments": vision.max_segments}
+        return self.proj(pk.attention(q, k, v, **segments))
+
+
+class VisionMLP(nnx.Module):
+    def __init__(self, init: Init, config: VisionConfig, stack):
+        width, wide = (config.embed_dim,), (config.intermediate_size,)
+        self.fc1 = Linear(init, width, wide, stack=stack, bias=True)
+        self.fc2 = Linear(init, wide, width, stack=stack, bias=True)
+
+    def __call__(self, x):
+        return self.fc2(pk.quick_gelu(self.fc1(x)))
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, init: Init, config: VisionConfig):
+        stack = (config.depth,)
+        self.norm1 = LayerNorm(init, config.embed_dim, stack=stack)
+        self.attn = VisionAttention(init, config, stack)
+        self.norm2 = LayerNorm(init, config.embed_dim, stack=stack)
+        self.mlp = VisionMLP(init, config, stack)
+
+    def __call__(self, x, cos, sin, vision: Vision):
+        x = x + self.attn(self.norm1(x), cos, sin, vision)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nnx.Module):
+    """Four neighbouring patches become one vector of the text model's width; their rows stand one after the other."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        merged = (config.embed_dim * config.merge_unit,)
+        self.ln_q = LayerNorm(init, config.embed_dim)
+        self.fc1 = Linear(init, merged, merged, bias=True)
+        self.fc2 = Linear(init, merged, (config.hidden_size,), bias=True)
+
+    def __call__(self, x):
+        x = self.ln_q(x)
+        x = x.reshape(x.shape[0], -1, self.fc1.kernel.shape[0])
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    def __init__(self, init: Init, config: VisionConfig):
+        self.config = config
+        self.patch_embed = Linear(init, (config.patch_values,), (config.embed_dim,), bias=False)
+        self.blocks = VisionBlock(init, config)
+        self.merger = PatchMerger(init, config)
+
+    def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(h, w) [B, P, 2] -> cos, sin [B, P, d/2]: half of the angles turn with the row, half with the column."""
+        inv_freq = inverse_frequencies(self.config.rope_theta, self.config.head_dim // 4)
+        angle = position_ids.astype(jnp.float32)[..., None] * inv_freq  # [B, P, 2, d/4]
+        angle = angle.reshape(*position_ids.shape[:-1], -1)
+        return jnp.cos(angle), jnp.sin(angle)
+
+    def __call__(self, vision: Vision, *, remat: str = "none", keep: dict[str, jax.Array] | None = None) -> jax.Array:
+        """-> features [B, P/4, hidden_size]. `keep`, if given, receives the outputs of all layers."""
+        patches = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
+        cos, sin = self.rotary(vision.position_ids)
+
+        def layer(x, block: VisionBlock):
+            x = block(x, cos, sin, vision)
+            return x, None if keep is None else x
+
+        x, blocks = scan_layers(layer, patches, self.blocks, remat=remat)
+        features = self.merger(x)
+        if keep is not None:
+            keep |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}
+        return features
