@@ -21,7 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import work
 from convert import from_hf
-from liger_jax import Qwen2VL, TrainState, generate, make_train_step, prepare
+from liger_jax import Batch, Qwen2VL, TrainState, generate, make_train_step, prepare
+from liger_jax.mesh import mesh_of, put_batch
 
 GIB = 2**30
 
@@ -56,17 +57,22 @@ def device_peak() -> float:
     return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / GIB
 
 
-def convert(directory: str) -> tuple[Qwen2VL, dict]:
+def convert(directory: str, mesh) -> tuple[Qwen2VL, dict]:
     start = time.perf_counter()
     with HostMemory() as host:
-        model = jax.block_until_ready(from_hf(directory))
+        model = jax.block_until_ready(from_hf(directory, mesh=mesh))
     return model, {"seconds": time.perf_counter() - start, "host_gib_above_start": host.above_start / GIB}
+
+
+def on_devices(model: Qwen2VL, arrays: dict) -> Batch:
+    """The batch where the weights are, so that its transfer is not part of what is timed."""
+    return jax.device_put(put_batch(prepare(model.config, **arrays), mesh_of(model)))
 
 
 def train(model: Qwen2VL, arrays: dict, remat: str) -> tuple[Qwen2VL, dict]:
     state = TrainState.create(model, optax.adamw(1e-5))
     step = make_train_step(remat=remat)
-    batch = jax.device_put(prepare(model.config, **arrays))
+    batch = on_devices(model, arrays)
     start = time.perf_counter()
     compiled = step.compile(state, batch)
     compile_s = time.perf_counter() - start
@@ -88,7 +94,7 @@ def train(model: Qwen2VL, arrays: dict, remat: str) -> tuple[Qwen2VL, dict]:
 
 def decode(model: Qwen2VL, arrays: dict) -> dict:
     arrays = {name: value for name, value in arrays.items() if name != "labels"}
-    batch = jax.device_put(prepare(model.config, **arrays))
+    batch = on_devices(model, arrays)
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
@@ -113,6 +119,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, nargs="*", default=[])
     parser.add_argument("--generate-rows", type=int, nargs="*", default=[])
     parser.add_argument("--remat", default="auto")
+    parser.add_argument("--fsdp", type=int, help="devices to split weights and rows over; by default one holds all")
     parser.add_argument("--results", help="JSON list to add to")
     args = parser.parse_args()
     config = json.loads((pathlib.Path(args.checkpoint) / "config.json").read_text())
@@ -120,9 +127,11 @@ def main() -> None:
         "package": "liger-jax",
         "model": pathlib.Path(args.checkpoint).name,
         "device": jax.local_devices()[0].device_kind,
+        "devices": args.fsdp or 1,
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__},
     }
-    model, result = convert(args.checkpoint)
+    mesh = jax.make_mesh((args.fsdp,), ("fsdp",)) if args.fsdp else None
+    model, result = convert(args.checkpoint, mesh)
     work.record(args.results, **common, what="convert", **result)
     for rows in args.generate_rows:
         result = decode(model, work.rows(config, rows))

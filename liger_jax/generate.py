@@ -32,8 +32,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-) -> jax.Array:
-    """Continues every row of a batch; -> the new tokens, [B, max_new_tokens] int32.
+) -> np.ndarray:
+    """Continues every row of a batch; -> the new tokens, [B, max_new_tokens] int32, in host memory.
 
     A row ends at its first end token; what follows in it is `pad_token_id`. The loop stops when all rows have ended.
     Compiles once for each bucket of prompt shapes and of `max_new_tokens`.
@@ -78,7 +78,7 @@ def generate(
         cache, start = prefill(model, put_batch(batch, mesh), room=room, track_seen=penalty is not None)
         limit, pad = np.int32(max_new_tokens), np.int32(pad_token_id)
         tokens, _ = decode(model, cache, start, sampling, ends=ends, pad=pad, limit=limit, room=room)
-    return tokens[:rows, :max_new_tokens]
+    return np.asarray(tokens)[:rows, :max_new_tokens]  # cut on the host: a cut on the device compiles for each length
 
 
 def _check_prompts(batch: Batch, max_new_tokens: int, max_positions: int) -> None:

@@ -13,11 +13,11 @@ from liger_jax.mesh import split_rows
 #   dots: the results of matrix products and of attention, whose recomputation is dear; norms, gates and rotations are
 #         cheap to do again. Less memory traffic than "none", so usually the fastest as well.
 REMAT = ("none", "dots", "full")
-_DEAR = {"dot_general", "dot_product_attention_fwd_wrapper"}
-
-
-def _saves_dear(primitive, *_, **__) -> bool:
-    return primitive.name in _DEAR
+_keep = jax.checkpoint_policies
+_POLICIES = {
+    "dots": _keep.save_from_both_policies(_keep.dots_saveable, _keep.save_only_these_names("attention")),
+    "full": _keep.nothing_saveable,
+}
 
 
 def rematerialise(layer: Callable, remat: str) -> Callable:
@@ -27,7 +27,7 @@ def rematerialise(layer: Callable, remat: str) -> Callable:
     if remat == "none":
         return layer
     # prevent_cse guards against a compiler that merges the recomputation away; a scan's body does that already
-    return jax.checkpoint(layer, policy=_saves_dear if remat == "dots" else None, prevent_cse=False)
+    return jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=False)
 
 
 def scan_layers(
