@@ -11,6 +11,7 @@ from flax import nnx
 import pallas_kernels as pk
 from liger_jax.batch import Vision
 from liger_jax.config import VisionConfig
+from liger_jax.mesh import split_rows
 from liger_jax.model.layers import Init, LayerNorm, Linear, inverse_frequencies
 from liger_jax.model.scan import scan_layers
 
@@ -62,7 +63,7 @@ class PatchMerger(nnx.Module):
 
     def __call__(self, x):
         x = self.ln_q(x)
-        x = x.reshape(x.shape[0], -1, self.fc1.kernel.shape[0])
+        x = split_rows(x.reshape(x.shape[0], -1, self.fc1.kernel.shape[0]))
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
