@@ -71,8 +71,8 @@ class Qwen2VLConfig:
         1536
     """
 
-    text: TextConfig = TextConfig()
-    vision: VisionConfig = VisionConfig()
+    text: TextConfig
+    vision: VisionConfig
     tie_word_embeddings: bool = False
     image_token_id: int = 151_655
     video_token_id: int = 151_656
@@ -103,7 +103,7 @@ class Qwen2VLConfig:
 
     @classmethod
     def qwen2_vl_2b(cls) -> Self:
-        return cls(vision=VisionConfig(hidden_size=1536), tie_word_embeddings=True)
+        return cls(TextConfig(), VisionConfig(hidden_size=1536), tie_word_embeddings=True)
 
     @classmethod
     def qwen2_vl_7b(cls) -> Self:
@@ -114,7 +114,7 @@ class Qwen2VLConfig:
             num_attention_heads=28,
             num_key_value_heads=4,
         )
-        return cls(text=text)
+        return cls(text, VisionConfig())
 
     @classmethod
     def qwen2_vl_72b(cls) -> Self:
@@ -126,7 +126,7 @@ class Qwen2VLConfig:
             num_attention_heads=64,
             num_key_value_heads=8,
         )
-        return cls(text=text, vision=VisionConfig(hidden_size=8192))
+        return cls(text, VisionConfig(hidden_size=8192))
 
     @classmethod
     def tiny(cls, vocab_size: int = 320) -> Self:

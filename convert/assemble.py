@@ -1,0 +1,84 @@
+"""Parameters made of the tensors of their layers, as these are read."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from convert.table import hub_partition, to_parameter
+
+# Bytes up to which a parameter passes through host memory as a whole. Norms and biases do: rearranging them there takes
+# no compilation and no call to the device for each layer.
+SMALL = 2**24
+
+
+def assemble(
+    layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None
+) -> "OnHost | OnDevice":
+    """A parameter of this shape and dtype to be filled: `put` the hub's tensors in any order, then `finish`."""
+    small = leaf.size * leaf.dtype.itemsize <= SMALL
+    return (OnHost if small else OnDevice)(layout, sizes, leaf, sharding)
+
+
+class OnHost:
+    """Filled in host memory, and sent to the devices at the end."""
+
+    def __init__(self, layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None):
+        self.layout, self.sizes, self.sharding = layout, sizes, sharding
+        self.value = np.empty(leaf.shape, leaf.dtype)
+
+    def put(self, tensor: np.ndarray, layer: int | None) -> None:
+        self.value[... if layer is None else layer] = to_parameter(self.layout, tensor, self.sizes)
+
+    def finish(self) -> jax.Array:
+        return jax.device_put(self.value, self.sharding)
+
+
+class OnDevice:
+    """Filled where it will live: each tensor is sent on its own, rearranged there, and written in place."""
+
+    def __init__(self, layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None):
+        self.layout, self.sizes, self.leaf, self.sharding = layout, tuple(sizes.items()), leaf, sharding
+        self.value: jax.Array | None = None
+
+    def put(self, tensor: np.ndarray, layer: int | None) -> None:
+        if tensor.dtype == np.float64 and self.leaf.dtype != np.float64:
+            tensor = tensor.astype(np.float32)  # JAX knows float64 only in its x64 mode
+        sent = jax.device_put(tensor, self._cut(layer))
+        if layer is None:
+            self.value = _rearrange(sent, self.layout, self.sizes, self.leaf.dtype, self.sharding)
+        else:
+            if self.value is None:
+                self.value = jnp.zeros(self.leaf.shape, self.leaf.dtype, device=self.sharding)
+            self.value = _write(self.value, sent, layer, self.layout, self.sizes, self.sharding)
+        # without waiting, the next tensors would be read while this one still lies in host memory
+        self.value.block_until_ready()
+
+    def finish(self) -> jax.Array:
+        return self.value
+
+    def _cut(self, layer: int | None) -> NamedSharding | None:
+        """How the hub's tensor is spread, so that each device receives little more than its part."""
+        if self.sharding is None:
+            return None
+        spec = self.sharding.spec if layer is None else self.sharding.spec[1:]
+        return NamedSharding(self.sharding.mesh, PartitionSpec(*hub_partition(self.layout, spec)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rearrange(tensor: jax.Array, layout: str, sizes: tuple, dtype: Any, sharding: NamedSharding | None) -> jax.Array:
+    value = to_parameter(layout, tensor, dict(sizes)).astype(dtype)
+    return value if sharding is None else jax.lax.with_sharding_constraint(value, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
+def _write(
+    stack: jax.Array, tensor: jax.Array, layer: int, layout: str, sizes: tuple, sharding: NamedSharding | None
+) -> jax.Array:
+    """Writes one layer into its stack, in place."""
+    value = to_parameter(layout, tensor, dict(sizes)).astype(stack.dtype)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+    return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)

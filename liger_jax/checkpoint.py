@@ -1,0 +1,317 @@
+"""Orbax checkpoints: a model's weights with their configuration, and the whole state of a training run.
+
+A saved model is a folder that says itself what it is:
+
+    config.json, generation_config.json   as Hugging Face has them
+    params/                               Orbax: one array for each parameter, under the parameter's path
+
+A training run is a folder of steps, 100/, 200/, ..., which Orbax's CheckpointManager keeps, with the same config.json
+beside them. Orbax writes under a temporary name and renames at the end: what has a step's or `params`' name is whole.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from liger_jax.config import Qwen2VLConfig
+from liger_jax.mesh import param_shardings
+from liger_jax.model import Qwen2VL
+from liger_jax.tree import param_paths, path_name
+
+if TYPE_CHECKING:  # Orbax takes half a second to import
+    from orbax.checkpoint import CheckpointManager
+
+    from liger_jax.train import TrainState
+
+
+def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes the weights and the configuration of `model` to the folder `path`.
+
+    Raises:
+        FileExistsError: there are files at `path` and `overwrite` is false.
+
+    Example:
+        >>> import tempfile
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(Qwen2VL.init(Qwen2VLConfig.tiny()), folder)
+        ...     load_model(folder).config == Qwen2VLConfig.tiny()
+        True
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(path).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder; overwrite=True (--overwrite) replaces what is there"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = param_paths(model)
+    write_config(folder, model.config, str(next(iter(arrays.values())).dtype))
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(folder / "params", ocp.args.PyTreeSave(_nest(arrays)), force=overwrite)
+
+
+def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwen2VL:
+    """Reads a model that `save_model` or `python -m convert` wrote, or the latest weights of a training run.
+
+    Args:
+        path: the folder.
+        mesh: where the weights go; None: the default device.
+        dtype: of the weights; None: as they are stored.
+
+    Raises:
+        FileNotFoundError: no model at `path`.
+        ValueError: what is stored does not fit config.json (all names are in the message), or is damaged.
+    """
+    folder = Path(path).absolute()
+    items, prefix = _find_params(folder)
+    config = Qwen2VLConfig.from_hf(folder)
+    dtype = None if dtype is None else float_dtype(dtype)
+    abstract = Qwen2VL.abstract(config)
+    names = {prefix + name: leaf for name, leaf in param_paths(abstract).items()}
+    stored = {name: leaf for name, leaf in _describe(items).items() if name.startswith(prefix)}
+    _compare(items, {n: leaf.shape for n, leaf in names.items()}, {n: leaf.shape for n, leaf in stored.items()})
+    shardings = [None] * len(names) if mesh is None else jax.tree.leaves(param_shardings(abstract, mesh))
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[name].dtype, sharding=sharding)
+        for (name, leaf), sharding in zip(names.items(), shardings, strict=True)
+    }
+    return jax.tree.unflatten(jax.tree.structure(abstract), _restore(items, wanted, stored))
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether `load_model` would find a model in this folder."""
+    try:
+        return bool(_find_params(Path(path).absolute()))
+    except FileNotFoundError:
+        return False
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The dtype; a ValueError for one that weights cannot have."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating) or jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(
+            f"dtype is {dtype!r}; expected 'bfloat16', 'float32' or 'float16' (float64 with jax_enable_x64)"
+        )
+    return found
+
+
+def write_config(folder: Path, config: Qwen2VLConfig, dtype: str) -> None:
+    """Writes config.json, and generation_config.json if the config knows the ids that belong there."""
+    # transformers reads `dtype` since 4.56, `torch_dtype` before
+    hub = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
+    ids = {"eos_token_id": list(config.eos_token_ids) or None, "pad_token_id": config.pad_token_id}
+    generation = {name: value for name, value in ids.items() if value is not None}
+    if generation:
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+# ---- the state of a training run -------------------------------------------------------------------------------------
+
+
+def checkpoint_manager(
+    directory: str | Path, *, keep: int | None = 3, asynchronous: bool = False
+) -> "CheckpointManager":
+    """Opens (or starts) the folder of a training run, for `save_state` and `restore_state`. A context manager.
+
+    Args:
+        directory: the folder.
+        keep: how many of the latest steps stay; None: all.
+        asynchronous: `save_state` returns when the state has been copied to the host; writing goes on while training
+            does. Costs host memory for the whole state. Leaving the `with` block waits.
+    """
+    import orbax.checkpoint as ocp
+
+    return ocp.CheckpointManager(
+        Path(directory).absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous),
+        item_handlers=_handler(piecewise=not asynchronous),
+    )
+
+
+def save_state(target: "CheckpointManager | str | Path", state: "TrainState") -> int:
+    """Saves all of a training state (step, weights, optimizer) under its step. -> the step.
+
+    Args:
+        target: what `checkpoint_manager` returned, or a folder, of which the latest 3 steps are kept.
+        state: a `TrainState`, or any pytree of arrays with the attributes `step` and `model`.
+
+    Raises:
+        ValueError: the step is there already.
+    """
+    import orbax.checkpoint as ocp
+
+    with _opened(target) as manager:
+        step = int(state.step)
+        if step in manager.all_steps():
+            raise ValueError(f"{manager.directory} holds step {step} already")
+        write_config(Path(manager.directory), state.model.config, str(jax.tree.leaves(state.model)[0].dtype))
+        manager.save(step, args=ocp.args.PyTreeSave(_nest(param_paths(state))), force=True)
+    return step
+
+
+def restore_state(
+    target: "CheckpointManager | str | Path", like: "TrainState", *, step: int | None = None
+) -> "TrainState":
+    """Reads a training state that `save_state` wrote, to the last bit.
+
+    Args:
+        target: what `checkpoint_manager` returned, or the folder.
+        like: a state of the same structure, as made for a fresh run: gives names, shapes, dtypes, and the devices the
+            arrays go to. Also an abstract one (`jax.eval_shape`), which needs no memory.
+        step: which one; None: the latest.
+
+    Raises:
+        FileNotFoundError: no such step, or none at all.
+        ValueError: the stored state has other arrays than `like` (another optimizer, another model; all are named), or
+            is damaged.
+
+    Example:
+        >>> import optax, tempfile
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
+        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), optax.adam(1e-3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_state(folder, state)
+        ...     int(restore_state(folder, state).step)
+        0
+    """
+    directory = Path(target if isinstance(target, str | Path) else target.directory).absolute()
+    if not isinstance(target, str | Path):
+        target.wait_until_finished()
+    items = _step_items(directory, step)
+    wanted = {
+        name: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
+        for name, leaf in param_paths(like).items()
+    }
+    stored = _describe(items)
+    _compare(
+        items,
+        {name: (leaf.shape, str(leaf.dtype)) for name, leaf in wanted.items()},
+        {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in stored.items()},
+    )
+    return jax.tree.unflatten(jax.tree.structure(like), _restore(items, wanted, stored))
+
+
+@contextlib.contextmanager
+def _opened(target: "CheckpointManager | str | Path") -> Iterator["CheckpointManager"]:
+    if isinstance(target, str | Path):
+        with checkpoint_manager(target) as manager:
+            yield manager
+    else:
+        yield target
+
+
+# ---- Orbax -----------------------------------------------------------------------------------------------------------
+
+
+def _handler(*, piecewise: bool = True, largest: int = 0):
+    """Reads and writes a nested dict of arrays. Weights hardly compress, so that is off.
+
+    `piecewise` bounds what is on its way from the devices to the disk to a GB, or the largest array. It must be off for
+    asynchronous saves: training goes on, and overwrites what has not been fetched yet. For reading, Orbax has to know
+    the bytes of the `largest` array: it refuses what is over its bound.
+    """
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointHandler(
+        save_device_host_concurrent_gb=1 if piecewise else None,
+        restore_concurrent_gb=1 + math.ceil(largest / 1e9),
+        use_compression=False,
+    )
+
+
+def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}, which is how other programs expect to find an Orbax checkpoint."""
+    nested: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *outer, name = path.split("/")
+        inner = nested
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[name] = array
+    return nested
+
+
+def _find_params(folder: Path) -> tuple[Path, str]:
+    """Where Orbax keeps the weights of a model or of a run's latest step, and what its names for them begin with."""
+    if (folder / "config.json").is_file():
+        if (folder / "params" / "_METADATA").is_file():
+            return folder / "params", ""
+        with contextlib.suppress(FileNotFoundError):
+            return _step_items(folder, None), "model/"
+    raise FileNotFoundError(
+        f"No model at {folder}: expected config.json and params/ (save_model), or steps (save_state)"
+    )
+
+
+def _step_items(directory: Path, step: int | None) -> Path:
+    # a step's folder without this file is a copy or a deletion that was interrupted
+    steps = sorted(
+        int(found.parent.parent.name)
+        for found in directory.glob("*/default/_METADATA")
+        if found.parent.parent.name.isdigit()
+    )
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"No {'training state' if step is None else f'step {step}'} in {directory}: found steps {steps}"
+        )
+    return directory / str(steps[-1] if step is None else step) / "default"
+
+
+def _describe(items: Path) -> dict[str, Any]:
+    """{path: shape and dtype} of what is stored."""
+    with _damage_named(items):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(_handler().metadata(items).tree)
+        return {path_name(path): leaf for path, leaf in leaves}
+
+
+def _restore(items: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], stored: Mapping[str, Any]) -> list[jax.Array]:
+    """The arrays called so, in that order, each where its sharding says (None: the default device)."""
+    import orbax.checkpoint as ocp
+
+    default = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+    placed = _nest({name: leaf.update(sharding=leaf.sharding or default) for name, leaf in wanted.items()})
+    how = ocp.checkpoint_utils.construct_restore_args(placed)
+    largest = max(leaf.size * max(leaf.dtype.itemsize, stored[name].dtype.itemsize) for name, leaf in wanted.items())
+    with _damage_named(items):
+        args = ocp.args.PyTreeRestore(placed, restore_args=how, partial_restore=True)
+        restored = _handler(largest=largest).restore(items, args=args)
+    arrays = param_paths(restored)
+    return [arrays[name] for name in wanted]
+
+
+@contextlib.contextmanager
+def _damage_named(items: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is missing or cut short
+        raise ValueError(f"{items} is damaged, or no Orbax checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def _compare(items: Path, expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    problems = {
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys()),
+        "different": [
+            f"{name} is {stored[name]}, expected {value}"
+            for name, value in expected.items()
+            if stored.get(name, value) != value
+        ],
+    }
+    told = "".join(f"\n  {what}: {'; '.join(names)}" for what, names in problems.items() if names)
+    if told:
+        raise ValueError(f"The arrays in {items} are not the expected ones:{told}")

@@ -1,0 +1,147 @@
+"""Hub ids, against a small server on this machine that speaks the hub's file API."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.convert import hub_layout as hub
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}  # v1 has a head of its own, main is tied
+
+
+class Hub(BaseHTTPRequestHandler):
+    """/api/models/{id}/revision/{rev}, /api/models/{id}/tree/{commit} and /{id}/resolve/{commit}/{file}."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, *, body: bool):
+        self.server.seen.append(f"{self.command} {self.path}")
+        path, repo = self.path.partition("?")[0], "acme/tiny"
+        status, headers, content = 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
+        for revision, commit in COMMITS.items():
+            files = self.server.files[commit]
+            if path in (f"/api/models/{repo}/revision/{name}" for name in (revision, commit)):
+                siblings = [{"rfilename": name} for name in files]
+                status, headers, content = (
+                    200,
+                    {},
+                    json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode(),
+                )
+            elif path == f"/api/models/{repo}/tree/{commit}":
+                tree = [
+                    {"type": "file", "path": name, "size": len(data), "oid": etag(data)} for name, data in files.items()
+                ]
+                status, headers, content = 200, {}, json.dumps(tree).encode()
+            elif path.startswith(f"/{repo}/resolve/{commit}/") and path.rpartition("/")[2] in files:
+                content = files[path.rpartition("/")[2]]
+                status, headers = 200, {"X-Repo-Commit": commit, "ETag": f'"{etag(content)}"'}
+        if status == 404 and path.startswith(f"/api/models/{repo}/"):
+            headers = {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(content)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def etag(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen, server.files = [], {}
+    for (revision, commit), tied in zip(COMMITS.items(), (True, False), strict=True):
+        folder = hub.write(tmp_path / revision, hub.tensors(tied=tied), shards=2, tied=tied)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "pytorch_model.bin").write_bytes(b"a pickle, to be left alone")
+        (folder / "example.png").write_bytes(b"not needed")
+        server.files[commit] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+SCRIPT = """
+import sys
+from convert import from_hf
+from convert.hub import find_checkpoint
+for repo, revision in [pair.split("@") for pair in sys.argv[1:]]:
+    try:
+        model = from_hf(repo, revision=revision or None)
+        folder = find_checkpoint(repo, revision=revision or None)
+        print("tied" if model.lm_head is None else "untied", *sorted(file.name for file in folder.iterdir()))
+    except (ValueError, OSError) as error:
+        print(type(error).__name__, " ".join(str(error).split()))
+"""
+
+
+def load(server, home, *models: str, **environment) -> list[str]:
+    """The script's lines, one for each model; in a process of its own, since HF_ENDPOINT is read at import."""
+    host, port = server.server_address
+    settings = {
+        "HF_ENDPOINT": f"http://{host}:{port}",
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": host,
+        "no_proxy": host,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *models],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **settings, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_downloads_revisions_cache_and_offline(server, tmp_path):
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    main, v1, again, no_revision, no_repo = load(
+        server, tmp_path / "home", "acme/tiny@", "acme/tiny@v1", "acme/tiny@", "acme/tiny@v9", "acme/nothing@"
+    )
+    assert main.split() == again.split() == ["tied", *files]
+    assert v1.split() == ["untied", *files]
+    assert no_revision.startswith(
+        "FileNotFoundError acme/tiny: no such folder, and the hub does not give it at revision 'v9'"
+    )
+    assert no_repo.startswith("FileNotFoundError acme/nothing: no such folder, and the hub does not give it")
+    fetched = [line for line in server.seen if line.startswith("GET /acme")]
+    # each content once: the cache serves the second time, and what the two revisions have in common
+    assert len(fetched) == len({etag(server.files[commit][file]) for commit in COMMITS.values() for file in files})
+    assert not any("pytorch_model" in line or "png" in line for line in server.seen)
+
+    # what is in the cache loads without a word to the server
+    server.seen.clear()
+    v1, absent = load(server, tmp_path / "home", "acme/tiny@v1", "acme/nothing@", HF_HUB_OFFLINE="1")
+    assert v1.split() == ["untied", *files]
+    assert absent.startswith("FileNotFoundError acme/nothing: no such folder, and the hub does not give it")
+    assert server.seen == []

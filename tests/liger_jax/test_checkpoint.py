@@ -1,0 +1,227 @@
+"""Orbax: what is saved comes back to the last bit, and nothing half-written or foreign is taken for it."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
+from liger_jax.checkpoint import checkpoint_manager, is_model, load_model, restore_state, save_model, save_state
+from liger_jax.tree import param_paths
+
+CONFIG = dataclasses.replace(Qwen2VLConfig.tiny(), eos_token_ids=(7, 8), pad_token_id=8)
+
+
+def filled(abstract, seed: int = 0):
+    """The tree with random numbers in place of shapes; made on the host, since `init` takes long to compile."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(10 * rng.normal(size=leaf.shape), leaf.dtype), abstract)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2VL:
+    return filled(Qwen2VL.abstract(CONFIG, dtype="bfloat16"))
+
+
+def abstract_state(model, optimizer) -> TrainState:
+    return jax.eval_shape(lambda model: TrainState.create(model, optimizer), model)
+
+
+@pytest.fixture(scope="module")
+def state(model) -> TrainState:
+    """As after 12 steps: every array of the optimizer has numbers of its own."""
+    state = filled(abstract_state(model, optax.adamw(1e-3, mu_dtype=jnp.float32)))
+    return dataclasses.replace(state, step=jnp.int32(12), model=model)
+
+
+def assert_same(found, expected) -> None:
+    """The same structure, dtypes and bits."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    found = param_paths(found)
+    for path, leaf in param_paths(expected).items():
+        assert found[path].dtype == leaf.dtype, path
+        assert np.asarray(found[path]).tobytes() == np.asarray(leaf).tobytes(), path
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_model_round_trip(tmp_path, model):
+    assert not is_model(tmp_path)
+    save_model(model, tmp_path / "model")
+    assert is_model(tmp_path / "model")
+    assert_same(load_model(tmp_path / "model"), model)
+    assert load_model(str(tmp_path / "model")).config == CONFIG
+    assert Qwen2VLConfig.from_hf(tmp_path / "model") == CONFIG
+    wide = load_model(tmp_path / "model", dtype="float32")
+    assert_same(wide, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model))
+
+
+def test_tied_model_without_token_ids(tmp_path):
+    tied = filled(
+        Qwen2VL.abstract(dataclasses.replace(Qwen2VLConfig.tiny(), tie_word_embeddings=True), dtype="float32")
+    )
+    save_model(tied, tmp_path)
+    assert_same(load_model(tmp_path), tied)
+    assert load_model(tmp_path).config == tied.config
+
+
+def test_saving_over_something(tmp_path, model):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        save_model(model, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    save_model(model, tmp_path, overwrite=True)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    save_model(zeros, tmp_path, overwrite=True)
+    assert_same(load_model(tmp_path), zeros)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_not_a_model(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match=r"No model at .*expected config\.json and params/"):
+        load_model(tmp_path / "nothing")
+    save_model(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        load_model(tmp_path / "model", dtype="int8")
+    shutil.copytree(tmp_path / "model", tmp_path / "half")
+    (tmp_path / "half" / "params").rename(tmp_path / "half" / "params.orbax-checkpoint-tmp-1")
+    with pytest.raises(FileNotFoundError, match="No model at"):
+        load_model(tmp_path / "half")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 1
+    config["tie_word_embeddings"] = True
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as raised:
+        load_model(tmp_path / "model")
+    assert "unexpected: lm_head/weight" in str(raised.value)
+    assert "language_model/layers/mlp/down_proj/kernel is (2, 160, 64), expected (2, 161, 64)" in str(raised.value)
+
+
+def run(script: str, *arguments) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_what_is_damaged(tmp_path, model):
+    save_model(model, tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "cut")
+    for file in (tmp_path / "cut" / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    (tmp_path / "model" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(ValueError, match="params is damaged, or no Orbax checkpoint"):
+        load_model(tmp_path / "model")
+    # in a process of its own, because of what Orbax's other reads print when the first one fails
+    script = """
+        import sys
+        from liger_jax.checkpoint import load_model
+        try:
+            load_model(sys.argv[1])
+        except ValueError as error:
+            assert "params is damaged, or no Orbax checkpoint" in str(error)
+        else:
+            raise AssertionError("loaded")
+    """
+    run(script, tmp_path / "cut")
+
+
+# ---- training runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_state_round_trip(tmp_path, state, asynchronous):
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
+    with checkpoint_manager(tmp_path, asynchronous=asynchronous) as manager:
+        training = jax.tree.map(lambda leaf: jnp.array(np.array(leaf)), state)
+        assert save_state(manager, training) == 12
+        overwrite(training)  # as the next step does, perhaps before the writing has ended
+        assert_same(restore_state(manager, state), state)
+    restored = restore_state(tmp_path, filled(state, seed=1))
+    assert_same(restored, state)
+    assert restored.optimizer is state.optimizer
+    assert_same(restore_state(str(tmp_path), jax.eval_shape(lambda: state), step=12), state)
+
+
+def test_keeps_the_latest(tmp_path, state):
+    with checkpoint_manager(tmp_path, keep=2) as manager:
+        for step in (1, 5, 20):
+            save_state(manager, dataclasses.replace(state, step=jnp.int32(step)))
+        with pytest.raises(ValueError, match="holds step 20 already"):
+            save_state(manager, dataclasses.replace(state, step=jnp.int32(20)))
+    assert int(restore_state(tmp_path, state).step) == 20
+    assert int(restore_state(tmp_path, state, step=5).step) == 5
+    with pytest.raises(FileNotFoundError, match=r"No step 1 in .*found steps \[5, 20\]"):
+        restore_state(tmp_path, state, step=1)
+    # the weights of a run are a model, too
+    assert_same(load_model(tmp_path), state.model)
+    assert load_model(tmp_path).config == CONFIG
+
+
+def test_half_written_steps_are_not_taken(tmp_path, state):
+    """What a killed process leaves: a step under Orbax's temporary name, or a folder without the end of a copy."""
+    with pytest.raises(FileNotFoundError, match=r"No training state in .*found steps \[\]"):
+        restore_state(tmp_path, state)
+    save_state(tmp_path, state)
+    shutil.copytree(tmp_path / "12", tmp_path / "30.orbax-checkpoint-tmp-1")
+    shutil.copytree(tmp_path / "12" / "default" / "d", tmp_path / "40" / "default" / "d")
+    (tmp_path / "50").mkdir()
+    assert int(restore_state(tmp_path, state).step) == 12
+
+
+def test_other_states_are_refused(tmp_path, state):
+    """Another optimizer, another size, another dtype: all differences in one message."""
+    save_state(tmp_path, state)
+    with pytest.raises(ValueError) as raised:
+        restore_state(tmp_path, abstract_state(state.model, optax.sgd(1e-3, momentum=0.9)))
+    assert "missing: opt_state/0/trace/language_model/embed_tokens/weight" in str(raised.value)
+    assert "unexpected: opt_state/0/count; opt_state/0/mu/" in str(raised.value)
+    small = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, num_hidden_layers=1))
+    with pytest.raises(
+        ValueError, match=r"input_layernorm/weight is \(\(2, 64\), 'bfloat16'\), expected \(\(1, 64\), 'bfloat16'\)"
+    ):
+        restore_state(tmp_path, abstract_state(Qwen2VL.abstract(small), state.optimizer))
+    with pytest.raises(ValueError, match=r"model/.* is .*'bfloat16'\), expected .*'float32'\)"):
+        restore_state(tmp_path, abstract_state(Qwen2VL.abstract(CONFIG, dtype="float32"), state.optimizer))
+
+
+def test_meshes(tmp_path, model, state):
+    """Saved on one device, read on four, and back: the arrays go where the template's are."""
+    save_model(model, tmp_path / "model")
+    save_state(tmp_path / "run", state)
+    script = """
+        import os, sys
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        import jax, jax.numpy as jnp, numpy as np, optax
+        from liger_jax import Qwen2VL, TrainState
+        from liger_jax.checkpoint import load_model, restore_state, save_model
+        from liger_jax.mesh import param_shardings
+        folder = sys.argv[1]
+        mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
+        one, four = load_model(folder + "/model"), load_model(folder + "/model", mesh=mesh)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(four)) > 10
+        optimizer = optax.adamw(1e-3, mu_dtype=jnp.float32)
+        like = jax.eval_shape(lambda model: TrainState.create(model, optimizer), one)
+        like = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), like, param_shardings(like, mesh))
+        state = restore_state(folder + "/run", like)
+        for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(state), strict=True):
+            assert b.sharding.is_equivalent_to(a.sharding, a.ndim)
+        save_model(four, folder + "/model4")
+    """
+    run(script, tmp_path)
+    assert_same(load_model(tmp_path / "model4"), model)
