@@ -1,0 +1,29 @@
+"""Fused operations for transformer language models on NVIDIA GPUs. They know arrays, not models, and import JAX only.
+
+Every operation takes `implementation`: None picks by the platform that the program is lowered for, "triton" is the Pallas
+kernel lowered to Triton, "interpret" the same kernel in Pallas's interpreter (any platform, slow, for tests), "xla" plain
+JAX. A name that cannot run raises.
+"""
+
+from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.attention import attention
+from pallas_kernels.cross_entropy import cross_entropy
+from pallas_kernels.gated import geglu, quick_gelu, swiglu
+from pallas_kernels.layer_norm import layer_norm
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rope import mrope, rope
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "cross_entropy",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "mrope",
+    "quick_gelu",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

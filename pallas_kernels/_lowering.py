@@ -1,0 +1,98 @@
+"""How a kernel is launched. The only file that imports Pallas: if JAX drops its Triton backend, this is what changes.
+
+Kernels are written in the subset that translates line by line to Triton's own language: whole arrays as refs, explicit
+indices and masks, elementwise arithmetic, reductions. Loads and stores are always masked by hand, since what an access
+past the end of an array does differs between JAX versions.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Given when the user's jit lowers, so a filter around the launch would come too early.
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+cdiv, next_power_of_2 = pl.cdiv, pl.next_power_of_2
+program_id = pl.program_id
+span = pl.ds  # an index: start, number of elements
+TRITON_CALL = "__gpu$xla.gpu.triton"  # what a launched kernel is called in StableHLO
+
+
+def launch(
+    kernel: Callable[..., None],
+    operands: Sequence[jax.Array],
+    results: Sequence[tuple[tuple[int, ...], Any]],
+    *,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs `kernel(*operand_refs, *result_refs)` once for each point of the grid.
+
+    Refs are the whole arrays, in memory, their last axis as wide as the next power of two. Arrays inside the kernel must
+    have powers of two for sizes; what lies past the end of the real arrays is for the kernel to mask.
+
+    Args:
+        kernel: the body; see `load` and `store`.
+        operands: arrays.
+        results: shape and dtype of each result.
+        grid: at most three axes.
+        num_warps: warps (of 32 threads) that run one program together.
+        num_stages: depth of the software pipeline over a loop's loads.
+        interpret: run in Pallas's interpreter, on any platform.
+    """
+    varying = jax.typeof(
+        operands[0]
+    ).manual_axis_type  # inside a shard_map a result says which mesh axes it varies over
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[_whole(operand.shape) for operand in operands],
+        out_specs=[_whole(shape) for shape, _ in results],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in results],
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name=getattr(kernel, "func", kernel).__name__.strip("_"),
+    )(*operands)
+
+
+def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+    return pl.BlockSpec((*shape[:-1], next_power_of_2(shape[-1])), lambda *_: (0,) * len(shape))
+
+
+def load(ref: Any, index: tuple, mask: jax.Array, dtype: Any) -> jax.Array:
+    """ref[index] as `dtype`; zero where the mask is False."""
+    return plgpu.load(ref.at[index], mask=mask, other=0).astype(dtype)
+
+
+def store(ref: Any, index: tuple, value: jax.Array, mask: jax.Array) -> None:
+    """ref[index] = value where the mask is True, cast to the dtype of the ref."""
+    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def pick(implementation: str | None, kernel: Callable, xla: Callable, *operands: jax.Array) -> Any:
+    """Calls kernel(*operands, interpret=...) or xla(*operands).
+
+    None decides when the program is lowered, and for the platform it is lowered for: a process without a GPU can lower
+    for one, and the other way round.
+    """
+    if implementation is None:
+        return jax.lax.platform_dependent(*operands, cuda=functools.partial(kernel, interpret=False), default=xla)
+    if implementation == "xla":
+        return xla(*operands)
+    return kernel(*operands, interpret=implementation == "interpret")
+
+
+@functools.cache
+def compute_capability() -> float | None:
+    """That of this process's first NVIDIA GPU, such as 9.0; None without one."""
+    try:
+        return float(jax.local_devices(backend="cuda")[0].compute_capability)
+    except RuntimeError:
+        return None

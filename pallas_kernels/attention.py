@@ -1,0 +1,313 @@
+"""Scaled dot-product attention with grouped heads, a causal mask and segments."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import _cudnn, _lowering, _sharding, _validate
+
+IMPLEMENTATIONS = ("xla", "cudnn")
+BLOCK_BYTES = 2**28  # of scores that the XLA implementation has in memory at once
+NOTHING = -1e30  # the score of a masked key: finite, so that a row without keys is no NaN
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+    max_segments: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T + mask) v, for each head; the scores are never in memory as a whole.
+
+    Args:
+        q: [B, T, N, D], float.
+        k: [B, S, K, D], q's dtype; K divides N, and query head n uses key head n // (N / K).
+        v: as k.
+        causal: query t sees keys up to t + S - T: the last query is aligned with the last key.
+        segment_ids: [B, T], int; a query sees the keys of its own segment only. 0 is padding: a query of segment 0 gives
+            zeros and a key of segment 0 is seen by nobody, whatever finite numbers they hold; their gradients are zero.
+            The tokens of a segment lie side by side.
+        kv_segment_ids: [B, S], int; None stands for segment_ids.
+        scale: None for 1/sqrt(D).
+        max_segments: the most segments in any row, padding aside; needed for cuDNN with segments. A row with more than
+            that gives NaN in the tokens of the rest.
+        implementation: None, "xla" or "cudnn". None is cuDNN on NVIDIA GPUs for what `cudnn_refuses` does not name, if
+            there is more than one query, else XLA.
+
+    Returns:
+        [B, T, N, D] in q's dtype; the softmax is float32. Backward keeps q, k, v, the output and one float32 (for cuDNN,
+        one for each segment) a query and head; the last two go by the name "attention" in rematerialisation policies.
+
+    Raises:
+        ValueError: a shape, dtype or option that does not fit.
+        NotImplementedError: an implementation that does not exist yet; "cudnn" for what it cannot do.
+
+    Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Dao et al. 2022, FlashAttention,
+        https://arxiv.org/abs/2205.14135
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels import attention
+        >>> q, v = jnp.ones((1, 2, 1, 4)), jnp.arange(8.0).reshape(1, 2, 1, 4)
+        >>> attention(q, q, v, causal=True)[0, :, 0].tolist()
+        [[0.0, 1.0, 2.0, 3.0], [2.0, 3.0, 4.0, 5.0]]
+    """
+    op = "attention"
+    _validate.implementation_exists(op, implementation, IMPLEMENTATIONS)
+    _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments)
+    refusal = cudnn_refuses(q, k, causal, segment_ids, kv_segment_ids, max_segments)
+    if implementation == "cudnn" and refusal:
+        raise NotImplementedError(f"{op}: implementation 'cudnn' cannot do this: {refusal}")
+    if refusal or (implementation is None and q.shape[1] == 1):
+        implementation = "xla"
+
+    segmented = segment_ids is not None
+    slots = max(2, max_segments) if segmented and implementation != "xla" else 1
+    static = _Static(q.shape[-1] ** -0.5 if scale is None else float(scale), causal, segmented, slots, implementation)
+    ids = (segment_ids, segment_ids if kv_segment_ids is None else kv_segment_ids) if segmented else ()
+    return _attention(static, *_sharding.agree(_forward_op(static), q, k, v, *ids))
+
+
+def cudnn_refuses(
+    q: jax.Array,
+    k: jax.Array,
+    causal: bool,
+    segment_ids: jax.Array | None,
+    kv_segment_ids: jax.Array | None,
+    max_segments: int | None,
+) -> str | None:
+    """Why cuDNN cannot do it, or None. This is the whole rule by which cuDNN is chosen."""
+    capability = _lowering.compute_capability()
+    hopper = capability is None or capability >= 9.0
+    widest = 256 if hopper else 128
+    reasons = {
+        f"q is {q.dtype}, it takes bfloat16 and float16": q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"D is {q.shape[-1]}, it takes multiples of 8 up to {widest}": q.shape[-1] % 8 or q.shape[-1] > widest,
+        "q or k is empty": not q.size or not k.size,
+        "causal, and as many queries as keys are needed then": causal and q.shape[1] != k.shape[1],
+        "segment_ids without max_segments": segment_ids is not None and max_segments is None,
+        "segments of keys that are not those of the queries": kv_segment_ids is not None,
+        f"segments on a GPU of compute capability {capability}, 9.0 is needed": segment_ids is not None and not hopper,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments):
+    _validate.floating(op, q=q, k=k, v=v)
+    _validate.same_dtype(op, q=q, k=k, v=v)
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"{op}: q has shape {q.shape}, k {k.shape}; expected [B, T, N, D] and [B, S, K, D]")
+    (batch, tokens, heads, dim), (_, sources, key_heads, _) = q.shape, k.shape
+    _validate.shape(op, "k", k.shape, (batch, sources, key_heads, dim))
+    _validate.shape(op, "v", v.shape, k.shape)
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"{op}: q has {heads} heads, k has {key_heads}; expected a divisor of {heads}")
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ValueError(f"{op}: kv_segment_ids without segment_ids; expected both or segment_ids alone")
+    if segment_ids is not None:
+        kv_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+        _validate.integer(op, segment_ids=segment_ids, kv_segment_ids=kv_ids)
+        _validate.shape(op, "segment_ids", segment_ids.shape, (batch, tokens))
+        _validate.shape(op, "kv_segment_ids", kv_ids.shape, (batch, sources))
+    if max_segments is not None and max_segments < 1:
+        raise ValueError(f"{op}: max_segments is {max_segments}; expected max_segments >= 1 or None")
+
+
+class _Static(NamedTuple):
+    scale: float
+    causal: bool
+    segmented: bool
+    slots: int  # of segments in a row, in the statistics
+    implementation: str | None
+
+
+# ---- XLA implementation: all keys at once for a block of queries ------------------------------------------------------
+# b batch, t queries, s keys, k key heads, g query heads that share one, d head size
+
+
+def _forward_xla(static: _Static, q, k, v, *ids):
+    """-> out [B, T, N, D], log-sum-exp of the scores [B, 1, N, T] (infinite where a query sees no key)."""
+    wide = _validate.wide(q.dtype)
+    queries = _grouped(q, k)
+
+    def block(_, rows):
+        q, position, *query_ids = rows
+        scores, mask = _scores(static, q, k, position, query_ids, ids)
+        largest = jnp.max(scores, axis=-1, keepdims=True, initial=NOTHING)
+        p = jnp.where(mask, jnp.exp(scores - largest), 0)
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        seen = total > 0
+        out = jnp.einsum("bkgts,bskd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
+        out = (out / jnp.where(seen, total, 1)).astype(q.dtype)
+        lse = jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1)), jnp.inf)
+        return None, (out.transpose(0, 3, 1, 2, 4), lse[..., 0].transpose(0, 3, 1, 2))
+
+    _, (out, lse) = _over_blocks(block, None, q, k, queries, *_positions(static, q, k), *ids[:1])
+    lse = lse.reshape(*q.shape[:3]).transpose(0, 2, 1)[:, None]
+    return out.reshape(q.shape), jnp.pad(lse, ((0, 0), (0, static.slots - 1), (0, 0), (0, 0)))
+
+
+def _backward_xla(static: _Static, q, k, v, out, lse, grad, *ids):
+    """With p = exp(scores - lse) and dp = grad v^T: ds = p (dp - sum(grad out)). -> dq, dk, dv."""
+    wide = _validate.wide(q.dtype)
+    delta = jnp.sum(grad.astype(wide) * out.astype(wide), axis=-1)
+    lse = lse[:, 0].transpose(0, 2, 1)
+    queries = [_grouped(array, k) for array in (q, grad, lse, delta)]
+
+    def block(sums, rows):
+        q, grad, lse, delta, position, *query_ids = rows
+        scores, mask = _scores(static, q, k, position, query_ids, ids)
+        lse, delta = (x.transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
+        p = jnp.where(mask, jnp.exp(scores - lse), 0)
+        dp = jnp.einsum("btkgd,bskd->bkgts", grad, v, preferred_element_type=wide)
+        ds = (jnp.where(mask, p * (dp - delta), 0) * static.scale).astype(q.dtype)
+        dk, dv = sums
+        dk = dk + jnp.einsum("bkgts,btkgd->bskd", ds, q, preferred_element_type=wide)
+        dv = dv + jnp.einsum("bkgts,btkgd->bskd", p.astype(grad.dtype), grad, preferred_element_type=wide)
+        return (dk, dv), jnp.einsum("bkgts,bskd->btkgd", ds, k, preferred_element_type=wide).astype(q.dtype)
+
+    zeros = (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
+    (dk, dv), dq = _over_blocks(block, zeros, q, k, *queries, *_positions(static, q, k), *ids[:1])
+    return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _scores(static: _Static, q, k, position, query_ids, ids):
+    """-> scores [b, k, g, t, s] in float32, and which of them count."""
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=_validate.wide(q.dtype)) * static.scale
+    mask = jnp.ones((1, 1, 1), bool)
+    if static.causal:
+        mask = mask & (jnp.arange(k.shape[1]) <= position[..., None])
+    if static.segmented:
+        mask = mask & (query_ids[0][:, :, None] == ids[1][:, None, :]) & (query_ids[0] != 0)[:, :, None]
+    mask = jnp.broadcast_to(mask[:, None, None], scores.shape)
+    return jnp.where(mask, scores, NOTHING), mask
+
+
+def _grouped(x, k):
+    """[B, T, N, ...] -> [B, T, K, N / K, ...]"""
+    return x.reshape(*x.shape[:2], k.shape[2], x.shape[2] // k.shape[2], *x.shape[3:])
+
+
+def _positions(static: _Static, q, k):
+    """[1, T]: the last key that each query sees under a causal mask."""
+    return [jnp.arange(q.shape[1])[None] + k.shape[1] - q.shape[1]]
+
+
+def _over_blocks(block, sums, q, k, *rows):
+    """Runs block(sums, rows of some queries) over all queries; rows and what is found for them have queries on axis 1."""
+    batch, tokens, heads, _ = q.shape
+    limit = max(16, BLOCK_BYTES // max(1, 4 * batch * heads * k.shape[1]))
+    if tokens <= limit:
+        return block(sums, rows)
+    blocks = -(-tokens // limit)
+    size = -(-tokens // blocks)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - tokens), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], blocks * size, *x.shape[3:])[:, :tokens]
+
+    sums = jax.tree.map(lambda zeros: _sharding.varying_as(q, zeros), sums)
+    sums, found = jax.lax.scan(block, sums, [split(x) for x in rows])
+    return sums, jax.tree.map(join, found)
+
+
+# ---- cuDNN -------------------------------------------------------------------------------------------------------------
+
+
+def _forward_cudnn(static: _Static, q, k, v, *ids, interpret: bool):
+    segments, inside, beyond = _runs(static, ids)
+    out, statistics = _cudnn.forward(q, k, v, segments, static.scale, static.causal)
+    return _cleared(out, inside, beyond), statistics
+
+
+def _backward_cudnn(static: _Static, q, k, v, out, statistics, grad, *ids, interpret: bool):
+    segments, inside, beyond = _runs(static, ids)
+    grads = _cudnn.backward(q, k, v, out, statistics, grad, segments, static.scale, static.causal)
+    return tuple(_cleared(x, inside, beyond) for x in grads)
+
+
+def _runs(static: _Static, ids):
+    """ids [B, T] -> start and length [B, slots] of each run of one id other than 0 (-1: none), and two masks [B, T]: the
+    tokens in those runs, and the tokens in runs for which there is no slot."""
+    if not static.segmented:
+        return None, None, None
+    ids = ids[0]
+    tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    first = (ids != 0) & (ids != jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1])
+    run = jnp.cumsum(first, axis=1) - 1
+    of_slot = (run[:, :, None] == jnp.arange(static.slots)) & (ids != 0)[:, :, None]
+    lengths = jnp.sum(of_slot, axis=1, dtype=jnp.int32)
+    starts = jnp.sum(jnp.where(of_slot & first[:, :, None], tokens[:, None], 0), axis=1, dtype=jnp.int32)
+    segments = tuple(jnp.where(lengths > 0, x, -1) for x in (starts, lengths))
+    inside = (ids != 0) & (run < static.slots)
+    return segments, inside, (ids != 0) & ~inside
+
+
+def _cleared(x, inside, beyond):
+    """What cuDNN leaves unwritten becomes zero, what it had no slot for NaN."""
+    if inside is None:
+        return x
+    inside, beyond = (mask[:, :, None, None] for mask in (inside, beyond))
+    return jnp.where(inside, x, jnp.where(beyond, jnp.nan, 0).astype(x.dtype))
+
+
+# ---- gradient and mesh -------------------------------------------------------------------------------------------------
+
+
+def _forward_local(static: _Static, *operands):
+    cudnn, xla = (functools.partial(f, static) for f in (_forward_cudnn, _forward_xla))
+    return _lowering.pick(static.implementation, cudnn, xla, *operands)
+
+
+def _backward_local(static: _Static, *operands):
+    cudnn, xla = (functools.partial(f, static) for f in (_backward_cudnn, _backward_xla))
+    return _lowering.pick(static.implementation, cudnn, xla, *operands)
+
+
+_QKV = ("btnd", "bsnd", "bsnd")  # n: query heads in q, key heads in k and v, sharded alike
+
+
+def _ids_signature(static: _Static):
+    return ("bt", "bs") if static.segmented else ()
+
+
+def _forward_op(static: _Static) -> _sharding.ParallelOp:
+    operands = (*_QKV, *_ids_signature(static))
+    return _sharding.ParallelOp(_forward_local, operands, ("btnd", "bmnt"), "bn", static)
+
+
+def _backward_op(static: _Static) -> _sharding.ParallelOp:
+    operands = (*_QKV, "btnd", "bmnt", "btnd", *_ids_signature(static))
+    return _sharding.ParallelOp(_backward_local, operands, _QKV, "bn", static)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, q, k, v, *ids):
+    return _sharding.run(_forward_op(static), q, k, v, *ids)[0]
+
+
+def _attention_fwd(static, q, k, v, *ids):
+    out, statistics = (checkpoint_name(x, "attention") for x in _sharding.run(_forward_op(static), q, k, v, *ids))
+    return out, (q, k, v, out, statistics, ids)
+
+
+def _attention_bwd(static, saved, grad):
+    q, k, v, out, statistics, ids = saved
+    grads = _sharding.run(_backward_op(static), q, k, v, out, statistics, grad, *ids)
+    return *grads, *(None for _ in ids)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -1,0 +1,116 @@
+"""What all operations share: names, examples, errors raised before any compute, and transformations."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+
+
+def random(*shape, dtype="float32"):
+    return np.random.default_rng(0).normal(size=shape).astype(jnp.dtype(dtype))
+
+
+x, vector, half = random(2, 8), random(8), random(2, 8, dtype="bfloat16")
+q, k, angles, three = random(1, 3, 4, 8), random(1, 3, 2, 8), random(1, 3, 4), random(3, 1, 3, 4)
+labels, head = np.zeros(2, int), random(5, 8)
+CALLS = {
+    "rms_norm": (pk.rms_norm, (x, vector)),
+    "add_rms_norm": (pk.add_rms_norm, (x, x, vector)),
+    "layer_norm": (pk.layer_norm, (x, vector, vector)),
+    "rope": (pk.rope, (q, k, angles, angles)),
+    "mrope": (pk.mrope, (q, k, three, three, (2, 1, 1))),
+    "swiglu": (pk.swiglu, (x, x)),
+    "geglu": (pk.geglu, (x, x)),
+    "quick_gelu": (pk.quick_gelu, (x,)),
+    "cross_entropy": (pk.cross_entropy, (x, labels)),
+    "linear_cross_entropy": (pk.linear_cross_entropy, (x, head, labels)),
+    "attention": (pk.attention, (q, k, k)),
+}
+
+
+def test_names():
+    """The package exports the contract and nothing else."""
+    assert sorted(pk.__all__) == sorted(CALLS)
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(pk.__path__) if not m.name.startswith("_")])
+def test_examples(name):
+    """The examples in the docstrings run and show what they say."""
+    assert doctest.testmod(importlib.import_module(f"pallas_kernels.{name}")).failed == 0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_implementations(name):
+    """xla runs; a kernel that does not exist and a name that means nothing raise, and say what there is."""
+    function, args = CALLS[name]
+    jax.eval_shape(lambda: function(*args, implementation="xla"))
+    with pytest.raises(ValueError, match=f"{name}: implementation is 'cuda'"):
+        function(*args, implementation="cuda")
+    if name != "rms_norm":
+        with pytest.raises(NotImplementedError, match=f"{name}: there is no 'triton'"):
+            function(*args, implementation="triton")
+
+
+WRONG = {
+    "weight has shape": lambda: pk.rms_norm(x, np.ones(7)),
+    "casting is 'cast'": lambda: pk.rms_norm(x, vector, casting="cast"),
+    "x has dtype int32": lambda: pk.rms_norm(x.astype(np.int32), vector),
+    "65537 columns": lambda: pk.rms_norm(np.ones((1, 65_537)), np.ones(65_537), implementation="interpret"),
+    "residual has shape": lambda: pk.add_rms_norm(x, x[:1], vector),
+    "x float32, residual bfloat16": lambda: pk.add_rms_norm(x, half, vector),
+    "bias has shape": lambda: pk.layer_norm(x, vector, np.ones(7)),
+    "up has shape": lambda: pk.swiglu(x, x[:1]),
+    "cos has shape": lambda: pk.rope(q, k, angles[:, :2], angles),
+    "even D": lambda: pk.rope(q[..., :7], k[..., :7], angles, angles),
+    "sections is": lambda: pk.mrope(q, k, three, three, (2, 2, 2)),
+    "labels has shape": lambda: pk.cross_entropy(x, labels[:1]),
+    "labels has dtype": lambda: pk.cross_entropy(x, labels * 1.0),
+    "label_smoothing is 2": lambda: pk.cross_entropy(x, labels, label_smoothing=2),
+    "softcap is 0": lambda: pk.cross_entropy(x, labels, softcap=0),
+    "z_loss is -1": lambda: pk.cross_entropy(x, labels, z_loss=-1),
+    "reduction is 'max'": lambda: pk.cross_entropy(x, labels, reduction="max"),
+    "normalizer is given": lambda: pk.cross_entropy(x, labels, reduction="sum", normalizer=2),
+    "class_weights has shape": lambda: pk.cross_entropy(x, labels, class_weights=np.ones(7)),
+    "token_weights has shape": lambda: pk.cross_entropy(x, labels, token_weights=np.ones(7)),
+    "weight has shape (5, 7)": lambda: pk.linear_cross_entropy(x, head[:, :7], labels),
+    "chunk_rows is 0": lambda: pk.linear_cross_entropy(x, head, labels, chunk_rows=0),
+    "x float32, weight bfloat16": lambda: pk.linear_cross_entropy(x, head.astype(jnp.bfloat16), labels),
+    "k has 3": lambda: pk.attention(q, q[:, :, :3], q[:, :, :3]),
+    "v has shape": lambda: pk.attention(q, k, k[:, :2]),
+    "kv_segment_ids without": lambda: pk.attention(q, k, k, kv_segment_ids=np.ones((1, 3), int)),
+    "segment_ids has shape": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 2), int)),
+    "max_segments is 0": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 3), int), max_segments=0),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments(message):
+    """A ValueError names the operation's argument, what was found and what was expected."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WRONG[message]()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "rope", "mrope", "swiglu", "quick_gelu"])
+def test_vmap_and_remat(name):
+    """vmap over a leading axis and rematerialisation change no number and no gradient."""
+    function, (first, *others) = CALLS[name]
+
+    def loss(scale, first):
+        return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(first * scale, *others)))
+
+    @jax.jit
+    def both(scales, first):
+        one_by_one = [jax.value_and_grad(loss, argnums=(0, 1))(scale, first) for scale in scales]
+        together = jax.vmap(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1)), in_axes=(0, None))(scales, first)
+        return jax.tree.map(lambda *each: jnp.stack(each), *one_by_one), together
+
+    want, got = both(np.array([1.0, 2.0], np.float32), first)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-4)

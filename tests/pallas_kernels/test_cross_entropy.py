@@ -1,0 +1,127 @@
+"""cross_entropy against float64 numpy: every option, every edge, the vocabulary of Qwen2-VL."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels as pk
+from pallas_kernels import shapes
+
+sys.path.append(str(Path(__file__).parent))
+from losses import OPTIONS, filled, reference
+
+
+def data(rows, vocab, dtype=jnp.float32, scale=2.0, seed=0):
+    """Logits, labels of which some are ignored, and a cotangent for each row."""
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.uniform(size=rows) < 0.3, -100, rng.integers(0, vocab, rows))
+    return jnp.asarray(scale * rng.normal(size=(rows, vocab)), dtype), jnp.asarray(labels), rng.normal(size=rows)
+
+
+def check(logits, labels, cotangent, options, tolerance):
+    cotangent = cotangent if options.get("reduction") == "none" else 0.7
+
+    def run(logits):
+        return jnp.sum(pk.cross_entropy(logits, labels, **options) * cotangent)
+
+    loss, gradient = jax.jit(jax.value_and_grad(run))(logits)
+    want, want_gradient = reference(logits, labels, cotangent, **options)
+    assert float(loss) == pytest.approx(np.sum(want * cotangent), rel=1e-5, abs=1e-6)
+    found = np.asarray(gradient, np.float64)
+    assert np.max(np.abs(found - want_gradient)) <= tolerance * np.max(np.abs(want_gradient))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name):
+    """Loss and gradient with each option, and with all of them, in float32."""
+    check(*data(9, 41), filled(OPTIONS[name], 9, 41), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_logits(dtype):
+    """The loss of 16-bit logits is exact; the gradient is off by its own rounding only."""
+    check(*data(9, 423, dtype), filled(OPTIONS["all"], 9, 423), 0.6 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("vocab", sorted({text.vocab for text in shapes.TEXT.values()}))
+def test_real_vocabulary(vocab):
+    """V = 151936 and 152064 as they are, confident and flat rows, in bfloat16."""
+    check(*data(3, vocab, jnp.bfloat16, scale=6.0), {}, 0.6 * float(jnp.finfo(jnp.bfloat16).eps))
+
+
+def test_confident_logits():
+    """A label with all of the probability: loss and gradient vanish and stay finite."""
+    logits = jnp.zeros((1, 8)).at[0, 3].set(1e4)
+    loss, gradient = jax.jit(jax.value_and_grad(pk.cross_entropy))(logits, jnp.array([3]))
+    assert loss == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("normalizer", [None, 0.0, 5.0])
+def test_nothing_counts(normalizer):
+    """All rows ignored, or no rows: loss 0, gradients 0, accuracy 0, whatever the logits hold."""
+
+    def run(logits):
+        labels = jnp.full(logits.shape[:1], -100)
+        return pk.cross_entropy(logits, labels, normalizer=normalizer, return_metrics=True)
+
+    for logits in (jnp.full((3, 5), jnp.inf), jnp.zeros((0, 5))):
+        (loss, metrics), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(logits)
+        assert loss == 0 and not gradient.any()
+        assert metrics["num_tokens"] == 0 and metrics["accuracy"] == 0
+
+
+def test_label_out_of_range():
+    """A label outside the vocabulary that is not ignore_index gives NaN, and so does its row's gradient."""
+    run = jax.jit(jax.value_and_grad(pk.cross_entropy))
+    for label in (5, -1):
+        loss, gradient = run(jnp.ones((2, 5)), jnp.array([1, label]))
+        assert np.isnan(loss) and np.isnan(gradient[1]).all() and np.isfinite(gradient[0]).all()
+
+
+def test_metrics():
+    """Counted labels, the share of them that are the first largest logit, and the loss by parts."""
+    logits = jnp.array([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
+    labels = jnp.array([1, 2, 0, -100])
+    loss, metrics = jax.jit(lambda x: pk.cross_entropy(x, labels, z_loss=0.1, return_metrics=True))(logits)
+    assert metrics["num_tokens"] == 3
+    assert metrics["accuracy"] == pytest.approx(2 / 3)  # of two equal logits the first is the prediction
+    assert metrics["loss"] == loss
+    assert loss - metrics["z_loss"] == pytest.approx(float(pk.cross_entropy(logits, labels)), rel=1e-6)
+
+
+def test_gradient_of_token_weights():
+    """token_weights may be trained: the gradient is that of the formula, through the divisor too."""
+    logits, labels, _ = data(6, 11)
+    weights = jnp.linspace(0.5, 2, 6)
+    gradient = jax.jit(jax.grad(lambda w: pk.cross_entropy(logits, labels, token_weights=w)))(weights)
+    for i in range(6):
+        step = np.eye(6)[i] * 1e-4
+        up, down = (reference(logits, labels, token_weights=np.asarray(weights) + s)[0] for s in (step, -step))
+        assert float(gradient[i]) == pytest.approx((up - down) / 2e-4, abs=1e-5)
+
+
+def test_residuals():
+    """Backward keeps the logits as they came: no float32 array of their size."""
+    logits, labels, _ = data(4, 64, jnp.bfloat16)
+    pullback = jax.eval_shape(lambda x: jax.vjp(lambda x: pk.cross_entropy(x, labels), x)[1], logits)
+    assert not [x for x in jax.tree.leaves(pullback) if x.size >= logits.size and x.dtype == jnp.float32]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_meshes(kind):
+    """Rows sharded, with class weights, under vmap: the numbers of one device."""
+    logits, labels, _ = data(8, 12)
+    options = filled(OPTIONS["all"], 8, 12)
+    run = jax.value_and_grad(lambda x, y: pk.cross_entropy(x, y, **{**options, "token_weights": None}))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices("cpu")[:4])
+    want = jax.jit(run)(logits, labels)
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(*jax.device_put((logits, labels), NamedSharding(mesh, P("data"))))
+    assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
+    assert np.max(np.abs(np.asarray(got[1]) - np.asarray(want[1]))) < 1e-6

@@ -1,0 +1,192 @@
+"""linear_cross_entropy against float64 numpy, in chunks of any size, on meshes, and its memory."""
+
+import functools
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels as pk
+
+sys.path.append(str(Path(__file__).parent))
+from losses import OPTIONS, filled, reference
+
+
+def data(rows, hidden, vocab, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.uniform(size=rows) < 0.3, -100, rng.integers(0, vocab, rows))
+    x, weight, bias = rng.normal(size=(rows, hidden)), rng.normal(size=(vocab, hidden)) * 0.5, rng.normal(size=vocab)
+    return *(jnp.asarray(a, dtype) for a in (x, weight, bias)), jnp.asarray(labels), rng.normal(size=rows)
+
+
+def check(x, weight, bias, labels, cotangent, options, chunk_rows, tolerance=1e-5):
+    cotangent = cotangent if options.get("reduction") == "none" else 0.7
+
+    def run(x, weight, bias):
+        loss = pk.linear_cross_entropy(x, weight, labels, bias=bias, chunk_rows=chunk_rows, **options)
+        return jnp.sum(loss * cotangent)
+
+    loss, gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(x, weight, bias)
+    wide = [np.asarray(a, np.float64) for a in (x, weight, bias)]
+    want, dlogits = reference(wide[0] @ wide[1].T + wide[2], labels, cotangent, **options)
+    assert float(loss) == pytest.approx(np.sum(want * cotangent), rel=max(tolerance, 1e-5), abs=1e-6)
+    for found, expected in zip(gradients, (dlogits @ wide[1], dlogits.T @ wide[0], dlogits.sum(0)), strict=True):
+        assert np.max(np.abs(np.asarray(found, np.float64) - expected)) <= tolerance * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name):
+    """Loss and all gradients with each option, over chunks that do not divide the rows."""
+    check(*data(10, 6, 41), filled(OPTIONS[name], 10, 41), chunk_rows=4)
+
+
+@pytest.mark.parametrize("rows, chunk_rows", [(1, 4), (8, 4), (8, 1), (7, None)])
+def test_chunks(rows, chunk_rows):
+    """One chunk or many, full or padded, give the same numbers."""
+    check(*data(rows, 5, 11, seed=1), {}, chunk_rows)
+
+
+def test_many_chunks_in_bfloat16():
+    """Sixteen chunks lose nothing: the weight's gradient is added up in float32."""
+    check(*data(64, 16, 50, jnp.bfloat16), {}, chunk_rows=4, tolerance=2e-2)
+    x, weight, _, labels, _ = data(64, 16, 50, jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(chunk):
+        return jax.grad(lambda w: pk.linear_cross_entropy(x, w, labels, chunk_rows=chunk))(weight).astype(jnp.float32)
+
+    assert jnp.max(jnp.abs(gradient(4) - gradient(64))) <= 2**-7 * jnp.max(jnp.abs(gradient(64)))
+
+
+def test_small_gradients_in_float16():
+    """The 1/N of a mean does not push the gradient of the logits below the smallest float16."""
+    rows = 2048
+    x, weight = jnp.ones((rows, 2), jnp.float16), jnp.zeros((512, 2), jnp.float16)
+    gradient = jax.jit(jax.grad(lambda w: pk.linear_cross_entropy(x, w, jnp.zeros(rows, int), chunk_rows=rows)))(weight)
+    assert np.allclose(np.asarray(gradient[1:], np.float64), 1 / 512, rtol=2e-3)
+
+
+def test_real_vocabulary():
+    """V = 151936, which no block divides, against the full logits."""
+    check(*data(3, 4, 151_936), {"reduction": "sum"}, chunk_rows=2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_counts(reduction):
+    """All rows ignored, or no rows: loss 0 and gradients 0."""
+
+    def run(x, weight, labels):
+        return jnp.sum(pk.linear_cross_entropy(x, weight, labels, reduction=reduction, chunk_rows=2))
+
+    for rows in (0, 5):
+        x, weight, _, _, _ = data(rows, 4, 7)
+        loss, gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(x, weight, jnp.full(rows, -100))
+        assert loss == 0 and not gradients[0].any() and not gradients[1].any()
+
+
+def test_metrics_equal_those_of_cross_entropy():
+    """Metrics come of the same pass, also where nothing is differentiated."""
+    x, weight, _, labels, _ = data(10, 6, 9)
+    options = {"z_loss": 0.1, "return_metrics": True}
+    got = jax.jit(lambda x: pk.linear_cross_entropy(x, weight, labels, chunk_rows=3, **options))(x)
+    want = jax.jit(lambda x: pk.cross_entropy(x @ weight.T, labels, **options))(x)
+    for name, value in want[1].items():
+        assert float(got[1][name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_label_out_of_range():
+    """A label outside the vocabulary makes the loss NaN, not a number."""
+    x, weight, _, _, _ = data(2, 4, 7)
+    assert np.isnan(jax.jit(pk.linear_cross_entropy)(x, weight, jnp.array([1, 7])))
+
+
+# ---- transformations, meshes, memory ----------------------------------------------------------------------------------
+
+
+def value_and_gradients(labels=None, **options):
+    def run(x, weight, labels=labels):
+        loss = pk.linear_cross_entropy(x, weight, labels, chunk_rows=3, **options)
+        return jnp.sum(loss * (1 + jnp.arange(loss.size).reshape(loss.shape)))
+
+    return jax.value_and_grad(run, argnums=(0, 1))
+
+
+def close(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.max(np.abs(np.asarray(g) - np.asarray(w))) <= 1e-5 * max(np.max(np.abs(np.asarray(w))), 1)
+
+
+def test_vmap_scan_remat():
+    """A batch of problems with one weight, and a loop over rematerialised problems, equal the problems one by one."""
+    x, weight, _, labels, _ = data(10, 6, 9)
+    x, labels = x.reshape(2, 5, 6), labels.reshape(2, 5)
+    one_by_one = [jax.jit(value_and_gradients())(x[i], weight, labels[i]) for i in range(2)]
+    want = jax.tree.map(lambda *values: jnp.stack(values), *one_by_one)
+    close(jax.jit(jax.vmap(value_and_gradients(), in_axes=(0, None, 0)))(x, weight, labels), want)
+
+    def looped(weight):
+        step = jax.checkpoint(
+            lambda total, xy: (total + pk.linear_cross_entropy(xy[0], weight, xy[1], chunk_rows=3), None)
+        )
+        return jax.lax.scan(step, 0.0, (x, labels))[0]
+
+    close(jax.jit(jax.grad(looped))(weight), want[1][1].sum(0))
+
+
+def collectives_of_arrays(compiled):
+    """The collectives that move arrays, not mere numbers."""
+    found = re.findall(
+        r"= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\(", compiled.as_text()
+    )
+    return sorted(op for results, op in found if re.search(r"\[\d", results))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_rows_sharded(kind, reduction):
+    """Only the weight is ever gathered, and only where it is sharded; its gradient is added up over the mesh once."""
+    x, weight, _, labels, _ = data(24, 6, 8)
+    x, labels = x.reshape(4, 6, 6), labels.reshape(4, 6)
+    run = value_and_gradients(reduction=reduction)
+    want = jax.jit(run)(x, weight, labels)
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(kind, kind), devices=jax.devices("cpu")[:4])
+    with jax.set_mesh(mesh):
+        for spec in (P(), P("fsdp")):
+            rows = NamedSharding(mesh, P(("data", "fsdp")))
+            args = jax.device_put((x, weight, labels), (rows, NamedSharding(mesh, spec), rows))
+            compiled = jax.jit(run).lower(*args).compile()
+            close(compiled(*args), want)
+            assert collectives_of_arrays(compiled) == (["all-gather", "all-reduce"] if spec else ["all-reduce"])
+
+
+def test_inside_a_shard_map():
+    """Inside a user's shard_map, checked as it is by default: the gradient of the replicated weight is summed by JAX."""
+    x, weight, _, labels, _ = data(16, 6, 8)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:4])
+    loss = functools.partial(pk.linear_cross_entropy, reduction="sum", chunk_rows=2)
+
+    def local(x, weight, labels):
+        return jax.lax.psum(loss(x, weight, labels), "data")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P())
+    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x, weight, labels) for f in (mapped, loss))
+    close(got, want)
+
+
+def test_memory():
+    """Temporaries stay far below the logits, N x V; without gradients nothing but a chunk is there."""
+    rows, hidden, vocab = 2048, 8, 32_000
+    x, weight, labels = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((rows, hidden), jnp.bfloat16), ((vocab, hidden), jnp.bfloat16), ((rows,), jnp.int32))
+    )
+    loss = functools.partial(pk.linear_cross_entropy, chunk_rows=64)
+    for run in (loss, jax.grad(loss, argnums=(0, 1))):
+        memory = jax.jit(run).lower(x, weight, labels).compile().memory_analysis().temp_size_in_bytes
+        assert memory < rows * vocab * 2 / 4
