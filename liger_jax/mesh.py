@@ -86,8 +86,13 @@ def put_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
     """Sends a batch to the devices, rows split over the data and fsdp axes; empty rows fill up what does not divide.
 
     A batch whose arrays are on the devices already is left alone. `multiple`: the rows divide by this too.
+
+    Raises:
+        ValueError: a batch on the devices has a number of rows that `multiple` does not divide.
     """
     if isinstance(batch.input_ids, jax.Array):
+        if batch.shape[0] % multiple:
+            raise ValueError(f"The batch has {batch.shape[0]} rows on the device; expected a multiple of {multiple}")
         return batch
     if mesh is None:
         return batch.pad_rows(multiple)

@@ -1,0 +1,121 @@
+"""Every layout of config.json found on the hub reads as the same configuration; what is none of them is refused."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from liger_jax import Qwen2VLConfig
+from tests.parity import REFERENCES
+
+LAYOUTS = json.loads((REFERENCES / "configs.json").read_text())
+PRESETS = {"2b": Qwen2VLConfig.qwen2_vl_2b(), "7b": Qwen2VLConfig.qwen2_vl_7b()}
+
+
+@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, size):
+    """Written by transformers 4.41 (the hub), 4.49 (defaults left out), 4.57 (nested) and 5.17 (rope_parameters)."""
+    assert Qwen2VLConfig.from_hf(LAYOUTS[layout][size]) == PRESETS[size]
+
+
+def test_the_layouts_are_four():
+    assert set(LAYOUTS) == {"hub", "4.49.0", "4.57.6", "5.17.0"}
+
+
+def test_tied_only_in_the_text_part():
+    """transformers 4.57 writes tie_word_embeddings of the 2B into text_config alone."""
+    saved = LAYOUTS["4.57.6"]["2b"]
+    assert "tie_word_embeddings" not in saved
+    assert Qwen2VLConfig.from_hf(saved).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("preset", "layers", "heads", "kv_heads", "hidden"),
+    [("qwen2_vl_2b", 28, 12, 2, 1536), ("qwen2_vl_7b", 28, 28, 4, 3584), ("qwen2_vl_72b", 80, 64, 8, 8192)],
+)
+def test_presets(preset, layers, heads, kv_heads, hidden):
+    config = getattr(Qwen2VLConfig, preset)()
+    text, vision = config.text, config.vision
+    assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == (layers, heads, kv_heads)
+    assert (text.hidden_size, vision.hidden_size) == (hidden, hidden)
+    assert (text.head_dim, vision.head_dim, vision.intermediate_size, vision.patch_values) == (128, 80, 5120, 1176)
+    assert config.tie_word_embeddings == (preset == "qwen2_vl_2b")
+    assert (config.image_token_id, config.video_token_id) == (151655, 151656)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), Qwen2VLConfig.qwen2_vl_72b(), Qwen2VLConfig.tiny()])
+def test_round_trip(config):
+    """What to_hf writes reads back as the same configuration, also through JSON."""
+    assert Qwen2VLConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_from_a_folder(tmp_path):
+    """A folder, or its config.json; end and padding tokens from generation_config.json beside it."""
+    folder = REFERENCES / "model_untied"
+    config = Qwen2VLConfig.from_hf(folder)
+    assert config == Qwen2VLConfig.from_hf(str(folder / "config.json"))
+    assert (config.eos_token_ids, config.pad_token_id) == ((152, 150), 150)
+    assert config.text.mrope_section == (1, 1, 2)
+    (tmp_path / "config.json").write_text(json.dumps(LAYOUTS["hub"]["2b"]))
+    assert Qwen2VLConfig.from_hf(tmp_path) == PRESETS["2b"]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert Qwen2VLConfig.from_hf(tmp_path).eos_token_ids == (7,)
+
+
+def test_usable_as_a_static_argument():
+    assert hash(Qwen2VLConfig.tiny()) == hash(Qwen2VLConfig.tiny())
+
+
+def changed(**values):
+    hub = copy.deepcopy(LAYOUTS["hub"]["2b"])
+    for key, value in values.items():
+        *path, last = key.split("__")
+        place = hub
+        for step in path:
+            place = place[step]
+        place[last] = value
+    return {key: value for key, value in hub.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
+        ({"model_type": None}, "model_type"),
+        ({"num_attention_heads": None}, "num_attention_heads"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
+        ({"num_attention_heads": 16}, "mrope_section"),
+        ({"rope_scaling__mrope_section": [16, 24, 25]}, "mrope_section"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "mrope_section": [16, 24, 24]}}, "yarn"),
+        ({"rope_scaling": None}, "mrope"),
+        ({"hidden_act": "gelu"}, "hidden_act.*'gelu'"),
+        ({"vision_config__hidden_act": "silu"}, "hidden_act.*'silu'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"vision_config__hidden_size": 1000}, "hidden_size 1000"),
+        ({"vision_config__num_heads": 7}, "num_heads 7"),
+        ({"vision_config__num_heads": 640}, "head size 2"),
+    ],
+)
+def test_refused(values, message):
+    """Named in the message: what is wrong, before a single weight is made."""
+    with pytest.raises(ValueError, match=message):
+        Qwen2VLConfig.from_hf(changed(**values))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        Qwen2VLConfig.from_hf(tmp_path)
+
+
+def test_not_json(tmp_path):
+    (tmp_path / "config.json").write_text("<html>")
+    with pytest.raises(ValueError):
+        Qwen2VLConfig.from_hf(tmp_path)
+
+
+def test_presets_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Qwen2VLConfig.tiny().tie_word_embeddings = True
