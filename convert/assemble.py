@@ -10,6 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from convert.table import hub_partition, to_parameter
 
+# Bytes on their way to a device at a time: a driver keeps a pinned copy of a transfer, and keeps its memory for good.
+PIECE = 2**26
+
 # Bytes up to which a parameter passes through host memory as a whole. Norms and biases do: rearranging them there takes
 # no compilation and no call to the device for each layer.
 SMALL = 2**24
@@ -47,7 +50,7 @@ class OnDevice:
     def put(self, tensor: np.ndarray, layer: int | None) -> None:
         if tensor.dtype == np.float64 and self.leaf.dtype != np.float64:
             tensor = tensor.astype(np.float32)  # JAX knows float64 only in its x64 mode
-        sent = jax.device_put(tensor, self._cut(layer))
+        sent = _send(tensor, self._cut(layer))
         if layer is None:
             self.value = _rearrange(sent, self.layout, self.sizes, self.leaf.dtype, self.sharding)
         else:
@@ -66,6 +69,23 @@ class OnDevice:
             return None
         spec = self.sharding.spec if layer is None else self.sharding.spec[1:]
         return NamedSharding(self.sharding.mesh, PartitionSpec(*hub_partition(self.layout, spec)))
+
+
+def _send(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    """The tensor on the devices; to a single one in pieces."""
+    rows = max(1, PIECE * len(tensor) // tensor.nbytes)
+    if sharding is not None or rows >= len(tensor):
+        return jax.device_put(tensor, sharding)
+    sent = jnp.zeros(tensor.shape, tensor.dtype)
+    for start in range(0, len(tensor), rows):
+        sent = _paste(sent, jax.device_put(tensor[start : start + rows]), start).block_until_ready()
+    return sent
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _paste(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
+    """Writes some rows of a tensor, in place."""
+    return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -132,7 +132,7 @@ def _summary(names: list[str], most: int = 30) -> list[str]:
     return [pattern.replace("{}", "{" + ",".join(numbers) + "}") for pattern, numbers in layers.items()]
 
 
-def _check_equal(head: Stored, embedding: Stored, rows: int = 8192) -> None:
+def _check_equal(head: Stored, embedding: Stored, rows: int = 65_536) -> None:
     """A tied model may store its head as well, provided that it is the embedding."""
     with contextlib.ExitStack() as stack:
         read = [(stack.enter_context(open_weights(tensor.file)).read, tensor.name) for tensor in (head, embedding)]

@@ -56,6 +56,7 @@ class TextConfig:
     rope_theta: float = 1_000_000.0
     mrope_section: tuple[int, ...] = (16, 24, 24)
     max_position_embeddings: int = 32_768
+    initializer_range: float = 0.02  # width of random weights, where no checkpoint fills them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +188,9 @@ class Qwen2VLConfig:
             "model_type": "qwen2_vl_text",
             "hidden_act": "silu",
             "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": None,
+            "eos_token_id": list(self.eos_token_ids) or None,
+            "pad_token_id": self.pad_token_id,
             "rope_parameters": {
                 "type": "mrope",
                 "rope_type": "default",
@@ -220,6 +224,7 @@ _SAME_NAME_TEXT = (
     "head_dim",
     "rms_norm_eps",
     "max_position_embeddings",
+    "initializer_range",
 )
 _SAME_NAME_VISION = (
     "depth",
@@ -233,7 +238,8 @@ _SAME_NAME_VISION = (
     "in_channels",
 )
 _SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-_NEEDED_TEXT = tuple(n for n in _SAME_NAME_TEXT if n not in ("head_dim", "max_position_embeddings", "rms_norm_eps"))
+_OPTIONAL_TEXT = ("head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range")
+_NEEDED_TEXT = tuple(n for n in _SAME_NAME_TEXT if n not in _OPTIONAL_TEXT)
 
 
 def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2VLConfig:

@@ -14,15 +14,16 @@ import pallas_kernels as pk
 
 
 class Init:
-    """Makes weights: a fresh random key for each, `initializer_range` 0.02 as in the checkpoints' configuration."""
+    """Makes weights: a fresh random key for each, normal with the configuration's `initializer_range`."""
 
-    def __init__(self, seed: int | jax.Array, dtype):
+    def __init__(self, seed: int | jax.Array, dtype, scale: float):
         self.key = jax.random.key(seed)
         self.dtype = jnp.dtype(dtype)
+        self.scale = scale
 
     def normal(self, *shape: int) -> nnx.Param:
         self.key, key = jax.random.split(self.key)
-        return nnx.Param((0.02 * jax.random.normal(key, shape, jnp.float32)).astype(self.dtype))
+        return nnx.Param((self.scale * jax.random.normal(key, shape, jnp.float32)).astype(self.dtype))
 
     def full(self, value: float, *shape: int) -> nnx.Param:
         return nnx.Param(jnp.full(shape, value, self.dtype))

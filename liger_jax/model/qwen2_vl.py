@@ -41,12 +41,13 @@ class Qwen2VL(nnx.Module):
         """A model with random weights, made where they live: on the default device, or in parts over `mesh`."""
         abstract = cls.abstract(config, dtype=dtype)
         shardings = None if mesh is None else param_shardings(abstract, mesh)
-        return jax.jit(lambda seed: cls(Init(seed, dtype), config), out_shardings=shardings)(seed)
+        scale = config.text.initializer_range
+        return jax.jit(lambda seed: cls(Init(seed, dtype, scale), config), out_shardings=shardings)(seed)
 
     @classmethod
     def abstract(cls, config: Qwen2VLConfig, *, dtype="bfloat16") -> Self:
         """The model with `jax.ShapeDtypeStruct` in place of weights: shapes without memory."""
-        return jax.eval_shape(lambda: cls(Init(0, dtype), config))
+        return jax.eval_shape(lambda: cls(Init(0, dtype, 1.0), config))
 
     @property
     def head(self) -> jax.Array:
