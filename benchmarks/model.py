@@ -58,6 +58,9 @@ def device_peak() -> float:
 
 
 def convert(directory: str, mesh) -> tuple[Qwen2VL, dict]:
+    jax.block_until_ready(
+        jax.jit(lambda: 0)()
+    )  # the first program sets up the device, which takes gigabytes of its own
     start = time.perf_counter()
     with HostMemory() as host:
         model = jax.block_until_ready(from_hf(directory, mesh=mesh))
