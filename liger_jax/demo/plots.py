@@ -40,5 +40,6 @@ def plot_answers(
             axis.imshow(picture)
         axes[-1].text(0, 0.7, question, fontsize=11, va="center")
         told, colour = (answer, "tab:green") if answer == right else (f"{answer}   (it is {right})", "tab:red")
-        axes[-1].text(0, 0.3, told, fontsize=14, weight="bold", color=colour, va="center")
+        told = ascii(told)[1:-1]  # an untrained model says what no font can show
+        axes[-1].text(0, 0.3, told, fontsize=14, weight="bold", color=colour, va="center", parse_math=False)
     FigureCanvasAgg(figure).print_png(path)
