@@ -50,7 +50,7 @@ def vision_items(
     for b, ids in enumerate(input_ids):
         columns = np.flatnonzero(segment_ids[b])
         tokens, segments = ids[columns], segment_ids[b, columns]
-        placeholders = np.flatnonzero(np.isin(tokens, list(kinds)))
+        placeholders = np.flatnonzero((tokens == config.image_token_id) | (tokens == config.video_token_id))
         items, done = [], 0
         while done < len(placeholders):
             start = placeholders[done]

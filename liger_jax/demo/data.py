@@ -1,5 +1,6 @@
 """Conversations about pictures of handwritten digits."""
 
+import functools
 from collections.abc import Iterator
 from importlib import resources
 from typing import NamedTuple
@@ -49,7 +50,13 @@ def draw_picture(images: np.ndarray, rng: np.random.Generator) -> Image.Image:
     chalk = np.zeros((rows * CELL, columns * CELL, 1), np.float32)
     for image, cell in zip(images, np.sort(rng.permutation(rows * columns)[: len(images)]), strict=True):
         top, left = (i * CELL for i in divmod(int(cell), columns))
-        large = Image.fromarray((image * 15).astype(np.uint8)).resize((CELL, CELL), Image.Resampling.BICUBIC)
-        chalk[top : top + CELL, left : left + CELL, 0] = np.asarray(large) / 255
+        chalk[top : top + CELL, left : left + CELL, 0] = enlarged(image.tobytes())
     board_colour, chalk_colour = rng.integers(105, 135, 3), rng.integers(235, 256, 3)
     return Image.fromarray((board_colour + chalk * (chalk_colour - board_colour)).round().astype(np.uint8))
+
+
+@functools.cache
+def enlarged(digit: bytes) -> np.ndarray:
+    """A digit's 8 x 8 bytes as a picture of one cell, [CELL, CELL] from 0 to 1; each is drawn many times."""
+    small = Image.fromarray(np.frombuffer(digit, np.uint8).reshape(8, 8) * np.uint8(15))
+    return np.asarray(small.resize((CELL, CELL), Image.Resampling.BICUBIC), np.float32) / 255
