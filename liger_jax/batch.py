@@ -67,19 +67,14 @@ class Batch:
         def pad(array, value=0):
             return np.pad(np.asarray(array), [(0, missing)] + [(0, 0)] * (array.ndim - 1), constant_values=value)
 
-        vision = self.vision and dataclasses.replace(
-            jax.tree.map(pad, self.vision),
-            token_columns=np.concatenate(
-                [self.vision.token_columns, _nowhere(missing, *_columns_and_tokens(self))], dtype=np.int32
-            ),
-        )
+        vision = self.vision
+        if vision is not None:
+            nowhere = _nowhere(missing, self.input_ids.shape[1], vision.token_columns.shape[1])
+            columns = np.concatenate([vision.token_columns, nowhere])
+            vision = dataclasses.replace(jax.tree.map(pad, vision), token_columns=columns)
         labels = None if self.labels is None else pad(self.labels, IGNORE)
         rest = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
         return dataclasses.replace(self, labels=labels, vision=vision, **rest)
-
-
-def _columns_and_tokens(batch: Batch) -> tuple[int, int]:
-    return batch.input_ids.shape[1], batch.vision.token_columns.shape[1]
 
 
 def _nowhere(rows: int, length: int, tokens: int) -> np.ndarray:
