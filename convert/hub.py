@@ -1,9 +1,12 @@
-"""From a folder or a hub id to a folder on this machine."""
+"""Which files of a hub repository a converter reads or hands on."""
 
 from pathlib import Path
 
-# Everything a converter reads or hands on; pickles are left on the server unless they are asked for.
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+from liger_jax.hub import local_folder
+
+# Pickles are left on the server unless they are asked for.
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+PICKLES = ("pytorch_model*.bin",)
 
 
 def find_checkpoint(
@@ -13,31 +16,6 @@ def find_checkpoint(
     cache_dir: str | Path | None = None,
     allow_pickle: bool = False,
 ) -> Path:
-    """The folder of a checkpoint, downloaded from the hub if `path_or_repo_id` is no folder here.
-
-    What is in the cache already is not downloaded again. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE=1`
-    work as they do for every program that uses huggingface_hub.
-
-    Raises:
-        FileNotFoundError: neither a folder nor something the hub (or, offline, the cache) has.
-    """
-    path = Path(path_or_repo_id)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FileNotFoundError(
-            f"{path} is a file; expected the folder of a checkpoint, or a hub id such as Qwen/Qwen2-VL-2B-Instruct"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    repo_id = str(path_or_repo_id)
-    patterns = [*_PATTERNS, "pytorch_model*.bin"] if allow_pickle else _PATTERNS
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-    except HFValidationError:
-        raise FileNotFoundError(f"{repo_id}: no such folder, and not a hub id (owner/name)") from None
-    except OSError as error:  # what the hub answers, what the cache lacks, no connection: all are OSErrors
-        reason = str(error).strip().replace("\n", " ")
-        at = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(f"{repo_id}: no such folder, and the hub does not give it{at}: {reason}") from error
+    """The folder of a checkpoint, downloaded from the hub if `path_or_repo_id` is no folder here; see `local_folder`."""
+    patterns = PATTERNS + PICKLES if allow_pickle else PATTERNS
+    return local_folder(path_or_repo_id, patterns, revision=revision, cache_dir=cache_dir)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from liger_jax.hub import local_folder
 from liger_jax.images import VisionSettings, patchify
 from liger_jax.messages import KINDS, Conversation, Item, MediaReader, Message, as_batch
 
@@ -78,7 +79,7 @@ class Processor:
         """
         from transformers import AutoTokenizer
 
-        folder = _local_folder(path_or_repo_id, revision)
+        folder = local_folder(path_or_repo_id, TOKENIZER_FILES + PROCESSOR_FILES, revision=revision)
         nested = _read_json(folder / "processor_config.json")
         image = nested.get("image_processor") or _read_json(folder / "preprocessor_config.json")
         video = nested.get("video_processor") or _read_json(folder / "video_preprocessor_config.json") or image
@@ -272,23 +273,6 @@ class Processor:
 def default_chat_template() -> str:
     """Qwen2-VL's chat template: renders what the published one renders."""
     return resources.files("liger_jax").joinpath("assets/chat_template.jinja").read_text(encoding="utf-8").strip()
-
-
-def _local_folder(path_or_repo_id: str | Path, revision: str | None) -> Path:
-    """The folder itself, or the hub's tokenizer and processor files in the local cache."""
-    folder = Path(path_or_repo_id)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    name = str(path_or_repo_id)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=TOKENIZER_FILES + PROCESSOR_FILES))
-    except HFValidationError:
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name)") from None
-    except OSError as error:  # what the hub answers, what the cache lacks, no connection: all are OSErrors
-        raise FileNotFoundError(f"{name}: no such folder, and the hub does not give it: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
