@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # Orbax takes half a second to import
 
     from liger_jax.train import TrainState
 
+PIECE_BYTES = 256 * 2**20  # of arrays that are on the host at a time while they are saved; a larger array on its own
+
 
 def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> None:
     """Writes the weights and the configuration of `model` to the folder `path`.
@@ -221,14 +223,38 @@ def _opened(target: "CheckpointManager | str | Path") -> Iterator["CheckpointMan
 def _handler(*, piecewise: bool = True, largest: int = 0):
     """Reads and writes a nested dict of arrays. Weights hardly compress, so that is off.
 
-    `piecewise` bounds what is on its way from the devices to the disk to a GB, or the largest array. It must be off for
-    asynchronous saves: training goes on, and overwrites what has not been fetched yet. For reading, Orbax has to know
-    the bytes of the `largest` array: it refuses what is over its bound.
+    `piecewise` writes a few arrays after the other. It must be off for asynchronous saves: training goes on, and overwrites
+    what has not been fetched yet. For reading, Orbax has to know the bytes of the `largest` array: it refuses what is over
+    its bound.
     """
     import orbax.checkpoint as ocp
 
+    class Piecewise(ocp.type_handlers.ArrayHandler):
+        """Takes PIECE_BYTES of arrays to the host when those before are on the disk.
+
+        It writes copies made on the device: what JAX keeps on the host of an array that was fetched goes with the copy.
+        """
+
+        async def serialize(self, values, infos, args=None):
+            piece, size = [], 0
+            for item in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+                if piece and size + item[0].nbytes > PIECE_BYTES:
+                    await self.write(piece)
+                    piece, size = [], 0
+                piece.append(item)
+                size += item[0].nbytes
+            await self.write(piece)
+            return []
+
+        async def write(self, piece):
+            values, infos, args = zip(*piece, strict=True)
+            for written in await super().serialize([jnp.copy(value) for value in values], infos, args):
+                written.result()
+
+    arrays = Piecewise() if piecewise else ocp.type_handlers.ArrayHandler()
     return ocp.PyTreeCheckpointHandler(
-        save_device_host_concurrent_gb=1 if piecewise else None,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        enable_pinned_host_transfer=False if piecewise else None,  # memory pinned for transfers is never given back
         restore_concurrent_gb=1 + math.ceil(largest / 1e9),
         use_compression=False,
     )

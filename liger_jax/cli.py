@@ -1,5 +1,6 @@
-"""The command line: `liger-jax demo | convert | env`. Each command imports what it needs when it runs."""
+"""The command line: `liger-jax demo | convert | bench | tune | env`. Each command imports what it needs when it runs."""
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,8 @@ def demo(
         seed: of the weights and of the order of pictures.
         held_out: questions about unseen digits to measure the accuracy with.
     """
+    # to look for the fastest way to multiply matrices takes a GPU longer than this model's training
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     from liger_jax.demo.run import run_demo
 
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
@@ -69,6 +72,43 @@ def convert(
 
     options = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size, "revision": revision}
     print(run(source, target, **options, allow_pickle=allow_pickle, overwrite=overwrite))
+
+
+@app.command
+def tune(*only: str) -> None:
+    """Time the candidate block sizes of the kernels on the GPU at hand and keep the fastest for it.
+
+    Args:
+        only: kernels by name; by default all.
+    """
+    from pallas_kernels.tune import main as tune_kernels
+
+    tune_kernels(only)
+
+
+@app.command
+def bench(
+    what: Annotated[Literal["ops"], tyro.conf.Positional],
+    only: tuple[str, ...] = (),
+    peers: bool = True,
+    sweep: bool = False,
+    results: Path = Path("benchmarks/results"),
+) -> None:
+    """Measure on the GPU at hand: the operations of pallas_kernels, beside jitted jnp, cuDNN and other packages.
+
+    ops takes kernel times, memory and errors, and writes ops_<device>.json anew after each case. A case that is in there
+    already is replaced, so that a bench can be run in parts.
+
+    Args:
+        what: what to measure.
+        only: operations, or single cases by name; by default all.
+        peers: also measure other packages: Liger-Kernel, torch and cut-cross-entropy in a process of their own, tokamax.
+        sweep: from few rows to many instead, against jitted jnp only; writes ops_sweep_<device>.json and a plot of it.
+        results: folder of the files.
+    """
+    from liger_jax.bench import ops
+
+    print(ops.run(only, peers=peers, sweep=sweep, directory=results))
 
 
 @app.command

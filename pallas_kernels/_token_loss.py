@@ -70,35 +70,53 @@ def check_rows(
 # ---- one row ----------------------------------------------------------------------------------------------------------
 
 
-def rows_of_logits(options: Options, logits: jax.Array, labels: jax.Array, class_weights: jax.Array | None) -> Rows:
-    """logits [..., V], labels [...] -> Rows.
+class Statistics(NamedTuple):
+    """What has to be known of each row of capped logits z, all [...]."""
+
+    lse: jax.Array  # log-sum-exp
+    z_label: jax.Array  # of the label; anything for a label outside the vocabulary
+    weighted_z: jax.Array  # sum of class weight times z; only with label smoothing
+    first_largest: jax.Array  # float: 1 where the label is the first largest
+
+
+def statistics_xla(options: Options, logits: jax.Array, labels: jax.Array, class_weights: jax.Array | None):
+    """logits [..., V], labels [...] -> Statistics.
 
     A sum under a mask picks the label's logit, where a gather would not fuse with the other sums over the row, nor
     work on a vocabulary that is sharded.
     """
     vocab = logits.shape[-1]
-    z = _capped(options, logits)
-    counts, known, is_label = _labels(options, labels, vocab)
+    z = capped(options, logits)
     largest = jnp.max(z, axis=-1)
     lse = largest + jnp.log(jnp.sum(jnp.exp(z - largest[..., None]), axis=-1))
-    z_label = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
+    z_label = jnp.sum(jnp.where(jnp.arange(vocab) == labels[..., None], z, 0), axis=-1)
     first_largest = jnp.min(jnp.where(z == largest[..., None], jnp.arange(vocab), vocab), axis=-1)
-
-    weight = weight_of_label(labels, class_weights, z.dtype)
-    loss = (1 - options.label_smoothing) * weight * (lse - z_label)
+    weighted_z = jnp.zeros_like(lse)
     if options.label_smoothing:
-        weights = jnp.ones(vocab, z.dtype) if class_weights is None else class_weights.astype(z.dtype)
-        spread = jnp.sum(weights) * lse - jnp.sum(weights * z, axis=-1)
+        weighted_z = jnp.sum(z if class_weights is None else class_weights.astype(z.dtype) * z, axis=-1)
+    return Statistics(lse, z_label, weighted_z, (first_largest == labels) * 1.0)
+
+
+def rows_of_statistics(
+    options: Options, found: Statistics, labels: jax.Array, class_weights: jax.Array | None, vocab: int
+) -> Rows:
+    """The losses of rows with those statistics."""
+    lse = found.lse
+    weight = weight_of_label(labels, class_weights, lse.dtype)
+    loss = (1 - options.label_smoothing) * weight * (lse - found.z_label)
+    if options.label_smoothing:
+        spread = total_weight(class_weights, vocab, lse.dtype) * lse - found.weighted_z
         loss += options.label_smoothing / vocab * spread
     z_loss = options.z_loss * weight * lse * lse
+    counts, known = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
 
     def where_counted(value: jax.Array) -> jax.Array:
         return jnp.where(counts, jnp.where(known, value, jnp.nan), 0.0)
 
-    return Rows(where_counted(loss + z_loss), where_counted(z_loss), lse, counts * (first_largest == labels) * 1.0)
+    return Rows(where_counted(loss + z_loss), where_counted(z_loss), lse, counts * found.first_largest)
 
 
-def gradient_of_logits(
+def gradient_xla(
     options: Options,
     logits: jax.Array,
     labels: jax.Array,
@@ -111,18 +129,18 @@ def gradient_of_logits(
     d loss / d z_v = p_v ((1 - s) w_y + s/V sum w + 2 z_loss w_y lse) - (1 - s) w_y [v = y] - s/V w_v
     """
     vocab = logits.shape[-1]
-    z = _capped(options, logits)
-    counts, known, is_label = _labels(options, labels, vocab)
+    z = capped(options, logits)
+    counts, known = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
     weight = weight_of_label(labels, class_weights, z.dtype)
     of_label = (1 - options.label_smoothing) * weight
     of_softmax = of_label + 2 * options.z_loss * weight * lse
     if options.label_smoothing:
-        weights = jnp.ones(vocab, z.dtype) if class_weights is None else class_weights.astype(z.dtype)
         spread = options.label_smoothing / vocab
-        of_softmax += spread * jnp.sum(weights)
+        of_softmax += spread * total_weight(class_weights, vocab, z.dtype)
+    is_label = jnp.arange(vocab) == labels[..., None]
     gradient = jnp.exp(z - lse[..., None]) * of_softmax[..., None] - jnp.where(is_label, of_label[..., None], 0)
     if options.label_smoothing:
-        gradient -= spread * weights
+        gradient -= spread if class_weights is None else spread * class_weights.astype(z.dtype)
     if options.softcap is not None:
         gradient *= 1 - jnp.square(z / options.softcap)
     gradient *= jnp.where(known, cotangent.astype(z.dtype), jnp.nan)[..., None]
@@ -136,14 +154,15 @@ def weight_of_label(labels: jax.Array, class_weights: jax.Array | None, dtype: j
     return _sharding.lookup(class_weights.astype(dtype), labels)
 
 
-def _capped(options: Options, logits: jax.Array) -> jax.Array:
+def total_weight(class_weights: jax.Array | None, vocab: int, dtype: jnp.dtype) -> jax.Array:
+    """The sum of all class weights."""
+    return jnp.asarray(vocab, dtype) if class_weights is None else jnp.sum(class_weights.astype(dtype))
+
+
+def capped(options: Options, logits: jax.Array) -> jax.Array:
+    """z of the logits, in float32."""
     z = logits.astype(_validate.wide(logits.dtype))
     return z if options.softcap is None else options.softcap * jnp.tanh(z / options.softcap)
-
-
-def _labels(options: Options, labels: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> counts [...], known [...] (within the vocabulary), is_label [..., V]."""
-    return labels != options.ignore_index, (labels >= 0) & (labels < vocab), jnp.arange(vocab) == labels[..., None]
 
 
 # ---- all rows ---------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ class Blocks:
 
     rows: int  # of one block
     num_warps: int
-    num_stages: int = 1
-    programs: int = 0  # that share all blocks, in kernels that walk over them
+    programs: int = 0  # that take turns with the blocks of rows; 0: one for each
+    columns: int = 0  # of one block, in kernels that do not hold rows at full width
 
 
 def blocks(op: str, *, rows: int, width: int) -> Blocks:
@@ -33,28 +33,50 @@ def blocks(op: str, *, rows: int, width: int) -> Blocks:
 
 
 def rule(op: str, *, width: int) -> Blocks:
-    """About 2048 numbers a block, 8 a thread, and in kernels that walk over rows a few programs for each of a GPU's SMs."""
+    """What was good on an H200 at most widths: 8 to 32 numbers a thread, two programs an SM where rows are summed."""
     block_width = 1 << max(width - 1, 0).bit_length()
-    block_rows = max(1, min(16, 2048 // block_width))
-    num_warps = min(max(block_rows * block_width // 512, 4), 16)
-    return (
-        Blocks(block_rows, num_warps, num_stages=2, programs=512)
-        if op.endswith("backward")
-        else Blocks(block_rows, num_warps)
+    columns = min(block_width, COLUMNS.get(_family(op), block_width))
+    rows = max(1, min(64, NUMBERS[_family(op)] // columns))
+    num_warps = min(max(rows * columns // 512, 4), 16)
+    return Blocks(
+        rows=rows,
+        num_warps=num_warps,
+        programs=264 if op.endswith("norm_backward") else 0,
+        columns=columns if _family(op) in COLUMNS else 0,
     )
+
+
+# A block has so many numbers, and at most so many columns where rows are not held at full width.
+NUMBERS = {"norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
+COLUMNS = {"gate": 1024, "cross_entropy": 4096}
+# What the tuner tries.
+CHOICES = {
+    "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
+    "gate": {"rows": (1, 2, 4), "num_warps": (4, 8), "columns": (512, 1024, 2048)},
+    "rope": {"rows": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},
+    "cross_entropy": {
+        "rows": (1, 2, 4, 8),
+        "num_warps": (8, 16, 32),
+        "columns": (2048, 4096, 8192),
+        "programs": (0, 132),
+    },
+}
+
+
+def _family(op: str) -> str:
+    return next(family for family in CHOICES if family in op)
 
 
 def candidates(op: str, *, width: int) -> Iterator[Blocks]:
-    """What the tuner tries for a shape; the rule's choice first."""
-    first = rule(op, width=width)
+    """What the tuner tries for a shape: the rule's choice, then all that give a thread 4 to 64 numbers."""
+    first, choices = rule(op, width=width), CHOICES[_family(op)]
     yield first
-    axes = (
-        sorted({max(1, first.rows // 2), first.rows, 2 * first.rows}),
-        (4, 8, 16),
-        (1, 2) if first.programs else (1,),
-        (264, 528, 1056) if first.programs else (0,),
-    )
-    yield from (found for found in itertools.starmap(Blocks, itertools.product(*axes)) if found != first)
+    for values in itertools.product(*choices.values()):
+        found = dataclasses.replace(first, **dict(zip(choices, values, strict=True)))
+        numbers = found.rows * (found.columns or 1 << max(width - 1, 0).bit_length()) / (32 * found.num_warps)
+        walks_without_end = op.endswith("norm_backward") and not found.programs  # a partial sum for every block
+        if 4 <= numbers <= 64 and found != first and not walks_without_end:
+            yield found
 
 
 @functools.cache

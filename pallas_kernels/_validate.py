@@ -4,18 +4,33 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-XLA_ONLY = ("xla",)
-WITH_KERNEL = ("xla", "triton", "interpret")
+IMPLEMENTATIONS = ("triton", "xla", "interpret")
+WIDEST_ROW = 65_536  # columns that one program can hold in registers
 
 
-def implementation_exists(op: str, implementation: str | None, available: tuple[str, ...] = XLA_ONLY) -> None:
+def known_implementation(op: str, implementation: str | None, available: tuple[str, ...] = IMPLEMENTATIONS) -> None:
     """Raises NotImplementedError for a known implementation that `op` lacks, ValueError for an unknown one."""
     if implementation is None or implementation in available:
         return
     choices = ", ".join(map(repr, (None, *available)))
-    if implementation in WITH_KERNEL:
+    if implementation in IMPLEMENTATIONS:
         raise NotImplementedError(f"{op}: there is no {implementation!r} implementation; available: {choices}")
     raise ValueError(f"{op}: implementation is {implementation!r}; expected one of {choices}")
+
+
+def rows(op: str, implementation: str | None, x: jax.Array, **vectors: jax.Array) -> str | None:
+    """The implementation for rows x [..., D] with vectors [D], which a kernel holds at full width.
+
+    Raises ValueError for shapes that do not fit, and for a kernel asked for by name at D > WIDEST_ROW.
+    """
+    known_implementation(op, implementation)
+    if x.ndim < 1:
+        raise ValueError(f"{op}: x has shape (); expected [..., D]")
+    for name, vector in vectors.items():
+        shape(op, name, vector.shape, x.shape[-1:])
+    if x.shape[-1] > WIDEST_ROW and implementation in ("triton", "interpret"):
+        raise ValueError(f"{op}: x has {x.shape[-1]} columns; the {implementation!r} implementation takes {WIDEST_ROW}")
+    return "xla" if x.size == 0 or x.shape[-1] > WIDEST_ROW else implementation
 
 
 def floating(op: str, **arrays: jax.Array) -> None:

@@ -62,7 +62,7 @@ def attention(
         [[0.0, 1.0, 2.0, 3.0], [2.0, 3.0, 4.0, 5.0]]
     """
     op = "attention"
-    _validate.implementation_exists(op, implementation, IMPLEMENTATIONS)
+    _validate.known_implementation(op, implementation, IMPLEMENTATIONS)
     _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments)
     refusal = cudnn_refuses(q, k, causal, segment_ids, kv_segment_ids, max_segments)
     if implementation == "cudnn" and refusal:

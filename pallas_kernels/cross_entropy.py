@@ -1,11 +1,13 @@
 """Softmax cross-entropy of logits that exist in memory."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _token_loss, _validate
+from pallas_kernels import _sharding, _token_loss, _validate
+from pallas_kernels import _token_loss_kernel as _kernel
 from pallas_kernels._token_loss import Options, Rows
 
 
@@ -44,18 +46,20 @@ def cross_entropy(
         reduction: "mean", "sum", or "none" for the loss of each token.
         normalizer: a number, or scalar array, that "mean" divides by in place of the sum of the weights.
         return_metrics: also return what the same pass found.
-        implementation: None or "xla".
+        implementation: None, "triton", "xla" or "interpret".
 
     Returns:
         A scalar, or [...] for "none", in float32. If no label counts, or there are no rows: 0, with gradients 0.
         With return_metrics (loss, metrics): scalars without gradient, "loss" (summed over the tokens even for "none"),
         "z_loss" (the part of it that is z-loss), "num_tokens" (int32, the labels that count) and "accuracy" (the share
         of them that are their row's first largest logit; 0 if there are none).
-        Backward keeps the logits as they came and one number a row.
+        For "mean" and "sum" the gradient is made in the forward pass, while the row is in the cache: backward keeps the
+        gradient, which takes as much memory as the logits. For "none" it keeps the logits and one number a row. A forward
+        pass that nobody differentiates keeps nothing. On a mesh rows may be sharded; a sharded vocabulary is gathered,
+        except by "xla".
 
     Raises:
         ValueError: a shape, dtype or option that does not fit.
-        NotImplementedError: an implementation that does not exist yet.
 
     Source: torch.nn.functional.cross_entropy and Liger-Kernel for the options; Szegedy et al. 2016 (label smoothing),
         https://arxiv.org/abs/1512.00567; Chowdhery et al. 2022 (z-loss), https://arxiv.org/abs/2204.02311
@@ -67,7 +71,7 @@ def cross_entropy(
         1.386
     """
     op = "cross_entropy"
-    _validate.implementation_exists(op, implementation)
+    _validate.known_implementation(op, implementation)
     _validate.floating(op, logits=logits)
     if logits.ndim < 1:
         raise ValueError(f"{op}: logits has shape (); expected [..., V]")
@@ -75,31 +79,104 @@ def cross_entropy(
     *leading, vocab = logits.shape
     _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
 
+    static = _Static(options, class_weights is not None, implementation)
     wide = _validate.wide(logits.dtype)
     scale = _token_loss.scale_of_rows(options, labels, class_weights, token_weights, reduction, normalizer, wide)
-    rows = _rows(options, logits, labels, class_weights)
-    loss = scale * rows.loss
-    loss = loss if reduction == "none" else jnp.sum(loss)
+    weights = () if class_weights is None else (class_weights,)
+    logits, labels, scale, *weights = _sharding.agree(_gradient_op(static), logits, labels, scale, *weights)
+    if reduction == "none":
+        rows = _rows(static, logits, labels, *weights)
+        loss = scale * rows.loss
+    else:
+        loss, rows = _total(static, logits, scale, labels, *weights)
     return (loss, _token_loss.metrics_of_rows(options, rows, labels, scale)) if return_metrics else loss
 
 
-# ---- XLA implementation and its gradient: the formulas are in _token_loss -----------------------------------------------
+class _Static(NamedTuple):
+    options: Options
+    has_class_weights: bool
+    implementation: str | None
+
+
+# ---- on one device: logits [..., V], labels [...], class weights [V] if there are any; see _token_loss for the formula
+
+
+def _rows_local(static: _Static, logits, labels, *weights):
+    return tuple(_kernel.rows(static.implementation, static.options, logits, labels, *(weights or (None,))))
+
+
+def _gradient_local(static: _Static, logits, labels, scale, *weights):
+    """-> *Rows and the gradient of sum(scale * Rows.loss)."""
+    found, dlogits = _kernel.rows_and_gradient(
+        static.implementation, static.options, logits, labels, *(weights or (None,)), scale, in_place=False
+    )
+    return *found, dlogits
+
+
+def _backward_local(static: _Static, logits, labels, cotangent, lse, *weights):
+    gradient = _kernel.gradient(
+        static.implementation, static.options, logits, labels, *(weights or (None,)), lse, cotangent
+    )
+    return (gradient,)
+
+
+# ---- gradient and mesh -----------------------------------------------------------------------------------------------
+
+
+def _rows_op(static: _Static) -> _sharding.ParallelOp:
+    return _op(static, _rows_local, (".v", "."), (".",) * 4)
+
+
+def _gradient_op(static: _Static) -> _sharding.ParallelOp:
+    return _op(static, _gradient_local, (".v", ".", "."), (*(".",) * 4, ".v"))
+
+
+def _backward_op(static: _Static) -> _sharding.ParallelOp:
+    return _op(static, _backward_local, (".v", ".", ".", "."), (".v",))
+
+
+def _op(static: _Static, local, operands, results) -> _sharding.ParallelOp:
+    return _sharding.ParallelOp(local, (*operands, *("v",) * static.has_class_weights), results, ".", static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(options: Options, logits: jax.Array, labels: jax.Array, class_weights: jax.Array | None) -> Rows:
-    return _token_loss.rows_of_logits(options, logits, labels, class_weights)
+def _total(static: _Static, logits, scale, labels, *weights):
+    """-> sum(scale * Rows.loss), Rows. The gradient is made in the forward pass."""
+    rows = Rows(*_sharding.run(_rows_op(static), logits, labels, *weights))
+    return jnp.sum(scale * rows.loss), rows
 
 
-def _rows_forward(options, logits, labels, class_weights):
-    rows = _token_loss.rows_of_logits(options, logits, labels, class_weights)
-    return rows, (logits, labels, class_weights, rows.lse)
+def _total_forward(static, logits, scale, labels, *weights):
+    *rows, dlogits = _sharding.run(_gradient_op(static), logits, labels, scale, *weights)
+    rows = Rows(*rows)
+    return (jnp.sum(scale * rows.loss), rows), (dlogits, rows.loss)
 
 
-def _rows_backward(options, saved, cotangent: Rows):
-    logits, labels, class_weights, lse = saved
-    gradient = _token_loss.gradient_of_logits(options, logits, labels, class_weights, lse, cotangent.loss)
-    return gradient, None, None  # the rest of Rows is for metrics and carries no gradient
+def _total_backward(static, saved, cotangents):
+    dlogits, loss = saved
+    cotangent, _ = cotangents  # Rows is for metrics and carries no gradient
+    # XLA drops the product where it knows the cotangent to be 1
+    return (dlogits * cotangent).astype(dlogits.dtype), loss * cotangent, None, *(None,) * static.has_class_weights
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(static: _Static, logits, labels, *weights) -> Rows:
+    """The gradient is made in the backward pass, for a cotangent of its own for each row."""
+    return Rows(*_sharding.run(_rows_op(static), logits, labels, *weights))
+
+
+def _rows_forward(static, logits, labels, *weights):
+    rows = _rows(static, logits, labels, *weights)
+    return rows, (logits, labels, rows.lse, weights)
+
+
+def _rows_backward(static, saved, cotangent: Rows):
+    logits, labels, lse, weights = saved
+    (dlogits,) = _sharding.run(_backward_op(static), logits, labels, cotangent.loss, lse, *weights)
+    return dlogits, None, *(None for _ in weights)
 
 
 _rows.defvjp(_rows_forward, _rows_backward)

@@ -1,17 +1,19 @@
 """Softmax cross-entropy of a linear layer, without its logits ever being in memory at once."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _sharding, _token_loss, _validate
+from pallas_kernels import _token_loss_kernel as _kernel
 from pallas_kernels._token_loss import Options, Rows
 
-CHUNK_BYTES = (
-    640_000_000  # of logits; large enough for library matrix products at full rate and few passes over the weight
-)
+# Of logits: large enough for library matrix products at full rate and for few passes over the weight and its gradient.
+CHUNK_BYTES = 640_000_000
+SMALLEST_PART = 256  # rows of a chunk's quarter that are still worth a matrix product of their own
 
 
 def linear_cross_entropy(
@@ -32,12 +34,13 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-    """cross_entropy(x @ weight.T + bias, labels), computed over chunks of rows.
+    """cross_entropy(x @ weight.T + bias, labels), computed over chunks of the rows whose label counts.
 
-    The logits of a chunk are in x's dtype, as a matrix product leaves them; the loss and the gradients' sums over chunks
-    are float32. For "mean" and "sum" the gradient is made in the forward pass, chunk by chunk, while the logits are
-    there, and scaled in the backward pass; a forward pass that nobody differentiates computes and keeps no gradient.
-    For "none" the backward pass computes the logits again.
+    Those rows are brought together first, so that ignored ones cost a quarter of a chunk at most. The logits of a chunk
+    are in x's dtype, as a matrix product leaves them; the loss and the gradients' sums over chunks are float32. For "mean"
+    and "sum" the gradient is made in the forward pass, chunk by chunk, while the logits are there, and scaled in the
+    backward pass; a forward pass that nobody differentiates computes and keeps no gradient. For "none" the backward pass
+    computes the logits again.
 
     Args:
         x: [..., H], float.
@@ -45,7 +48,8 @@ def linear_cross_entropy(
         labels: [...], int.
         bias: [V], float, or None.
         chunk_rows: largest number of rows (of each device) whose logits are in memory; None for a budget of 640 MB.
-        implementation: None or "xla".
+        implementation: None, "triton", "xla" or "interpret": of the loss and the gradient of a chunk's logits. The matrix
+            products are XLA's in all of them.
         The other options, the results and the errors are those of `cross_entropy`.
 
     Returns:
@@ -54,7 +58,6 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a shape, dtype or option that does not fit.
-        NotImplementedError: an implementation that does not exist yet.
 
     Source: Liger-Kernel's fused linear cross-entropy, https://arxiv.org/abs/2410.10989
 
@@ -66,7 +69,7 @@ def linear_cross_entropy(
         1.386
     """
     op = "linear_cross_entropy"
-    _validate.implementation_exists(op, implementation)
+    _validate.known_implementation(op, implementation)
     _validate.floating(op, x=x, weight=weight)
     _validate.same_dtype(op, x=x, weight=weight)
     if x.ndim < 1 or weight.ndim != 2:
@@ -81,7 +84,7 @@ def linear_cross_entropy(
     options = Options.checked(op, ignore_index, label_smoothing, z_loss, softcap)
     _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
 
-    static = _Static(options, chunk_rows, bias is not None, class_weights is not None)
+    static = _Static(options, chunk_rows, bias is not None, class_weights is not None, implementation)
     scale = _token_loss.scale_of_rows(
         options, labels, class_weights, token_weights, reduction, normalizer, _validate.wide(x.dtype)
     )
@@ -99,20 +102,21 @@ class _Static(NamedTuple):
     chunk_rows: int | None
     has_bias: bool
     has_class_weights: bool
+    implementation: str | None
 
 
-# ---- XLA implementation: a loop over chunks of the rows of one device ------------------------------------------------
+# ---- on one device: a loop over chunks of rows; loss and gradient of a chunk's logits are those of cross_entropy -----
 
 
 def _forward_local(static: _Static, x, labels, weight, *optional) -> tuple[jax.Array, ...]:
     """x [..., H], labels [...], weight [V, H], bias [V] and class_weights [V] if there are any -> Rows, each [...]."""
     bias, class_weights = _unpacked(static, optional)
 
-    def chunk(_, rows):
-        x, labels = rows
-        return None, _token_loss.rows_of_logits(static.options, _logits(x, weight, bias), labels, class_weights)
+    def chunk(_, x, labels):
+        logits = _logits(x, weight, bias)
+        return [], _kernel.rows(static.implementation, static.options, logits, labels, class_weights)
 
-    _, rows = _over_chunks(static, chunk, None, weight, x, labels)
+    _, rows = _over_chunks(static, chunk, weight, x, labels)
     return tuple(rows)
 
 
@@ -123,22 +127,25 @@ def _gradient_local(static: _Static, x, labels, scale, weight, *optional) -> tup
     """
     bias, class_weights = _unpacked(static, optional)
     wide = _validate.wide(x.dtype)
-    zeros = jnp.zeros(weight.shape, wide), jnp.zeros(weight.shape[:1] if static.has_bias else (0,), wide)
 
-    def chunk(sums, rows):
-        x, labels, scale = rows
-        logits = _logits(x, weight, bias)
-        found = _token_loss.rows_of_logits(static.options, logits, labels, class_weights)
-        dlogits = _token_loss.gradient_of_logits(static.options, logits, labels, class_weights, found.lse, scale)
+    def chunk(sums, x, labels, scale):
+        rows, dlogits = _kernel.rows_and_gradient(
+            static.implementation,
+            static.options,
+            _logits(x, weight, bias),
+            labels,
+            class_weights,
+            scale,
+            in_place=True,
+        )
         dx = jnp.einsum("nv,vh->nh", dlogits, weight, preferred_element_type=wide)
-        dweight, dbias = sums
-        dweight = dweight + jnp.einsum("nv,nh->vh", dlogits, x, preferred_element_type=wide)
+        new = [jnp.einsum("nv,nh->vh", dlogits, x, preferred_element_type=wide)]
         if static.has_bias:
-            dbias = dbias + jnp.sum(dlogits, axis=0, dtype=wide)
-        return (dweight, dbias), (found, dx)
+            new.append(jnp.sum(dlogits, axis=0, dtype=wide))
+        return [old + product for old, product in zip(sums, new, strict=True)] if sums else new, (rows, dx)
 
-    (dweight, dbias), (rows, dx) = _over_chunks(static, chunk, zeros, weight, x, labels, scale)
-    return (*rows, dx, dweight, dbias) if static.has_bias else (*rows, dx, dweight)
+    sums, (rows, dx) = _over_chunks(static, chunk, weight, x, labels, scale)
+    return (*rows, dx, *sums)
 
 
 def _logits(x, weight, bias):
@@ -146,31 +153,71 @@ def _logits(x, weight, bias):
     return logits if bias is None else (logits + bias).astype(logits.dtype)
 
 
-def _over_chunks(static: _Static, chunk, sums, weight, x, labels, *more):
-    """Runs chunk(sums, some rows of (x, labels, *more)) -> (sums, found) over all rows, and joins what is found."""
-    row_axes, ignored = labels.shape, static.options.ignore_index
+def _over_chunks(static: _Static, chunk, weight, x, labels, *more):
+    """chunk(sums, some rows of x, labels, *more) -> (sums, found), over the rows whose label counts. -> sums, found [...].
+
+    What is found for the other rows is zero. How many chunks there are is known at run time only: a loop over whole
+    chunks, then one over quarters for what is left. The first of them starts the sums (they are None there), which saves
+    writing and reading zeros as large as the weight.
+    """
+    row_axes = labels.shape
     flat = [array.reshape(-1, *array.shape[len(row_axes) :]) for array in (x, labels, *more)]
-    rows = flat[0].shape[0]
-    chunks = _number_of_chunks(static, rows, weight.shape[0] * x.dtype.itemsize)
-    if chunks == 1:
-        sums, found = chunk(sums, flat)
+    rows = flat[1].size
+    size, part = _chunk_sizes(static, rows, weight.shape[0] * x.dtype.itemsize)
+    if part == rows:  # one chunk, and no smaller one
+        sums, found = chunk(None, *flat)
+        return sums, jax.tree.map(lambda array: array.reshape(*row_axes, *array.shape[1:]), found)
+
+    counts = flat[1] != static.options.ignore_index
+    number = jnp.sum(counts)
+    place = jnp.where(counts, jnp.cumsum(counts), number + jnp.cumsum(~counts)) - 1  # those that count come first
+    order = jnp.zeros(rows, place.dtype).at[place].set(jnp.arange(rows, dtype=place.dtype), unique_indices=True)
+    missing = -rows % size
+    fill = (0, static.options.ignore_index, *(0 for _ in more))
+    ordered = [
+        jnp.pad(array[order], ((0, missing), *((0, 0),) * (array.ndim - 1)), constant_values=value)
+        for array, value in zip(flat, fill, strict=True)
+    ]
+    chunks = -(-jnp.maximum(number - (size - part), 0) // size)
+    parts = -(-jnp.maximum(number - chunks * size, 0) // part)
+
+    def put(found, start, of_chunk):
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(update, found, of_chunk)
+
+    def first(size):
+        sums, of_chunk = chunk(None, *(array[:size] for array in ordered))
+        zeros = jax.tree.map(lambda of: jnp.zeros((rows + missing, *of.shape[1:]), of.dtype), of_chunk)
+        return sums, put(jax.tree.map(functools.partial(_sharding.varying_as, x), zeros), 0, of_chunk)
+
+    def loop(size, start, begin, end, state):
+        def step(i, state):
+            sums, found = state
+            here = start + i * size
+            sums, of_chunk = chunk(sums, *(jax.lax.dynamic_slice_in_dim(array, here, size) for array in ordered))
+            return sums, put(found, here, of_chunk)
+
+        return jax.lax.fori_loop(begin, end, step, state)
+
+    if part == size:
+        state = loop(size, 0, 1, chunks, first(size))
     else:
-        missing = -rows % chunks
-        padded = [
-            jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)), constant_values=ignored if i == 1 else 0)
-            for i, array in enumerate(flat)
-        ]
-        sums = jax.tree.map(lambda zeros: _sharding.varying_as(x, zeros), sums)
-        sums, found = jax.lax.scan(chunk, sums, [array.reshape(chunks, -1, *array.shape[1:]) for array in padded])
-        found = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:rows], found)
-    return sums, jax.tree.map(lambda array: array.reshape(*row_axes, *array.shape[1:]), found)
+        state = jax.lax.cond(chunks > 0, functools.partial(first, size), functools.partial(first, part))
+        state = loop(size, 0, 1, chunks, state)
+        state = loop(part, chunks * size, jnp.where(chunks > 0, 0, 1), parts, state)
+    sums, found = state
+    return sums, jax.tree.map(lambda array: array[place].reshape(*row_axes, *array.shape[1:]), found)
 
 
-def _number_of_chunks(static: _Static, rows: int, bytes_per_row: int) -> int:
-    """Fewest chunks within the budget; a few more if that divides the rows evenly, so that nothing is padded."""
+def _chunk_sizes(static: _Static, rows: int, bytes_per_row: int) -> tuple[int, int]:
+    """-> rows of a chunk, and of the parts for what is left: a quarter of it, or all of it if that would be too few."""
     limit = static.chunk_rows or max(1, CHUNK_BYTES // bytes_per_row)
-    fewest = max(1, -(-rows // limit))
-    return next((chunks for chunks in range(fewest, 2 * fewest) if rows % chunks == 0), fewest)
+    chunks = max(1, -(-rows // limit))
+    size = -(-rows // chunks)
+    if size < 4 * SMALLEST_PART:
+        return size, size
+    part = min(SMALLEST_PART * math.ceil(size / 4 / SMALLEST_PART), limit // 4)
+    return 4 * part, part
 
 
 def _unpacked(static: _Static, optional):
@@ -178,7 +225,7 @@ def _unpacked(static: _Static, optional):
     return next(arrays) if static.has_bias else None, next(arrays) if static.has_class_weights else None
 
 
-# ---- gradient and mesh ------------------------------------------------------------------------------------------------
+# ---- gradient and mesh -----------------------------------------------------------------------------------------------
 
 
 def _optional_signature(static: _Static) -> tuple[str, ...]:

@@ -1,11 +1,18 @@
-"""Rotary position embedding: rope (one position a token) and mrope (three: time, height, width)."""
+"""Rotary position embedding: rope (one position a token) and mrope (three: time, height, width).
 
+None takes XLA's here on every platform. Alone, the kernel is faster than XLA's; in a model it stands in the way of fusing
+the rotation with what is beside it: on an H200 a training step of Qwen2-VL-2B takes 444 ms with it and 439 without.
+"""
+
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _validate
+from pallas_kernels import _lowering, _sharding, _tuning, _validate
+from pallas_kernels._tuning import Blocks
 
 
 def rope(
@@ -21,7 +28,7 @@ def rope(
         k: [B, T, K, D], float.
         cos: [B, T, D/2], float. Constants: no gradient flows into cos and sin.
         sin: [B, T, D/2], float.
-        implementation: None or "xla".
+        implementation: None, "triton", "xla" or "interpret".
 
     Returns:
         (q, k), rotated, in their own dtypes; the arithmetic is float32. Backward keeps cos and sin only: it is the rotation
@@ -29,7 +36,6 @@ def rope(
 
     Raises:
         ValueError: a shape that does not fit, an odd D, a dtype that is not floating.
-        NotImplementedError: an implementation that does not exist yet.
 
     Source: Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864
 
@@ -41,7 +47,7 @@ def rope(
         [[[[-1.0, 1.0]]]]
     """
     _check("rope", implementation, q, k, cos, sin, tables=())
-    return _rotate(q, k, jax.lax.stop_gradient(cos), jax.lax.stop_gradient(sin))
+    return _run(_Static(None, 1, implementation), q, k, cos, sin)
 
 
 def mrope(
@@ -61,14 +67,13 @@ def mrope(
         cos: [3, B, T, D/2], float: tables for time, height and width. Constants: no gradient flows into cos and sin.
         sin: [3, B, T, D/2], float.
         sections: three ints that sum to D/2; (16, 24, 24) in Qwen2-VL.
-        implementation: None or "xla".
+        implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        (q, k), rotated, in their own dtypes; the arithmetic is float32. Backward keeps nothing but the angles in use.
+        (q, k), rotated, in their own dtypes; the arithmetic is float32. Backward keeps cos and sin only.
 
     Raises:
         ValueError: a shape or sections that do not fit, an odd D, a dtype that is not floating.
-        NotImplementedError: an implementation that does not exist yet.
 
     Source: Wang et al. 2024, Qwen2-VL, https://arxiv.org/abs/2409.12191
 
@@ -85,12 +90,11 @@ def mrope(
         raise ValueError(
             f"mrope: sections is {sections}; expected three ints >= 0 that sum to D/2 = {q.shape[-1] // 2}"
         )
-    cos, sin = (_by_section(jax.lax.stop_gradient(table), sections) for table in (cos, sin))
-    return _rotate(q, k, cos, sin)
+    return _run(_Static(sections, 1, implementation), q, k, cos, sin)
 
 
 def _check(op, implementation, q, k, cos, sin, tables):
-    _validate.implementation_exists(op, implementation)
+    _validate.known_implementation(op, implementation)
     _validate.floating(op, q=q, k=k, cos=cos, sin=sin)
     if q.ndim != 4 or q.shape[-1] % 2:
         raise ValueError(f"{op}: q has shape {q.shape}; expected [B, T, N, D] with an even D")
@@ -102,7 +106,26 @@ def _check(op, implementation, q, k, cos, sin, tables):
     _validate.shape(op, "sin", sin.shape, (*tables, batch, tokens, dim // 2))
 
 
-# ---- XLA implementation -----------------------------------------------------------------------------------------------
+class _Static(NamedTuple):
+    sections: tuple[int, int, int] | None
+    sign: int  # of the angle
+    implementation: str | None
+
+
+def _run(static: _Static, q, k, cos, sin):
+    if not static.implementation or not q.size or not k.size:
+        static = static._replace(implementation="xla")
+    cos, sin = jax.lax.stop_gradient(cos), jax.lax.stop_gradient(sin)
+    return _rotate(static, *_sharding.agree(_op(static), q, k, cos, sin))
+
+
+# ---- XLA implementation: q [B, T, N, D], k [B, T, K, D], cos and sin [(3,) B, T, D/2] --------------------------------
+
+
+def _rotate_xla(static: _Static, q, k, cos, sin):
+    if static.sections:
+        cos, sin = (_by_section(table, static.sections) for table in (cos, sin))
+    return _turn(q, cos, static.sign * sin), _turn(k, cos, static.sign * sin)
 
 
 def _by_section(tables: jax.Array, sections: tuple[int, int, int]) -> jax.Array:
@@ -119,18 +142,84 @@ def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-@jax.custom_vjp
-def _rotate(q, k, cos, sin):
-    return _turn(q, cos, sin), _turn(k, cos, sin)
+# ---- kernel: one program turns some heads; heads of q, then those of k, are the rows of one grid ---------------------
 
 
-def _rotate_forward(q, k, cos, sin):
-    return _rotate(q, k, cos, sin), (cos, sin)
+def _rope(q_ref, k_ref, cos_ref, sin_ref, q_out_ref, k_out_ref, *, static: _Static, half: int, blocks: Blocks):
+    """Refs q [tokens N, D], k [tokens K, D], cos and sin [(3,) tokens, D/2]; grid (blocks of q, then blocks of k)."""
+    tokens, wide = cos_ref.shape[-2], jnp.promote_types(_validate.wide(q_ref.dtype), cos_ref.dtype)
+    program, blocks_of_q = _lowering.program_id(0), _lowering.cdiv(q_ref.shape[0], blocks.rows)
+    frequency = jnp.arange(cos_ref.shape[-1])
+
+    def turn(x_ref, out_ref, block):
+        rows, first_row = x_ref.shape[0], block * blocks.rows
+        row = first_row + jnp.arange(blocks.rows)
+        inside = (row < rows)[:, None] & (frequency < half)[None, :]
+        halves = [(_lowering.span(first_row, blocks.rows), _lowering.span(i * half, frequency.size)) for i in range(2)]
+        first, second = (_lowering.load(x_ref, index, inside, wide) for index in halves)
+
+        angle = (row // (rows // tokens))[:, None], frequency[None, :]
+        if static.sections:
+            time, height, _ = static.sections
+            axis = (frequency >= time).astype(jnp.int32) + (frequency >= time + height).astype(jnp.int32)
+            angle = axis[None, :], *angle
+        angle = tuple(jnp.broadcast_to(index, inside.shape) for index in angle)
+        cos, sin = (_lowering.load(ref, angle, inside, wide) for ref in (cos_ref, sin_ref))
+        sin = static.sign * sin
+        _lowering.store(out_ref, halves[0], first * cos - second * sin, inside)
+        _lowering.store(out_ref, halves[1], second * cos + first * sin, inside)
+
+    @_lowering.when(program < blocks_of_q)
+    def _():
+        turn(q_ref, q_out_ref, program)
+
+    @_lowering.when(program >= blocks_of_q)
+    def _():
+        turn(k_ref, k_out_ref, program - blocks_of_q)
 
 
-def _rotate_backward(saved, grads):
+def rotate_kernel(static: _Static, q, k, cos, sin, *, interpret: bool, blocks: Blocks | None = None):
+    """As _rotate_xla."""
+    dim = q.shape[-1]
+    rows = [x.size // dim for x in (q, k)]
+    blocks = blocks or _tuning.blocks("rope", rows=rows[0], width=dim)
+    tables = [table.reshape(*table.shape[:-3], -1, dim // 2) for table in (cos, sin)]
+    q_out, k_out = _lowering.launch(
+        functools.partial(_rope, static=static, half=dim // 2, blocks=blocks),
+        (q.reshape(-1, dim), k.reshape(-1, dim), *tables),
+        [((rows[0], dim), q.dtype), ((rows[1], dim), k.dtype)],
+        grid=(sum(_lowering.cdiv(n, blocks.rows) for n in rows),),
+        num_warps=blocks.num_warps,
+        interpret=interpret,
+    )
+    return q_out.reshape(q.shape), k_out.reshape(k.shape)
+
+
+# ---- gradient and mesh: batch, tokens and heads may be sharded -------------------------------------------------------
+
+
+def _local(static: _Static, *operands):
+    kernel, xla = (functools.partial(f, static) for f in (rotate_kernel, _rotate_xla))
+    return _lowering.pick(static.implementation, kernel, xla, *operands)
+
+
+def _op(static: _Static) -> _sharding.ParallelOp:
+    tables = "abtf" if static.sections else "btf"
+    return _sharding.ParallelOp(_local, ("btnd", "btnd", tables, tables), ("btnd", "btnd"), "btn", static)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotate(static: _Static, q, k, cos, sin):
+    return _sharding.run(_op(static), q, k, cos, sin)
+
+
+def _rotate_forward(static, q, k, cos, sin):
+    return _rotate(static, q, k, cos, sin), (cos, sin)
+
+
+def _rotate_backward(static, saved, grads):
     cos, sin = saved
-    dq, dk = (_turn(grad, cos, -sin) for grad in grads)
+    dq, dk = _rotate(static._replace(sign=-static.sign), *grads, cos, sin)
     return dq, dk, jnp.zeros_like(cos), jnp.zeros_like(sin)
 
 

@@ -1,6 +1,6 @@
 """Times the candidate block sizes of each kernel at the models' shapes and keeps the fastest, for the GPU it runs on.
 
-python -m pallas_kernels.tune
+python -m pallas_kernels.tune [kernel ...]
 """
 
 import dataclasses
@@ -8,29 +8,82 @@ import functools
 import importlib
 import json
 import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _tuning, shapes
+from pallas_kernels import _token_loss, _token_loss_kernel, _tuning, shapes
 
 REPEATS = 5
-SHAPES = [(rows, text.hidden) for text in shapes.TEXT.values() for rows in (2048, 8192, 32_768)]
+ROWS = (2048, 8192, 32_768)
+TEXT, VISION = shapes.TEXT.values(), shapes.VISION
 
-_rms_norm = importlib.import_module("pallas_kernels.rms_norm")  # the module; the package exports the function
-_STATIC = _rms_norm._Static(eps=1e-6, offset=0.0, casting="llama", implementation="triton")
-
-
-def _rms_norm_forward(blocks, x, weight, grad, inverse_rms):
-    return _rms_norm.forward_kernel(_STATIC, x, weight, interpret=False, blocks=blocks)
-
-
-def _rms_norm_backward(blocks, x, weight, grad, inverse_rms):
-    return _rms_norm.backward_kernel(_STATIC, x, grad, weight, inverse_rms, interpret=False, blocks=blocks)
+# the modules: the package exports functions of the same names
+_rms, _add, _layer, _gated, _rope = (
+    importlib.import_module(f"pallas_kernels.{name}")
+    for name in ("rms_norm", "add_rms_norm", "layer_norm", "gated", "rope")
+)
+_RMS = _rms.Static(eps=1e-6, offset=0.0, casting="llama", implementation="triton")
+_LAYER, _SILU = _layer._Static(1e-6, "triton"), _gated._Static("silu", "triton")
 
 
-KERNELS = {"rms_norm_forward": _rms_norm_forward, "rms_norm_backward": _rms_norm_backward}
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel, the shapes (rows, width) to tune it for, and its operands as letters.
+
+    x: rows [1, R, W]; w: a weight [1, W]; r: a float32 a row [1, R]; q: heads [1, R, 16, W]; t: angles [1, R, W/2];
+    l: logits [R, W]; i: labels [R].
+    """
+
+    run: Callable
+    operands: str
+    shapes: Iterable[tuple[int, int]]
+
+
+def _logits(logits, labels, lse=None, cotangent=None, **how):
+    return _token_loss_kernel._launch(_token_loss.Options(), logits, labels, None, lse, cotangent, **how)
+
+
+_WIDTHS = [(rows, text.hidden) for text in TEXT for rows in ROWS]
+_PATCHES = [(rows, VISION.embed) for rows in shapes.VISION_ROWS]
+_GATES = [(8192, text.intermediate) for text in TEXT] + [(16_384, VISION.intermediate)]
+_LOGITS = [(2048, vocab) for vocab in sorted({text.vocab for text in TEXT})]
+KERNELS = {
+    "rms_norm_forward": Kernel(functools.partial(_rms.forward_kernel, _RMS), "xw", _WIDTHS),
+    "rms_norm_backward": Kernel(functools.partial(_rms.backward_kernel, _RMS), "xxwr", _WIDTHS),
+    "add_rms_norm_forward": Kernel(functools.partial(_add.forward_kernel, _RMS), "xxw", _WIDTHS),
+    "add_rms_norm_backward": Kernel(functools.partial(_add.backward_kernel, _RMS), "xxxwr", _WIDTHS),
+    "layer_norm_forward": Kernel(functools.partial(_layer.forward_kernel, _LAYER), "xww", _PATCHES),
+    "layer_norm_backward": Kernel(functools.partial(_layer.backward_kernel, _LAYER), "xxwrr", _PATCHES),
+    "gate_forward": Kernel(functools.partial(_gated.forward_kernel, _SILU), "xx", _GATES),
+    "gate_backward": Kernel(functools.partial(_gated.backward_kernel, _SILU), "xxx", _GATES),
+    "rope": Kernel(
+        functools.partial(_rope.rotate_kernel, _rope._Static(None, 1, "triton")),
+        "qqtt",
+        [(8192, 128), (16_384, VISION.head_dim)],
+    ),
+    "cross_entropy_forward": Kernel(_logits, "li", _LOGITS),
+    "cross_entropy": Kernel(lambda l, i, r, **how: _logits(l, i, None, r, **how), "lir", _LOGITS),
+    "cross_entropy_backward": Kernel(_logits, "lirr", _LOGITS),
+}
+
+
+def operands(letters: str, rows: int, width: int) -> Sequence[jax.Array]:
+    """Random operands, bfloat16 unless they are kept in float32; see Kernel."""
+    keys = iter(jax.random.split(jax.random.key(0), len(letters)))
+    make = {
+        "x": lambda key: jax.random.normal(key, (1, rows, width), jnp.bfloat16),
+        "w": lambda key: jax.random.normal(key, (1, width), jnp.bfloat16),
+        "r": lambda key: jax.random.uniform(key, (1, rows), jnp.float32, 0.5, 1.5),
+        "q": lambda key: jax.random.normal(key, (1, rows, 16, width), jnp.bfloat16),
+        "t": lambda key: jax.random.normal(key, (1, rows, width // 2), jnp.float32),
+        "l": lambda key: jax.random.normal(key, (1, rows, width), jnp.bfloat16),
+        "i": lambda key: jax.random.randint(key, (1, rows), 0, width),
+    }
+    return [make[letter](key) for letter, key in zip(letters, keys, strict=True)]
 
 
 def microseconds(program, *args) -> float:
@@ -43,14 +96,13 @@ def microseconds(program, *args) -> float:
 
 def tune(op: str, rows: int, width: int) -> dict:
     """Times every candidate of one kernel at one shape, in bfloat16. -> the entry for the file."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x, grad = (jax.random.normal(key, (1, rows, width), jnp.bfloat16) for key in keys[:2])
-    weight, inverse_rms = jax.random.normal(keys[2], (1, width), jnp.bfloat16), jnp.ones((1, rows), jnp.float32)
-    args = x, weight, grad, inverse_rms
+    kernel = KERNELS[op]
+    args = operands(kernel.operands, rows, width)
     candidates = list(_tuning.candidates(op, width=width))
 
     def compiled(blocks: _tuning.Blocks):
-        return jax.jit(functools.partial(KERNELS[op], blocks)).lower(*args).compile()
+        run = functools.partial(kernel.run, interpret=False, blocks=blocks)
+        return jax.jit(run).lower(*args).compile()
 
     with ThreadPoolExecutor() as pool:
         programs = zip(candidates, pool.map(compiled, candidates), strict=True)
@@ -60,17 +112,22 @@ def tune(op: str, rows: int, width: int) -> dict:
     return {"op": op, "rows": rows, "width": width, "us": round(times[best], 1), "blocks": dataclasses.asdict(best)}
 
 
-def main() -> None:
-    """Tunes everything for the GPU at hand and writes its file."""
+def main(names: Sequence[str] = ()) -> None:
+    """Tunes the named kernels, or all, for the GPU at hand and writes its file; what is not tuned anew stays."""
     kind = _tuning.device_kind()
     if kind is None:
         raise SystemExit("pallas_kernels.tune: no GPU found; run it on the device to tune for")
-    entries = [tune(op, rows, width) for op in KERNELS for rows, width in SHAPES]
+    if unknown := set(names) - set(KERNELS):
+        raise SystemExit(f"pallas_kernels.tune: unknown kernels {sorted(unknown)}; expected some of {list(KERNELS)}")
     file = _tuning.file_of(kind)
+    entries = json.loads(file.read_text()) if file.exists() else []
     file.parent.mkdir(exist_ok=True)
-    file.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+    for op in names or KERNELS:
+        tuned = [tune(op, rows, width) for rows, width in KERNELS[op].shapes]
+        entries = [entry for entry in entries if entry["op"] != op] + tuned
+        file.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
     print(f"wrote {file}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

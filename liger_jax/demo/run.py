@@ -1,13 +1,16 @@
 """The demo from pictures to answers, through the functions that any other training run uses."""
 
+import functools
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -139,11 +142,26 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
 def training_batches(
     processor: Processor, config: Qwen2VLConfig, digits: Digits, *, seed: int, steps: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Batches of fresh conversations."""
-    endless = conversations(digits, np.random.default_rng(seed))
-    for _ in range(steps):
-        inputs = processor(list(itertools.islice(endless, batch_size)), labels=True)
-        yield prepare(config, **inputs, length=LENGTH, patches=PATCHES)
+    """Batches of fresh conversations, made by worker processes where there are cores for them."""
+    import grain
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # Grain reads settings from absl's flags, which only an absl program parses
+    workers = min(4, (os.cpu_count() or 1) // 2 - 1)
+    batch = functools.partial(training_batch, processor, config, digits, seed, batch_size)
+    batches = grain.MapDataset.range(steps).map(batch).to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4))
+    if workers > 0:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
+    return (jax.tree.map(np.array, batch) for batch in batches)  # out of the memory that is shared with the workers
+
+
+def training_batch(
+    processor: Processor, config: Qwen2VLConfig, digits: Digits, seed: int, batch_size: int, index: int
+) -> Batch:
+    """The batch of a step: the same one whoever makes it."""
+    endless = conversations(digits, np.random.default_rng((seed, index)))
+    inputs = processor(list(itertools.islice(endless, batch_size)), labels=True)
+    return prepare(config, **inputs, length=LENGTH, patches=PATCHES)
 
 
 def fit(

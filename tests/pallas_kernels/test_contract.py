@@ -53,9 +53,11 @@ def test_implementations(name):
     jax.eval_shape(lambda: function(*args, implementation="xla"))
     with pytest.raises(ValueError, match=f"{name}: implementation is 'cuda'"):
         function(*args, implementation="cuda")
-    if name != "rms_norm":
-        with pytest.raises(NotImplementedError, match=f"{name}: there is no 'triton'"):
+    if name == "attention":
+        with pytest.raises(NotImplementedError, match="attention: there is no 'triton'"):
             function(*args, implementation="triton")
+    else:
+        jax.eval_shape(lambda: function(*args, implementation="interpret"))
 
 
 WRONG = {

@@ -1,5 +1,6 @@
 """cross_entropy against float64 numpy: every option, every edge, the vocabulary of Qwen2-VL."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from pallas_kernels import shapes
 
 sys.path.append(str(Path(__file__).parent))
 from losses import OPTIONS, filled, reference
+
+
+@pytest.fixture(params=["xla", "interpret"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every test runs with each implementation."""
+    monkeypatch.setattr(pk, "cross_entropy", functools.partial(pk.cross_entropy, implementation=request.param))
+    return request.param
 
 
 def data(rows, vocab, dtype=jnp.float32, scale=2.0, seed=0):

@@ -1,6 +1,7 @@
 """linear_cross_entropy against float64 numpy, in chunks of any size, on meshes, and its memory."""
 
 import functools
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,17 @@ import pallas_kernels as pk
 
 sys.path.append(str(Path(__file__).parent))
 from losses import OPTIONS, filled, reference
+
+linear = importlib.import_module("pallas_kernels.linear_cross_entropy")  # the module, not the function
+
+
+@pytest.fixture(params=["xla", "interpret"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every test runs with each implementation."""
+    monkeypatch.setattr(
+        pk, "linear_cross_entropy", functools.partial(pk.linear_cross_entropy, implementation=request.param)
+    )
+    return request.param
 
 
 def data(rows, hidden, vocab, dtype=jnp.float32, seed=0):
@@ -50,6 +62,34 @@ def test_options(name):
 def test_chunks(rows, chunk_rows):
     """One chunk or many, full or padded, give the same numbers."""
     check(*data(rows, 5, 11, seed=1), {}, chunk_rows)
+
+
+@pytest.mark.parametrize("counted", [0, 1, 255, 256, 257, 1024, 2049, 2500])
+def test_rows_that_count_are_brought_together(counted):
+    """Whole chunks and quarters over as many rows as count, wherever they stand; the others get zero gradients."""
+    x, weight, bias, labels, cotangent = data(2500, 3, 5)
+    order = np.random.default_rng(0).permutation(2500)
+    labels = jnp.where(jnp.asarray(order) < counted, jnp.abs(labels) % 5, -100)
+    check(x, weight, bias, labels, cotangent, {"reduction": "sum"}, chunk_rows=1300, tolerance=2e-5)
+    check(x, weight, bias, labels, cotangent, {"reduction": "none", "z_loss": 0.1}, chunk_rows=1300, tolerance=2e-5)
+
+
+def test_ignored_rows_are_not_multiplied():
+    """With one row in ten that counts, the products of a program run over few rows: seen in how often its loop turns."""
+    static = linear._Static(linear.Options(), 2048, False, False, "xla")
+    assert linear._chunk_sizes(static, 8192, 1) == (2048, 512)
+    assert linear._chunk_sizes(static, 700, 1) == (700, 700)
+    rows = []
+
+    def chunk(sums, x, labels):
+        jax.debug.callback(lambda: rows.append(len(x)))
+        return [], jnp.where(labels == 1, jnp.sum(x, axis=1), 0)
+
+    x, labels = jnp.ones((8192, 2)), jnp.where(jnp.arange(8192) % 10 == 0, 1, -100)
+    _, found = jax.jit(lambda x: linear._over_chunks(static, chunk, jnp.zeros((5, 2)), x, labels))(x)
+    jax.effects_barrier()
+    assert rows == [512, 512]
+    assert (found == jnp.where(labels == 1, 2, 0)).all()
 
 
 def test_many_chunks_in_bfloat16():
@@ -165,8 +205,10 @@ def test_rows_sharded(kind, reduction):
             assert collectives_of_arrays(compiled) == (["all-gather", "all-reduce"] if spec else ["all-reduce"])
 
 
-def test_inside_a_shard_map():
+def test_inside_a_shard_map(implementation):
     """Inside a user's shard_map, checked as it is by default: the gradient of the replicated weight is summed by JAX."""
+    if implementation == "interpret":
+        pytest.skip("Pallas's interpreter refuses a checked shard_map")
     x, weight, _, labels, _ = data(16, 6, 8)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:4])
     loss = functools.partial(pk.linear_cross_entropy, reduction="sum", chunk_rows=2)

@@ -1,0 +1,389 @@
+"""`liger-jax bench ops`: kernel time, memory and errors of each operation, beside jitted jnp, cuDNN, and other packages.
+
+Times are those of the kernels alone, from the profiler, in bfloat16 on fresh random inputs, forward and forward with all
+gradients. In the same run the values are compared with the formula in float32.
+"""
+
+import datetime
+import functools
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from liger_jax.bench import cases
+from liger_jax.bench.cases import Case
+
+REPEATS = 9
+LARGE_ERROR = 2e-2  # of a norm; bfloat16 results are 2e-3 to 4e-3 away from float32
+PASSES = ("forward", "both")
+PACKAGES = ("jax", "jaxlib", "tokamax")
+XLA_BY_DEFAULT = (
+    "swiglu",
+    "geglu",
+    "quick_gelu",
+    "rope",
+    "mrope",
+)  # where None is XLA, and the kernel is asked for by name
+
+
+# ---- implementations --------------------------------------------------------------------------------------------------
+
+
+def _ours(op: str, implementation: str | None, *args, lengths=None, **options):
+    return getattr(pallas_kernels, op)(*args, **options, implementation=implementation)
+
+
+def _each_image(attention: Callable, q, k, v, lengths):
+    """Calls attention(q, k, v) with a row for each of the images, which are of one size."""
+    images = (a.reshape(-1, lengths[0], *a.shape[2:]) if lengths else a for a in (q, k, v))
+    return attention(*images).reshape(q.shape)
+
+
+def _cudnn_attention(q, k, v, *, causal=False, lengths=None, **_):
+    attention = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    return _each_image(attention, q, k, v, lengths)
+
+
+def _tokamax():
+    # for reports that are not made here, tokamax imports a package that it does not install
+    reports = types.ModuleType("xprof.cli.tools")
+    reports.get_kernel_stats_tool = None
+    sys.modules.setdefault(reports.__name__, reports)
+    import tokamax
+
+    return tokamax
+
+
+def _tokamax_rms_norm(x, weight):
+    return _tokamax().layer_norm(x, weight, None, subtract_mean=False, implementation="triton")
+
+
+def _tokamax_layer_norm(x, weight, bias):
+    return _tokamax().layer_norm(x, weight, bias, implementation="triton")
+
+
+def _tokamax_linear_cross_entropy(x, weight, labels):
+    loss = _tokamax().linear_softmax_cross_entropy_loss
+    return loss(x, labels, weight.T, reduction="mean", implementation="chunked_xla")
+
+
+def _tokamax_attention(q, k, v, *, causal=False, lengths=None, **_):
+    attention = functools.partial(_tokamax().dot_product_attention, is_causal=causal, implementation="mosaic_gpu")
+    return _each_image(attention, q, k, v, lengths)
+
+
+TOKAMAX = {
+    "rms_norm": _tokamax_rms_norm,
+    "layer_norm": _tokamax_layer_norm,
+    "linear_cross_entropy": _tokamax_linear_cross_entropy,
+    "attention": _tokamax_attention,
+}
+
+
+def implementations(case: Case, peers: bool = True) -> dict[str, Callable]:
+    """Name -> f(**arrays, **constants), of everything that runs on JAX and computes this case."""
+    other = ("kernel", "triton") if case.op in XLA_BY_DEFAULT else ("xla", "xla")
+    found = {name: functools.partial(_ours, case.op, how) for name, how in (("ours", None), other)}
+    found |= {"cudnn": _cudnn_attention} if case.op == "attention" else {"jnp": cases.FORMULAS[case.op]}
+    if peers and case.op in TOKAMAX:
+        found["tokamax"] = TOKAMAX[case.op]
+    return {name: functools.partial(f, **case.options) for name, f in found.items() if name not in case.without}
+
+
+# ---- inputs and values ------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key: jax.Array, normal: cases.Normal) -> jax.Array:
+    return (normal.mean + normal.scale * jax.random.normal(key, normal.shape)).astype(jnp.bfloat16)
+
+
+def inputs(case: Case) -> tuple[dict, dict, Any]:
+    """-> arrays, constants, and the cotangents of the results: None for a loss, where they are 1."""
+    *keys, last = jax.random.split(jax.random.key(case.seed), len(case.arrays) + 1)
+    arrays = {name: _draw(key, normal) for key, (name, normal) in zip(keys, case.arrays.items(), strict=True)}
+    constants = {name: jnp.asarray(value) for name, value in case.constants().items()}
+    formula = functools.partial(cases.FORMULAS[case.op], **case.options)
+    results = jax.tree.leaves(jax.eval_shape(lambda: formula(**arrays, **constants)))
+    if not results[0].shape:
+        return arrays, constants, None
+    cotangents = [_draw(jax.random.fold_in(last, i), cases.Normal(out.shape)) for i, out in enumerate(results)]
+    return arrays, constants, tuple(cotangents)
+
+
+def program(function: Callable, which: str) -> Callable:
+    """The function to compile: (arrays, constants, cotangents) -> the results, or for "both" also all gradients."""
+
+    def forward(arrays, constants, cotangents):
+        return function(**arrays, **constants)
+
+    def both(arrays, constants, cotangents):
+        def results(arrays):
+            return tuple(jax.tree.leaves(function(**arrays, **constants)))
+
+        out, pullback = jax.vjp(results, arrays)
+        (gradients,) = pullback(jax.tree.map(jnp.ones_like, out) if cotangents is None else cotangents)
+        names = ["out"] if len(out) == 1 else [f"out{i}" for i in range(len(out))]
+        return dict(zip(names, out, strict=True)) | {f"d{name}": value for name, value in gradients.items()}
+
+    return {"forward": forward, "both": both}[which]
+
+
+def reference(case: Case, arrays: dict, constants: dict, cotangents: Any) -> dict[str, jax.Array]:
+    """Results and gradients of the formula in float32, for the same rounded inputs."""
+    function = functools.partial(cases.REFERENCES[case.op], **case.options)
+    wide_arrays, wide_cotangents = jax.tree.map(lambda a: a.astype(jnp.float32), (arrays, cotangents))
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(program(function, "both"))(wide_arrays, constants, wide_cotangents)
+
+
+@jax.jit
+def _distances(found: dict, expected: dict) -> dict:
+    def distance(f, e):
+        return jnp.linalg.norm((f.astype(jnp.float32) - e).ravel()) / jnp.linalg.norm(e.ravel())
+
+    return jax.tree.map(distance, found, expected)
+
+
+def errors(found: dict, expected: dict) -> dict[str, float]:
+    """|found - expected| / |expected| of every result and gradient."""
+    return {name: float(f"{value:.2e}") for name, value in _distances(found, expected).items()}
+
+
+# ---- measurement ------------------------------------------------------------------------------------------------------
+
+
+def kernel_us(compiled: jax.stages.Compiled, *args) -> tuple[Any, list[float]]:
+    """-> the result, and the summed time of the kernels of each of several runs, in microseconds."""
+    from jax.experimental.mosaic.gpu import profiler  # needs a GPU build of JAX
+
+    try:
+        result, ms = profiler.measure(compiled, iterations=REPEATS)(*args)
+    except RuntimeError:  # the runs were not of the same kernels, or their results do not fit together: one by one
+        runs = [profiler.measure(compiled)(*args) for _ in range(REPEATS)]
+        result, ms = runs[0][0], [run[1] for run in runs]
+    if not ms or None in ms:
+        raise RuntimeError("the profiler saw no kernel")
+    return result, [1e3 * time for time in ms]
+
+
+def spread(us: Sequence[float]) -> dict[str, float]:
+    found = {"median": statistics.median(us), "min": min(us), "max": max(us)}
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def measure(case: Case, functions: dict[str, Callable], passes: Sequence[str] = PASSES) -> dict[str, dict]:
+    """-> for each implementation {"forward_us", "both_us", "errors", "temp_bytes"}, or {"error"}.
+
+    Without the forward pass among `passes` nothing is compared either.
+    """
+    try:
+        return _measure(case, functions, passes)
+    except Exception as error:  # of the inputs or the reference: the other cases are measured
+        return {name: {"error": first_line(error)} for name in functions}
+
+
+def _measure(case: Case, functions: dict[str, Callable], passes: Sequence[str]) -> dict[str, dict]:
+    """`measure`; all programs are compiled at once, which takes longer than running them."""
+    given = inputs(case)
+    expected = jax.block_until_ready(reference(case, *given)) if "forward" in passes else None
+
+    def compiled(function: Callable, which: str):
+        return jax.jit(program(function, which)).lower(*given).compile()
+
+    found: dict[str, dict] = {}
+    with ThreadPoolExecutor() as pool:
+        programs = {name: {p: pool.submit(compiled, f, p) for p in passes} for name, f in functions.items()}
+    for name, of_pass in programs.items():
+        try:
+            result = {}
+            for which, future in of_pass.items():
+                values, us = kernel_us(future.result(), *given)
+                result[f"{which}_us"] = spread(us)
+            if expected is not None:
+                result["errors"] = errors(values, expected)
+            if case.op == "linear_cross_entropy":
+                result["temp_bytes"] = of_pass["both"].result().memory_analysis().temp_size_in_bytes
+        except Exception as error:  # whatever one implementation cannot do, the others are measured
+            result = {"error": first_line(error)}
+        values = None  # its memory is needed for the next
+        found[name] = result
+    return found
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Results:
+    """A JSON list with one entry a case, written anew whenever something is added."""
+
+    def __init__(self, directory: Path, name: str, device: str, order: Sequence[Case]):
+        self.file = directory / f"{name}_{device.lower().replace(' ', '_')}.json"
+        self.device = device
+        self.order = {case.name: i for i, case in enumerate(order)}
+        self.entries = (
+            {entry["case"]: entry for entry in json.loads(self.file.read_text())} if self.file.exists() else {}
+        )
+
+    def add(self, case: Case, versions: dict[str, str], found: dict[str, dict], **more) -> None:
+        """Replaces what `found` holds and keeps what earlier runs found of other implementations."""
+        known = self.entries.get(case.name, {"versions": {}, "results": {}})
+        self.entries[case.name] = {
+            "op": case.op,
+            "case": case.name,
+            "size": case.size,
+            "shapes": case.shapes(),
+            **more,
+            "device": self.device,
+            "versions": known["versions"] | versions,
+            "date": datetime.date.today().isoformat(),
+            "results": known["results"] | found,
+        }
+        entries = sorted(self.entries.values(), key=lambda entry: self.order.get(entry["case"], len(self.order)))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def line(case: Case, found: dict[str, dict]) -> str:
+    """One case in a line, and a line for each error that is too large."""
+    cells, warnings = [], []
+    for name, result in found.items():
+        times = " / ".join(f"{result[key]['median']:.1f}" for key in ("forward_us", "both_us") if key in result)
+        cells.append(f"{name} {result.get('error', times)}")
+        wrong = [f"{what} {value:.1e}" for what, value in result.get("errors", {}).items() if not value <= LARGE_ERROR]
+        if wrong:
+            warnings.append(f"  WARNING: {name} is far from float32: {', '.join(wrong)}")
+    return "\n".join([f"{case.name}: {' | '.join(cells)}", *warnings])
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(only: Sequence[str], peers: bool, sweep: bool, directory: Path) -> Path:
+    """Measures and writes; see `liger-jax bench ops --help`. -> the file of results."""
+    # kernels inside of CUDA graphs are hidden from the profiler
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+    if sweep:
+        return _run_sweep(only, directory)
+    chosen = cases.choose(only, cases.CASES)
+    if peers:  # first, as long as JAX has not yet taken the GPU's memory
+        _run_peers(chosen, directory)
+    results = Results(directory, "ops", device_kind(), cases.CASES)
+    versions = versions_of(PACKAGES)
+    for case in chosen:
+        found = measure(case, implementations(case, peers))
+        results.add(case, versions, found)
+        print(line(case, found), flush=True)
+    return results.file
+
+
+def device_kind() -> str:
+    try:
+        return jax.devices("gpu")[0].device_kind
+    except RuntimeError as error:
+        raise ValueError("bench ops: no GPU found; kernel times exist on NVIDIA GPUs only") from error
+
+
+def _run_peers(chosen: Sequence[Case], directory: Path) -> None:
+    """What runs on torch, in a process of its own: only one profiler can read the kernels of a process."""
+    if importlib.util.find_spec("torch") is None:
+        print("without peers: torch is not installed", flush=True)
+        return
+    by_name = {case.name: case for case in chosen}
+    command = [sys.executable, "-m", "liger_jax.bench.peers", *by_name]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # the GPU is torch's as long as that process runs
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for text in process.stdout:
+            if not text.startswith('{"case"'):  # what other packages print
+                continue
+            told = json.loads(text)
+            case = by_name[told["case"]]
+            Results(directory, "ops", told["device"], cases.CASES).add(case, told["versions"], told["results"])
+            print(line(case, told["results"]), flush=True)
+    if process.returncode:
+        print(f"the peers ended with exit status {process.returncode}; what they had is kept", flush=True)
+
+
+def _run_sweep(only: Sequence[str], directory: Path) -> Path:
+    swept = {case.name: (model, rows) for model, rows, case in cases.sweep()}
+    every = [case for *_, case in cases.sweep()]
+    chosen = cases.choose(only, every)
+    results = Results(directory, "ops_sweep", device_kind(), every)
+    versions = versions_of(PACKAGES)
+    for case in chosen:
+        both = implementations(case, peers=False)
+        found = measure(case, {name: both[name] for name in ("ours", "jnp")}, passes=("both",))
+        model, rows = swept[case.name]
+        results.add(case, versions, found, model=model, rows=rows)
+        print(line(case, found), flush=True)
+    plot(list(results.entries.values()), results.file.with_suffix(".png"))
+    return results.file
+
+
+def plot(entries: Sequence[dict], path: Path) -> None:
+    """Time relative to jitted jnp over rows, a panel for each model and a line for each operation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = [m for m in ("2b", "7b", "72b", "vision") if any(entry["model"] == m for entry in entries)]
+    ops = list(dict.fromkeys(entry["op"] for entry in entries))
+    figure = Figure(figsize=(4.2 * len(models) + 2, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
+        for i, op in enumerate(ops):
+            points = sorted(
+                (
+                    entry["rows"],
+                    entry["results"]["ours"]["both_us"]["median"] / entry["results"]["jnp"]["both_us"]["median"],
+                )
+                for entry in entries
+                if (entry["model"], entry["op"]) == (model, op)
+                and all("both_us" in entry["results"][name] for name in ("ours", "jnp"))
+            )
+            if points:
+                panel.plot(*np.transpose(points), marker="o", color=f"C{i % 10}", ls="-" if i < 10 else "--", label=op)
+        rows = sorted({entry["rows"] for entry in entries if entry["model"] == model})
+        panel.axhline(1.0, color="black", linewidth=1)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(rows, [str(n) for n in rows])
+        panel.set_title(f"Qwen2-VL {model}" if model != "vision" else "vision tower")
+        panel.set_xlabel("patches" if model == "vision" else "tokens")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("forward + backward, time / time of jitted jnp")
+    panels[0].set_ylim(bottom=0)
+    handles = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.suptitle(f"{entries[0]['device']}, bfloat16; below 1 is faster than jitted jnp")
+    figure.savefig(path, dpi=120)

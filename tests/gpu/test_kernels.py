@@ -1,0 +1,125 @@
+"""The kernels of all operations as compiled for the GPU at hand, against float32; skipped without one."""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import shapes
+
+sys.path.append(str(Path(__file__).parents[1] / "pallas_kernels"))
+from ops import OPS, REAL
+
+
+def has_gpu():
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")]
+
+LIGER = [
+    (2, 128, 512),
+    (5, 123, 123),
+    (9, 7, 41),
+    (1, 1, 1023),
+    (2, 8, 64),
+    (2, 131, 128),
+    (3, 423, 92),
+]  # its tests' shapes
+SHAPES = {name: [((7,), 80), ((33,), 100), ((1,), 29_568), *(((b, t), d) for b, t, d in LIGER)] for name in OPS}
+SHAPES |= {name: [((2, 131), 128)] for name in ("mrope",)}
+SHAPES |= {"rope": [((2, 131), 128), ((3, 423), 92), ((1, 7), 80)]}
+CASES = [(name, *shape) for name, shapes_ in SHAPES.items() for shape in shapes_]
+FEWER = {"cross_entropy": (16,)}  # rows, for the sake of the host that makes them
+CASES += [(name, FEWER.get(name, rows if OPS[name].rows_axes == 2 else rows[-1:]), width) for name, rows, width in REAL]
+
+
+def root_mean_square(x):
+    return float(jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name, rows, width", CASES, ids=str)
+def test_against_float32(name, rows, width, dtype):
+    """Values and gradients: at most 1.5 times as far from float32 as XLA's at this dtype; the same numbers twice."""
+    op = OPS[name]
+    args = op.make(rows, width, dtype)
+    run = jax.jit(op.both("triton"))
+    got, again, plain = run(*args), run(*args), jax.jit(op.both("xla"))(*args)
+    wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+    truth = jax.jit(op.both("xla"))(*wide)
+    for found, repeated, other, want in zip(got, again, plain, truth, strict=True):
+        assert (found == repeated).all()
+        error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (found, other))
+        assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want), initial=0))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "cross_entropy none"])
+def test_more_than_two_to_the_31_elements(name):
+    """Addresses past 2^31 elements: the last rows come out as they do on their own."""
+    op, width = OPS[name], 151_936 if name.startswith("cross") else 8192
+    rows = 2**31 // width + 3
+    args = [
+        jnp.concatenate([jnp.broadcast_to(x[:1], (rows - 2, *x.shape[1:])), x]) if letter in "xy" else x
+        for letter, x in zip(op.arguments, op.make((2,), width, "bfloat16"), strict=True)
+    ]
+
+    def run(*args):
+        full = [i for i, letter in enumerate(op.arguments) if letter == "x"]
+        out, pullback = jax.vjp(
+            lambda *some: op.run(*(dict(zip(full, some, strict=True)).get(i, x) for i, x in enumerate(args))),
+            *(args[i] for i in full),
+        )
+        return jax.tree.leaves((out, pullback(jax.tree.map(jnp.ones_like, out))))
+
+    kernel = functools.partial(op.run, implementation="triton")
+    op = type(op)(kernel, op.arguments, op.differentiable)
+    last = jax.jit(run)(*(x[-2:] if letter in "xy" else x for letter, x in zip(op.arguments, args, strict=True)))
+    for whole, part in zip(jax.jit(run)(*args), last, strict=True):
+        assert (whole[-2:] == part).all()
+
+
+@pytest.mark.parametrize("counted", [0, 1, 511, 512, 513, 3000, 4096])
+def test_linear_cross_entropy_with_ignored_rows(counted):
+    """Any number of rows that count, more than a chunk or none: loss and gradients are those of the full logits."""
+    rng = np.random.default_rng(counted)
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4096, 256), (4099, 256)))
+    labels = np.full(4096, -100)
+    labels[rng.permutation(4096)[:counted]] = rng.integers(0, 4099, counted)
+
+    def fused(x, weight):
+        return pk.linear_cross_entropy(x, 0.1 * weight, jnp.asarray(labels), chunk_rows=2048, implementation="triton")
+
+    def plain(x, weight):
+        logits = x.astype(jnp.float32) @ (0.1 * weight).astype(jnp.float32).T
+        return pk.cross_entropy(logits, jnp.asarray(labels), implementation="xla")
+
+    got, want = (jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, weight) for loss in (fused, plain))
+    for found, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(float(jnp.max(jnp.abs(expected))), 1e-6)
+        assert float(jnp.max(jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32)))) <= 0.02 * scale
+
+
+def test_real_vocabularies_of_all_models():
+    """bfloat16 dW over many chunks at V = 151936: as far from float32 as its own rounding."""
+    hidden, vocab = 64, shapes.TEXT["2b"].vocab
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weight = (
+        jax.random.normal(key, (n, hidden), jnp.bfloat16) for key, n in zip(keys[:2], (2048, vocab), strict=True)
+    )
+    labels = jax.random.randint(keys[2], (2048,), 0, vocab)
+
+    def gradient(chunk, dtype):
+        loss = functools.partial(pk.linear_cross_entropy, chunk_rows=chunk, reduction="sum")
+        return jax.jit(jax.grad(lambda w: loss(x.astype(dtype), w, labels)))(weight.astype(dtype)).astype(jnp.float32)
+
+    truth, many, one = gradient(2048, "float32"), gradient(128, "bfloat16"), gradient(2048, "bfloat16")
+    assert root_mean_square(many - truth) <= 1.1 * root_mean_square(one - truth)

@@ -1,0 +1,181 @@
+"""`liger-jax bench ops`: its cases and formulas are right; what it measures ends in a file, a plot and the README."""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import liger_jax.cli as cli
+from benchmarks import tables
+from liger_jax.bench import cases, ops, peers
+
+SMALL = [
+    cases.norm("rms_norm", 6, 32),
+    cases.norm("add_rms_norm", 6, 32),
+    cases.norm("layer_norm", 6, 32),
+    cases.rotation(2, 5, 4, 2, 8),
+    cases.rotation(2, 5, 4, 2, 8, (1, 2, 1)),
+    cases.gate("swiglu", 6, 32),
+    cases.gate("geglu", 6, 32),
+    cases.gate("quick_gelu", 6, 32),
+    cases.token_loss("cross_entropy", 8, 0, 50, ignored=0.4),
+    cases.token_loss("linear_cross_entropy", 8, 16, 50, ignored=0.4),
+    cases.text_attention(2, 8, 4, 2, 16),
+    cases.image_attention(2, 2, 16, (4, 4), 2, "two images a row"),
+    cases.image_attention(1, 2, 16, (2, 6, 4), 4, "images of mixed sizes"),
+]
+of_each_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+
+
+def test_the_cases_cover_every_operation_and_build():
+    import pallas_kernels
+
+    assert {case.op for case in cases.CASES} == set(pallas_kernels.__all__) == set(cases.FORMULAS)
+    every = [*cases.CASES, *(case for *_, case in cases.sweep())]
+    for group in (cases.CASES, [case for *_, case in cases.sweep()]):
+        assert len({case.name for case in group}) == len(group)
+    for case in {case.name: case for case in every}.values():
+        operands = {name: jax.ShapeDtypeStruct(normal.shape, jnp.bfloat16) for name, normal in case.arrays.items()}
+        operands |= case.constants()
+        formula = functools.partial(cases.FORMULAS[case.op], **case.options)
+        ours, plain = (jax.eval_shape(f, **operands) for f in (ops.implementations(case)["ours"], formula))
+        assert [out.shape for out in jax.tree.leaves(ours)] == [out.shape for out in jax.tree.leaves(plain)]
+    assert sum(cases.IMAGES) == 16_384 and all(length % 4 == 0 for length in cases.IMAGES)
+
+
+@of_each_case
+def test_values_agree_with_the_plain_formula(case):
+    """The operation against the formula in float32, results and gradients; and the formula in the inputs' own bfloat16."""
+    given = ops.inputs(case)
+    expected = ops.reference(case, *given)
+    functions = ops.implementations(case)
+    names = [name for name in ("ours", "xla", "jnp") if name in functions]
+    for name in names:
+        found = jax.jit(ops.program(functions[name], "both"))(*given)
+        assert found.keys() == expected.keys() == {*expected, *(f"d{array}" for array in case.arrays)}
+        assert all(error < 1e-2 for error in ops.errors(found, expected).values()), name
+
+
+@pytest.mark.live
+@of_each_case
+def test_the_formulas_of_torch_are_the_same(case):
+    torch = pytest.importorskip("torch", reason="needs torch, see the extra `parity`")
+    arrays, constants, cotangents = jax.tree.map(np.asarray, ops.inputs(case))
+    arrays, cotangents = jax.tree.map(lambda a: a.astype(np.float32), (arrays, cotangents))
+    _, constants_of_torch = peers.inputs(case, "cpu")
+    if case.op in ("rope", "mrope"):  # torch's tables are rounded to bfloat16, and hold each angle twice
+        constants = {n: table.float().numpy()[..., : table.shape[-1] // 2] for n, table in constants_of_torch.items()}
+    expected = ops.reference(case, arrays, constants, cotangents)
+
+    given, weights = jax.tree.map(lambda a: torch.from_numpy(a.copy()), (arrays, cotangents))
+    found = peers.reference(case, given, constants_of_torch, weights)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture
+def on_a_pretended_gpu(monkeypatch):
+    """Everything but the clock, and few small cases."""
+    monkeypatch.setattr(ops, "device_kind", lambda: "Pretended GPU")
+    monkeypatch.setattr(ops, "kernel_us", lambda compiled, *args: (compiled(*args), [3000.0, 1000.0, 2000.0]))
+    monkeypatch.setattr(ops.cases, "CASES", (SMALL[0], SMALL[9]))
+    monkeypatch.setattr(ops.cases, "sweep", lambda: [("2b", 6, SMALL[0]), ("vision", 6, SMALL[7])])
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["liger-jax", "bench", "ops", *map(str, arguments)])
+    cli.main()
+
+
+def test_results_are_kept_and_replaced_by_case(on_a_pretended_gpu, monkeypatch, tmp_path, capsys):
+    command(monkeypatch, "--no-peers", "--results", tmp_path)
+    file = tmp_path / "ops_pretended_gpu.json"
+    told = capsys.readouterr().out
+    assert "rms_norm 6 x 32: ours 2000.0 / 2000.0 | xla 2000.0" in told and str(file) in told and "WARNING" not in told
+    norm, loss = json.loads(file.read_text())
+    assert (norm["op"], norm["case"], norm["device"]) == ("rms_norm", "rms_norm 6 x 32", "Pretended GPU")
+    assert norm["shapes"] == {"x": [6, 32], "weight": [32]} and "jax" in norm["versions"]
+    assert set(norm["results"]) == {"ours", "xla", "jnp"}
+    assert norm["results"]["ours"]["both_us"] == {"median": 2000.0, "min": 1000.0, "max": 3000.0}
+    assert set(norm["results"]["jnp"]["errors"]) == {"out", "dx", "dweight"}
+    assert loss["results"]["ours"]["temp_bytes"] > 0
+
+    loss["results"] = {"liger": {"error": "kept"}, "ours": {"error": "replaced"}}
+    file.write_text(json.dumps([loss]))
+    command(monkeypatch, "--only", "linear_cross_entropy", "--no-peers", "--results", tmp_path)
+    (loss,) = json.loads(file.read_text())
+    assert loss["results"]["liger"] == {"error": "kept"} and "both_us" in loss["results"]["ours"]
+
+
+def test_what_fails_or_is_far_off_is_told(on_a_pretended_gpu):
+    def absent(x, weight):
+        raise NotImplementedError("first line\nsecond line")
+
+    found = ops.measure(SMALL[0], {"absent": absent, "wrong": lambda x, weight: 1.1 * x * weight})
+    assert found["absent"] == {"error": "NotImplementedError: first line"}
+    assert found["wrong"]["errors"]["out"] > ops.LARGE_ERROR
+    first, second = ops.line(SMALL[0], found).splitlines()
+    assert "absent NotImplementedError: first line" in first
+    assert second.startswith("  WARNING: wrong is far from float32: ") and " out 2." in second
+
+
+def test_the_sweep_ends_in_a_plot(on_a_pretended_gpu, monkeypatch, tmp_path):
+    command(monkeypatch, "--sweep", "--results", tmp_path)
+    entries = json.loads((tmp_path / "ops_sweep_pretended_gpu.json").read_text())
+    assert [(entry["model"], entry["rows"], entry["op"]) for entry in entries] == [
+        ("2b", 6, "rms_norm"),
+        ("vision", 6, "quick_gelu"),
+    ]
+    assert entries[0]["results"].keys() == {"ours", "jnp"} and entries[0]["results"]["ours"].keys() == {"both_us"}
+    assert (tmp_path / "ops_sweep_pretended_gpu.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("options", [(), ("--sweep",)])
+def test_an_unknown_name_is_refused_with_the_names_there_are(monkeypatch, tmp_path, options):
+    with pytest.raises(SystemExit) as error:
+        command(monkeypatch, "--only", "rms_nrom", "--results", tmp_path, *options)
+    told = str(error.value)
+    assert told.startswith("liger-jax: bench ops: there is no 'rms_nrom'; choose from: rms_norm; ")
+    assert "linear_cross_entropy" in told and "rms_norm 8192 x 1536" in told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="no GPU found"):
+        command(monkeypatch, "--no-peers", "--results", tmp_path)
+
+
+def measured(forward, both, error=1e-3, **more):
+    times = {f"{name}_us": {"median": us, "min": us, "max": us} for name, us in (("forward", forward), ("both", both))}
+    return times | {"errors": {"out": error}} | more
+
+
+def test_the_table_is_made_from_the_results(monkeypatch, tmp_path):
+    readme = "<!-- table: ops -->\nold\n<!-- end -->"
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.with_tables(readme) == "<!-- table: ops -->\nnot measured yet\n<!-- end -->"
+
+    common = {"device": "Pretended GPU", "versions": {"jax": "1"}, "date": "2026-01-01"}
+    norm = {"ours": measured(14.2, 42), "jnp": measured(19.21, 154), "liger": measured(16.9, 91.8)}
+    norm |= {"torch": measured(18, 80.0), "torch.compile": measured(18, 54.6), "tokamax": {"error": "no"}}
+    loss = {"ours": measured(5000, 17_000, temp_bytes=2**30), "cut": measured(7000, 22_600, 0.5, temp_bytes=2**28)}
+    images = {"ours": measured(5, 9.5), "cudnn": measured(6, 10)}
+    entries = [
+        {"op": "rms_norm", "size": "8 x 16", "results": norm},
+        {"op": "linear_cross_entropy", "size": "8 x 16 x 32", "results": loss},
+        {"op": "attention", "size": "4 x 8", "results": images},
+    ]
+    (tmp_path / "ops_pretended_gpu.json").write_text(json.dumps([common | entry for entry in entries]))
+    (tmp_path / "ops_sweep_pretended_gpu.json").write_text("[]")
+    table = tables.with_tables(readme)
+    assert "| `rms_norm` 8 x 16 | 14.2 / 42.0 | 19.2 / 154 | 16.9 / 91.8 | torch.compile 18.0 / 54.6 |" in table
+    wide = "| `linear_cross_entropy` 8 x 16 x 32 | 5.00 / 17.0, 1.00 GiB |  |  | cut 7.00 / 22.6*, 0.25 GiB |"
+    assert wide in table
+    assert "| `attention` 4 x 8 | 5.00 / 9.50 | 6.00 / 10.0 |  |  |" in table
+    assert "Pretended GPU, bfloat16, jax 1, 2026-01-01." in table
