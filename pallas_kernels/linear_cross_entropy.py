@@ -11,8 +11,7 @@ from pallas_kernels import _sharding, _token_loss, _validate
 from pallas_kernels import _token_loss_kernel as _kernel
 from pallas_kernels._token_loss import Options, Rows
 
-# Of logits: large enough for library matrix products at full rate and for few passes over the weight and its gradient.
-CHUNK_BYTES = 640_000_000
+MOST_CHUNKS = 6  # each chunk reads the weight twice, and reads and writes its gradient in float32
 SMALLEST_PART = 256  # rows of a chunk's quarter that are still worth a matrix product of their own
 
 
@@ -47,7 +46,8 @@ def linear_cross_entropy(
         weight: [V, H], x's dtype.
         labels: [...], int.
         bias: [V], float, or None.
-        chunk_rows: largest number of rows (of each device) whose logits are in memory; None for a budget of 640 MB.
+        chunk_rows: largest number of rows (of each device) whose logits are in memory. None: H, so that they take no more
+            memory than the weight, or a sixth of the rows if that is more.
         implementation: None, "triton", "xla" or "interpret": of the loss and the gradient of a chunk's logits. The matrix
             products are XLA's in all of them.
         The other options, the results and the errors are those of `cross_entropy`.
@@ -163,7 +163,7 @@ def _over_chunks(static: _Static, chunk, weight, x, labels, *more):
     row_axes = labels.shape
     flat = [array.reshape(-1, *array.shape[len(row_axes) :]) for array in (x, labels, *more)]
     rows = flat[1].size
-    size, part = _chunk_sizes(static, rows, weight.shape[0] * x.dtype.itemsize)
+    size, part = _chunk_sizes(static, rows, weight.shape[1])
     if part == rows:  # one chunk, and no smaller one
         sums, found = chunk(None, *flat)
         return sums, jax.tree.map(lambda array: array.reshape(*row_axes, *array.shape[1:]), found)
@@ -209,14 +209,16 @@ def _over_chunks(static: _Static, chunk, weight, x, labels, *more):
     return sums, jax.tree.map(lambda array: array[place].reshape(*row_axes, *array.shape[1:]), found)
 
 
-def _chunk_sizes(static: _Static, rows: int, bytes_per_row: int) -> tuple[int, int]:
+def _chunk_sizes(static: _Static, rows: int, hidden: int) -> tuple[int, int]:
     """-> rows of a chunk, and of the parts for what is left: a quarter of it, or all of it if that would be too few."""
-    limit = static.chunk_rows or max(1, CHUNK_BYTES // bytes_per_row)
+    limit = static.chunk_rows or max(hidden, -(-rows // MOST_CHUNKS))
     chunks = max(1, -(-rows // limit))
     size = -(-rows // chunks)
     if size < 4 * SMALLEST_PART:
         return size, size
-    part = min(SMALLEST_PART * math.ceil(size / 4 / SMALLEST_PART), limit // 4)
+    part = 8 * math.ceil(size / 32)
+    if static.chunk_rows:
+        part = min(part, static.chunk_rows // 4)
     return 4 * part, part
 
 

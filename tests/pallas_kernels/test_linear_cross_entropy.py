@@ -77,8 +77,14 @@ def test_rows_that_count_are_brought_together(counted):
 def test_ignored_rows_are_not_multiplied():
     """With one row in ten that counts, the products of a program run over few rows: seen in how often its loop turns."""
     static = linear._Static(linear.Options(), 2048, False, False, "xla")
-    assert linear._chunk_sizes(static, 8192, 1) == (2048, 512)
-    assert linear._chunk_sizes(static, 700, 1) == (700, 700)
+    assert linear._chunk_sizes(static, 8192, 1536) == (2048, 512)
+    assert linear._chunk_sizes(static, 700, 1536) == (700, 700)
+    unlimited = static._replace(chunk_rows=None)
+    assert [linear._chunk_sizes(unlimited, *case)[0] for case in ((8192, 1536), (32_768, 1536), (8192, 8192))] == [
+        1376,
+        5472,
+        8192,
+    ]
     rows = []
 
     def chunk(sums, x, labels):
