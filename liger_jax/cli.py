@@ -1,6 +1,5 @@
 """The command line: `liger-jax demo | convert | bench | tune | env`. Each command imports what it needs when it runs."""
 
-import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -34,8 +33,6 @@ def demo(
         seed: of the weights and of the order of pictures.
         held_out: questions about unseen digits to measure the accuracy with.
     """
-    # to look for the fastest way to multiply matrices takes a GPU longer than this model's training
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     from liger_jax.demo.run import run_demo
 
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}

@@ -61,9 +61,10 @@ def run_demo(
 
     train, held = load_digits()
     processor = make_processor(train)
-    model = Qwen2VL.init(make_config(processor), seed=seed, dtype="float32")
+    config = make_config(processor)
+    batches = training_batches(processor, config, train, seed=seed, steps=steps, batch_size=batch_size)
+    model = Qwen2VL.init(config, seed=seed, dtype="float32")
     state = TrainState.create(model, make_optimizer(learning_rate, steps))
-    batches = training_batches(processor, model.config, train, seed=seed, steps=steps, batch_size=batch_size)
     state, history = fit(state, batches, output / "metrics.jsonl", steps=steps, progress=progress)
 
     checkpoint = output / "checkpoint"
@@ -152,6 +153,8 @@ def training_batches(
     batches = grain.MapDataset.range(steps).map(batch).to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4))
     if workers > 0:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
+    batches = iter(batches)
+    batches.start_prefetch()  # while the model is made and compiled
     return (jax.tree.map(np.array, batch) for batch in batches)  # out of the memory that is shared with the workers
 
 

@@ -64,7 +64,7 @@ def test_against_float32(name, rows, width, dtype):
 
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "cross_entropy none"])
 def test_more_than_two_to_the_31_elements(name):
-    """Addresses past 2^31 elements: the last rows come out as they do on their own."""
+    """Addresses past 2^31 elements: the last rows come out as they do on their own, to a unit of bfloat16."""
     op, width = OPS[name], 151_936 if name.startswith("cross") else 8192
     rows = 2**31 // width + 3
     args = [
@@ -84,7 +84,8 @@ def test_more_than_two_to_the_31_elements(name):
     op = type(op)(kernel, op.arguments, op.differentiable)
     last = jax.jit(run)(*(x[-2:] if letter in "xy" else x for letter, x in zip(op.arguments, args, strict=True)))
     for whole, part in zip(jax.jit(run)(*args), last, strict=True):
-        assert (whole[-2:] == part).all()
+        whole, part = (x.astype(jnp.float32) for x in (whole[-2:], part))
+        assert float(jnp.max(jnp.abs(whole - part))) <= 2**-7 * float(jnp.max(jnp.abs(part)))
 
 
 @pytest.mark.parametrize("counted", [0, 1, 511, 512, 513, 3000, 4096])
