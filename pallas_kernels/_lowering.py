@@ -100,6 +100,16 @@ def pick(implementation: str | None, kernel: Callable, xla: Callable, *operands:
     return kernel(*operands, interpret=implementation == "interpret")
 
 
+def either(kernel: Callable, xla: Callable) -> Callable:
+    """local(static, *operands): what `pick` chooses for static.implementation, called with `static` first."""
+
+    def local(static: Any, *operands: jax.Array) -> Any:
+        chosen = (functools.partial(function, static) for function in (kernel, xla))
+        return pick(static.implementation, *chosen, *operands)
+
+    return local
+
+
 @functools.cache
 def compute_capability() -> float | None:
     """That of this process's first NVIDIA GPU, such as 9.0; None without one."""

@@ -160,14 +160,8 @@ def backward_kernel(
 # ---- gradient and mesh -----------------------------------------------------------------------------------------------
 
 
-def _forward_local(static: Static, *operands):
-    kernel, xla = (functools.partial(f, static) for f in (forward_kernel, _forward_xla))
-    return _lowering.pick(static.implementation, kernel, xla, *operands)
-
-
-def _backward_local(static: Static, *operands):
-    kernel, xla = (functools.partial(f, static) for f in (backward_kernel, _backward_xla))
-    return _lowering.pick(static.implementation, kernel, xla, *operands)
+_forward_local = _lowering.either(forward_kernel, _forward_xla)
+_backward_local = _lowering.either(backward_kernel, _backward_xla)
 
 
 def _forward_op(static: Static) -> _sharding.ParallelOp:

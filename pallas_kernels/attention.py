@@ -267,15 +267,8 @@ def _cleared(x, inside, beyond):
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------
 
 
-def _forward_local(static: _Static, *operands):
-    cudnn, xla = (functools.partial(f, static) for f in (_forward_cudnn, _forward_xla))
-    return _lowering.pick(static.implementation, cudnn, xla, *operands)
-
-
-def _backward_local(static: _Static, *operands):
-    cudnn, xla = (functools.partial(f, static) for f in (_backward_cudnn, _backward_xla))
-    return _lowering.pick(static.implementation, cudnn, xla, *operands)
-
+_forward_local = _lowering.either(_forward_cudnn, _forward_xla)
+_backward_local = _lowering.either(_backward_cudnn, _backward_xla)
 
 _QKV = ("btnd", "bsnd", "bsnd")  # n: query heads in q, key heads in k and v, sharded alike
 

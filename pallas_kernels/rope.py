@@ -198,9 +198,7 @@ def rotate_kernel(static: _Static, q, k, cos, sin, *, interpret: bool, blocks: B
 # ---- gradient and mesh: batch, tokens and heads may be sharded -------------------------------------------------------
 
 
-def _local(static: _Static, *operands):
-    kernel, xla = (functools.partial(f, static) for f in (rotate_kernel, _rotate_xla))
-    return _lowering.pick(static.implementation, kernel, xla, *operands)
+_local = _lowering.either(rotate_kernel, _rotate_xla)
 
 
 def _op(static: _Static) -> _sharding.ParallelOp:

@@ -1,0 +1,180 @@
+"""Files of conversations, in the formats that people have, as messages for the Processor.
+
+    messages      {"messages": [{"role": "user", "content": ...}, ...], "images": [...], "videos": [...]}
+    ShareGPT      {"conversations": [{"from": "human", "value": ...}, ...], "images": [...], "videos": [...]}
+    LLaVA         the same with "image" or "video", one or a list
+
+A file is a JSON list of such records, or has one a line. In a text `<image>` and `<video>` stand for the next picture or
+video of the record; a content that is a list of parts goes through as it is.
+"""
+
+import base64
+import binascii
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from liger_jax.messages import Conversation, Message
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+# What a record calls its turns, and in a turn the speaker and the text.
+TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
+MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
+URL = re.compile(r"(file|data|https?):", re.IGNORECASE)
+
+
+def read_conversations(
+    path: str | Path, *, media: str | Path | None = None, on_error: Literal["raise", "skip"] = "raise"
+) -> list[Conversation]:
+    """Reads and checks all records of a file; pictures are named, not opened.
+
+    Args:
+        path: a .json file with a list, or a file with a JSON record a line.
+        media: folder that relative paths of pictures and videos start from; None: the file's own.
+        on_error: what a broken record does: "raise" stops at the first one, "skip" leaves all of them out, with one
+            warning that names them.
+
+    Returns:
+        Conversations for `Processor(conversations, labels=True)`: messages whose content is a text, or a list of parts in
+        which each picture is a path, a URL or the bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        ValueError: the file is no JSON or has no records, or a record is broken: unknown format or role, markers that are
+            not as many as the record's pictures, a picture that does not exist, no answer. The message names the record.
+
+    Example:
+        >>> import json, tempfile
+        >>> from liger_jax.data import read_conversations
+        >>> turns = [{"from": "human", "value": "<image>\\nWhich digit?"}, {"from": "gpt", "value": "7"}]
+        >>> record = {"image": "data:image/png;base64,", "conversations": turns}
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        ...     print(json.dumps([record]), file=file, flush=True)
+        ...     read_conversations(file.name)[0][0]["content"][1]
+        {'type': 'text', 'text': 'Which digit?'}
+    """
+    path = Path(path)
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
+    folder = path.parent if media is None else Path(media)
+    found: list[Conversation] = []
+    broken: list[str] = []
+    for name, record in _records(path):
+        try:
+            found.append(_conversation(record, folder))
+        except ValueError as error:
+            if on_error == "raise":
+                raise ValueError(f"{path}, {name}: {error}") from error
+            broken.append(f"{name}: {error}")
+    if not found:
+        raise ValueError(f"{path} has no usable record{': ' if broken else ''}{'; '.join(broken[:3])}")
+    if broken:
+        shown = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
+        warnings.warn(f"{path}: left out {len(broken)} of {len(found) + len(broken)} records: {shown}", stacklevel=2)
+    return found
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record with a name for it: where it stands, and its id if it has one."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        try:
+            records = list(enumerate(json.loads(text), start=1))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a JSON list: {error}") from error
+        what = "record"
+    else:
+        records, what = [], "line"
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                try:
+                    records.append((number, json.loads(line)))
+                except ValueError as error:
+                    records.append((number, error))
+    for number, record in records:
+        name = record.get("id") if isinstance(record, Mapping) else None
+        yield f"{what} {number}" + ("" if name is None else f" (id {name!r})"), record
+
+
+def _conversation(record: Any, folder: Path) -> Conversation:
+    if isinstance(record, ValueError):
+        raise ValueError(f"not JSON: {record}")
+    kinds = [kind for kind in TURNS if isinstance(record, Mapping) and kind in record]
+    if len(kinds) != 1:
+        keys = sorted(record) if isinstance(record, Mapping) else type(record).__name__
+        raise ValueError(f"found {keys}; expected a record with one of {sorted(TURNS)}")
+    turns = record[kinds[0]]
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise ValueError(f"{kinds[0]!r} is {turns!r:.60}; expected a list of turns")
+    media = {kind: _media(record, kind, folder) for kind in MEDIA}
+    given = {kind: len(items) for kind, items in media.items()}
+    messages = [_message(turn, *TURNS[kinds[0]], media) for turn in turns]
+    for kind, left in media.items():
+        if left:
+            raise ValueError(f"{given[kind]} {kind}s, but {given[kind] - len(left)} markers <{kind}> in its texts")
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise ValueError("no answer: expected a turn of the assistant")
+    return messages
+
+
+def _media(record: Mapping, kind: str, folder: Path) -> list[Any]:
+    """The pictures or videos that a record lists, in order; a video that is a list is its frames."""
+    listed = [record[key] for key in MEDIA[kind] if record.get(key) is not None]
+    if len(listed) > 1:
+        raise ValueError(f"both {' and '.join(map(repr, MEDIA[kind]))}; expected one of them")
+    values = listed[0] if listed else []
+    if not isinstance(values, list):
+        values = [values]
+    return [_source(value, folder) for value in values]
+
+
+def _source(value: Any, folder: Path) -> Any:
+    """A URL as it is, a path from the folder on, base64 as bytes; each of a list."""
+    if isinstance(value, list):
+        return [_source(item, folder) for item in value]
+    if isinstance(value, Mapping):
+        return _source(next((value[key] for key in ("path", "url", "bytes") if value.get(key)), None), folder)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r:.60} is no picture or video; expected a path, a URL or base64")
+    if URL.match(value):
+        return value
+    if len(value) > 1024:  # longer than a path can be
+        try:
+            return base64.b64decode(value, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"{value[:60]!r}... is neither a path nor base64: {error}") from error
+    path = folder / value
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return str(path)
+
+
+def _message(turn: Any, speaker: str, said: str, media: dict[str, list[Any]]) -> Message:
+    if not isinstance(turn, Mapping) or not {speaker, said} <= turn.keys():
+        raise ValueError(f"turn {turn!r:.60}; expected {{{speaker!r}: ..., {said!r}: ...}}")
+    if turn[speaker] not in ROLES:
+        raise ValueError(f"{speaker!r} is {turn[speaker]!r:.60}; expected one of {sorted(ROLES)}")
+    content = turn[said]
+    if not isinstance(content, str | list):
+        raise ValueError(f"{said!r} is {content!r:.60}; expected a text or a list of parts")
+    return {"role": ROLES[turn[speaker]], "content": _parts(content, media) if isinstance(content, str) else content}
+
+
+def _parts(text: str, media: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
+    """The text with its markers replaced by what they stand for, taken from the front of `media`."""
+    pieces = MARKER.split(text)  # text, kind, text, kind, ..., text
+    if len(pieces) == 1:
+        return text
+    parts = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            parts += [{"type": "text", "text": piece}] if piece else []
+        elif not media[piece]:
+            raise ValueError(f"more markers <{piece}> than {piece}s")
+        else:
+            parts.append({"type": piece, piece: media[piece].pop(0)})
+    return parts
