@@ -1,0 +1,95 @@
+"""AdamW as Qwen2-VL is trained: parts of the model frozen or at learning rates of their own, no decay where it harms."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import optax
+
+from liger_jax.tree import path_name
+
+LearningRate = float | optax.Schedule
+# The parts of a model and what the paths of their weights begin with; the first that fits counts.
+PARTS = {"merger": ("visual/merger/",), "vision": ("visual/",), "text": ("language_model/", "lm_head/")}
+# Weights that decay: of products and tables. Norms and biases do not, as in transformers.
+DECAYING = ("/kernel", "embed_tokens/weight", "lm_head/weight")
+
+
+def make_optimizer(
+    learning_rate: LearningRate,
+    *,
+    vision: LearningRate | None = None,
+    merger: LearningRate | None = None,
+    freeze: Collection[str] = (),
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW for a `TrainState`.
+
+        m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      (g: clipped to the norm max_grad_norm)
+        w = w - learning_rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay w)
+
+    Args:
+        learning_rate: a number, or an optax schedule from the step to one.
+        vision, merger: learning rates of the vision tower and of its merger; None: the same.
+        freeze: parts that stay as they are: any of "vision", "merger", "text". They have no moments, their gradients are
+            not computed, and do not count in the norm.
+        weight_decay: of the weights of products and tables; norms and biases never decay.
+        max_grad_norm: largest norm of all gradients together; None for no limit.
+        b1, b2, eps: of Adam.
+
+    Returns:
+        An `optax.GradientTransformation`.
+
+    Raises:
+        ValueError: an unknown part, or nothing left to train.
+
+    Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101
+
+    Example:
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
+        >>> from liger_jax.optimizer import make_optimizer
+        >>> optimizer = make_optimizer(1e-5, merger=2e-5, freeze=["vision"], weight_decay=0.1)
+        >>> int(TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), optimizer).step)
+        0
+    """
+    unknown = set(freeze) - set(PARTS)
+    if unknown:
+        raise ValueError(f"freeze has {sorted(unknown)}; expected some of {sorted(PARTS)}")
+    if set(freeze) == set(PARTS):
+        raise ValueError(f"freeze is all of {sorted(PARTS)}; expected at least one part to train")
+    rates = {"text": learning_rate, "vision": vision, "merger": merger}
+    of_part = {
+        part: optax.set_to_zero()
+        if part in freeze
+        else optax.adamw(
+            learning_rate if rates[part] is None else rates[part],
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+            mask=_decays,
+        )
+        for part in PARTS
+    }
+    without_frozen = optax.masked(
+        optax.set_to_zero(), lambda tree: _by_path(lambda path: part_of(path) in freeze, tree)
+    )
+    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    return optax.chain(without_frozen, clip, optax.multi_transform(of_part, lambda tree: _by_path(part_of, tree)))
+
+
+def part_of(path: str) -> str:
+    """The part that a weight belongs to, by its path."""
+    return next(part for part, beginnings in PARTS.items() if path.startswith(beginnings))
+
+
+def _decays(tree: Any) -> Any:
+    return _by_path(lambda path: path.endswith(DECAYING), tree)
+
+
+def _by_path(function, tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: function(path_name(path)), tree)
