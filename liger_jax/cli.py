@@ -1,4 +1,4 @@
-"""The command line: `liger-jax demo | convert | bench | tune | env`. Each command imports what it needs when it runs."""
+"""The command line: `liger-jax demo | finetune | convert | tune | bench | env`. A command imports what it needs."""
 
 import sys
 from importlib import metadata
@@ -40,6 +40,83 @@ def demo(
     print(f"{report.accuracy:.1%} of {held_out} questions about unseen digits answered exactly, {report.seconds:.0f} s")
     for name in ("answers", "loss", "metrics", "checkpoint"):
         print(f"{name:<11}{getattr(report, name)}")
+
+
+@app.command
+def finetune(
+    model: Annotated[str, tyro.conf.Positional],
+    data: Annotated[Path, tyro.conf.Positional],
+    output: Path = Path("outputs/finetune"),
+    media: Path | None = None,
+    skip_broken: bool = False,
+    steps: int = 1000,
+    batch_size: int = 8,
+    learning_rate: float = 1e-5,
+    vision_learning_rate: float | None = None,
+    merger_learning_rate: float | None = None,
+    freeze: tuple[Literal["vision", "merger", "text"], ...] = (),
+    weight_decay: float = 0.0,
+    warmup: float = 0.03,
+    max_pixels: int | None = None,
+    accumulate: int = 1,
+    remat: Literal["auto", "none", "dots", "full"] = "auto",
+    save_every: int = 500,
+    keep: int = 3,
+    seed: int = 0,
+) -> None:
+    """Fine-tune a model on a file of conversations; run again with the same --output, it goes on where it was stopped.
+
+    Args:
+        model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        data: conversations in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
+        output: folder of checkpoints and metrics.jsonl.
+        media: folder that relative paths of pictures start from; by default that of the data.
+        skip_broken: leave broken records out, with a warning, instead of stopping.
+        steps: training steps of the whole run.
+        batch_size: conversations in a step.
+        learning_rate: highest learning rate, after warming up and before falling along a cosine.
+        vision_learning_rate: that of the vision tower.
+        merger_learning_rate: that of the layers between vision tower and language model.
+        freeze: parts that are not trained.
+        weight_decay: of the weights of products and tables.
+        warmup: share of the steps in which the learning rate rises.
+        max_pixels: largest number of pixels of a picture; by default the model's.
+        accumulate: parts that a batch is computed in, one after the other.
+        remat: what the backward pass computes again; auto takes the fastest that fits the memory.
+        save_every: steps between checkpoints.
+        keep: checkpoints that stay.
+        seed: of the order of the data.
+    """
+    from convert import from_hf
+    from liger_jax import Processor
+    from liger_jax.checkpoint import is_model, load_model
+    from liger_jax.data import read_conversations
+    from liger_jax.finetune import finetune as run
+    from liger_jax.optimizer import make_optimizer, warmup_cosine
+
+    conversations = read_conversations(data, media=media, on_error="skip" if skip_broken else "raise")
+    rates = {"vision": vision_learning_rate, "merger": merger_learning_rate}
+    schedules = {part: rate if rate is None else warmup_cosine(rate, steps, warmup) for part, rate in rates.items()}
+    optimizer = make_optimizer(
+        warmup_cosine(learning_rate, steps, warmup), **schedules, freeze=freeze, weight_decay=weight_decay
+    )
+    processor = Processor.from_pretrained(model)
+    processor.image = processor.image.with_limits(None, max_pixels)
+    state = run(
+        load_model(model) if is_model(model) else from_hf(model),
+        processor,
+        conversations,
+        output,
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        seed=seed,
+        remat=remat,
+        accumulate=accumulate,
+        save_every=save_every,
+        keep=keep,
+    )
+    print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
 
 
 @app.command

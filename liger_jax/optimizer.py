@@ -82,6 +82,12 @@ def make_optimizer(
     return optax.chain(without_frozen, clip, optax.multi_transform(of_part, lambda tree: _by_path(part_of, tree)))
 
 
+def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:
+    """Rises from 0 to `peak` in a share `warmup` of the steps, then falls to 0 along a cosine."""
+    rising = max(1, round(steps * warmup))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, rising, max(steps, rising + 1))
+
+
 def part_of(path: str) -> str:
     """The part that a weight belongs to, by its path."""
     return next(part for part, beginnings in PARTS.items() if path.startswith(beginnings))

@@ -3,32 +3,30 @@
 import functools
 import itertools
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from liger_jax import Batch, Processor, Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
+from liger_jax import Batch, Processor, Qwen2VL, Qwen2VLConfig, TrainState, generate, prepare
 from liger_jax.checkpoint import load_model, save_state
 from liger_jax.config import TextConfig, VisionConfig
 from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.plots import plot_answers, plot_loss
 from liger_jax.demo.tokenizer import train_tokenizer
+from liger_jax.finetune import METRICS, fit
 from liger_jax.images import VisionSettings
+from liger_jax.loader import load_batches
 
 # Every batch gets these shapes, tokens and patches of a conversation, so that one program trains on all of them.
 LENGTH, PATCHES = 48, 48
 MAX_ANSWER = 8
 EVALUATION_ROWS = 64
 SHOWN = 10
-RESULTS = ("checkpoint", "metrics.jsonl", "loss.png", "answers.png")
+RESULTS = ("checkpoint", METRICS, "loss.png", "answers.png")
 
 
 class Report(NamedTuple):
@@ -62,10 +60,10 @@ def run_demo(
     train, held = load_digits()
     processor = make_processor(train)
     config = make_config(processor)
-    batches = training_batches(processor, config, train, seed=seed, steps=steps, batch_size=batch_size)
+    batches = load_batches(functools.partial(training_batch, processor, config, train, seed, batch_size), range(steps))
     model = Qwen2VL.init(config, seed=seed, dtype="float32")
     state = TrainState.create(model, make_optimizer(learning_rate, steps))
-    state, history = fit(state, batches, output / "metrics.jsonl", steps=steps, progress=progress)
+    state, history = fit(state, batches, output / METRICS, steps=steps, remat="none", progress=progress)
 
     checkpoint = output / "checkpoint"
     processor.save_pretrained(checkpoint)
@@ -76,11 +74,11 @@ def run_demo(
     prompts, expected = [messages[:-1] for messages in questions], [messages[-1]["content"] for messages in questions]
     answers = answer(model, processor, prompts)
     accuracy = float(np.mean([a == e for a, e in zip(answers, expected, strict=True)]))
-    with (output / "metrics.jsonl").open("a") as file:
+    with (output / METRICS).open("a") as file:
         print(json.dumps({"step": steps, "held_out_accuracy": accuracy, "held_out": held_out}), file=file)
     plot_loss(output / "loss.png", [line["loss"] for line in history], [line["accuracy"] for line in history])
     plot_answers(output / "answers.png", prompts[:SHOWN], answers[:SHOWN], expected[:SHOWN])
-    paths = [output / name for name in ("checkpoint", "answers.png", "loss.png", "metrics.jsonl")]
+    paths = [output / name for name in ("checkpoint", "answers.png", "loss.png", METRICS)]
     return Report(accuracy, time.perf_counter() - started, *paths)
 
 
@@ -140,24 +138,6 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
 
 
-def training_batches(
-    processor: Processor, config: Qwen2VLConfig, digits: Digits, *, seed: int, steps: int, batch_size: int
-) -> Iterator[Batch]:
-    """Batches of fresh conversations, made by worker processes where there are cores for them."""
-    import grain
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()  # Grain reads settings from absl's flags, which only an absl program parses
-    workers = min(4, (os.cpu_count() or 1) // 2 - 1)
-    batch = functools.partial(training_batch, processor, config, digits, seed, batch_size)
-    batches = grain.MapDataset.range(steps).map(batch).to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4))
-    if workers > 0:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
-    batches = iter(batches)
-    batches.start_prefetch()  # while the model is made and compiled
-    return (jax.tree.map(np.array, batch) for batch in batches)  # out of the memory that is shared with the workers
-
-
 def training_batch(
     processor: Processor, config: Qwen2VLConfig, digits: Digits, seed: int, batch_size: int, index: int
 ) -> Batch:
@@ -165,40 +145,6 @@ def training_batch(
     endless = conversations(digits, np.random.default_rng((seed, index)))
     inputs = processor(list(itertools.islice(endless, batch_size)), labels=True)
     return prepare(config, **inputs, length=LENGTH, patches=PATCHES)
-
-
-def fit(
-    state: TrainState, batches: Iterator[Batch], metrics_file: Path, *, steps: int, progress: bool
-) -> tuple[TrainState, list[dict]]:
-    """Trains on all batches; -> the last state, and what was written to `metrics_file`, one line a step.
-
-    A step's metrics are read when the next step has been handed to the device, so that it never waits for the host.
-    """
-    step_fn = make_train_step(remat="none")
-    history: list[dict] = []
-    running: tuple[dict, int] | None = None
-    with metrics_file.open("w") as file, tqdm(total=steps, unit="step", disable=not progress) as bar:
-        clock = time.perf_counter()
-
-        def finish(metrics: dict, tokens: int) -> None:
-            nonlocal clock
-            values = {name: float(value) for name, value in metrics.items()}
-            now = time.perf_counter()
-            line = {"step": len(history) + 1, **values, "tokens_per_second": tokens / (now - clock)}
-            clock = now
-            history.append(line)
-            print(json.dumps(line), file=file)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_second']:,.0f}")
-            bar.update()
-
-        for batch in batches:
-            state, metrics = step_fn(state, batch)
-            if running:
-                finish(*running)
-            running = metrics, int(np.sum(batch.segment_ids > 0))
-        if running:
-            finish(*running)
-    return state, history
 
 
 def answer(model: Qwen2VL, processor: Processor, prompts: list[list[dict]]) -> list[str]:
