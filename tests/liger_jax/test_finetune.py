@@ -136,7 +136,7 @@ def test_what_cannot_be(config, processor, data, tmp_path):
     run(config, processor, data, tmp_path / "run", steps=2)
     with pytest.raises(ValueError, match="at step 2 already"):
         run(config, processor, data, tmp_path / "run", steps=1)
-    with pytest.raises(ValueError, match="missing|unexpected"):
+    with pytest.raises(ValueError, match=r"missing|unexpected"):
         run(config, processor, data, tmp_path / "run", steps=3, optimizer=make_optimizer(1e-3, freeze=["vision"]))
 
 
@@ -164,10 +164,14 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     (tmp_path / "data.json").write_text(json.dumps(records))
     save_model(Qwen2VL.init(config, dtype="float32"), tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    arguments = (
-        f"finetune {tmp_path / 'model'} {tmp_path / 'data.json'} --output {tmp_path / 'out'} --steps 2 --batch-size 2"
-    )
-    monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments.split(), "--freeze", "vision", "--skip-broken"])
+    arguments = [
+        "finetune",
+        *(str(tmp_path / name) for name in ("model", "data.json")),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    options = "--steps 2 --batch-size 2 --freeze vision --skip-broken"
+    monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
     with pytest.warns(UserWarning, match="left out 1 of 8 records"):
         main()
     assert "step 2 of 2" in capsys.readouterr().out
