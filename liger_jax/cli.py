@@ -47,6 +47,7 @@ def finetune(
     model: Annotated[str, tyro.conf.Positional],
     data: Annotated[Path, tyro.conf.Positional],
     output: Path = Path("outputs/finetune"),
+    held_out: Path | None = None,
     media: Path | None = None,
     skip_broken: bool = False,
     steps: int = 1000,
@@ -70,6 +71,7 @@ def finetune(
         model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
         data: conversations in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
         output: folder of checkpoints and metrics.jsonl.
+        held_out: conversations that are not trained, to measure loss and accuracy on at each checkpoint.
         media: folder that relative paths of pictures start from; by default that of the data.
         skip_broken: leave broken records out, with a warning, instead of stopping.
         steps: training steps of the whole run.
@@ -94,7 +96,8 @@ def finetune(
     from liger_jax.finetune import finetune as run
     from liger_jax.optimizer import make_optimizer, warmup_cosine
 
-    conversations = read_conversations(data, media=media, on_error="skip" if skip_broken else "raise")
+    how = {"media": media, "on_error": "skip" if skip_broken else "raise"}
+    conversations, unseen = read_conversations(data, **how), held_out and read_conversations(held_out, **how)
     rates = {"vision": vision_learning_rate, "merger": merger_learning_rate}
     schedules = {part: rate if rate is None else warmup_cosine(rate, steps, warmup) for part, rate in rates.items()}
     optimizer = make_optimizer(
@@ -110,6 +113,7 @@ def finetune(
         steps=steps,
         batch_size=batch_size,
         optimizer=optimizer,
+        held_out=unseen or (),
         seed=seed,
         remat=remat,
         accumulate=accumulate,

@@ -5,7 +5,7 @@ import functools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,11 @@ from liger_jax.batch import Batch, prepare
 from liger_jax.checkpoint import checkpoint_manager, is_model, restore_state, save_state
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.loader import load_batches
+from liger_jax.mesh import mesh_context, mesh_of, put_batch
 from liger_jax.messages import Conversation
 from liger_jax.model import Qwen2VL
 from liger_jax.processing import Processor
-from liger_jax.train import TrainState, make_train_step
+from liger_jax.train import TrainState, loss_fn, make_train_step
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
@@ -38,6 +39,7 @@ def finetune(
     steps: int,
     batch_size: int,
     optimizer: optax.GradientTransformation,
+    held_out: Sequence[Conversation] = (),
     seed: int = 0,
     length: int | None = None,
     patches: int | None = None,
@@ -62,6 +64,7 @@ def finetune(
         steps: of the whole run, those before a continuation included.
         batch_size: conversations in a step.
         optimizer: as `make_optimizer` returns it; a run must be continued with an optimizer of the same structure.
+        held_out: conversations to measure loss and accuracy on, `evaluate`, whenever the state is saved.
         seed: of the order of the data.
         length, patches: tokens and patches of a row, see `prepare`; None: each batch its own bucket.
         remat, accumulate: see `make_train_step`.
@@ -99,15 +102,49 @@ def finetune(
         return state
     config = model.config
     del model
-    make = functools.partial(
-        conversation_batch, processor, config, list(conversations), seed, batch_size, length, patches
-    )
+    sizes = batch_size, length, patches
+    make = functools.partial(conversation_batch, processor, config, list(conversations), seed, *sizes)
     batches = load_batches(make, range(start, steps), workers=workers)
     processor.save_pretrained(output)
+
+    def measure(model: Qwen2VL) -> dict[str, float]:
+        make = functools.partial(_held_out_batch, processor, config, list(held_out), *sizes)
+        return evaluate(model, load_batches(make, range(-(-len(held_out) // batch_size)), workers=0))
+
     with checkpoint_manager(output, keep=keep) as manager, _sigterm() as stop:
-        how = {"remat": remat, "accumulate": accumulate, "progress": progress}
+        how = {"remat": remat, "accumulate": accumulate, "measure": measure if held_out else None, "progress": progress}
         state, _ = fit(state, batches, output / METRICS, steps=steps, save=(manager, save_every), stop=stop, **how)
     return state
+
+
+def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
+    """{"loss", "accuracy"} per trained token over all batches, and "num_tokens", how many there are.
+
+    Raises:
+        ValueError: a batch has no labels.
+
+    Example:
+        >>> import numpy as np
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
+        >>> from liger_jax.finetune import evaluate
+        >>> model, ids = Qwen2VL.init(Qwen2VLConfig.tiny(), dtype="float32"), np.array([[5, 6, 7]])
+        >>> evaluate(model, [prepare(model.config, input_ids=ids, labels=ids)])["num_tokens"]
+        2
+    """
+    mesh = mesh_of(model)
+    sums, tokens = dict.fromkeys(("loss", "accuracy"), 0.0), 0
+    for batch in batches:
+        with mesh_context(mesh):
+            metrics = _metrics(model, put_batch(batch, mesh))
+        count = int(metrics["num_tokens"])
+        tokens += count
+        sums = {name: total + count * float(metrics[name]) for name, total in sums.items()}
+    return {name: total / max(tokens, 1) for name, total in sums.items()} | {"num_tokens": tokens}
+
+
+@jax.jit
+def _metrics(model: Qwen2VL, batch: Batch) -> dict[str, jax.Array]:
+    return loss_fn(model, batch)[1]
 
 
 def conversation_batch(
@@ -127,6 +164,20 @@ def conversation_batch(
     return prepare(config, **processor(rows, labels=True, padding="right"), length=length, patches=patches)
 
 
+def _held_out_batch(
+    processor: Processor,
+    config: Qwen2VLConfig,
+    conversations: Sequence[Conversation],
+    batch_size: int,
+    length: int | None,
+    patches: int | None,
+    index: int,
+) -> Batch:
+    rows = conversations[index * batch_size : (index + 1) * batch_size]
+    batch = prepare(config, **processor(rows, labels=True, padding="right"), length=length, patches=patches)
+    return batch.pad_rows(batch_size)  # the last one is of the others' shape
+
+
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
@@ -142,12 +193,14 @@ def fit(
     accumulate: int = 1,
     save: "tuple[CheckpointManager, int] | None" = None,
     stop: Callable[[], bool] = lambda: False,
+    measure: Callable[[Qwen2VL], dict[str, float]] | None = None,
     progress: bool = True,
 ) -> tuple[TrainState, list[dict]]:
     """Trains on all batches; -> the last state, and what was added to `metrics_file`, one line a step.
 
     A step's metrics are read when the next step has been handed to the device, so that it never waits for the host.
-    `save` is where to save and every how many steps; it also happens at the end, and when `stop` says so.
+    `save` is where to save and every how many steps; it also happens at the end, and when `stop` says so. What `measure`
+    finds of the model that is saved is a line of its own.
     """
     step_fn = make_train_step(remat=remat, accumulate=accumulate)
     begin = done = int(state.step)
@@ -178,6 +231,10 @@ def fit(
                 finish(*running)  # the log is never behind a checkpoint
                 running = None
                 save_state(save[0], state)
+                if measure and not stopping:
+                    found = {f"held_out_{name}": value for name, value in measure(state.model).items()}
+                    print(json.dumps({"step": done} | found), file=file, flush=True)
+                    clock = time.perf_counter()
             if stopping:
                 break
         if running:

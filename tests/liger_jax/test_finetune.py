@@ -11,7 +11,7 @@ import signal
 import numpy as np
 import pytest
 
-from liger_jax import Processor, Qwen2VL
+from liger_jax import Processor, Qwen2VL, loss_fn, prepare
 from liger_jax.checkpoint import load_model, save_model
 from liger_jax.demo.data import conversations, load_digits
 from liger_jax.demo.run import make_config, make_processor
@@ -45,7 +45,7 @@ def run(config, processor, data, output, **options):
 
 def log(output):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, processor, data, tmp_path):
@@ -70,6 +70,18 @@ def test_what_it_leaves_can_be_used(config, processor, data, tmp_path):
     assert Processor.from_pretrained(tmp_path).token_ids == processor.token_ids
     for got, want in zip(param_paths(model).values(), param_paths(state.model).values(), strict=True):
         assert (got == want).all()
+
+
+def test_held_out_conversations_are_measured(config, processor, data, tmp_path):
+    """At each checkpoint, per token over all of them: as one batch would have it, though the last one is not full."""
+    state = run(config, processor, data, tmp_path, steps=2, save_every=1, held_out=data[:3])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, second = [line for line in lines if "held_out_loss" in line]
+    assert (first["step"], second["step"]) == (1, 2) and first["held_out_loss"] != second["held_out_loss"]
+    loss, metrics = loss_fn(state.model, prepare(config, **processor(data[:3], labels=True)))
+    assert second["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert second["held_out_accuracy"] == pytest.approx(float(metrics["accuracy"]), abs=1e-6)
+    assert second["held_out_num_tokens"] == int(metrics["num_tokens"])
 
 
 def test_sigterm_saves_and_ends(config, processor, data, tmp_path, monkeypatch):
@@ -170,11 +182,12 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
         "--output",
         str(tmp_path / "out"),
     ]
-    options = "--steps 2 --batch-size 2 --freeze vision --skip-broken"
+    options = f"--steps 2 --batch-size 2 --freeze vision --skip-broken --held-out {tmp_path / 'data.json'}"
     monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
     with pytest.warns(UserWarning, match="left out 1 of 8 records"):
         main()
     assert "step 2 of 2" in capsys.readouterr().out
+    assert "held_out_loss" in (tmp_path / "out/metrics.jsonl").read_text()
     before, after = (param_paths(load_model(tmp_path / name)) for name in ("model", "out"))
     assert (before["visual/patch_embed/kernel"] == after["visual/patch_embed/kernel"]).all()
     assert (before["lm_head/weight" if "lm_head/weight" in before else "language_model/embed_tokens/weight"] != 0).any()
