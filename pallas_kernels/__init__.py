@@ -1,8 +1,8 @@
 """Fused operations for transformer language models on NVIDIA GPUs. They know arrays, not models, and import JAX only.
 
-Every operation takes `implementation`: None picks by the platform that the program is lowered for, "triton" is the Pallas
-kernel lowered to Triton, "interpret" the same kernel in Pallas's interpreter (any platform, slow, for tests), "xla" plain
-JAX. A name that cannot run raises.
+Every operation takes `implementation`: None picks by the platform that the program is lowered for (gates and rotations are
+XLA's on all of them, see there), "triton" is the Pallas kernel lowered to Triton, "interpret" the same kernel in Pallas's
+interpreter (any platform, slow, for tests), "xla" plain JAX. A name that cannot run raises.
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm
