@@ -5,7 +5,7 @@
     LLaVA         the same with "image" or "video", one or a list
 
 A file is a JSON list of such records, or has one a line. In a text `<image>` and `<video>` stand for the next picture or
-video of the record; a content that is a list of parts goes through as it is.
+video of the record; a content that is a list of parts goes through as it is. A video is the list of its frames.
 """
 
 import base64
@@ -24,7 +24,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
-URL = re.compile(r"(file|data|https?):", re.IGNORECASE)
+URL = re.compile(r"(file|data):", re.IGNORECASE)
+WEB = re.compile(r"\w+://")
 
 
 def read_conversations(
@@ -129,6 +130,8 @@ def _media(record: Mapping, kind: str, folder: Path) -> list[Any]:
     values = listed[0] if listed else []
     if not isinstance(values, list):
         values = [values]
+    if kind == "video" and not all(isinstance(value, list) for value in values):
+        raise ValueError(f"'video' is {values!r:.60}; expected videos as lists of their frames: [['1.png', '2.png']]")
     return [_source(value, folder) for value in values]
 
 
@@ -142,6 +145,10 @@ def _source(value: Any, folder: Path) -> Any:
         raise ValueError(f"{value!r:.60} is no picture or video; expected a path, a URL or base64")
     if URL.match(value):
         return value
+    if WEB.match(value):
+        raise ValueError(
+            f"{value!r:.60} would have to be downloaded; expected a path, a file:// or data: URL or base64"
+        )
     if len(value) > 1024:  # longer than a path can be
         try:
             return base64.b64decode(value, validate=True)

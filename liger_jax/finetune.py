@@ -80,8 +80,8 @@ def finetune(
             optimizer.
         FileExistsError: `output` holds files and no run.
     """
-    sizes = {"steps": steps, "batch_size": batch_size, "save_every": save_every, "conversations": len(conversations)}
-    for name, value in sizes.items():
+    counts = {"steps": steps, "batch_size": batch_size, "save_every": save_every, "conversations": len(conversations)}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     output = Path(output)
@@ -90,7 +90,8 @@ def finetune(
     if not started and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} holds files and no training run: give an empty folder or a run to go on with")
 
-    state = TrainState.create(model, optimizer)
+    config, state = model.config, TrainState.create(model, optimizer)
+    del model  # a run that goes on has no use for it
     if going_on:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         del state
@@ -100,8 +101,6 @@ def finetune(
         raise ValueError(f"steps is {steps}, but the run in {output} is at step {start} already")
     if start == steps:
         return state
-    config = model.config
-    del model
     sizes = batch_size, length, patches
     make = functools.partial(conversation_batch, processor, config, list(conversations), seed, *sizes)
     batches = load_batches(make, range(start, steps), workers=workers)
@@ -243,10 +242,10 @@ def fit(
 
 
 def _forget_after(metrics_file: Path, step: int) -> None:
-    """Drops lines of steps after the checkpoint that a run continues from: they will be written again."""
+    """Drops lines of steps after the checkpoint that a run continues from, the last of which may have been cut short."""
     if metrics_file.exists():
-        lines = [line for line in metrics_file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics_file.write_text("".join(f"{line}\n" for line in lines))
+        lines = [line for line in metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 @contextlib.contextmanager

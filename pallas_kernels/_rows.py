@@ -1,4 +1,4 @@
-"""How kernels over rows of numbers are cut up: what the norms, the gates and the rotations have in common."""
+"""How kernels over rows of numbers are cut up: what the norms and the gates have in common."""
 
 import functools
 from collections.abc import Callable, Sequence

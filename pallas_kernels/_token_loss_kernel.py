@@ -169,7 +169,7 @@ def _one_row(row: jax.Array, ref: dict[str, Any], *, options: Options, vocab: in
     of_label, of_softmax, spread = (factor * cotangent for factor in (of_label, of_softmax, spread))
 
     def scatter(back, loaded):
-        i = steps - 1 - back  # backwards: the end of the row was read last and is still in the cache
+        i = steps - 1 - back  # backwards: what was read last is the likeliest to be in a cache
         following = load(*tile(jnp.maximum(i - 1, 0)))
         columns, inside = tile(i)
         z = z_of(loaded, inside)

@@ -53,10 +53,10 @@ def cross_entropy(
         With return_metrics (loss, metrics): scalars without gradient, "loss" (summed over the tokens even for "none"),
         "z_loss" (the part of it that is z-loss), "num_tokens" (int32, the labels that count) and "accuracy" (the share
         of them that are their row's first largest logit; 0 if there are none).
-        For "mean" and "sum" the gradient is made in the forward pass, while the row is in the cache: backward keeps the
-        gradient, which takes as much memory as the logits. For "none" it keeps the logits and one number a row. A forward
-        pass that nobody differentiates keeps nothing. On a mesh rows may be sharded; a sharded vocabulary is gathered,
-        except by "xla".
+        For "mean" and "sum" the gradient is made in the forward pass, by the program that has found the loss of a row:
+        backward keeps the gradient, which takes as much memory as the logits. For "none" it keeps the logits and one
+        number a row. A forward pass that nobody differentiates keeps nothing. On a mesh rows may be sharded; a sharded
+        vocabulary is gathered.
 
     Raises:
         ValueError: a shape, dtype or option that does not fit.

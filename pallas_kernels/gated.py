@@ -1,7 +1,8 @@
 """Elementwise gates of MLP blocks: swiglu, geglu, quick_gelu.
 
-None takes XLA's here on every platform. Alone, the kernels are a little faster than XLA's; in a model they stand in the
-way of fusing a gate with what is beside it: on an H200 a training step of Qwen2-VL-2B takes 459 ms with them, 444 without.
+None takes XLA's here on every platform. The forward kernels are as fast as XLA's or faster, but kernels stand in the way of
+fusing a gate with what is beside it, its own other pass included: on an H200 a training step of Qwen2-VL-2B takes 459 ms
+with them and 444 without.
 """
 
 import functools

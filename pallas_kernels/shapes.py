@@ -36,5 +36,3 @@ class VisionSizes:
 VISION = VisionSizes()
 TEXT_ROWS = (512, 2048, 8192, 32_768)  # tokens
 VISION_ROWS = (4096, 16_384)  # patches
-AWKWARD_ROWS = (0, 1, 7)
-AWKWARD_WIDTHS = (1, 80, 100)

@@ -35,7 +35,7 @@ class Kernel:
     """A kernel, the shapes (rows, width) to tune it for, and its operands as letters.
 
     x: rows [1, R, W]; w: a weight [1, W]; r: a float32 a row [1, R]; q: heads [1, R, 16, W]; t: angles [1, R, W/2];
-    l: logits [R, W]; i: labels [R].
+    l: logits [1, R, W]; i: labels [1, R].
     """
 
     run: Callable

@@ -30,7 +30,7 @@ from liger_jax.bench.cases import Case
 REPEATS = 9
 LARGE_ERROR = 2e-2  # of a norm; bfloat16 results are 2e-3 to 4e-3 away from float32
 PASSES = ("forward", "both")
-PACKAGES = ("jax", "jaxlib", "tokamax")
+PACKAGES = ("jax", "jaxlib")
 XLA_BY_DEFAULT = (
     "swiglu",
     "geglu",
@@ -298,7 +298,7 @@ def run(only: Sequence[str], peers: bool, sweep: bool, directory: Path) -> Path:
     if peers:  # first, as long as JAX has not yet taken the GPU's memory
         _run_peers(chosen, directory)
     results = Results(directory, "ops", device_kind(), cases.CASES)
-    versions = versions_of(PACKAGES)
+    versions = versions_of((*PACKAGES, "tokamax") if peers else PACKAGES)
     for case in chosen:
         found = measure(case, implementations(case, peers))
         results.add(case, versions, found)

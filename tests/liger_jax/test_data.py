@@ -112,6 +112,8 @@ BROKEN = {
     "more markers <video>": llava([("human", "<video>"), ("gpt", "7")]),
     "b.png does not exist": llava(image="b.png"),
     "both 'images' and 'image'": llava(image="a.png", images=["a.png"]),
+    "would have to be downloaded": llava(image="https://example.com/a.png"),
+    "expected videos as lists of their frames": llava([("human", "<video>"), ("gpt", "7")], video="a.mp4"),
     "is no picture": llava(image=[3]),
     "neither a path nor base64": llava(image="?" * 2000),
     "no answer": llava([("human", "Which?")]),
