@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels as pk
 from liger_jax.batch import Batch, bucket
 from liger_jax.mesh import mesh_context, mesh_of, put_batch
 from liger_jax.model import Qwen2VL
@@ -115,9 +116,10 @@ class Start:
 def prefill(model: Qwen2VL, batch: Batch, *, room: int, track_seen: bool) -> tuple[Cache, Start]:
     """Reads the prompts once: vision tower, all layers, and the logits of each row's last token."""
     text = model.language_model
+    segments = pk.find_segments(batch.segment_ids, batch.max_segments)
 
     def attend(q, k, v):
-        return attend_row(batch, q, k, v)[0], (k, v)
+        return attend_row(segments, q, k, v)[0], (k, v)
 
     hidden, (keys, values) = text(model.embed(batch), batch.position_ids, attend)
     valid = batch.segment_ids > 0

@@ -14,7 +14,9 @@ import pallas_kernels as pk
 from liger_jax.batch import IGNORE, Batch
 from liger_jax.mesh import mesh_context, mesh_of, param_shardings, put_batch
 from liger_jax.model import Qwen2VL
-from liger_jax.model.scan import REMAT
+from liger_jax.model.scan import REMAT, Loop
+
+AUTO = ("dots", "attention", "full")  # from the fastest to the smallest
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
@@ -31,7 +33,12 @@ def next_token_labels(batch: Batch) -> jax.Array:
 
 
 def loss_fn(
-    model: Qwen2VL, batch: Batch, num_items: jax.Array | float | None = None, *, remat: str = "none"
+    model: Qwen2VL,
+    batch: Batch,
+    num_items: jax.Array | float | None = None,
+    *,
+    remat: str = "none",
+    unroll: bool = False,
 ) -> tuple[jax.Array, Metrics]:
     """Cross entropy of the next token, without ever making the logits.
 
@@ -41,7 +48,7 @@ def loss_fn(
         batch: with labels; the labels are shifted here, as in Hugging Face's models.
         num_items: what the sum is divided by; by default the number of trained tokens. Give the total of all parts when
             a batch is spread over several calls.
-        remat: what the backward pass keeps, see `liger_jax.model.scan.REMAT`.
+        remat, unroll: how the layers run, see `liger_jax.model.scan.Loop`.
 
     Returns:
         The loss, and {"loss", "num_tokens": trained tokens, "accuracy": share of them that argmax gets right}. Without a
@@ -57,7 +64,7 @@ def loss_fn(
         2
     """
     targets = next_token_labels(batch)
-    hidden = model.hidden_states(batch, remat=remat)
+    hidden = model.hidden_states(batch, loop=Loop(remat, unroll))
     loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
     return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
 
@@ -96,14 +103,17 @@ def _start(model: Qwen2VL, *, optimizer: optax.GradientTransformation):
     return jnp.zeros((), jnp.int32), optimizer.init(model)
 
 
-def make_train_step(*, remat: str = "auto", accumulate: int = 1) -> Callable[[TrainState, Batch], tuple]:
+def make_train_step(
+    *, remat: str = "auto", accumulate: int = 1, unroll: bool = False
+) -> Callable[[TrainState, Batch], tuple]:
     """A compiled training step: `state, metrics = step(state, batch)`. The old state's memory is reused for the new one.
 
     Args:
-        remat: what the backward pass keeps: "none", "dots" or "full" (see `liger_jax.model.scan.REMAT`); "auto" takes the
-            fastest whose memory, as the compiler reports it, fits the device.
+        remat: what the backward pass keeps: "none", "dots", "attention" or "full" (see `liger_jax.model.scan.REMAT`); "auto"
+            takes the first but "none" whose memory, as the compiler reports it, fits the device.
         accumulate: parts that the batch is computed in, one after the other. The gradient is that of the whole batch:
             each part's loss is divided by the trained tokens of all.
+        unroll: a faster step for a longer compilation, see `liger_jax.model.scan.Loop`.
 
     Returns:
         A function of a `TrainState` and a `Batch` as `prepare` returns it. Its metrics are those of `loss_fn`. It compiles
@@ -122,15 +132,16 @@ def make_train_step(*, remat: str = "auto", accumulate: int = 1) -> Callable[[Tr
         raise ValueError(f"remat is {remat!r}; expected one of {('auto', *REMAT)}")
     if accumulate < 1:
         raise ValueError(f"accumulate is {accumulate}; expected at least 1")
-    return TrainStep(remat, accumulate)
+    return TrainStep(remat, accumulate, unroll)
 
 
 class TrainStep:
     """What `make_train_step` returns: compiles on the first batch of each bucket, then runs."""
 
-    def __init__(self, remat: str, accumulate: int):
+    def __init__(self, remat: str, accumulate: int, unroll: bool):
         self.remat = remat
         self.accumulate = accumulate
+        self.unroll = unroll
         self.compiled: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -148,9 +159,10 @@ class TrainStep:
         mesh = mesh_of(state.model)
         batch = put_batch(batch, mesh, multiple=self.accumulate)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state) if mesh is not None else None
-        policies = ("dots", "full") if self.remat == "auto" else (self.remat,)
+        policies = AUTO if self.remat == "auto" else (self.remat,)
         for remat in policies:
-            step = functools.partial(train_step, remat=remat, accumulate=self.accumulate)
+            how = {"remat": remat, "unroll": self.unroll}
+            step = functools.partial(train_step, accumulate=self.accumulate, **how)
             with mesh_context(mesh):
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=mesh and (shardings, None))
                 compiled = jitted.lower(state, batch).compile()
@@ -169,31 +181,31 @@ def _fits(compiled) -> bool:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes <= limit
 
 
-def train_step(state: TrainState, batch: Batch, *, remat: str, accumulate: int) -> tuple[TrainState, Metrics]:
-    """One update, as a plain function to be jitted."""
+def train_step(state: TrainState, batch: Batch, *, accumulate: int, **how: Any) -> tuple[TrainState, Metrics]:
+    """One update, as a plain function to be jitted. `how` the layers run: see `loss_fn`."""
     if accumulate == 1:
-        grads, metrics = gradients(state.model, batch, None, remat=remat)
+        grads, metrics = gradients(state.model, batch, None, **how)
     else:
-        grads, metrics = _accumulated(state.model, batch, remat=remat, parts=accumulate)
+        grads, metrics = _accumulated(state.model, batch, accumulate, **how)
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
     return dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state), metrics
 
 
-def gradients(model: Qwen2VL, batch: Batch, num_items, *, remat: str) -> tuple[Qwen2VL, Metrics]:
+def gradients(model: Qwen2VL, batch: Batch, num_items, **how: Any) -> tuple[Qwen2VL, Metrics]:
     """Gradient of `loss_fn` by every weight, shaped like the model, and the metrics."""
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(model, batch, num_items, remat=remat)
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(model, batch, num_items, **how)
     return grads, metrics
 
 
-def _accumulated(model: Qwen2VL, batch: Batch, *, remat: str, parts: int) -> tuple[Qwen2VL, Metrics]:
+def _accumulated(model: Qwen2VL, batch: Batch, parts: int, **how: Any) -> tuple[Qwen2VL, Metrics]:
     """`gradients` of the whole batch, computed in parts and summed in float32."""
     num_items = jnp.sum(next_token_labels(batch) != IGNORE)
     # part i gets rows i, i + parts, ...: on a mesh each device splits the rows that it has
     batches = jax.tree.map(lambda a: jnp.reshape(a, (-1, parts, *a.shape[1:])).swapaxes(0, 1), batch)
 
     def add(total, part):
-        grads, metrics = gradients(model, part, num_items, remat=remat)
+        grads, metrics = gradients(model, part, num_items, **how)
         correct = metrics["accuracy"] * metrics["num_tokens"]
         new = (grads, metrics["loss"], correct)
         return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, new), None

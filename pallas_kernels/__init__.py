@@ -6,7 +6,7 @@ interpreter (any platform, slow, for tests), "xla" plain JAX. A name that cannot
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import Segments, attention, find_segments
 from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.gated import geglu, quick_gelu, swiglu
 from pallas_kernels.layer_norm import layer_norm
@@ -15,9 +15,11 @@ from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope import mrope, rope
 
 __all__ = [
+    "Segments",
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "find_segments",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",

@@ -47,18 +47,16 @@ def gradient(implementation: str | None, options: Options, logits, labels, class
 
 
 def rows_and_gradient(
-    implementation: str | None, options: Options, logits, labels, class_weights, cotangent, *, in_place: bool
+    implementation: str | None, options: Options, logits, labels, class_weights, cotangent
 ) -> tuple[Rows, jax.Array]:
-    """Rows, and the gradient of the logits for a cotangent that is known already; written over the logits if `in_place`."""
+    """Rows, and the gradient of the logits for a cotangent that is known already, written over the logits."""
 
     def xla(logits, labels, cotangent, *weights):
         found = _token_loss.statistics_xla(options, logits, labels, *_or_none(weights))
         return found, _token_loss.gradient_xla(options, logits, labels, *_or_none(weights), found.lse, cotangent)
 
     def kernel(logits, labels, cotangent, *weights, interpret):
-        return _launch(
-            options, logits, labels, *_or_none(weights), None, cotangent, interpret=interpret, in_place=in_place
-        )
+        return _launch(options, logits, labels, *_or_none(weights), None, cotangent, interpret=interpret, in_place=True)
 
     operands = logits, labels, cotangent, *_present(class_weights)
     found, dlogits = _lowering.pick(_unless_empty(implementation, logits), kernel, xla, *operands)

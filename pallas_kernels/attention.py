@@ -10,8 +10,55 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import _cudnn, _lowering, _sharding, _validate
 
 IMPLEMENTATIONS = ("xla", "cudnn")
+FEWEST_SLOTS = 2  # of segments in a row: with one, cuDNN takes the row for a single unpacked sequence
 BLOCK_BYTES = 2**28  # of scores that the XLA implementation has in memory at once
 NOTHING = -1e30  # the score of a masked key: finite, so that a row without keys is no NaN
+
+
+class Segments(NamedTuple):
+    """Where the segments of each row lie, as `find_segments` found out."""
+
+    ids: jax.Array  # [B, T] int32: 1, 2, ... in the order of the row; 0 is padding
+    starts: jax.Array  # [B, M] int32: first token of each segment, -1 where there is none
+    lengths: jax.Array  # [B, M] int32: its tokens, -1 where there is none
+
+
+def find_segments(segment_ids: jax.Array, max_segments: int) -> Segments:
+    """Looks up once what many calls of `attention` need to know of the segments, such as the layers of a model.
+
+    Args:
+        segment_ids: [B, T], int; 0 is padding. The tokens of a segment lie side by side.
+        max_segments: the most segments in any row, padding aside. A row with more than that makes `attention` give NaN
+            in the tokens of the rest.
+
+    Returns:
+        What `attention` takes in place of `segment_ids`.
+
+    Raises:
+        ValueError: a shape, dtype or max_segments that does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels import find_segments
+        >>> find_segments(jnp.array([[7, 7, 7, 0, 5]]), max_segments=2).starts.tolist()
+        [[0, 4]]
+    """
+    op = "find_segments"
+    segment_ids = jnp.asarray(segment_ids)
+    _validate.integer(op, segment_ids=segment_ids)
+    if segment_ids.ndim != 2:
+        raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}; expected [B, T]")
+    if max_segments < 1:
+        raise ValueError(f"{op}: max_segments is {max_segments}; expected max_segments >= 1")
+    slots = max(FEWEST_SLOTS, max_segments)
+    inside = segment_ids != 0
+    first = inside & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
+    ids = jnp.where(inside, jnp.cumsum(first, axis=1, dtype=jnp.int32), 0)
+    of_slot = ids[:, :, None] == jnp.arange(1, slots + 1)
+    lengths = jnp.sum(of_slot, axis=1, dtype=jnp.int32)
+    tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    starts = jnp.sum(jnp.where(of_slot & first[:, :, None], tokens[:, None], 0), axis=1, dtype=jnp.int32)
+    return Segments(ids, *(jnp.where(lengths > 0, x, -1) for x in (starts, lengths)))
 
 
 def attention(
@@ -20,7 +67,7 @@ def attention(
     v: jax.Array,
     *,
     causal: bool = False,
-    segment_ids: jax.Array | None = None,
+    segment_ids: jax.Array | Segments | None = None,
     kv_segment_ids: jax.Array | None = None,
     scale: float | None = None,
     max_segments: int | None = None,
@@ -35,11 +82,10 @@ def attention(
         causal: query t sees keys up to t + S - T: the last query is aligned with the last key.
         segment_ids: [B, T], int; a query sees the keys of its own segment only. 0 is padding: a query of segment 0 gives
             zeros and a key of segment 0 is seen by nobody, whatever finite numbers they hold; their gradients are zero.
-            The tokens of a segment lie side by side.
+            The tokens of a segment lie side by side. Or what `find_segments` returns, for keys and queries alike.
         kv_segment_ids: [B, S], int; None stands for segment_ids.
         scale: None for 1/sqrt(D).
-        max_segments: the most segments in any row, padding aside; needed for cuDNN with segments. A row with more than
-            that gives NaN in the tokens of the rest.
+        max_segments: the most segments in any row, see `find_segments`; cuDNN needs either.
         implementation: None, "xla" or "cudnn". None is cuDNN on NVIDIA GPUs for what `cudnn_refuses` does not name, if
             there is more than one query, else XLA.
 
@@ -63,18 +109,24 @@ def attention(
     """
     op = "attention"
     _validate.known_implementation(op, implementation, IMPLEMENTATIONS)
-    _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments)
-    refusal = cudnn_refuses(q, k, causal, segment_ids, kv_segment_ids, max_segments)
+    found = segment_ids if isinstance(segment_ids, Segments) else None
+    ids = segment_ids if found is None else found.ids
+    _check(op, q, k, v, ids, kv_segment_ids, max_segments)
+    if found is not None and max_segments is not None:
+        raise ValueError(f"{op}: max_segments is {max_segments} beside Segments, which say it; expected None")
+    slots = max_segments if found is None else found.starts.shape[1]
+    refusal = cudnn_refuses(q, k, causal, ids, kv_segment_ids, slots)
     if implementation == "cudnn" and refusal:
         raise NotImplementedError(f"{op}: implementation 'cudnn' cannot do this: {refusal}")
     if refusal or (implementation is None and q.shape[1] == 1):
         implementation = "xla"
+    if ids is not None and implementation != "xla" and found is None:
+        found = find_segments(ids, slots)
 
-    segmented = segment_ids is not None
-    slots = max(2, max_segments) if segmented and implementation != "xla" else 1
-    static = _Static(q.shape[-1] ** -0.5 if scale is None else float(scale), causal, segmented, slots, implementation)
-    ids = (segment_ids, segment_ids if kv_segment_ids is None else kv_segment_ids) if segmented else ()
-    return _attention(static, *_sharding.agree(_forward_op(static), q, k, v, *ids))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    static = _Static(scale, causal, ids is not None, found is not None, implementation)
+    segments = () if ids is None else (ids, ids if kv_segment_ids is None else kv_segment_ids, *(found or ()))
+    return _attention(static, *_sharding.agree(_forward_op(static), q, k, v, *segments))
 
 
 def cudnn_refuses(
@@ -125,8 +177,8 @@ def _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments):
 class _Static(NamedTuple):
     scale: float
     causal: bool
-    segmented: bool
-    slots: int  # of segments in a row, in the statistics
+    segmented: bool  # ids of queries and of keys follow q, k, v
+    found: bool  # and then the fields of Segments
     implementation: str | None
 
 
@@ -153,7 +205,8 @@ def _forward_xla(static: _Static, q, k, v, *ids):
 
     _, (out, lse) = _over_blocks(block, None, q, k, queries, *_positions(static, q, k), *ids[:1])
     lse = lse.reshape(*q.shape[:3]).transpose(0, 2, 1)[:, None]
-    return out.reshape(q.shape), jnp.pad(lse, ((0, 0), (0, static.slots - 1), (0, 0), (0, 0)))
+    slots = ids[-1].shape[1] if static.found else 1  # as many as cuDNN fills in
+    return out.reshape(q.shape), jnp.pad(lse, ((0, 0), (0, slots - 1), (0, 0), (0, 0)))
 
 
 def _backward_xla(static: _Static, q, k, v, out, lse, grad, *ids):
@@ -228,40 +281,24 @@ def _over_blocks(block, sums, q, k, *rows):
 
 
 def _forward_cudnn(static: _Static, q, k, v, *ids, interpret: bool):
-    segments, inside, beyond = _runs(static, ids)
-    out, statistics = _cudnn.forward(q, k, v, segments, static.scale, static.causal)
-    return _cleared(out, inside, beyond), statistics
+    segments = Segments(*ids[2:]) if static.found else None
+    out, statistics = _cudnn.forward(q, k, v, segments and segments[1:], static.scale, static.causal)
+    return _cleared(out, segments), statistics
 
 
 def _backward_cudnn(static: _Static, q, k, v, out, statistics, grad, *ids, interpret: bool):
-    segments, inside, beyond = _runs(static, ids)
-    grads = _cudnn.backward(q, k, v, out, statistics, grad, segments, static.scale, static.causal)
-    return tuple(_cleared(x, inside, beyond) for x in grads)
+    segments = Segments(*ids[2:]) if static.found else None
+    grads = _cudnn.backward(q, k, v, out, statistics, grad, segments and segments[1:], static.scale, static.causal)
+    return tuple(_cleared(x, segments) for x in grads)
 
 
-def _runs(static: _Static, ids):
-    """ids [B, T] -> start and length [B, slots] of each run of one id other than 0 (-1: none), and two masks [B, T]: the
-    tokens in those runs, and the tokens in runs for which there is no slot."""
-    if not static.segmented:
-        return None, None, None
-    ids = ids[0]
-    tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    first = (ids != 0) & (ids != jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1])
-    run = jnp.cumsum(first, axis=1) - 1
-    of_slot = (run[:, :, None] == jnp.arange(static.slots)) & (ids != 0)[:, :, None]
-    lengths = jnp.sum(of_slot, axis=1, dtype=jnp.int32)
-    starts = jnp.sum(jnp.where(of_slot & first[:, :, None], tokens[:, None], 0), axis=1, dtype=jnp.int32)
-    segments = tuple(jnp.where(lengths > 0, x, -1) for x in (starts, lengths))
-    inside = (ids != 0) & (run < static.slots)
-    return segments, inside, (ids != 0) & ~inside
-
-
-def _cleared(x, inside, beyond):
+def _cleared(x, segments: Segments | None):
     """What cuDNN leaves unwritten becomes zero, what it had no slot for NaN."""
-    if inside is None:
+    if segments is None:
         return x
-    inside, beyond = (mask[:, :, None, None] for mask in (inside, beyond))
-    return jnp.where(inside, x, jnp.where(beyond, jnp.nan, 0).astype(x.dtype))
+    ids = segments.ids[:, :, None, None]
+    outside = jnp.where(ids == 0, 0, jnp.nan).astype(x.dtype)
+    return jnp.where((ids > 0) & (ids <= segments.starts.shape[1]), x, outside)
 
 
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------
@@ -274,7 +311,7 @@ _QKV = ("btnd", "bsnd", "bsnd")  # n: query heads in q, key heads in k and v, sh
 
 
 def _ids_signature(static: _Static):
-    return ("bt", "bs") if static.segmented else ()
+    return ("bt", "bs") * static.segmented + ("bt", "bm", "bm") * static.found
 
 
 def _forward_op(static: _Static) -> _sharding.ParallelOp:

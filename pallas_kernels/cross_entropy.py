@@ -53,10 +53,8 @@ def cross_entropy(
         With return_metrics (loss, metrics): scalars without gradient, "loss" (summed over the tokens even for "none"),
         "z_loss" (the part of it that is z-loss), "num_tokens" (int32, the labels that count) and "accuracy" (the share
         of them that are their row's first largest logit; 0 if there are none).
-        For "mean" and "sum" the gradient is made in the forward pass, by the program that has found the loss of a row:
-        backward keeps the gradient, which takes as much memory as the logits. For "none" it keeps the logits and one
-        number a row. A forward pass that nobody differentiates keeps nothing. On a mesh rows may be sharded; a sharded
-        vocabulary is gathered.
+        Backward keeps the logits and one number a row, and makes the gradient for whatever cotangent in one pass, rounded
+        once. On a mesh rows may be sharded; a sharded vocabulary is gathered.
 
     Raises:
         ValueError: a shape, dtype or option that does not fit.
@@ -83,12 +81,10 @@ def cross_entropy(
     wide = _validate.wide(logits.dtype)
     scale = _token_loss.scale_of_rows(options, labels, class_weights, token_weights, reduction, normalizer, wide)
     weights = () if class_weights is None else (class_weights,)
-    logits, labels, scale, *weights = _sharding.agree(_gradient_op(static), logits, labels, scale, *weights)
-    if reduction == "none":
-        rows = _rows(static, logits, labels, *weights)
-        loss = scale * rows.loss
-    else:
-        loss, rows = _total(static, logits, scale, labels, *weights)
+    logits, labels, *weights = _sharding.agree(_rows_op(static), logits, labels, *weights)
+    rows = _rows(static, logits, labels, *weights)
+    loss = scale * rows.loss
+    loss = loss if reduction == "none" else jnp.sum(loss)
     return (loss, _token_loss.metrics_of_rows(options, rows, labels, scale)) if return_metrics else loss
 
 
@@ -105,14 +101,6 @@ def _rows_local(static: _Static, logits, labels, *weights):
     return tuple(_kernel.rows(static.implementation, static.options, logits, labels, *(weights or (None,))))
 
 
-def _gradient_local(static: _Static, logits, labels, scale, *weights):
-    """-> *Rows and the gradient of sum(scale * Rows.loss)."""
-    found, dlogits = _kernel.rows_and_gradient(
-        static.implementation, static.options, logits, labels, *(weights or (None,)), scale, in_place=False
-    )
-    return *found, dlogits
-
-
 def _backward_local(static: _Static, logits, labels, cotangent, lse, *weights):
     gradient = _kernel.gradient(
         static.implementation, static.options, logits, labels, *(weights or (None,)), lse, cotangent
@@ -127,10 +115,6 @@ def _rows_op(static: _Static) -> _sharding.ParallelOp:
     return _op(static, _rows_local, (".v", "."), (".",) * 4)
 
 
-def _gradient_op(static: _Static) -> _sharding.ParallelOp:
-    return _op(static, _gradient_local, (".v", ".", "."), (*(".",) * 4, ".v"))
-
-
 def _backward_op(static: _Static) -> _sharding.ParallelOp:
     return _op(static, _backward_local, (".v", ".", ".", "."), (".v",))
 
@@ -140,31 +124,7 @@ def _op(static: _Static, local, operands, results) -> _sharding.ParallelOp:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(static: _Static, logits, scale, labels, *weights):
-    """-> sum(scale * Rows.loss), Rows. The gradient is made in the forward pass."""
-    rows = Rows(*_sharding.run(_rows_op(static), logits, labels, *weights))
-    return jnp.sum(scale * rows.loss), rows
-
-
-def _total_forward(static, logits, scale, labels, *weights):
-    *rows, dlogits = _sharding.run(_gradient_op(static), logits, labels, scale, *weights)
-    rows = Rows(*rows)
-    return (jnp.sum(scale * rows.loss), rows), (dlogits, rows.loss)
-
-
-def _total_backward(static, saved, cotangents):
-    dlogits, loss = saved
-    cotangent, _ = cotangents  # Rows is for metrics and carries no gradient
-    # XLA drops the product where it knows the cotangent to be 1
-    return (dlogits * cotangent).astype(dlogits.dtype), loss * cotangent, None, *(None,) * static.has_class_weights
-
-
-_total.defvjp(_total_forward, _total_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(static: _Static, logits, labels, *weights) -> Rows:
-    """The gradient is made in the backward pass, for a cotangent of its own for each row."""
     return Rows(*_sharding.run(_rows_op(static), logits, labels, *weights))
 
 

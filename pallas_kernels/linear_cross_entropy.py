@@ -136,7 +136,6 @@ def _gradient_local(static: _Static, x, labels, scale, weight, *optional) -> tup
             labels,
             class_weights,
             scale,
-            in_place=True,
         )
         dx = jnp.einsum("nv,vh->nh", dlogits, weight, preferred_element_type=wide)
         new = [jnp.einsum("nv,nh->vh", dlogits, x, preferred_element_type=wide)]

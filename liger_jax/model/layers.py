@@ -44,6 +44,14 @@ class Linear(nnx.Module):
         y = jnp.tensordot(x, self.kernel[...], axes=self.in_axes)
         return y if self.bias is None else y + self.bias[...]
 
+    def parts(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """y[..., i, *rest] for each i of the first of out_shape, with a product each: neither y nor its gradient is ever
+        in memory as a whole, to be taken apart or put together."""
+        kernel, bias = self.kernel[...], self.bias[...]
+        axis = self.in_axes
+        kernels, biases = (jnp.unstack(array, axis=i) for array, i in ((kernel, axis), (bias, 0)))
+        return tuple(jnp.tensordot(x, k, axes=axis) + b for k, b in zip(kernels, biases, strict=True))
+
 
 class RMSNorm(nnx.Module):
     def __init__(self, init: Init, features: int, *, stack=(), eps: float):

@@ -13,6 +13,7 @@ from liger_jax.batch import Batch
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.mesh import copy_whole, param_shardings, split_rows
 from liger_jax.model.layers import Init, Table
+from liger_jax.model.scan import PLAIN, Loop
 from liger_jax.model.text import LanguageModel
 from liger_jax.model.vision import VisionTower
 
@@ -54,21 +55,21 @@ class Qwen2VL(nnx.Module):
         """The output weights [V, H]; of a tied model, the embedding."""
         return (self.lm_head or self.language_model.embed_tokens).weight[...]
 
-    def embed(self, batch: Batch, *, remat: str = "none", keep: dict | None = None) -> jax.Array:
+    def embed(self, batch: Batch, *, loop: Loop = PLAIN, keep: dict | None = None) -> jax.Array:
         """-> [B, L, H]: the tokens' embeddings, with the vision tower's vectors in the placeholders' columns."""
         x = split_rows(copy_whole(self.language_model.embed_tokens.weight[...])[batch.input_ids])
         if batch.vision is not None:
-            features = self.visual(batch.vision, remat=remat, keep=keep)
+            features = self.visual(batch.vision, loop=loop, keep=keep)
             x = jax.vmap(_place)(x, batch.vision.token_columns, features)
         if keep is not None:
             keep["inputs_embeds"] = x
         return x
 
-    def hidden_states(self, batch: Batch, *, remat: str = "none", keep: dict | None = None) -> jax.Array:
-        """-> [B, L, H]: what the output head reads. `remat`: see `liger_jax.model.scan.REMAT`."""
-        x = self.embed(batch, remat=remat, keep=keep)
-        attend = functools.partial(attend_row, batch)
-        return self.language_model(x, batch.position_ids, attend, remat=remat, keep=keep)[0]
+    def hidden_states(self, batch: Batch, *, loop: Loop = PLAIN, keep: dict | None = None) -> jax.Array:
+        """-> [B, L, H]: what the output head reads. `loop`: how the layers run."""
+        x = self.embed(batch, loop=loop, keep=keep)
+        attend = functools.partial(attend_row, pk.find_segments(batch.segment_ids, batch.max_segments))
+        return self.language_model(x, batch.position_ids, attend, loop=loop, keep=keep)[0]
 
     def __call__(self, batch: Batch) -> jax.Array:
         """-> logits [B, L, V]; rows and columns of the caller's `input_ids` come first."""
@@ -89,10 +90,9 @@ class Qwen2VL(nnx.Module):
         return keep
 
 
-def attend_row(batch: Batch, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+def attend_row(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     """A token sees itself and what comes before it in its own sequence."""
-    segments = {"segment_ids": batch.segment_ids, "max_segments": batch.max_segments}
-    return pk.attention(q, k, v, causal=True, **segments), None
+    return pk.attention(q, k, v, causal=True, segment_ids=segments), None
 
 
 def _place(x: jax.Array, columns: jax.Array, features: jax.Array) -> jax.Array:

@@ -1,42 +1,80 @@
-"""Running a stack of equal layers as one compiled loop, and what of it is kept for the backward pass."""
+"""Running a stack of equal layers, as one compiled loop or one after the other, and what is kept for the backward pass."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from liger_jax.mesh import split_rows
 
-# What a backward pass finds in memory rather than computes again.
-#   none: everything the operations save.   full: each layer's input only.
+# What a backward pass finds in memory rather than computes again, in the order of memory needed.
+#   none: everything the operations save.
 #   dots: the results of matrix products and of attention, whose recomputation is dear; norms, gates and rotations are
 #         cheap to do again. Less memory traffic than "none", so usually the fastest as well.
-REMAT = ("none", "dots", "full")
+#   attention: each layer's input and attention's result.
+#   full: each layer's input only.
 _keep = jax.checkpoint_policies
+_ATTENTION = _keep.save_only_these_names("attention")
 _POLICIES = {
-    "dots": _keep.save_from_both_policies(_keep.dots_saveable, _keep.save_only_these_names("attention")),
+    "none": None,
+    "dots": _keep.save_from_both_policies(_keep.dots_saveable, _ATTENTION),
+    "attention": _ATTENTION,
     "full": _keep.nothing_saveable,
 }
+REMAT = tuple(_POLICIES)
 
 
-def rematerialise(layer: Callable, remat: str) -> Callable:
-    """`layer` with the intermediates that its backward pass keeps chosen by name, see `REMAT`."""
-    if remat not in REMAT:
-        raise ValueError(f"remat is {remat!r}; expected one of {REMAT}")
-    if remat == "none":
-        return layer
-    # prevent_cse guards against a compiler that merges the recomputation away; a scan's body does that already
-    return jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=False)
+class Loop(NamedTuple):
+    """How the layers of a tower run.
+
+    remat: one of `REMAT`.
+    unroll: each layer stands in the program by itself. The program is larger and takes several times longer to compile,
+        but what a loop does to the stack of layers falls away: copying each layer's weights out of it, its gradient and
+        what the backward pass needs into others, and filling those with zeros first.
+    """
+
+    remat: str = "none"
+    unroll: bool = False
+
+
+PLAIN = Loop()
 
 
 def scan_layers(
-    layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, layers: nnx.Module, *, remat: str = "none"
+    layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, layers: nnx.Module, loop: Loop
 ) -> tuple[jax.Array, Any]:
     """x, aux_i = layer(x, layers[i]) for each i; -> the last x and all aux, stacked. `layers` has a leading layer axis."""
+    if loop.remat not in REMAT:
+        raise ValueError(f"remat is {loop.remat!r}; expected one of {REMAT}")
 
     def split(x, weights):
         x, aux = layer(x, weights)
         return split_rows(x), aux
 
-    return jax.lax.scan(rematerialise(split, remat), split_rows(x), layers)
+    if loop.remat != "none":
+        # prevent_cse guards against a compiler that merges the recomputation away; a scan's body does that already
+        split = jax.checkpoint(split, policy=_POLICIES[loop.remat], prevent_cse=loop.unroll)
+    x = split_rows(x)
+    if not loop.unroll:
+        return jax.lax.scan(split, x, layers)
+    split = jax.jit(split)  # traced once
+    outputs = []
+    for weights in _unstack(layers):
+        x, aux = split(x, weights)
+        outputs.append(aux)
+    return x, _stack(*outputs)
+
+
+def _stack(*trees: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@jax.custom_vjp
+def _unstack(layers: Any) -> tuple:
+    """One tree a layer. Their gradients are stacked, where the derivative of indexing would add up arrays of zeros."""
+    return tuple(jax.tree.map(lambda leaf: leaf[i], layers) for i in range(len(jax.tree.leaves(layers)[0])))
+
+
+_unstack.defvjp(lambda layers: (_unstack(layers), None), lambda _, grads: (_stack(*grads),))

@@ -15,7 +15,7 @@ from flax import nnx
 import pallas_kernels as pk
 from liger_jax.config import TextConfig
 from liger_jax.model.layers import Init, Linear, RMSNorm, Table, inverse_frequencies
-from liger_jax.model.scan import scan_layers
+from liger_jax.model.scan import PLAIN, Loop, scan_layers
 
 # attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], whatever else the caller wants back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -88,7 +88,7 @@ class LanguageModel(nnx.Module):
         position_ids: jax.Array,
         attend: Attend,
         *,
-        remat: str = "none",
+        loop: Loop = PLAIN,
         keep: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         """x [B, T, H] embeddings -> normed hidden states [B, T, H], and attend's extra results, stacked over layers."""
@@ -98,7 +98,7 @@ class LanguageModel(nnx.Module):
             x, aux = weights(x, cos, sin, attend)
             return x, (aux, None if keep is None else x)
 
-        x, (aux, outputs) = scan_layers(layer, x, self.layers, remat=remat)
+        x, (aux, outputs) = scan_layers(layer, x, self.layers, loop)
         hidden = self.norm(x)
         if keep is not None:
             keep |= {"text_layers": outputs, "final_hidden": hidden}

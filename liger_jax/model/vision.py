@@ -13,7 +13,7 @@ from liger_jax.batch import Vision
 from liger_jax.config import VisionConfig
 from liger_jax.mesh import split_rows
 from liger_jax.model.layers import Init, LayerNorm, Linear, inverse_frequencies
-from liger_jax.model.scan import scan_layers
+from liger_jax.model.scan import PLAIN, Loop, scan_layers
 
 
 class VisionAttention(nnx.Module):
@@ -22,11 +22,10 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(init, width, (3, *heads), stack=stack, bias=True)
         self.proj = Linear(init, heads, width, stack=stack, bias=True)
 
-    def __call__(self, x, cos, sin, vision: Vision):
-        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
+    def __call__(self, x, cos, sin, segments: pk.Segments):
+        q, k, v = self.qkv.parts(x)
         q, k = pk.rope(q, k, cos, sin)
-        segments = {"segment_ids": vision.segment_ids, "max_segments": vision.max_segments}
-        return self.proj(pk.attention(q, k, v, **segments))
+        return self.proj(pk.attention(q, k, v, segment_ids=segments))
 
 
 class VisionMLP(nnx.Module):
@@ -47,8 +46,8 @@ class VisionBlock(nnx.Module):
         self.norm2 = LayerNorm(init, config.embed_dim, stack=stack)
         self.mlp = VisionMLP(init, config, stack)
 
-    def __call__(self, x, cos, sin, vision: Vision):
-        x = x + self.attn(self.norm1(x), cos, sin, vision)
+    def __call__(self, x, cos, sin, segments: pk.Segments):
+        x = x + self.attn(self.norm1(x), cos, sin, segments)
         return x + self.mlp(self.norm2(x))
 
 
@@ -81,16 +80,17 @@ class VisionTower(nnx.Module):
         angle = angle.reshape(*position_ids.shape[:-1], -1)
         return jnp.cos(angle), jnp.sin(angle)
 
-    def __call__(self, vision: Vision, *, remat: str = "none", keep: dict[str, jax.Array] | None = None) -> jax.Array:
+    def __call__(self, vision: Vision, *, loop: Loop = PLAIN, keep: dict[str, jax.Array] | None = None) -> jax.Array:
         """-> features [B, P/4, hidden_size]. `keep`, if given, receives the outputs of all layers."""
         patches = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
         cos, sin = self.rotary(vision.position_ids)
+        segments = pk.find_segments(vision.segment_ids, vision.max_segments)
 
         def layer(x, block: VisionBlock):
-            x = block(x, cos, sin, vision)
+            x = block(x, cos, sin, segments)
             return x, None if keep is None else x
 
-        x, blocks = scan_layers(layer, patches, self.blocks, remat=remat)
+        x, blocks = scan_layers(layer, patches, self.blocks, loop)
         features = self.merger(x)
         if keep is not None:
             keep |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}

@@ -26,7 +26,7 @@ def step_of(**options):
     return make_train_step(**options)
 
 
-WAYS = [{"remat": "dots"}, {"remat": "full", "accumulate": 2}]
+WAYS = [{"remat": "dots"}, {"remat": "full", "accumulate": 2}, {"remat": "attention", "unroll": True}]
 
 
 def fresh_state(model=None):
@@ -68,7 +68,7 @@ def test_the_update_is_the_gradient(way):
 def test_accumulation_weighs_tokens_not_parts():
     """Parts with different numbers of trained tokens: metrics and update equal those of the whole batch."""
     uneven = batch(labels=uneven_labels())
-    (whole, whole_metrics), (parts, parts_metrics) = (step_of(**way)(fresh_state(), uneven) for way in WAYS)
+    (whole, whole_metrics), (parts, parts_metrics) = (step_of(**way)(fresh_state(), uneven) for way in WAYS[:2])
     assert whole_metrics.keys() == parts_metrics.keys() == {"loss", "num_tokens", "accuracy"}
     assert whole_metrics["num_tokens"] == parts_metrics["num_tokens"] == 9
     for key, value in whole_metrics.items():

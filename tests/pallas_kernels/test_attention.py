@@ -216,14 +216,28 @@ def test_one_query_is_left_to_xla():
     assert "__cudnn" not in lowered_for_cuda(jax.jit(pk.attention), one, k, v)
 
 
-def test_runs_of_segments():
+def test_find_segments():
     """Start and length of each run, whatever padding lies before, between and after; what has no slot is marked."""
-    static = module._Static(1.0, False, True, 2, "cudnn")
     ids = jnp.array([[0, 0, 1, 1, 0, 2], [3, 3, 3, 3, 3, 3], [0] * 6, [1, 2, 3, 3, 0, 0]])
-    (starts, lengths), inside, beyond = module._runs(static, (ids,))
-    assert starts.tolist() == [[2, 5], [0, -1], [-1, -1], [0, 1]]
-    assert lengths.tolist() == [[2, 1], [6, -1], [-1, -1], [1, 1]]
-    assert inside.tolist() == (np.asarray(ids) * (np.asarray(beyond) == 0) != 0).tolist()
-    assert beyond.tolist()[3] == [False, False, True, True, False, False] and not beyond[:3].any()
-    cleared = module._cleared(jnp.ones((4, 6, 1, 1)), inside, beyond)[..., 0, 0]
+    found = jax.jit(functools.partial(pk.find_segments, max_segments=2))(ids)
+    assert found.starts.tolist() == [[2, 5], [0, -1], [-1, -1], [0, 1]]
+    assert found.lengths.tolist() == [[2, 1], [6, -1], [-1, -1], [1, 1]]
+    assert found.ids.tolist() == [[0, 0, 1, 1, 0, 2], [1] * 6, [0] * 6, [1, 2, 3, 3, 0, 0]]
+    cleared = module._cleared(jnp.ones((4, 6, 1, 1)), found)[..., 0, 0]
     assert np.isnan(cleared[3, 2:4]).all() and cleared[0].tolist() == [0, 0, 1, 1, 0, 1]
+    with pytest.raises(ValueError, match="max_segments is 0"):
+        pk.find_segments(ids, 0)
+    with pytest.raises(ValueError, match="shape"):
+        pk.find_segments(ids[0], 2)
+
+
+def test_segments_found_before():
+    """The same values and gradients as from ids, and the same calls of cuDNN."""
+    args = data()
+    found = pk.find_segments(SEGMENTS, 3)
+    close(gradients(pk.attention)(*args, found), reference(*args, SEGMENTS))
+    once = gradients(lambda *args, segment_ids: pk.attention(*args, segment_ids=pk.find_segments(segment_ids, 4)))
+    text = lowered_for_cuda(once, *shaped(segmented=True))
+    assert re.findall(r"__cudnn\$\w+", text) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    with pytest.raises(ValueError, match="beside Segments"):
+        pk.attention(*args[:3], segment_ids=found, max_segments=3)

@@ -36,8 +36,8 @@ CALLS = {
 
 
 def test_names():
-    """The package exports the contract and nothing else."""
-    assert sorted(pk.__all__) == sorted(CALLS)
+    """The package exports the contract, and what finds segments for many calls of attention."""
+    assert sorted(pk.__all__) == sorted([*CALLS, "Segments", "find_segments"])
 
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(pk.__path__) if not m.name.startswith("_")])
