@@ -1,5 +1,6 @@
 """The command line: `liger-jax demo | finetune | convert | tune | bench | env`. A command imports what it needs."""
 
+import dataclasses
 import os
 import sys
 from importlib import metadata
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+RESULTS = Path("benchmarks/results")
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
 
 app = tyro.extras.SubcommandApp()
@@ -167,29 +169,92 @@ def tune(*only: str) -> None:
     tune_kernels(only)
 
 
-@app.command
-def bench(
-    what: Annotated[Literal["ops"], tyro.conf.Positional],
-    only: tuple[str, ...] = (),
-    peers: bool = True,
-    sweep: bool = False,
-    results: Path = Path("benchmarks/results"),
-) -> None:
-    """Measure on the GPU at hand: the operations of pallas_kernels, beside jitted jnp, cuDNN and other packages.
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """The operations of pallas_kernels, beside jitted jnp, cuDNN and other packages.
 
-    ops takes kernel times, memory and errors, and writes ops_<device>.json anew after each case. A case that is in there
+    Takes kernel times, memory and errors, and writes ops_<device>.json anew after each case. A case that is in there
     already is replaced, so that a bench can be run in parts.
 
     Args:
-        what: what to measure.
         only: operations, or single cases by name; by default all.
         peers: also measure other packages: Liger-Kernel, torch and cut-cross-entropy in a process of their own, tokamax.
         sweep: from few rows to many instead, against jitted jnp only; writes ops_sweep_<device>.json and a plot of it.
         results: folder of the files.
     """
-    from liger_jax.bench import ops
 
-    print(ops.run(only, peers=peers, sweep=sweep, directory=results))
+    only: tuple[str, ...] = ()
+    peers: bool = True
+    sweep: bool = False
+    results: Path = RESULTS
+
+    def run(self) -> Path:
+        from liger_jax.bench import ops
+
+        return ops.run(self.only, peers=self.peers, sweep=self.sweep, directory=self.results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """A training step: rows of 2048 tokens, each with an image of 64 x 64 patches, AdamW, bfloat16; into model.json.
+
+    Args:
+        size: of the model; its weights are random.
+        rows: rows in a step, one measurement each.
+        peers: also measure transformers with Liger's kernels, on the same weights and rows, if torch is installed.
+        remat: what the backward pass computes again; auto takes the fastest that fits the memory.
+        unroll: a faster step for a longer compilation.
+        fsdp: GPUs to split weights and rows over.
+        profile: also write the kernels of a step by name and time, to profile_<size>_x<rows>.md.
+        results: folder of the files.
+    """
+
+    size: Literal["2b", "7b"] = "2b"
+    rows: tuple[int, ...] = (4,)
+    peers: bool = True
+    remat: Literal["auto", "none", "dots", "attention", "full"] = "auto"
+    unroll: bool = False
+    fsdp: int | None = None
+    profile: bool = False
+    results: Path = RESULTS
+
+    def run(self) -> Path:
+        from convert import from_hf
+        from liger_jax.bench import model
+
+        options = {"remat": self.remat, "unroll": self.unroll, "fsdp": self.fsdp, "profile": self.profile}
+        common = {"from_hf": from_hf, "peers": self.peers}
+        return model.run("train", self.size, self.rows, self.results, **common, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """128 new tokens after a prompt of 2048 tokens with an image of 64 x 64 patches, bfloat16; into model.json.
+
+    Args:
+        size: of the model; its weights are random.
+        rows: prompts at once, one measurement each.
+        peers: also measure transformers, with a dynamic and a static cache, on the same weights and rows, if torch is
+            installed.
+        results: folder of the files.
+    """
+
+    size: Literal["2b", "7b"] = "2b"
+    rows: tuple[int, ...] = (1, 16)
+    peers: bool = True
+    results: Path = RESULTS
+
+    def run(self) -> Path:
+        from convert import from_hf
+        from liger_jax.bench import model
+
+        return model.run("generate", self.size, self.rows, self.results, from_hf=from_hf, peers=self.peers)
+
+
+@app.command
+def bench(what: Annotated[Ops | Train | Generate, tyro.conf.arg(name="")]) -> None:
+    """Measure on the GPU at hand, beside other packages in the same run."""
+    print(what.run())
 
 
 @app.command

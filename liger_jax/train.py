@@ -144,6 +144,7 @@ class TrainStep:
         self.remat = remat
         self.accumulate = accumulate
         self.unroll = unroll
+        self.chosen: str | None = None  # remat of the latest compilation
         self.compiled: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -170,6 +171,7 @@ class TrainStep:
                 compiled = jitted.lower(state, batch).compile(compiler_options=COMPILER_OPTIONS)
             if remat == policies[-1] or _fits(compiled):
                 break
+        self.chosen = remat
         logger.info("train step compiled for %s, remat=%s", batch.shape, remat)
         return compiled
 
