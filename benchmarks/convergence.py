@@ -4,7 +4,8 @@ python benchmarks/convergence.py            # needs torch and transformers; writ
 
 A model of four layers a tower with the real vocabulary of 151936 learns the demo's questions about pictures of several
 sizes: with this project's kernels and linear cross-entropy, and with transformers and torch.optim.AdamW, in float32 and in
-bfloat16. The curves are compared as means over WINDOW steps.
+bfloat16. The curves are compared as means over WINDOW steps. The learning rate is low enough that rounding does not decide
+when a plateau is left: at 5e-4 it does after 150 steps, in float32 too.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -36,7 +38,7 @@ from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.run import LENGTH, PATCHES, make_config, make_processor
 
 WINDOW = 20
-ADAMW = {"learning_rate": 5e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+ADAMW = {"learning_rate": 2e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 RESULTS = pathlib.Path(__file__).parent / "results"
 DTYPES = ("float32", "bfloat16")
 
@@ -67,7 +69,7 @@ def batches(processor: Processor, digits: Digits, steps: int, rows: int) -> Iter
         yield processor(list(itertools.islice(endless, rows)), labels=True)
 
 
-def ours(checkpoint: str, dtype: str, work: Iterator[dict]) -> list[float]:
+def ours(checkpoint: str, dtype: str, work: list[dict]) -> list[float]:
     state = TrainState.create(from_hf(checkpoint, dtype=dtype), optax.adamw(**ADAMW))
     step, losses = make_train_step(), []
     for arrays in work:
@@ -76,7 +78,7 @@ def ours(checkpoint: str, dtype: str, work: Iterator[dict]) -> list[float]:
     return [float(loss) for loss in losses]
 
 
-def theirs(checkpoint: str, dtype: str, work: Iterator[dict]) -> list[float]:
+def theirs(checkpoint: str, dtype: str, work: list[dict]) -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
     model = model.to(device).train()
@@ -133,12 +135,12 @@ def main() -> None:
     digits, _ = load_digits()
     processor = make_processor(digits)
     work = list(batches(processor, digits, args.steps, args.rows))
-    curves: dict[str, dict[str, list[float]]] = {"ours": {}, "theirs": {}}
-    with tempfile.TemporaryDirectory() as checkpoint:
+    with tempfile.TemporaryDirectory() as checkpoint, ThreadPoolExecutor() as pool:
         to_hf(Qwen2VL.init(real_vocabulary(processor), dtype="float32"), checkpoint)
-        for dtype in DTYPES:
-            curves["ours"][dtype] = ours(checkpoint, dtype, iter(work))
-            curves["theirs"][dtype] = theirs(checkpoint, dtype, iter(work))
+        running = {
+            f.__name__: {dtype: pool.submit(f, checkpoint, dtype, work) for dtype in DTYPES} for f in (ours, theirs)
+        }
+        curves = {who: {dtype: future.result() for dtype, future in of.items()} for who, of in running.items()}
     found = compare(curves)
     print(json.dumps(found, indent=1))
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
