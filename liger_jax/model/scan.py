@@ -11,11 +11,12 @@ from liger_jax.mesh import split_rows
 # What a backward pass finds in memory rather than computes again.
 #   none: everything the operations save.   full: each layer's input only.
 #   dots: the results of matrix products and of attention, whose recomputation is dear; norms, gates and rotations are
-#         cheap to do again. Less memory traffic than "none", so usually the fastest as well.
+#         cheap to do again. Less memory traffic than "none", so usually the fastest as well. Of a product and its LoRA
+#         the sum is kept, in place of both.
 REMAT = ("none", "dots", "full")
 _keep = jax.checkpoint_policies
 _POLICIES = {
-    "dots": _keep.save_from_both_policies(_keep.dots_saveable, _keep.save_only_these_names("attention")),
+    "dots": _keep.save_from_both_policies(_keep.dots_saveable, _keep.save_only_these_names("attention", "adapted")),
     "full": _keep.nothing_saveable,
 }
 
