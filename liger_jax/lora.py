@@ -18,6 +18,7 @@ from flax import nnx
 from liger_jax.mesh import mesh_of, param_shardings
 from liger_jax.model import Qwen2VL
 from liger_jax.model.layers import Linear, LoRA
+from liger_jax.tree import param_paths
 
 # What can be adapted: PEFT's name for it, as short as it means one thing only, and the path of the `Linear`. These are
 # all that PEFT's "all-linear" stands for. (Plain "proj" would be the patch embedding, too, a convolution in PEFT's eyes.)
@@ -136,6 +137,11 @@ def lora_of(model: Qwen2VL) -> dict[str, Any] | None:
         return None
     first = next(iter(loras.values()))
     return {"rank": first.rank, "alpha": first.alpha, "targets": list(loras), "rslora": first.rslora}
+
+
+def lora_leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} of all A and B in a model, its gradients, or anything with such paths."""
+    return {path: leaf for path, leaf in param_paths(tree).items() if "/lora/" in path}
 
 
 def _checked(targets: str | Collection[str]) -> list[str]:
