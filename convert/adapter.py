@@ -26,7 +26,9 @@ from liger_jax.tree import param_paths
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-ADAPTED = {row.path.removesuffix("/kernel"): row for row in TABLE if row.path.removesuffix("/kernel") in TARGETS.values()}
+ADAPTED = {
+    row.path.removesuffix("/kernel"): row for row in TABLE if row.path.removesuffix("/kernel") in TARGETS.values()
+}
 
 # What an adapter_config.json may say besides rank, alpha and targets without changing what a trained adapter computes.
 # Any other option has to be off: null, false, empty or "none".
@@ -170,21 +172,27 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise ValueError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
     chosen, excluded = config.pop("target_modules", None), config.pop("exclude_modules", None)
-    left = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT and value not in (None, "none")}
-    unsupported = {name: value for name, value in left.items() if value not in (False, 0, [], {}, "")}
-    if unsupported:
-        raise ValueError(f"{file}: {unsupported} not supported; expected LoRA of all layers alike, without extras")
-    targets = [name for name, path in TARGETS.items() if _hits(chosen, ADAPTED[path]) and not _hits(excluded, ADAPTED[path])]
+    extras = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT and not _is_off(value)}
+    if extras:
+        raise ValueError(f"{file}: {extras} is not supported; expected LoRA of all layers alike and nothing else")
+    try:
+        targets = [name for name, path in TARGETS.items() if _hits(chosen, path) and not _hits(excluded, path)]
+    except re.error as error:
+        raise ValueError(f"{file}: no regular expression in target_modules or exclude_modules: {error}") from None
     if not targets:
         raise ValueError(f"{file}: target_modules is {chosen!r}, none of {list(TARGETS)}")
     return {"rank": rank, "alpha": alpha, "rslora": bool(rslora), "targets": targets}
 
 
-def _hits(modules: str | Collection[str] | None, row: Row) -> bool:
-    """Whether PEFT takes the module of a weight for one of `modules`: a regular expression, names or ends of names."""
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ("none", "", [], {})
+
+
+def _hits(modules: str | Collection[str] | None, path: str) -> bool:
+    """Whether PEFT finds the module at `path` in `modules`: a regular expression, or names or their last parts."""
     if modules == "all-linear":
         return True
-    original = row.hub.removesuffix(".weight").replace("{i}", "0")
+    original = ADAPTED[path].hub.removesuffix(".weight").replace("{i}", "0")
     names = (original, current_name(original))
     if isinstance(modules, str):
         return any(re.fullmatch(modules, name) for name in names)

@@ -202,9 +202,7 @@ class HubTensor:
     shape: tuple[int, ...]
 
 
-def hub_tensors(
-    paths: Iterable[str], sizes: Mapping[str, int], table: Sequence[Row] = TABLE
-) -> list[HubTensor]:
+def hub_tensors(paths: Iterable[str], sizes: Mapping[str, int], table: Sequence[Row] = TABLE) -> list[HubTensor]:
     """Every tensor that these parameters correspond to; what belongs to one layer stands together."""
     wanted = set(paths)
     tensors = [
