@@ -129,8 +129,9 @@ def lora_of(model: Qwen2VL) -> dict[str, Any] | None:
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
-        >>> lora_of(add_lora(Qwen2VL.init(Qwen2VLConfig.tiny()), targets=["q_proj"]))
-        {'rank': 8, 'alpha': 16, 'targets': ['q_proj'], 'rslora': False}
+        >>> model = jax.eval_shape(add_lora, Qwen2VL.abstract(Qwen2VLConfig.tiny()))  # shapes without memory
+        >>> lora_of(model)["rank"], len(lora_of(model)["targets"])
+        (8, 7)
     """
     loras = {name: lora for name, path in TARGETS.items() if (lora := _linear(model, path).lora) is not None}
     if not loras:

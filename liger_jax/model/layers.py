@@ -70,7 +70,7 @@ class Linear(nnx.Module):
     def __init__(self, init: Init, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, stack=(), bias: bool):
         self.kernel = init.normal(*stack, *in_shape, *out_shape)
         self.bias = init.full(0.0, *stack, *out_shape) if bias else None
-        self.lora: LoRA | None = nnx.data(None)  # weights, should there be some one day
+        self.lora: LoRA | None = nnx.data(None)  # part of the pytree, so that weights can come later
         self.in_axes, self.out_axes = len(in_shape), len(out_shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -47,9 +47,9 @@ def assert_same_bits(found, wanted):
 def test_value_and_gradients(inputs, outputs, rslora):
     """x W + bias + scale x A B, and the gradients of A, B and x, against the same with W + scale A B in one matrix."""
     rng, rank = np.random.default_rng(0), 4
-    make = lambda *shape: rng.normal(size=shape)
     n, m = math.prod(inputs), math.prod(outputs)
-    w, a, b, bias, x, dy = make(n, m), make(n, rank), make(rank, m), make(m), make(7, n), make(7, m)
+    shapes = (n, m), (n, rank), (rank, m), (m,), (7, n), (7, m)
+    w, a, b, bias, x, dy = (rng.normal(size=shape) for shape in shapes)
     scale = 6 / (2 if rslora else 4)
     wanted = {"y": x @ (w + scale * a @ b) + bias}
     merged = x.T @ dy  # gradient of W + scale A B
@@ -226,6 +226,9 @@ def test_four_devices():
             split += not leaf.sharding.is_fully_replicated
     assert split == 3 * 2 * len(TARGETS)
     merged = merge_lora(state.model)
+    up, was = (model.language_model.layers.mlp.up_proj for model in (merged, state.model))
+    delta = np.einsum("lhr,lrf->lhf", was.lora.a[...], was.lora.b[...])
+    parity.assert_near(up.kernel[...], was.kernel[...] + 16 / 4 * delta, tolerance=1e-6)
     for path, leaf in param_paths(merged).items():
         assert leaf.sharding.is_equivalent_to(param_paths(state.model)[path].sharding, leaf.ndim), path
 
