@@ -1,6 +1,7 @@
-"""Hugging Face weights to this model and back."""
+"""Hugging Face weights and PEFT adapters to this model and back."""
 
+from convert.adapter import load_adapter, save_adapter
 from convert.reader import from_hf
 from convert.writer import to_hf, to_hf_state
 
-__all__ = ["from_hf", "to_hf", "to_hf_state"]
+__all__ = ["from_hf", "load_adapter", "save_adapter", "to_hf", "to_hf_state"]

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -12,7 +13,6 @@ from jax.sharding import Mesh
 from convert.assemble import assemble
 from convert.hub import find_checkpoint
 from convert.table import (
-    BY_PATH,
     EMBEDDING,
     LM_HEAD,
     HubTensor,
@@ -66,8 +66,13 @@ def from_hf(
     shapes = {path: leaf.shape for path, leaf in param_paths(abstract).items()}
     sizes = read_sizes(shapes, patch_of(config.vision))
     expected = {tensor.name: tensor for tensor in hub_tensors(shapes, sizes)}
-    stored = _match(folder, expected, list_tensors(folder, allow_pickle=allow_pickle), config)
-    return _fill(abstract, mesh, stored, sizes)
+    spare = [LM_HEAD] if config.tie_word_embeddings else []
+    found = list_tensors(folder, allow_pickle=allow_pickle)
+    stored = match(expected, found, f"The tensors in {folder} do not fit its config.json", also=spare)
+    if spare and LM_HEAD in stored:
+        _check_equal(stored.pop(LM_HEAD), stored[EMBEDDING])
+    read = fill(param_paths(abstract), mesh, [(stored[name], tensor) for name, tensor in expected.items()], sizes)
+    return jax.tree.unflatten(jax.tree.structure(abstract), list(read.values()))
 
 
 def read_config(folder: Path) -> Qwen2VLConfig:
@@ -89,24 +94,32 @@ def patch_of(vision: VisionConfig) -> tuple[int, int, int]:
 # ---- checking what the files hold ------------------------------------------------------------------------------------
 
 
-def _match(
-    folder: Path, expected: dict[str, HubTensor], found: list[Stored], config: Qwen2VLConfig
-) -> list[tuple[Stored, HubTensor]]:
-    """Pairs what is stored with what is expected, or says everything that does not fit."""
+def match(
+    expected: Mapping[str, HubTensor],
+    found: Iterable[Stored],
+    complaint: str,
+    *,
+    rename: Callable[[str], str] = original_name,
+    also: Collection[str] = (),
+) -> dict[str, Stored]:
+    """{name: where it is stored} for all that is expected, and for what may be there `also`.
+
+    Raises:
+        ValueError: the complaint, and everything that does not fit.
+    """
     stored: dict[str, Stored] = {}
     twice = []
     for tensor in found:
-        name = original_name(tensor.name)
+        name = rename(tensor.name)
         if name in stored:
             twice.append(
                 f"{tensor.name} (in {tensor.file.name} and, as {stored[name].name}, in {stored[name].file.name})"
             )
         stored[name] = tensor
-    spare_head = stored.pop(LM_HEAD, None) if config.tie_word_embeddings else None
     both = [(tensor, expected[name]) for name, tensor in stored.items() if name in expected]
     problems = {
         "missing": _summary([name for name in expected if name not in stored]),
-        "unexpected": _summary([tensor.name for name, tensor in stored.items() if name not in expected]),
+        "unexpected": _summary([t.name for name, t in stored.items() if name not in expected and name not in also]),
         "stored twice": twice,
         "wrong shape": [f"{s.name} {list(s.shape)}, expected {list(e.shape)}" for s, e in both if s.shape != e.shape],
         "not floating point": [
@@ -115,10 +128,8 @@ def _match(
     }
     told = "".join(f"\n  {what}: {'; '.join(sorted(names))}" for what, names in problems.items() if names)
     if told:
-        raise ValueError(f"The tensors in {folder} do not fit its config.json:{told}")
-    if spare_head:
-        _check_equal(spare_head, stored[EMBEDDING])
-    return both
+        raise ValueError(f"{complaint}:{told}")
+    return stored
 
 
 def _summary(names: list[str], most: int = 30) -> list[str]:
@@ -150,15 +161,19 @@ def _check_equal(head: Stored, embedding: Stored, rows: int = 65_536) -> None:
 # ---- filling the parameters ------------------------------------------------------------------------------------------
 
 
-def _fill(
-    abstract: Qwen2VL, mesh: Mesh | None, stored: list[tuple[Stored, HubTensor]], sizes: dict[str, int]
-) -> Qwen2VL:
-    leaves = param_paths(abstract)
-    shardings = dict.fromkeys(leaves) if mesh is None else param_paths(param_shardings(abstract, mesh))
-    parameters = {path: assemble(BY_PATH[path].layout, sizes, leaf, shardings[path]) for path, leaf in leaves.items()}
-    stored = sorted(stored, key=lambda pair: str(pair[0].file))
-    for file, pairs in itertools.groupby(stored, key=lambda pair: pair[0].file):
+def fill(
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh | None,
+    stored: Iterable[tuple[Stored, HubTensor]],
+    sizes: dict[str, int],
+) -> dict[str, jax.Array]:
+    """{path: parameter}, of the shapes and dtypes in `leaves`, in the same order."""
+    by_file = sorted(stored, key=lambda pair: str(pair[0].file))
+    layouts = {tensor.row.path: tensor.row.layout for _, tensor in by_file}
+    shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
+    parameters = {path: assemble(layouts[path], sizes, leaf, shardings[path]) for path, leaf in leaves.items()}
+    for file, pairs in itertools.groupby(by_file, key=lambda pair: pair[0].file):
         with open_weights(file) as weights:
             for here, tensor in pairs:
                 parameters[tensor.row.path].put(weights.read(here.name), tensor.layer)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [parameter.finish() for parameter in parameters.values()])
+    return {path: parameter.finish() for path, parameter in parameters.items()}

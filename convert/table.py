@@ -75,7 +75,6 @@ TABLE = (
     Row("visual.merger.mlp.2.bias", "visual/merger/fc2/bias", "H -> H"),
 )
 # fmt: on
-BY_PATH = {row.path: row for row in TABLE}
 
 
 def original_name(name: str) -> str:
@@ -86,6 +85,16 @@ def original_name(name: str) -> str:
         ('model.norm.weight', 'visual.merger.ln_q.bias')
     """
     return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))
+
+
+def current_name(name: str) -> str:
+    """The name that transformers 4.52 and later have for a tensor of this original name.
+
+    Example:
+        >>> current_name("model.norm.weight"), current_name("visual.merger.ln_q.bias")
+        ('model.language_model.norm.weight', 'model.visual.merger.ln_q.bias')
+    """
+    return re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -147,7 +156,9 @@ def hub_partition(layout: str, spec: Sequence[Any]) -> list[Any]:
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def read_sizes(shapes: Mapping[str, tuple[int, ...]], patch: tuple[int, int, int]) -> dict[str, int]:
+def read_sizes(
+    shapes: Mapping[str, tuple[int, ...]], patch: tuple[int, int, int], table: Sequence[Row] = TABLE
+) -> dict[str, int]:
     """What each letter of the table stands for, and how many layers are stacked, from the shapes of the parameters.
 
     Args:
@@ -157,15 +168,16 @@ def read_sizes(shapes: Mapping[str, tuple[int, ...]], patch: tuple[int, int, int
     Raises:
         ValueError: a path that is not in the table, or shapes that contradict each other.
     """
-    unknown = sorted(shapes.keys() - BY_PATH.keys())
+    rows = {row.path: row for row in table}
+    unknown = sorted(shapes.keys() - rows.keys())
     if unknown:
         raise ValueError(
-            f"No tensor of a Hugging Face checkpoint corresponds to {unknown}; expected paths such as {TABLE[0].path!r}"
+            f"No tensor of a Hugging Face checkpoint corresponds to {unknown}; expected paths such as {table[0].path!r}"
         )
     channels, frames, side = patch
     sizes = {"3": 3, "C": channels, "T": frames, "P": side, "Q": side}
     for path, shape in shapes.items():
-        row = BY_PATH[path]
+        row = rows[path]
         dimensions = ([[row.stack]] if row.stack else []) + _sides(row.layout)[1]
         if len(dimensions) != len(shape):
             raise ValueError(f"{path}: expected {len(dimensions)} dimensions, found shape {tuple(shape)}")
@@ -190,12 +202,12 @@ class HubTensor:
     shape: tuple[int, ...]
 
 
-def hub_tensors(paths: Iterable[str], sizes: Mapping[str, int]) -> list[HubTensor]:
+def hub_tensors(paths: Iterable[str], sizes: Mapping[str, int], table: Sequence[Row] = TABLE) -> list[HubTensor]:
     """Every tensor that these parameters correspond to; what belongs to one layer stands together."""
     wanted = set(paths)
     tensors = [
         HubTensor(row.hub.replace("{i}", str(layer)), row, layer, hub_shape(row.layout, sizes))
-        for row in TABLE
+        for row in table
         if row.path in wanted
         for layer in (range(sizes[row.stack]) if row.stack else [None])
     ]

@@ -52,7 +52,7 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[Stored]:
             index and the shards disagree.
     """
     if (folder / SINGLE).is_file():
-        return _list(folder / SINGLE)
+        return list_file(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _list_shards(folder / INDEX)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -63,7 +63,7 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[Stored]:
             "--allow-pickle)"
         )
     if (folder / PICKLE).is_file():
-        return _list(folder / PICKLE)
+        return list_file(folder / PICKLE)
     if (folder / PICKLE_INDEX).is_file():
         return _list_shards(folder / PICKLE_INDEX)
     found = sorted(path.name for path in folder.iterdir())
@@ -82,7 +82,7 @@ def _list_shards(index: Path) -> list[Stored]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names files that are not in its folder: {missing}")
-    tensors = [tensor for file in files for tensor in _list(file)]
+    tensors = [tensor for file in files for tensor in list_file(file)]
     held = {(tensor.name, tensor.file.name) for tensor in tensors}
     wrong = [f"{name} is not in {file}" for name, file in weight_map.items() if (name, file) not in held]
     wrong += [f"{name} in {file} is not in the index" for name, file in sorted(held) if weight_map.get(name) != file]
@@ -91,7 +91,8 @@ def _list_shards(index: Path) -> list[Stored]:
     return tensors
 
 
-def _list(file: Path) -> list[Stored]:
+def list_file(file: Path) -> list[Stored]:
+    """Every tensor of one file."""
     with open_weights(file) as weights:
         return [Stored(file, name, *weights.describe(name)) for name in weights.names]
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from convert.table import LM_HEAD, TABLE, HubTensor, from_stack, hub_tensors, re
 from convert.weights import FLOATS, INDEX, SINGLE
 from liger_jax.checkpoint import write_config
 from liger_jax.config import Qwen2VLConfig, VisionConfig
+from liger_jax.lora import lora_leaves
 from liger_jax.model import Qwen2VL
 from liger_jax.tree import param_paths
 
@@ -39,13 +40,14 @@ def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, 
         {original hub name: array}; the dtypes stay. A tied model has no `lm_head.weight`.
 
     Raises:
-        ValueError: a path that is no parameter of a Qwen2-VL, or shapes that contradict each other.
+        ValueError: a path that is no parameter of a Qwen2-VL, shapes that contradict each other, or LoRA.
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
         >>> to_hf_state(Qwen2VL.init(Qwen2VLConfig.tiny()))["model.layers.0.self_attn.q_proj.weight"].shape
         (64, 64)
     """
+    _refuse_lora(tree)
     leaves = param_paths(tree)
     config = config or getattr(tree, "config", None)
     sizes = read_sizes(
@@ -73,8 +75,8 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
             own.
 
     Raises:
-        ValueError: weights that are missing, or that the hub's layout has no name for; numbers that are not floating
-            point.
+        ValueError: weights that are missing, or that the hub's layout has no name for, LoRA's among them; numbers that
+            are not floating point.
 
     Example:
         >>> import tempfile
@@ -84,6 +86,7 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['config.json', 'model.safetensors']
     """
+    _refuse_lora(model)
     leaves, config = param_paths(model), model.config
     limit = _bytes(max_shard_size)
     sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch_of(config.vision))
@@ -96,13 +99,14 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
     if odd:
         raise ValueError(f"Weights that are not floating point: {odd}; expected one of {list(_TORCH_NAMES.values())}")
     shards = _split(hub_tensors(leaves, sizes), leaves, limit)
-    with _arriving_together(Path(directory)) as folder:
+    # an earlier checkpoint's files would be read in place of these
+    with arriving_together(Path(directory), stale=(SINGLE, INDEX, "model-*-of-*.safetensors")) as folder:
         write_config(folder, config, _TORCH_NAMES[_NAMES[leaves["language_model/norm/weight"].dtype]])
         weight_map, total = {}, 0
         for number, tensors in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= {tensor.name: name for tensor in tensors}
-            total += _write_safetensors(folder / name, tensors, leaves, sizes)
+            total += write_safetensors(folder / name, tensors, leaves, sizes)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -115,6 +119,15 @@ def _bytes(size: int | str) -> int:
     if not match:
         raise ValueError(f"max_shard_size is {size!r}; expected bytes, or a number with KB, MB or GB, as '5GB'")
     return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+
+
+def _refuse_lora(tree: Any) -> None:
+    found = next(iter(lora_leaves(tree)), None)
+    if found:
+        raise ValueError(
+            f"The model has LoRA ({found}, ...), which a checkpoint has no names for; expected merge_lora(model), or "
+            "save_adapter to write A and B alone"
+        )
 
 
 def _split(tensors: list[HubTensor], leaves: dict[str, Any], limit: int) -> list[list[HubTensor]]:
@@ -133,7 +146,7 @@ def _nbytes(tensor: HubTensor, leaves: dict[str, Any]) -> int:
     return int(np.prod(tensor.shape)) * leaves[tensor.row.path].dtype.itemsize
 
 
-def _write_safetensors(file: Path, tensors: list[HubTensor], leaves: dict[str, Any], sizes: dict[str, int]) -> int:
+def write_safetensors(file: Path, tensors: list[HubTensor], leaves: dict[str, Any], sizes: dict[str, int]) -> int:
     """The format: length of the header (8 bytes), the header (JSON), the numbers. -> bytes of numbers.
 
     Written here because safetensors.numpy.save_file wants all tensors of a file in memory.
@@ -170,8 +183,11 @@ def _rearranged(value: jax.Array, layer: int | None, layout: str, sizes: tuple) 
 
 
 @contextlib.contextmanager
-def _arriving_together(directory: Path) -> Iterator[Path]:
-    """A folder to write to; its files come into `directory` when the block ends without an error."""
+def arriving_together(directory: Path, *, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write to; its files come into `directory` when the block ends without an error.
+
+    Files there that a pattern in `stale` fits and that were not written go.
+    """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; expected a folder, or a place for one")
     directory = directory.absolute()
@@ -186,8 +202,8 @@ def _arriving_together(directory: Path) -> Iterator[Path]:
         written = {file.name for file in folder.iterdir()}
         for name in sorted(written):
             (folder / name).replace(directory / name)
-        for old in [directory / SINGLE, directory / INDEX, *directory.glob("model-*-of-*.safetensors")]:
-            if old.name not in written:  # an earlier checkpoint's, which would be read in place of these
-                old.unlink(missing_ok=True)
+        for old in [file for pattern in stale for file in directory.glob(pattern)]:
+            if old.name not in written:
+                old.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,9 +3,10 @@
 A saved model is a folder that says itself what it is:
 
     config.json, generation_config.json   as Hugging Face has them
+    lora.json                             what `add_lora` was told, if the model has LoRA
     params/                               Orbax: one array for each parameter, under the parameter's path
 
-A training run is a folder of steps, 100/, 200/, ..., which Orbax's CheckpointManager keeps, with the same config.json
+A training run is a folder of steps, 100/, 200/, ..., which Orbax's CheckpointManager keeps, with the same JSON files
 beside them. Orbax writes under a temporary name and renames at the end: what has a step's or `params`' name is whole.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.lora import add_lora, lora_of
 from liger_jax.mesh import param_shardings
 from liger_jax.model import Qwen2VL
 from liger_jax.tree import param_paths, path_name
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # Orbax takes half a second to import
 
     from liger_jax.train import TrainState
 
+LORA = "lora.json"
 PIECE_BYTES = 256 * 2**20  # of arrays that are on the host at a time while they are saved; a larger array on its own
 
 
@@ -58,6 +61,7 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     folder.mkdir(parents=True, exist_ok=True)
     arrays = param_paths(model)
     write_config(folder, model.config, str(next(iter(arrays.values())).dtype))
+    _write_lora(folder, model)
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(folder / "params", ocp.args.PyTreeSave(_nest(arrays)), force=overwrite)
 
@@ -78,7 +82,7 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwe
     items, prefix = _find_params(folder)
     config = Qwen2VLConfig.from_hf(folder)
     dtype = None if dtype is None else float_dtype(dtype)
-    abstract = Qwen2VL.abstract(config)
+    abstract = _with_stored_lora(Qwen2VL.abstract(config), folder)
     names = {prefix + name: leaf for name, leaf in param_paths(abstract).items()}
     stored = {name: leaf for name, leaf in _describe(items).items() if name.startswith(prefix)}
     _compare(items, {n: leaf.shape for n, leaf in names.items()}, {n: leaf.shape for n, leaf in stored.items()})
@@ -122,6 +126,25 @@ def write_config(folder: Path, config: Qwen2VLConfig, dtype: str) -> None:
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def _write_lora(folder: Path, model: Qwen2VL) -> None:
+    told = lora_of(model)
+    if told is None:
+        (folder / LORA).unlink(missing_ok=True)  # of a model that was here before
+    else:
+        (folder / LORA).write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _with_stored_lora(abstract: Qwen2VL, folder: Path) -> Qwen2VL:
+    file = folder / LORA
+    if not file.is_file():
+        return abstract
+    try:
+        told = json.loads(file.read_text())
+        return jax.eval_shape(lambda model: add_lora(model, **told), abstract)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not what save_model writes: {error}") from None
+
+
 # ---- the state of a training run -------------------------------------------------------------------------------------
 
 
@@ -162,6 +185,7 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
         if step in manager.all_steps():
             raise ValueError(f"{manager.directory} holds step {step} already")
         write_config(Path(manager.directory), state.model.config, str(jax.tree.leaves(state.model)[0].dtype))
+        _write_lora(Path(manager.directory), state.model)
         manager.save(step, args=ocp.args.PyTreeSave(_nest(param_paths(state))), force=True)
     return step
 

@@ -39,6 +39,16 @@ RULES = (
     (r"merger/fc2/kernel", P("tensor", "fsdp")),
     (r"patch_embed/kernel", P(None, "fsdp")),
     (r"(embed_tokens|lm_head)/weight", P("fsdp", None)),
+    # LoRA: A [*in, r] as the kernel's inputs, B [r, *out] as its outputs
+    (r"((q|k|v|gate|up)_proj|attn/qkv|mlp/fc1)/lora/a", P(None, "fsdp")),
+    (r"((o|down)_proj|attn/proj|mlp/fc2)/lora/a", P(None, "tensor")),
+    (r"((q|k|v|gate|up)_proj|mlp/fc1)/lora/b", P(None, None, "tensor")),
+    (r"attn/qkv/lora/b", P(None, None, None, "tensor")),
+    (r"((o|down)_proj|attn/proj|mlp/fc2)/lora/b", P(None, None, "fsdp")),
+    (r"merger/fc1/lora/a", P("fsdp")),
+    (r"merger/fc1/lora/b", P(None, "tensor")),
+    (r"merger/fc2/lora/a", P("tensor")),
+    (r"merger/fc2/lora/b", P(None, "fsdp")),
 )
 
 

@@ -1,5 +1,6 @@
 """AdamW as Qwen2-VL is trained: parts of the model frozen or at learning rates of their own, no decay where it harms."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -9,10 +10,11 @@ import optax
 from liger_jax.tree import path_name
 
 LearningRate = float | optax.Schedule
-# The parts of a model and what the paths of their weights begin with; the first that fits counts.
-PARTS = {"merger": ("visual/merger/",), "vision": ("visual/",), "text": ("language_model/", "lm_head/")}
+# The parts of a model and how the paths of their weights look; the first that fits counts.
+PARTS = {"lora": "/lora/", "merger": "^visual/merger/", "vision": "^visual/", "text": "^(language_model|lm_head)/"}
+BASE = ("merger", "vision", "text")  # what stays frozen while LoRA alone is trained
 # Weights that decay: of products and tables. Norms and biases do not, as in transformers.
-DECAYING = ("/kernel", "embed_tokens/weight", "lm_head/weight")
+DECAYING = ("/kernel", "/lora/a", "/lora/b", "embed_tokens/weight", "lm_head/weight")
 
 
 def make_optimizer(
@@ -35,8 +37,8 @@ def make_optimizer(
     Args:
         learning_rate: a number, or an optax schedule from the step to one.
         vision, merger: learning rates of the vision tower and of its merger; None: the same.
-        freeze: parts that stay as they are: any of "vision", "merger", "text". They have no moments, their gradients are
-            not computed, and do not count in the norm.
+        freeze: parts that stay as they are: any of "vision", "merger", "text", "lora"; `BASE` to train a model's LoRA
+            alone. They have no moments, their gradients are not computed, and do not count in the norm.
         weight_decay: of the weights of products and tables; norms and biases never decay.
         max_grad_norm: largest norm of all gradients together; None for no limit.
         b1, b2, eps: of Adam.
@@ -45,7 +47,7 @@ def make_optimizer(
         An `optax.GradientTransformation`.
 
     Raises:
-        ValueError: an unknown part, or nothing left to train.
+        ValueError: an unknown part; when a `TrainState` is made, nothing left to train.
 
     Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101
 
@@ -59,14 +61,12 @@ def make_optimizer(
     unknown = set(freeze) - set(PARTS)
     if unknown:
         raise ValueError(f"freeze has {sorted(unknown)}; expected some of {sorted(PARTS)}")
-    if set(freeze) == set(PARTS):
-        raise ValueError(f"freeze is all of {sorted(PARTS)}; expected at least one part to train")
-    rates = {"text": learning_rate, "vision": vision, "merger": merger}
+    rates = {"vision": vision, "merger": merger}
     of_part = {
         part: optax.set_to_zero()
         if part in freeze
         else optax.adamw(
-            learning_rate if rates[part] is None else rates[part],
+            learning_rate if rates.get(part) is None else rates[part],
             b1=b1,
             b2=b2,
             eps=eps,
@@ -75,9 +75,14 @@ def make_optimizer(
         )
         for part in PARTS
     }
-    without_frozen = optax.masked(
-        optax.set_to_zero(), lambda tree: _by_path(lambda path: part_of(path) in freeze, tree)
-    )
+
+    def frozen(tree):
+        mask = _by_path(lambda path: part_of(path) in freeze, tree)
+        if all(jax.tree.leaves(mask)):
+            raise ValueError(f"freeze is {sorted(freeze)}, all that the model has; expected at least one part to train")
+        return mask
+
+    without_frozen = optax.masked(optax.set_to_zero(), frozen)
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     return optax.chain(without_frozen, clip, optax.multi_transform(of_part, lambda tree: _by_path(part_of, tree)))
 
@@ -90,7 +95,7 @@ def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:
 
 def part_of(path: str) -> str:
     """The part that a weight belongs to, by its path."""
-    return next(part for part, beginnings in PARTS.items() if path.startswith(beginnings))
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, path))
 
 
 def _decays(tree: Any) -> Any:

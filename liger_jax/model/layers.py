@@ -5,10 +5,13 @@ a tower are one module whose weights carry a leading axis, one entry a layer: `j
 axis away, so each `__call__` here sees the weights of a single layer.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as pk
 
@@ -29,28 +32,66 @@ class Init:
         return nnx.Param(jnp.full(shape, value, self.dtype))
 
 
+class LoRA(nnx.Module):
+    """What a `Linear` learns beside its kernel: scale x A B, with A [*stack, *in_shape, r] and B [*stack, r, *out_shape].
+
+    Two thin products, in the dtype of x, whatever that of A and B. scale: alpha / r, or alpha / sqrt(r) (rsLoRA).
+
+    Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, rsLoRA,
+    https://arxiv.org/abs/2312.03732
+    """
+
+    def __init__(self, a: jax.Array, b: jax.Array, *, alpha: float, rslora: bool):
+        self.a = nnx.Param(a)
+        self.b = nnx.Param(b)
+        self.alpha = alpha
+        self.rslora = rslora
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def __call__(self, x: jax.Array, in_axes: int) -> jax.Array:
+        thin = self.scale * jnp.tensordot(x, self.a[...].astype(x.dtype), axes=in_axes)
+        return jnp.tensordot(thin, self.b[...].astype(x.dtype), axes=1)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel + bias; kernel [*stack, *in_shape, *out_shape], x [..., *in_shape] -> y [..., *out_shape].
 
-    Heads are axes of their own, so that a mesh can split them and no activation is ever reshaped.
+    Heads are axes of their own, so that a mesh can split them and no activation is ever reshaped. `lora`: what
+    `liger_jax.lora.add_lora` adds to y.
     """
 
     def __init__(self, init: Init, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, stack=(), bias: bool):
         self.kernel = init.normal(*stack, *in_shape, *out_shape)
         self.bias = init.full(0.0, *stack, *out_shape) if bias else None
-        self.in_axes = len(in_shape)
+        self.lora: LoRA | None = nnx.data(None)  # part of the pytree, so that weights can come later
+        self.in_axes, self.out_axes = len(in_shape), len(out_shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(x, self.kernel[...], axes=self.in_axes)
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.lora is not None:
+            y = checkpoint_name(y + self.lora(x, self.in_axes), "adapted")
+        return y
 
     def parts(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """y[..., i, *rest] for each i of the first of out_shape, with a product each: neither y nor its gradient is ever
         in memory as a whole, to be taken apart or put together."""
-        kernel, bias = self.kernel[...], self.bias[...]
-        axis = self.in_axes
-        kernels, biases = (jnp.unstack(array, axis=i) for array, i in ((kernel, axis), (bias, 0)))
-        return tuple(jnp.tensordot(x, k, axes=axis) + b for k, b in zip(kernels, biases, strict=True))
+        kernels = jnp.unstack(self.kernel[...], axis=self.in_axes)
+        parts = [jnp.tensordot(x, kernel, axes=self.in_axes) for kernel in kernels]
+        if self.bias is not None:
+            parts = [part + bias for part, bias in zip(parts, self.bias[...], strict=True)]
+        if self.lora is not None:
+            added = jnp.unstack(self.lora(x, self.in_axes), axis=x.ndim - self.in_axes)
+            parts = [checkpoint_name(part + more, "adapted") for part, more in zip(parts, added, strict=True)]
+        return tuple(parts)
 
 
 class RMSNorm(nnx.Module):

@@ -12,15 +12,15 @@ from liger_jax.mesh import split_rows
 # What a backward pass finds in memory rather than computes again, in the order of memory needed.
 #   none: everything the operations save.
 #   dots: the results of matrix products and of attention, whose recomputation is dear; norms, gates and rotations are
-#         cheap to do again. Less memory traffic than "none", so usually the fastest as well.
+#         cheap to do again. Less memory traffic than "none", so usually the fastest as well. Of a product and its LoRA
+#         the sum is kept, in place of both.
 #   attention: each layer's input and attention's result.
 #   full: each layer's input only.
 _keep = jax.checkpoint_policies
-_ATTENTION = _keep.save_only_these_names("attention")
 _POLICIES = {
     "none": None,
-    "dots": _keep.save_from_both_policies(_keep.dots_saveable, _ATTENTION),
-    "attention": _ATTENTION,
+    "dots": _keep.save_from_both_policies(_keep.dots_saveable, _keep.save_only_these_names("attention", "adapted")),
+    "attention": _keep.save_only_these_names("attention"),
     "full": _keep.nothing_saveable,
 }
 REMAT = tuple(_POLICIES)

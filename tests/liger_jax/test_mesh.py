@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from convert import from_hf, to_hf_state
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
+from liger_jax.lora import add_lora
 from liger_jax.mesh import RULES, mesh_of, param_shardings, put_batch
 from liger_jax.model import param_paths
 from tests import parity
@@ -147,8 +148,8 @@ def test_weights_are_split(name):
     """Every rule names a weight and splits it; sizes that do not divide are left whole."""
     shape = MESHES[name]
     config = Qwen2VLConfig.qwen2_vl_7b()
-    weights = param_paths(Qwen2VL.abstract(config))
-    shardings = param_paths(param_shardings(Qwen2VL.abstract(config), mesh(name)))
+    model = jax.eval_shape(functools.partial(add_lora, targets="all-linear"), Qwen2VL.abstract(config))
+    weights, shardings = param_paths(model), param_paths(param_shardings(model, mesh(name)))
     for path, weight in weights.items():
         spec = next((spec for pattern, spec in RULES if re.search(pattern + "$", path)), P())
         ways = math.prod(shape.get(axis, 1) for axis in spec if axis)

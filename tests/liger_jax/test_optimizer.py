@@ -8,7 +8,8 @@ import pytest
 
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
 from liger_jax.checkpoint import restore_state, save_state
-from liger_jax.optimizer import PARTS, make_optimizer, part_of
+from liger_jax.lora import add_lora
+from liger_jax.optimizer import BASE, PARTS, make_optimizer, part_of
 from liger_jax.tree import param_paths
 
 CONFIG = Qwen2VLConfig.tiny()
@@ -38,10 +39,11 @@ def batch_with_a_picture():
 
 
 def test_every_weight_belongs_to_one_part(model):
-    """Merger before vision tower; a path of no part is an error."""
-    parts = {path: part_of(path) for path in param_paths(model)}
-    assert set(parts.values()) == set(PARTS)
+    """LoRA before what it is part of, merger before vision tower; a path of no part is an error."""
+    parts = {path: part_of(path) for path in param_paths(add_lora(model, targets="all-linear"))}
+    assert set(parts.values()) == set(PARTS) == {"lora", *BASE}
     assert parts["visual/merger/fc1/kernel"] == "merger" and parts["visual/patch_embed/kernel"] == "vision"
+    assert parts["visual/merger/fc1/lora/a"] == parts["language_model/layers/mlp/up_proj/lora/b"] == "lora"
     with pytest.raises(StopIteration):
         part_of("adapter/kernel")
 
@@ -102,8 +104,8 @@ def test_norm_is_of_what_is_trained(model):
     assert norm == pytest.approx(1e-6, rel=1e-3)
 
 
-def test_what_cannot_be():
+def test_what_cannot_be(model):
     with pytest.raises(ValueError, match=r"freeze has \['head'\]"):
         make_optimizer(1e-3, freeze=["head"])
     with pytest.raises(ValueError, match="at least one part to train"):
-        make_optimizer(1e-3, freeze=list(PARTS))
+        TrainState.create(model, make_optimizer(1e-3, freeze=BASE))

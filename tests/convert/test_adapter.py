@@ -1,0 +1,275 @@
+"""PEFT adapters: the names, numbers and gradients that PEFT has, and errors that say all that does not fit."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import from_hf, load_adapter, save_adapter, to_hf, to_hf_state
+from convert.adapter import ADAPTED, ADAPTER, read_adapter_config
+from convert.table import TABLE
+from liger_jax import loss_fn
+from liger_jax.lora import TARGETS, TEXT_TARGETS, add_lora, lora_leaves, lora_of, merge_lora
+from liger_jax.mesh import param_shardings
+from liger_jax.tree import param_paths
+from tests import parity
+
+PEFT = parity.REFERENCES / "adapter"  # written by PEFT 0.21: make_adapter.py
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+# What PEFT calls the modules of the model with 2 + 2 layers, and their (inputs, outputs).
+TEXT = {
+    "self_attn.q_proj": (32, 32),
+    "self_attn.k_proj": (32, 16),
+    "self_attn.v_proj": (32, 16),
+    "self_attn.o_proj": (32, 32),
+    "mlp.gate_proj": (32, 48),
+    "mlp.up_proj": (32, 48),
+    "mlp.down_proj": (48, 32),
+}
+VISION = {"attn.qkv": (24, 72), "attn.proj": (24, 24), "mlp.fc1": (24, 96), "mlp.fc2": (96, 24)}
+MODULES = {
+    **{f"base_model.model.model.language_model.layers.{i}.{n}": size for i in range(2) for n, size in TEXT.items()},
+    **{f"base_model.model.model.visual.blocks.{i}.{n}": size for i in range(2) for n, size in VISION.items()},
+    "base_model.model.model.visual.merger.mlp.0": (96, 96),
+    "base_model.model.model.visual.merger.mlp.2": (96, 32),
+}
+
+
+@functools.cache
+def from_peft():
+    return load_adapter(parity.model(), PEFT)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of PEFT's adapter, to be damaged."""
+    return shutil.copytree(PEFT, tmp_path / "adapter")
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps(config))
+    return config
+
+
+# ---- against PEFT
+
+
+def test_every_adapted_weight_is_in_the_table():
+    assert set(ADAPTED) == set(TARGETS.values()) and len(ADAPTER) == 2 * len(TARGETS)
+    assert {row.path for row in ADAPTED.values()} <= {row.path for row in TABLE}
+
+
+def test_logits_loss_and_gradients_are_those_of_peft(tmp_path):
+    """An adapter of all linear layers that PEFT wrote, on one picture, to 2e-4."""
+    model = from_peft()
+    assert lora_of(model) == {"rank": 3, "alpha": 6, "targets": list(TARGETS), "rslora": False}
+    batch, tokens, wanted = parity.common(parity.batch("image")), parity.tokens("image"), parity.stored("adapter")
+    logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))
+    logits = logits[: tokens.shape[0], : tokens.shape[1]]
+    parity.assert_near(logits[tokens], wanted["logits"][tokens], what="logits")
+    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, batch)
+    parity.assert_near(loss, wanted["loss"], what="loss")
+    save_adapter(grads, tmp_path)  # which are shaped like the model
+    found = load_file(tmp_path / WEIGHTS)
+    assert found.keys() == {key.removeprefix("grad/") for key in wanted if key.startswith("grad/")}
+    for name, value in found.items():
+        parity.assert_near(value, wanted[f"grad/{name}"], what=name)
+
+
+def test_writes_what_peft_wrote(tmp_path):
+    """The same names, shapes, dtypes and bits; a configuration whose every option PEFT's own has as well."""
+    save_adapter(from_peft(), tmp_path / "new", base_model="Qwen/Qwen2-VL-2B-Instruct")
+    found, wanted = load_file(tmp_path / "new" / WEIGHTS), load_file(PEFT / WEIGHTS)
+    assert {name: (a.shape, a.dtype, a.tobytes()) for name, a in found.items()} == {
+        name: (a.shape, a.dtype, a.tobytes()) for name, a in wanted.items()
+    }
+    expected = {f"{module}.lora_A.weight": (3, inputs) for module, (inputs, _) in MODULES.items()}
+    expected |= {f"{module}.lora_B.weight": (outputs, 3) for module, (_, outputs) in MODULES.items()}
+    assert {name: a.shape for name, a in found.items()} == expected
+    ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "new", PEFT))
+    assert ours.pop("base_model_name_or_path") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert ours.pop("target_modules") == list(TARGETS)
+    assert ours == {name: theirs[name] for name in ours}
+
+
+def test_merged_weights_are_those_that_peft_defines():
+    """W + alpha / r * lora_B @ lora_A for each weight of the Hugging Face checkpoint (float64)."""
+    found, base, lora = to_hf_state(merge_lora(from_peft())), to_hf_state(parity.model()), load_file(PEFT / WEIGHTS)
+    assert found.keys() == base.keys()
+    for name, weight in base.items():
+        prefix = "model.language_model." if name.startswith("model.") else "model."
+        module = f"base_model.model.{prefix}{name.removeprefix('model.').removesuffix('.weight')}"
+        if module in MODULES:
+            a, b = (lora[f"{module}.lora_{half}.weight"].astype(np.float64) for half in "AB")
+            weight = weight + 6 / 3 * b @ a
+        parity.assert_near(found[name], weight, tolerance=1e-6, what=name)
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"targets": ["q_proj", "down_proj"], "rank": 1},
+        {"targets": ["attn.proj", "mlp.2"], "rank": 5, "alpha": 2.5, "rslora": True},
+    ],
+)
+def test_there_and_back(tmp_path, how):
+    """Some targets, odd ranks, rsLoRA: the same structure and bits."""
+    model = add_lora(parity.model(), **how)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(parity.model(), tmp_path)
+    assert jax.tree.structure(loaded) == jax.tree.structure(model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, model)
+
+
+def test_dtypes(tmp_path):
+    """A and B are written as they are, and read as float32 beside weights of any dtype."""
+    plain = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parity.model())
+    model = add_lora(plain, targets=["v_proj"], dtype="bfloat16")
+    save_adapter(model, tmp_path)
+    assert {a.dtype.name for a in load_file(tmp_path / WEIGHTS).values()} == {"bfloat16"}
+    for dtype in ("float32", "bfloat16"):
+        loaded = lora_leaves(load_adapter(plain, tmp_path, dtype=dtype))
+        for path, leaf in lora_leaves(model).items():
+            assert loaded[path].dtype == dtype
+            np.testing.assert_array_equal(loaded[path], leaf)
+
+
+def test_onto_a_mesh():
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
+    base = from_hf(parity.REFERENCES / "model_untied", dtype="float32", mesh=mesh)
+    found, wanted = load_adapter(base, PEFT), from_peft()
+    shardings = param_paths(param_shardings(wanted, mesh))
+    for path, leaf in param_paths(wanted).items():
+        assert param_paths(found)[path].sharding.is_equivalent_to(shardings[path], leaf.ndim), path
+        np.testing.assert_array_equal(param_paths(found)[path], leaf)
+
+
+def test_names_of_older_transformers(folder):
+    """`model.layers.*` and `visual.*`, as adapters were written before 4.52."""
+    tensors = {
+        name.replace("model.language_model.", "model.").replace("model.model.visual.", "model.visual."): value
+        for name, value in load_file(folder / WEIGHTS).items()
+    }
+    assert "base_model.model.visual.merger.mlp.0.lora_A.weight" in tensors
+    assert "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight" in tensors
+    save_file(tensors, folder / WEIGHTS)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(parity.model(), folder), from_peft())
+
+
+@pytest.mark.parametrize(
+    ("modules", "excluded", "targets"),
+    [
+        ("all-linear", None, list(TARGETS)),
+        ("all-linear", ["visual.merger.mlp.0", "2", "qkv", "fc1", "fc2", "attn.proj"], list(TEXT_TARGETS)),
+        (r"^model\.language_model(?=\.).*\.(q_proj|v_proj)$", None, ["q_proj", "v_proj"]),  # ms-swift's way
+        (r"^(?!.*visual).*(?:o_proj|proj).*", r".*mlp.*", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        (["fc1", "mlp.0", "up_proj"], None, ["up_proj", "fc1", "mlp.0"]),
+        (["visual.merger.mlp.2", "proj"], None, ["attn.proj", "mlp.2"]),
+    ],
+)
+def test_target_modules(folder, modules, excluded, targets):
+    change_config(folder, target_modules=modules, exclude_modules=excluded)
+    assert read_adapter_config(folder / CONFIG)["targets"] == targets
+
+
+# ---- errors
+
+
+def test_all_that_does_not_fit_is_told_at_once(folder):
+    tensors = load_file(folder / WEIGHTS)
+    layer = "base_model.model.model.language_model.layers.1."
+    del tensors[layer + "mlp.up_proj.lora_B.weight"]
+    tensors[layer + "mlp.down_proj.lora_A.weight"] = np.zeros((4, 48), np.float32)
+    tensors[layer + "mlp.gate_proj.lora_A.weight"] = np.zeros((3, 32), np.int32)
+    tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((3, 32), np.float32)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError) as caught:
+        load_adapter(parity.model(), folder)
+    assert str(caught.value).splitlines()[1:] == [
+        f"  missing: {layer}mlp.up_proj.lora_B.weight",
+        "  unexpected: base_model.model.lm_head.lora_A.weight",
+        f"  wrong shape: {layer}mlp.down_proj.lora_A.weight [4, 48], expected [3, 48]",
+        f"  not floating point: {layer}mlp.gate_proj.lora_A.weight I32, expected one of ['F64', 'F32', 'F16', 'BF16']",
+    ]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": [0, 1]},
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"fan_in_fan_out": True},
+        {"lora_bias": True},
+        {"layer_replication": [[0, 2]]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"an_option_of_the_future": "on"},
+        {"peft_type": "IA3"},
+        {"r": None},
+        {"target_modules": "("},
+        {"target_modules": ["lm_head"]},
+    ],
+)
+def test_options_that_are_not_supported(folder, option):
+    change_config(folder, **option)
+    with pytest.raises(ValueError, match=rf"{CONFIG}: .*{next(iter(option))}"):
+        load_adapter(parity.model(), folder)
+
+
+def test_options_without_effect(folder):
+    """What only training reads, and what is off."""
+    config = change_config(folder, lora_dropout=0.05, init_lora_weights="gaussian", an_option_of_the_future=None)
+    assert config["inference_mode"] is True
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(parity.model(), folder), from_peft())
+
+
+def test_some_layers_only(folder):
+    """Target modules that name layers one by one: the others are missing."""
+    change_config(folder, target_modules=["model.language_model.layers.0.mlp.up_proj"])
+    name = "base_model.model.model.language_model.layers.{}.mlp.up_proj.lora_{}.weight"
+    tensors = load_file(folder / WEIGHTS)
+    save_file({n: tensors[n] for n in (name.format(0, "A"), name.format(0, "B"))}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"missing: .*layers\.1\.mlp\.up_proj\.lora_A"):
+        load_adapter(parity.model(), folder)
+
+
+def test_files_that_are_missing_or_damaged(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is not a safetensors file"):
+        load_adapter(parity.model(), folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS} missing, found \['{CONFIG}'\]"):
+        load_adapter(parity.model(), folder)
+
+
+def test_models_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="has LoRA already"):
+        load_adapter(from_peft(), PEFT)
+    with pytest.raises(ValueError, match="no LoRA to save"):
+        save_adapter(parity.model(), tmp_path / "new")
+    for write in (lambda: to_hf(from_peft(), tmp_path / "new"), lambda: to_hf_state(from_peft())):
+        with pytest.raises(ValueError, match=r"has LoRA .*merge_lora.*save_adapter"):
+            write()
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_files_stay(tmp_path):
+    """An adapter beside a checkpoint: neither replaces the other."""
+    to_hf(parity.model(), tmp_path)
+    before = {file.name for file in tmp_path.iterdir()}
+    save_adapter(from_peft(), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == before | {WEIGHTS, CONFIG}
