@@ -195,7 +195,7 @@ def repeat_rows(tree: tuple[Cache, Start], count: int) -> tuple[Cache, Start]:
     return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0) if x.ndim else x, tree)
 
 
-@functools.partial(jax.jit, static_argnames="room", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="room")
 def grow(cache: Cache, *, room: int) -> Cache:
     """The cache with `room` more slots."""
     return cache.grow(room)
