@@ -14,6 +14,7 @@ from liger_jax.mesh import mesh_context, mesh_of, put_batch
 from liger_jax.model import Qwen2VL
 from liger_jax.model.cache import Cache
 from liger_jax.model.qwen2_vl import attend_row
+from liger_jax.model.text import DecoderLayer
 from liger_jax.options import GenerationOptions
 from liger_jax.sampling import History, Sampling, constrain, log_probabilities, next_token
 
@@ -86,7 +87,7 @@ class Decoding:
             fill = [(0, rows // samples - prompts), (0, 0)]
             ids, segments = (np.pad(array, fill).repeat(samples, axis=0) for array in (input_ids, segment_ids))
             history = History.of_prompts(ids, segments, cache.valid.shape[1])
-        self._mesh, self._until = mesh_of(model), 1
+        self._mesh, self._layers, self._until = mesh_of(model), None, 1
         with mesh_context(self._mesh):
             room = bucket(self.limit, NEW_TOKENS)
             self._progress, self._last = begin(start, self.sampling, history, room=room)
@@ -99,8 +100,15 @@ class Decoding:
         stopped = np.ones(len(self.sampling.seeds), bool)
         stopped[: len(self.stopped)] = self.stopped
         with mesh_context(self._mesh):
+            self._layers = self._layers or split_layers(self.model)
             self.cache, self._progress, self._last = decode(
-                self.model, self.cache, self._progress, self.sampling, stopped=stopped, until=np.int32(self._until)
+                self.model,
+                self._layers,
+                self.cache,
+                self._progress,
+                self.sampling,
+                stopped=stopped,
+                until=np.int32(self._until),
             )
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -184,7 +192,7 @@ def extend(model: Qwen2VL, cache: Cache, batch: Batch, slot: jax.Array) -> tuple
     def attend(i, q, k, v):
         return cache.attend_many(i, slot, segments, q, k, v)
 
-    hidden, keys, values = _through(model, _split_layers(model), model.embed(batch), batch.position_ids, attend)
+    hidden, keys, values = _through(model, split_layers(model), model.embed(batch), batch.position_ids, attend)
     cache = dataclasses.replace(cache, keys=keys, values=values).open_slots(slot, segments)
     return cache, _start(model, batch, hidden, slot)
 
@@ -215,15 +223,28 @@ def begin(start: Start, sampling: Sampling, history: History | None, *, room: in
     return progress, (progress.told.tokens, progress.step, progress.done)
 
 
+@jax.jit
+def split_layers(model: Qwen2VL) -> list[DecoderLayer]:
+    """Each layer's weights as arrays of their own: a loop that slices the stack copies the slice in each step."""
+    layers = model.language_model.layers
+    return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
+
+
 @functools.partial(jax.jit, donate_argnames=("cache", "progress"))
 def decode(
-    model: Qwen2VL, cache: Cache, progress: Progress, sampling: Sampling, *, stopped: jax.Array, until: jax.Array
+    model: Qwen2VL,
+    layers: list[DecoderLayer],
+    cache: Cache,
+    progress: Progress,
+    sampling: Sampling,
+    *,
+    stopped: jax.Array,
+    until: jax.Array,
 ) -> tuple[Cache, Progress, tuple]:
     """Goes on to `until` tokens a row, or to where all rows have ended; -> cache, progress, tokens, step, done.
 
-    `stopped` [B] bool: rows that the host has ended.
+    `layers` are the model's, see `split_layers`; `stopped` [B] bool: rows that the host has ended.
     """
-    layers = _split_layers(model)
 
     def unfinished(carry):
         _, progress = carry
@@ -257,13 +278,7 @@ def _start(model: Qwen2VL, batch: Batch, hidden: jax.Array, slot: jax.Array | in
     return Start(logits.astype(jnp.float32), position, slot + jnp.where(empty, 0, last).max() + 1, empty)
 
 
-def _split_layers(model: Qwen2VL) -> list:
-    """Each layer's weights as arrays of their own: a loop that slices the stack copies the slice in each step."""
-    layers = model.language_model.layers
-    return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
-
-
-def _through(model: Qwen2VL, layers: list, x: jax.Array, position_ids: jax.Array, attend) -> tuple:
+def _through(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, position_ids: jax.Array, attend) -> tuple:
     """x [B, T, H] through all layers, layer i with attend(i, q, k, v) -> out, its cache; -> hidden, all keys, all values."""
     cos, sin = model.language_model.rotary(position_ids)
     written = []

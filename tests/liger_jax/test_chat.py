@@ -11,6 +11,7 @@ import liger_jax.chat
 from liger_jax import Chat, Processor, Qwen2VL, generate, prepare
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
+from liger_jax.mesh import param_shardings
 
 OPTIONS = {"max_new_tokens": 12, "repetition_penalty": 1.5}
 
@@ -139,6 +140,17 @@ def test_turns_of_the_same_size_compile_nothing():
     for question in ("Three?", "And four?"):
         chat.ask(question)
     assert "/jax/core/compile/backend_compile_duration" not in events
+
+
+def test_on_a_mesh():
+    """Weights and rows in parts, an empty row beside the only one."""
+    model, processor = parts()
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
+    split = jax.device_put(model, param_shardings(model, mesh))
+    chats = [Chat(each, processor, **OPTIONS) for each in (model, split)]
+    for question, media in TURNS[:2]:
+        here, there = (chat.ask(question, **media) for chat in chats)
+        assert here == there
 
 
 def test_reset_and_a_system_message():
