@@ -104,6 +104,7 @@ def answer_file(
             else:
                 yield record, batch
 
+    output.parent.mkdir(parents=True, exist_ok=True)
     counts = {"total": len(records), "initial": len(done)}
     with output.open("a", encoding="utf-8") as file, tqdm(**counts, unit="answer", disable=not progress) as bar:
 
@@ -168,7 +169,6 @@ def _answered_before(output: Path, labels: dict[int, dict]) -> set[int]:
         ValueError: a line that is none of this file's answers.
     """
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
         return set()
     written = output.read_bytes()
     whole = written[: written.rfind(b"\n") + 1]

@@ -123,7 +123,7 @@ class Chat:
             if not known:
                 cache, start = prefill(self.model, batch, room=slots - columns)
             else:
-                cache, self._decoding = self._decoding.cache, None  # it is given away
+                cache, self._prompt, self._answer = self._decoding.cache, [], []  # it is given away
                 missing = slots - cache.valid.shape[1]
                 cache = grow(cache, room=missing) if missing > 0 else cache
                 cache, start = extend(self.model, cache, batch, np.int32(known))

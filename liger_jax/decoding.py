@@ -112,14 +112,16 @@ class Decoding:
             )
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        while True:
-            last, until = self._last, self._until
-            self.advance(CHUNK)
-            tokens, step, done = jax.device_get(last)
-            rows = len(self.stopped)
-            yield tokens[:rows, :step]
-            if until == self.limit or (done[:rows] | self.stopped).all():
-                return
+        rows, finished = len(self.stopped), False
+        try:
+            while not finished:
+                last, until = self._last, self._until
+                self.advance(CHUNK)
+                tokens, step, done = jax.device_get(last)
+                yield tokens[:rows, :step]
+                finished = until == self.limit or (done[:rows] | self.stopped).all()
+        finally:
+            self._layers = None  # a copy of most weights; a chat keeps the cache alone
 
     def result(self) -> Generated:
         """All tokens; waits for the device."""

@@ -148,8 +148,8 @@ def test_on_a_mesh():
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
     split = jax.device_put(model, param_shardings(model, mesh))
     chats = [Chat(each, processor, **OPTIONS) for each in (model, split)]
-    for question, media in TURNS[:2]:
-        here, there = (chat.ask(question, **media) for chat in chats)
+    for question in ("Which digit?", "And now?"):
+        here, there = (chat.ask(question) for chat in chats)
         assert here == there
 
 
