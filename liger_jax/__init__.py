@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liger_jax.batch import Batch, prepare
+    from liger_jax.chat import Chat
     from liger_jax.config import Qwen2VLConfig
-    from liger_jax.generation import generate
+    from liger_jax.generation import generate, stream
     from liger_jax.model import Qwen2VL
     from liger_jax.processing import Processor
     from liger_jax.train import TrainState, loss_fn, make_train_step
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Batch",
+    "Chat",
     "Processor",
     "Qwen2VL",
     "Qwen2VLConfig",
@@ -22,14 +24,17 @@ __all__ = [
     "loss_fn",
     "make_train_step",
     "prepare",
+    "stream",
 ]
 
 # Imported when first used: JAX takes a second, transformers two, and `liger-jax --help` needs neither.
 _HOMES = {
     "Batch": "batch",
     "prepare": "batch",
+    "Chat": "chat",
     "Qwen2VLConfig": "config",
     "generate": "generation",
+    "stream": "generation",
     "Qwen2VL": "model",
     "Processor": "processing",
     "TrainState": "train",

@@ -1,13 +1,21 @@
-"""The command line: `liger-jax demo | finetune | convert | tune | bench | env`. A command imports what it needs."""
+"""The command line: `liger-jax demo | finetune | generate | chat | convert | tune | bench | env`.
+
+A command imports what it needs.
+"""
 
 import dataclasses
 import os
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from liger_jax import Processor, Qwen2VL
+    from liger_jax.options import GenerationOptions
 
 RESULTS = Path("benchmarks/results")
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
@@ -40,6 +48,7 @@ def demo(
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     from liger_jax.demo.run import run_demo
 
+    keep_compilations()
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     report = run_demo(output, **options, held_out=held_out)
     print(f"{report.accuracy:.1%} of {held_out} questions about unseen digits answered exactly, {report.seconds:.0f} s")
@@ -94,13 +103,12 @@ def finetune(
         keep: checkpoints that stay.
         seed: of the order of the data.
     """
-    from convert import from_hf
     from liger_jax import Processor
-    from liger_jax.checkpoint import is_model, load_model
     from liger_jax.data import read_conversations
     from liger_jax.finetune import finetune as run
     from liger_jax.optimizer import make_optimizer, warmup_cosine
 
+    keep_compilations()
     how = {"media": media, "on_error": "skip" if skip_broken else "raise"}
     conversations, unseen = read_conversations(data, **how), held_out and read_conversations(held_out, **how)
     rates = {"vision": vision_learning_rate, "merger": merger_learning_rate}
@@ -111,7 +119,7 @@ def finetune(
     processor = Processor.from_pretrained(model)
     processor.image = processor.image.with_limits(None, max_pixels)
     state = run(
-        load_model(model) if is_model(model) else from_hf(model),
+        open_model(model),
         processor,
         conversations,
         output,
@@ -126,6 +134,178 @@ def finetune(
         keep=keep,
     )
     print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerFlags:
+    """How answers are made. What is not given is as the checkpoint's generation_config.json has it."""
+
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; 512 where the checkpoint has none."""
+    temperature: float | None = None
+    """Draw answers, from a distribution so much flatter; by default as the checkpoint has it. Naming this, top_k, top_p or
+    min_p switches drawing on and those that are not named off."""
+    top_k: int | None = None
+    """Draw from so many of the most likely tokens."""
+    top_p: float | None = None
+    """Draw from the most likely tokens that have this probability together."""
+    min_p: float | None = None
+    """Draw from the tokens that are at least so likely beside the most likely one."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens less likely that occurred, also in the question."""
+    no_repeat_ngram_size: int | None = None
+    """No run of so many tokens occurs twice."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer."""
+    seed: int = 0
+    """Of what is drawn."""
+
+    def options(self, folder: Path) -> "GenerationOptions":
+        from liger_jax.options import GenerationOptions
+
+        given = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        if self.stop:
+            given["stop_strings"] = given.pop("stop")
+        filters = ("temperature", "top_k", "top_p", "min_p")
+        if given.keys() & filters:
+            given = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None} | given
+        return GenerationOptions.from_hf(folder, **given)
+
+
+@app.command
+def generate(
+    model: Annotated[str, tyro.conf.Positional],
+    question: Annotated[str | None, tyro.conf.Positional] = None,
+    images: tuple[Path, ...] = (),
+    system: str | None = None,
+    data: Path | None = None,
+    output: Path | None = None,
+    media: Path | None = None,
+    batch_size: int = 8,
+    skip_broken: bool = False,
+    max_pixels: int | None = None,
+    answers: Annotated[AnswerFlags, tyro.conf.arg(name="")] = AnswerFlags(),
+) -> None:
+    """Answer one question, with pictures or without, or all questions of a file.
+
+    A file of questions is stopped at any moment; run again with the same --output, it goes on.
+
+    Args:
+        model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        question: what to ask; the answer is printed as it comes.
+        images: pictures to ask about.
+        system: the system message of the question.
+        data: instead of a question, a file of them in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
+        output: file of the answers, a JSON record a line.
+        media: folder that relative paths of pictures in the data start from; by default that of the data.
+        batch_size: questions of the data that are answered together.
+        skip_broken: leave broken records of the data out, with a warning, instead of stopping.
+        max_pixels: largest number of pixels of a picture; by default the model's.
+    """
+    if (question is None) == (data is None) or (data is None) != (output is None):
+        raise ValueError("expected a question, or --data and --output")
+    given = {"--images": images, "--system": system} if data else {"--media": media, "--skip-broken": skip_broken}
+    if useless := [name for name, value in given.items() if value]:
+        raise ValueError(f"{' and '.join(useless)} is not for {'a file of questions' if data else 'a single question'}")
+    if data is not None and not data.is_file():
+        raise FileNotFoundError(f"{data}: no such file of questions")
+    if missing := [str(path) for path in images if not path.is_file()]:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such picture")
+    from liger_jax import Chat
+    from liger_jax.answers import answer_file
+
+    *both, options = open_for_answers(model, answers, max_pixels)
+    if data is not None:
+        how = {"batch_size": batch_size, "media": media, "skip_broken": skip_broken}
+        print(f"{answer_file(*both, data, output, options=options, **how)} answers in {output}")
+    else:
+        print_pieces(Chat(*both, system=system, **vars(options)).stream(question, images=images))
+
+
+@app.command
+def chat(
+    model: Annotated[str, tyro.conf.Positional],
+    system: str | None = None,
+    max_pixels: int | None = None,
+    answers: Annotated[AnswerFlags, tyro.conf.arg(name="")] = AnswerFlags(),
+) -> None:
+    """Talk with a model about texts and pictures, in the terminal.
+
+    `/image PATH` shows a picture with the next question, `/reset` begins anew, `/quit` ends. Ctrl-C ends an answer.
+
+    Args:
+        model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        system: the system message.
+        max_pixels: largest number of pixels of a picture; by default the model's.
+    """
+    from liger_jax import Chat
+    from liger_jax.images import load_image
+
+    *both, options = open_for_answers(model, answers, max_pixels)
+    talk, images = Chat(*both, system=system, **vars(options)), []
+    while True:
+        try:
+            command, _, rest = (line := input("> ").strip()).partition(" ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            if command == "/quit":
+                return
+            elif command == "/reset":
+                talk.reset()
+                images = []
+            elif command == "/image":
+                images.append(load_image(rest.strip()))
+            elif command.startswith("/"):
+                print("expected a question, /image PATH, /reset or /quit")
+            elif line:
+                answer, images = talk.stream(line, images=images), []
+                print_pieces(answer)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"! {error}")
+        except KeyboardInterrupt:
+            print()
+
+
+def print_pieces(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def open_model(name: str) -> "Qwen2VL":
+    """The model of an Orbax folder, a Hugging Face folder or a hub id."""
+    from convert import from_hf
+    from liger_jax.checkpoint import is_model, load_model
+
+    return load_model(name) if is_model(name) else from_hf(name)
+
+
+def open_for_answers(
+    name: str, flags: AnswerFlags, max_pixels: int | None
+) -> tuple["Qwen2VL", "Processor", "GenerationOptions"]:
+    from liger_jax import Processor
+    from liger_jax.hub import local_folder
+
+    keep_compilations()
+    options = flags.options(local_folder(name, ["generation_config.json"]))
+    processor = Processor.from_pretrained(name)
+    processor.image = processor.image.with_limits(None, max_pixels)
+    return open_model(name), processor, options
+
+
+def keep_compilations() -> None:
+    """Keeps compiled programs in ~/.cache/liger-jax, so that the next process need not compile them.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "liger-jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # by default 1: many small ones add up
 
 
 @app.command
@@ -279,6 +459,6 @@ def env() -> None:
 def main() -> None:
     """Runs a command; what the user got wrong is one line on stderr, without a traceback."""
     try:
-        app.cli(prog="liger-jax", description="Qwen2-VL for JAX: train, convert, inspect.")
+        app.cli(prog="liger-jax", description="Qwen2-VL for JAX: train, ask, convert, inspect.")
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"liger-jax: {error}")

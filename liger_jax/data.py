@@ -64,9 +64,9 @@ def read_conversations(
     folder = path.parent if media is None else Path(media)
     found: list[Conversation] = []
     broken: list[str] = []
-    for name, record in _records(path):
+    for name, record in read_records(path):
         try:
-            found.append(_conversation(record, folder))
+            found.append(_answered(conversation_of(record, folder)))
         except ValueError as error:
             if on_error == "raise":
                 raise ValueError(f"{path}, {name}: {error}") from error
@@ -79,8 +79,8 @@ def read_conversations(
     return found
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record with a name for it: where it stands, and its id if it has one."""
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record with a name for it: where it stands, and its id if it has one. Of a line that is no JSON, the error."""
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         try:
@@ -90,7 +90,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         what = "record"
     else:
         records, what = [], "line"
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     records.append((number, json.loads(line)))
@@ -101,7 +101,14 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{what} {number}" + ("" if name is None else f" (id {name!r})"), record
 
 
-def _conversation(record: Any, folder: Path) -> Conversation:
+def _answered(conversation: Conversation) -> Conversation:
+    if not any(message["role"] == "assistant" and message["content"] for message in conversation):
+        raise ValueError("no answer: expected a turn of the assistant")
+    return conversation
+
+
+def conversation_of(record: Any, folder: Path) -> Conversation:
+    """A record as messages; relative paths start from `folder`. Raises ValueError for a broken one."""
     if isinstance(record, ValueError):
         raise ValueError(f"not JSON: {record}")
     kinds = [kind for kind in TURNS if isinstance(record, Mapping) and kind in record]
@@ -117,8 +124,6 @@ def _conversation(record: Any, folder: Path) -> Conversation:
     for kind, left in media.items():
         if left:
             raise ValueError(f"{given[kind]} {kind}s, but {given[kind] - len(left)} markers <{kind}> in its texts")
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise ValueError("no answer: expected a turn of the assistant")
     return messages
 
 

@@ -1,22 +1,15 @@
-"""Generation: one compiled pass over the prompt, then one compiled loop over the new tokens."""
+"""Generation: prompts in, tokens out, or pieces of text while they come."""
 
-import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels as pk
-from liger_jax.batch import Batch, bucket
-from liger_jax.mesh import mesh_context, mesh_of, put_batch
+from liger_jax.batch import Batch
+from liger_jax.decoding import Decoding, Generated, start_decoding
 from liger_jax.model import Qwen2VL
-from liger_jax.model.cache import Cache
-from liger_jax.model.qwen2_vl import attend_row
-from liger_jax.sampling import Sampling, next_token, penalise_repetition
-
-NEW_TOKENS = 64  # room for new tokens comes in multiples of this
+from liger_jax.options import GenerationOptions
+from liger_jax.streaming import StopStrings, TextPieces
 
 
 def generate(
@@ -24,6 +17,7 @@ def generate(
     batch: Batch,
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     do_sample: bool = False,
@@ -32,21 +26,25 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    seed: int = 0,
-) -> np.ndarray:
+    no_repeat_ngram_size: int | None = None,
+    bad_words_ids: Sequence[Sequence[int]] = (),
+    stop_strings: str | Sequence[str] = (),
+    tokenizer: Any = None,
+    num_return_sequences: int = 1,
+    logprobs: int | None = None,
+    seed: int | Sequence[int] = 0,
+) -> np.ndarray | Generated:
     """Continues every row of a batch; -> the new tokens, [B, max_new_tokens] int32, in host memory.
 
     A row ends at its first end token; what follows in it is `pad_token_id`. The loop stops when all rows have ended.
-    Compiles once for each bucket of prompt shapes and of `max_new_tokens`.
+    Compiles once for each bucket of prompt shapes and of `max_new_tokens`; another value of an option compiles nothing,
+    switching one on does.
 
     Args:
         batch: prompts, as `prepare` returns them; padded on any side, one sequence a row.
-        eos_token_id: one or several end tokens; None: the checkpoint's, () for none.
-        pad_token_id: None: the checkpoint's, or else the first end token.
-        do_sample: draw from the distribution; otherwise the most likely token is taken.
-        temperature, top_k, top_p, min_p: applied in this order, as in transformers; None leaves a filter out.
-        repetition_penalty: above 1 makes tokens that occurred less likely; the prompt's count too.
-        seed: equal seeds give equal tokens, whatever rows stand beside.
+        tokenizer: a `Processor` or a tokenizer of transformers, for `stop_strings`.
+        others: see `GenerationOptions`. With `num_return_sequences` n, rows i n to i n + n - 1 continue prompt i. With
+            `logprobs`, the result is a `Generated`.
 
     Raises:
         ValueError: an option out of range, packed rows, a row without tokens, or more positions than the model has.
@@ -58,128 +56,97 @@ def generate(
         >>> generate(model, prepare(model.config, input_ids=np.array([[5, 6, 7]])), max_new_tokens=4).shape
         (1, 4)
     """
-    config, rows = model.config, batch.shape[0]
-    penalty = None if repetition_penalty == 1 else repetition_penalty
-    sampling = Sampling(do_sample, temperature, top_k or None, top_p, min_p, penalty, seed)
-    sampling.check()
-    _check_prompts(batch, max_new_tokens, config.text.max_position_embeddings)
-    eos = config.eos_token_ids if eos_token_id is None else tuple(np.atleast_1d(np.asarray(eos_token_id, np.int64)))
-    if pad_token_id is None:
-        pad_token_id = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
-    for token in (*eos, pad_token_id):
-        if not 0 <= token < config.text.vocab_size:
-            raise ValueError(f"Token {token} is no id of the vocabulary, which has {config.text.vocab_size}")
-
-    mesh = mesh_of(model)
-    batch = dataclasses.replace(batch, labels=None)
-    room = bucket(max_new_tokens, NEW_TOKENS)
-    ends = np.full(-(-max(len(eos), 1) // 4) * 4, -1, np.int32)  # padded, so that one end token more compiles nothing
-    ends[: len(eos)] = eos
-    with mesh_context(mesh):
-        cache, start = prefill(model, put_batch(batch, mesh), room=room, track_seen=penalty is not None)
-        limit, pad = np.int32(max_new_tokens), np.int32(pad_token_id)
-        tokens, _ = decode(model, cache, start, sampling, ends=ends, pad=pad, limit=limit, room=room)
-    return np.asarray(tokens)[:rows, :max_new_tokens]  # cut on the host: a cut on the device compiles for each length
-
-
-def _check_prompts(batch: Batch, max_new_tokens: int, max_positions: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    segments = np.asarray(batch.segment_ids)
-    if segments.max() > 1:
-        row = int(np.argmax(segments.max(axis=1)))
-        raise ValueError(f"Row {row} holds {segments.max()} packed sequences; expected one prompt a row")
-    if not segments.any(axis=1).all():
-        raise ValueError(f"Row {int(np.argmin(segments.any(axis=1)))} has no tokens; expected a prompt in every row")
-    last = int(np.asarray(batch.position_ids).max()) + max_new_tokens
-    if last >= max_positions:
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        bad_words_ids=bad_words_ids,
+        stop_strings=stop_strings,
+        num_return_sequences=num_return_sequences,
+        logprobs=logprobs,
+        seed=seed,
+    )
+    strings = options.all_stop_strings
+    if strings and tokenizer is None:
         raise ValueError(
-            f"The prompts and {max_new_tokens} new tokens reach position {last}; the model has {max_positions} "
-            "(max_position_embeddings)"
+            f"stop_strings is {stop_strings!r} without a tokenizer; expected tokenizer=, to read them with"
+        )
+    decoding = start_decoding(model, batch, options)
+    if strings:
+        _stop_at(decoding, strings, tokenizer)
+    else:
+        decoding.advance(max_new_tokens)
+    found = decoding.result()
+    return found.tokens if logprobs is None else found
+
+
+def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iterator[str]:
+    """Continues one prompt; -> pieces of text as they come, together the text of what `generate` returns.
+
+    A character whose bytes are spread over several tokens comes when it is whole. The device runs ahead of the reader by a
+    few tokens.
+
+    Args:
+        batch: one prompt, as `prepare` returns it.
+        tokenizer: a `Processor` or a tokenizer of transformers.
+        options: see `GenerationOptions`.
+
+    Raises:
+        ValueError: as `generate`, when called; several rows or sequences, or logprobs.
+
+    Example:
+        >>> for piece in stream(model, batch, processor, max_new_tokens=64):  # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+    """
+    asked = GenerationOptions(**options)
+    check_one_answer(asked)
+    if batch.shape[0] != 1:
+        raise ValueError(f"The batch has {batch.shape[0]} rows; expected one prompt to stream the answer of")
+    return read_pieces(start_decoding(model, batch, asked), tokenizer, asked.all_stop_strings, [])
+
+
+def check_one_answer(options: GenerationOptions) -> None:
+    """Raises ValueError for what a stream of text cannot tell."""
+    if options.num_return_sequences != 1 or options.logprobs is not None:
+        raise ValueError(
+            f"num_return_sequences is {options.num_return_sequences} and logprobs {options.logprobs}; expected 1 and None "
+            "for a stream of text"
         )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["logits", "position", "seen", "empty"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What decoding starts from, beside the cache."""
-
-    logits: jax.Array  # [B, V] float32, for the first new token
-    position: jax.Array  # [B, 3]: (t, h, w) of the first new token
-    seen: jax.Array | None  # [B, V] bool: tokens that occurred, if a penalty asks for them
-    empty: jax.Array  # [B] bool: rows that only fill up a mesh
-
-
-@functools.partial(jax.jit, static_argnames=("room", "track_seen"))
-def prefill(model: Qwen2VL, batch: Batch, *, room: int, track_seen: bool) -> tuple[Cache, Start]:
-    """Reads the prompts once: vision tower, all layers, and the logits of each row's last token."""
-    text = model.language_model
-    segments = pk.find_segments(batch.segment_ids, batch.max_segments)
-
-    def attend(q, k, v):
-        return attend_row(segments, q, k, v)[0], (k, v)
-
-    hidden, (keys, values) = text(model.embed(batch), batch.position_ids, attend)
-    valid = batch.segment_ids > 0
-    last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-    logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    position = jnp.take_along_axis(batch.position_ids, last[:, None, None], axis=2)[..., 0] + 1
-    seen = None
-    if track_seen:
-        ids = jnp.where(valid, batch.input_ids, model.config.text.vocab_size)
-        none = jnp.zeros((len(ids), model.config.text.vocab_size), bool)
-        seen = jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(none, ids)
-    cache = Cache.of_prompt(keys, values, batch.segment_ids, room)
-    return cache, Start(logits.astype(jnp.float32), position, seen, ~valid.any(axis=1))
+def read_pieces(decoding: Decoding, tokenizer: Any, stop_strings: Sequence[str], tokens: list[int]) -> Iterator[str]:
+    """The pieces of a single row's text; its tokens are appended to `tokens` as they are read."""
+    pieces, stop = TextPieces(tokenizer), StopStrings(stop_strings, tokenizer)
+    for found in decoding:
+        for token in found[0, len(tokens) :].tolist():
+            tokens.append(token)
+            if piece := pieces.push(token):
+                yield piece
+            if stop.push(token):
+                decoding.stopped[0] = True
+                break
+        if decoding.stopped[0]:
+            break
+    if piece := pieces.flush():
+        yield piece
 
 
-@functools.partial(jax.jit, static_argnames="room", donate_argnames="cache")
-def decode(
-    model: Qwen2VL,
-    cache: Cache,
-    start: Start,
-    sampling: Sampling,
-    *,
-    ends: jax.Array,
-    pad: jax.Array,
-    limit: jax.Array,
-    room: int,
-) -> tuple[jax.Array, Cache]:
-    """Chooses up to `limit` tokens a row; -> [B, room] int32 with `pad` behind a row's end, and the cache, in place."""
-    text = model.language_model
-    # each layer's weights as arrays of their own: a loop that slices the stack copies the slice in each step
-    layers = [jax.tree.map(lambda w, i=i: w[i], text.layers) for i in range(model.config.text.num_hidden_layers)]
-    rows = jnp.arange(len(start.logits))
-
-    def choose(logits, seen, done, step):
-        if seen is not None:
-            logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
-        token = jnp.where(done, pad, next_token(logits, sampling, step))
-        seen = None if seen is None else seen.at[rows, token].set(True)
-        return token, seen, done | jnp.isin(token, ends)
-
-    def unfinished(carry):
-        step, _, _, _, _, done = carry
-        return (step < limit) & ~done.all()
-
-    def one_token(carry):
-        step, tokens, cache, token, seen, done = carry
-        cache = cache.open_slot(step - 1)
-        x = text.embed_tokens.weight[token][:, None]
-        cos, sin = text.rotary(start.position[..., None] + (step - 1))
-        written = []
-        for i, layer in enumerate(layers):
-            x, keys_values = layer(x, cos, sin, functools.partial(cache.attend, i, step - 1))
-            written.append(keys_values)
-        keys, values = zip(*written, strict=True)
-        cache = dataclasses.replace(cache, keys=keys, values=values)
-        logits = model.logits(text.norm(x)[:, 0]).astype(jnp.float32)
-        token, seen, done = choose(logits, seen, done, step)
-        return step + 1, tokens.at[:, step].set(token), cache, token, seen, done
-
-    token, seen, done = choose(start.logits, start.seen, start.empty, 0)
-    tokens = jnp.full((len(token), room), pad, jnp.int32).at[:, 0].set(token)
-    _, tokens, cache, *_ = jax.lax.while_loop(unfinished, one_token, (jnp.int32(1), tokens, cache, token, seen, done))
-    return tokens, cache
+def _stop_at(decoding: Decoding, strings: Sequence[str], tokenizer: Any) -> None:
+    """Runs to the end; each row ends where a string is complete."""
+    watch = [StopStrings(strings, tokenizer) for _ in decoding.stopped]
+    ends, read = set(np.asarray(decoding.sampling.ends).tolist()), 0
+    for found in decoding:
+        for row in np.flatnonzero(~decoding.stopped):
+            for column in range(read, found.shape[1]):
+                if found[row, column] in ends or watch[row].push(int(found[row, column])):
+                    decoding.stopped[row], decoding.length[row] = True, column + 1
+                    break
+        read = found.shape[1]

@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -169,6 +169,19 @@ class Processor:
             merge_unit = settings[kind.name].merge_size ** 2
             counts[kind.name] = iter([t * h * w // merge_unit for _, (t, h, w) in done])
         return self._pad([self._expand(row, counts) for row in rows], padding) | arrays
+
+    def prompt_ids(self, conversation: Conversation, grids: Mapping[str, Sequence[Any]]) -> np.ndarray:
+        """Tokens [L] of a conversation whose pictures were processed before, up to where its next answer begins.
+
+        Args:
+            conversation: messages with `{"type": "image"}` or `{"type": "video"}` in the pictures' places.
+            grids: the (t, h, w) of all of them in order, {"image": ..., "video": ...}.
+        """
+        row, *_ = self._tokenize([conversation], False, {"add_generation_prompt": True})
+        self._check_placeholders([row], [grids])
+        units = {kind.name: getattr(self, kind.name).merge_size ** 2 for kind in KINDS}
+        counts = {name: iter([int(np.prod(grid)) // units[name] for grid in grids[name]]) for name in units}
+        return self._expand(row, counts)["input_ids"]
 
     def decode(self, tokens: Any, *, skip_special_tokens: bool = True) -> str | list[str]:
         """Text of tokens [L] (a string) or [B, L] (a list of them). Negative tokens (ignored labels) are dropped.

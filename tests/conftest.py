@@ -11,6 +11,8 @@ if not shutil.which("nvidia-smi"):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # commands that tests run leave nothing in the user's folders
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that any test can build a mesh

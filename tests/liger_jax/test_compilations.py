@@ -95,3 +95,47 @@ def test_sampling():
     generate(parity.model(), FIRST, **options)
     with compilations(0):
         generate(parity.model(), SECOND, **options | {"top_k": 20, "top_p": 0.5, "temperature": 0.7, "seed": 3})
+
+
+def test_fifty_requests():
+    """Other lengths, pictures, padding, values of options: of each function at most a program a bucket and batch size."""
+    rng = np.random.default_rng(0)
+    buckets = {"prefill": set(), "decode": set(), "begin": set(), "split_layers": {parity.model}}
+    requests = []
+    for _ in range(50):
+        rows, longest = int(rng.integers(1, 3)), int(rng.integers(20, 120))
+        lengths = rng.integers(12, longest + 1, rows)
+        ids, mask, grids = np.full((rows, longest), 150), np.zeros((rows, longest), int), []
+        for b, length in enumerate(lengths):
+            columns = slice(longest - length, None) if rng.random() < 0.5 else slice(length)
+            ids[b, columns], mask[b, columns] = rng.integers(3, 150, length), 1
+            for place in range(int(rng.integers(0, 3))):
+                grid = [1, 2 * int(rng.integers(1, 3)), 2 * int(rng.integers(1, 3))]
+                start = columns.start or 0
+                ids[b, start + 6 * place : start + 6 * place + np.prod(grid) // 4] = CONFIG.image_token_id
+                grids.append(grid)
+        pictures = {}
+        if grids:
+            pixels = rng.normal(size=(int(np.prod(grids, axis=1).sum()), 1176)).astype(np.float32)
+            pictures = {"image_grid_thw": np.array(grids), "pixel_values": pixels}
+        batch = prepare(CONFIG, input_ids=ids, attention_mask=mask, **pictures)
+        buckets["prefill"].add(str(jax.tree.map(np.shape, batch)))
+        buckets["decode"].add(batch.shape)
+        buckets["begin"].add(batch.shape)
+        options = {
+            "max_new_tokens": int(rng.integers(5, 9)),
+            "min_new_tokens": int(rng.integers(1, 4)),
+            "eos_token_id": rng.integers(0, 150, rng.integers(1, 4)),
+            "temperature": rng.uniform(0.5, 2),
+            "top_k": int(rng.integers(2, 100)),
+            "top_p": rng.uniform(0.1, 1),
+            "min_p": rng.uniform(0, 0.1),
+            "repetition_penalty": rng.uniform(1.01, 1.5),
+            "bad_words_ids": rng.integers(0, 150, (rng.integers(1, 4), rng.integers(2, 4))),
+            "seed": int(rng.integers(100)) if rng.random() < 0.5 else rng.integers(0, 100, rows),
+        }
+        requests.append((batch, options))
+    start = len(events)
+    for batch, options in requests:
+        generate(parity.model(), batch, do_sample=True, **options)
+    assert 0 < events[start:].count(COMPILED) <= sum(map(len, buckets.values()))

@@ -3,16 +3,15 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from liger_jax import generate, prepare
-from liger_jax.sampling import Sampling, next_token, penalise_repetition, process_logits
 from tests import parity
 
 NEW = 8
 SAMPLING = {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
+PENALISED = SAMPLING | {"repetition_penalty": 1.2}
 
 
 def prompt(scenario):
@@ -127,37 +126,98 @@ def test_fewer_tokens_are_a_prefix():
 # ---- sampling
 
 
-def options_of(name):
-    pairs = (part.split("=") for part in name.split(","))
-    return {key: int(value) if key == "top_k" else float(value) for key, value in pairs}
+@pytest.mark.parametrize("scenario", ["text_batch_left", "batch_left"])
+@pytest.mark.parametrize(
+    "name", ["no_repeat_ngram_size=1", "no_repeat_ngram_size=2", "min_new_tokens=6", "bad_words_ids"]
+)
+def test_options(scenario, name):
+    """Greedy with each option: the tokens of transformers."""
+    np.testing.assert_array_equal(tokens_with(scenario, **option(scenario, name)), stored(scenario, name))
 
 
-@pytest.mark.parametrize("name", [key for key in parity.stored("sampling") if "=" in key and "penalty" not in key])
-def test_filters(name):
-    """Temperature, top-k, top-p, min-p alone and all together: the logits of transformers' processors, -inf included."""
-    logits = jnp.asarray(parity.stored("sampling")["logits"])
-    found = process_logits(logits, Sampling(do_sample=True, **options_of(name)))
-    wanted = parity.stored("sampling")[name]
-    np.testing.assert_array_equal(np.isneginf(found), np.isneginf(wanted))
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+@pytest.mark.parametrize("scenario", ["text_batch_left", "batch_left"])
+def test_all_options_together(scenario):
+    options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.2, "bad_words_ids": words(scenario)}
+    found = tokens_with(scenario, **options, min_new_tokens=6, eos_token_id=stored(scenario, "ends"))
+    np.testing.assert_array_equal(found, stored(scenario, "all"))
 
 
-def test_penalty():
-    arrays = parity.stored("sampling")
-    seen = np.zeros(arrays["logits"].shape, bool)
-    np.put_along_axis(seen, arrays["seen"], True, axis=1)
-    found = penalise_repetition(jnp.asarray(arrays["logits"]), jnp.asarray(seen), 1.3)
-    np.testing.assert_allclose(found, arrays["repetition_penalty=1.3"], rtol=1e-6)
+def stored(scenario, key):
+    return parity.stored("generation")[f"{scenario}/{key}"]
 
 
-def test_draws_follow_the_distribution():
-    """4000 draws of 6 tokens, two of them filtered out: frequencies within 5 standard deviations."""
-    logits = jnp.tile(jnp.array([2.0, 1.0, 0.0, 0.5, -1.0, -2.0]), (4000, 1))
-    sampling = Sampling(do_sample=True, temperature=2.0, top_k=4)
-    drawn = np.bincount(next_token(logits, sampling, jnp.int32(3)), minlength=6) / 4000
-    likely = np.exp(np.array([1.0, 0.5, 0.0, 0.25, -np.inf, -np.inf]))
-    likely /= likely.sum()
-    assert (np.abs(drawn - likely) <= 5 * np.sqrt(likely * (1 - likely) / 4000)).all()
+def words(scenario):
+    first, *second = stored(scenario, "words").tolist()
+    return [[first], second]
+
+
+def tokens_with(scenario, **options):
+    return tokens_of(scenario, **{"max_new_tokens": 12} | options)
+
+
+def option(scenario, name):
+    if name == "bad_words_ids":
+        return {name: words(scenario)}
+    name, value = name.split("=")
+    return {name: int(value)} | ({"eos_token_id": stored(scenario, "ends")} if name == "min_new_tokens" else {})
+
+
+def test_logprobs():
+    """Of the tokens, and of the most likely ones at each place: log-softmax of transformers' logits; 0 behind the end."""
+    wanted = stored("batch_left", "logprobs")
+    found = generate(parity.model(), prompt("batch_left"), max_new_tokens=12, eos_token_id=(), logprobs=3)
+    np.testing.assert_array_equal(found.tokens, wanted.argmax(-1))
+    np.testing.assert_allclose(found.logprobs, wanted.max(-1), atol=1e-4)
+    np.testing.assert_array_equal(found.top_tokens, np.argsort(-wanted, axis=-1)[..., :3])
+    np.testing.assert_allclose(found.top_logprobs, -np.sort(-wanted, axis=-1)[..., :3], atol=1e-4)
+    end = int(found.tokens[0, 2])
+    ended = generate(parity.model(), prompt("batch_left"), max_new_tokens=12, eos_token_id=end, logprobs=3)
+    np.testing.assert_array_equal(ended.logprobs[0, :3], found.logprobs[0, :3])
+    assert not ended.logprobs[0, 3:].any() and not ended.top_tokens[0, 3:].any()
+
+
+def test_logprobs_of_drawn_tokens_are_the_models_own():
+    """Neither temperature nor filters nor penalties enter; none of the most likely may be asked for."""
+    options = {
+        "max_new_tokens": 1,
+        "eos_token_id": (),
+        "do_sample": True,
+        "temperature": 3.0,
+        "repetition_penalty": 1.5,
+    }
+    found = generate(parity.model(), prompt("batch_left"), **options, logprobs=0)
+    wanted = np.take_along_axis(stored("batch_left", "logprobs")[:, 0], found.tokens, axis=1)
+    np.testing.assert_allclose(found.logprobs, wanted, atol=1e-4)
+    assert found.top_tokens.shape == (2, 1, 0)
+
+
+def test_samples_of_a_prompt():
+    """Rows of a prompt stand together; they differ; a penalty sees each row's own prompt."""
+    options = PENALISED | {"num_return_sequences": 2, "seed": 4}
+    found = tokens_of("text_batch_left", **options)
+    assert found.shape == (4, NEW)
+    assert len({tuple(row) for row in found.tolist()}) == 4
+    narrow = tokens_of("text_batch_left", **options | {"temperature": 1e-4})
+    np.testing.assert_array_equal(narrow, np.repeat(tokens_of("text_batch_left", repetition_penalty=1.2), 2, axis=0))
+
+
+def test_a_seed_of_its_own_draws_the_same_whatever_stands_beside():
+    """Alone, beside other rows, in another order, padded on the other side, with more samples."""
+    arrays = parity.inputs("text_batch_left", prompt=True)
+    together = tokens_of("text_batch_left", **PENALISED, seed=[11, 12])
+
+    def draw(order, seed, padding=0, **more):
+        columns = np.roll(np.arange(arrays["input_ids"].shape[1]), padding)
+        rows = {key: value[order][:, columns] for key, value in arrays.items()}
+        batch = parity.common(prepare(parity.config(), **rows))
+        return generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=(), **PENALISED | more, seed=seed)
+
+    np.testing.assert_array_equal(draw([1, 0], [12, 11]), together[::-1])
+    np.testing.assert_array_equal(draw([0], [11]), together[:1])
+    np.testing.assert_array_equal(draw([0], 11), together[:1])
+    padding = int((arrays["attention_mask"][1] == 0).sum())
+    np.testing.assert_array_equal(draw([1], [12], padding=-padding), together[1:])
+    np.testing.assert_array_equal(draw([0, 1], [11, 12], num_return_sequences=2)[::2], together)
 
 
 def test_seeds():
@@ -201,6 +261,17 @@ def test_filters_mean_nothing_to_greedy():
         ({"eos_token_id": 160}, "160"),
         ({"eos_token_id": [5, -1]}, "-1"),
         ({"pad_token_id": 1000}, "1000"),
+        ({"min_new_tokens": 9}, "min_new_tokens is 9"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids is"),
+        ({"bad_words_ids": [[5, 400]]}, "400"),
+        ({"stop_strings": ["a", ""]}, "stop_strings is"),
+        ({"stop_strings": "stop"}, "without a tokenizer"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"logprobs": -1}, "logprobs is -1"),
+        ({"logprobs": 161}, "logprobs is 161"),
+        ({"seed": [1, 2]}, "seed has shape"),
     ],
 )
 def test_bad_options(options, message):

@@ -1,0 +1,44 @@
+"""A checkpoint's own options of generation, as transformers reads them."""
+
+import json
+
+import pytest
+
+from liger_jax import Qwen2VLConfig
+from liger_jax.options import GenerationOptions
+from tests import parity
+
+STORED = json.loads((parity.REFERENCES / "generation.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", STORED["defaults"], ids=lambda case: ",".join(case["file"]))
+def test_defaults_of_a_checkpoint(case, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(case["file"]))
+    found, wanted = GenerationOptions.from_hf(tmp_path), case["options"]
+    off = {"top_p": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "top_k": found.top_k}
+    for name, value in wanted.items():
+        got = getattr(found, name)
+        if name == "top_k" and wanted["do_sample"]:  # it means nothing otherwise
+            assert got == value
+        elif name in off and value == off[name]:
+            assert not got or got == value
+        elif name != "top_k":
+            assert got == value, name
+    assert found.max_new_tokens == case["file"].get("max_new_tokens", GenerationOptions.max_new_tokens)
+
+
+def test_without_a_file_and_with_values_of_ones_own(tmp_path):
+    assert GenerationOptions.from_hf(tmp_path, seed=3) == GenerationOptions(seed=3)
+
+
+def test_what_is_not_implemented_is_told(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 4, "typical_p": 1.0}))
+    with pytest.warns(UserWarning, match=r"num_beams.*is not implemented"):
+        GenerationOptions.from_hf(tmp_path)
+
+
+def test_the_published_checkpoints_are_greedy(tmp_path):
+    """Their top_k is 1: nothing needs to be drawn, and nothing is."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(STORED["defaults"][1]["file"]))
+    options = GenerationOptions.from_hf(tmp_path)
+    assert options.do_sample and not options.sampling(Qwen2VLConfig.qwen2_vl_2b(), 1, 1).do_sample
