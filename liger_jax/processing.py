@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -11,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from liger_jax.hub import local_folder
-from liger_jax.images import VisionSettings, patchify
+from liger_jax.images import VisionSettings
 from liger_jax.messages import KINDS, Conversation, Item, MediaReader, Message, as_batch
 
 IGNORE_INDEX = -100
@@ -162,13 +163,29 @@ class Processor:
         self._check_placeholders(rows, items)
         arrays, counts = {}, {}
         for kind in KINDS:
-            done = [patchify(*item) for row in items for item in row[kind.name]]
+            done = [item.patches() for row in items for item in row[kind.name]]
             if done:
                 pixel_values, grids = zip(*done, strict=True)
                 arrays |= dict(zip(kind.arrays, (np.concatenate(pixel_values), np.array(grids, np.int64)), strict=True))
             merge_unit = settings[kind.name].merge_size ** 2
             counts[kind.name] = iter([t * h * w // merge_unit for _, (t, h, w) in done])
         return self._pad([self._expand(row, counts) for row in rows], padding) | arrays
+
+    def measure(self, conversation: Conversation) -> tuple[int, list[tuple[int, int, int]]]:
+        """What calling would make of a conversation: the number of tokens, and the grids (t, h, w) of its pictures and
+        videos. No picture is decoded: the heads of the files tell their sizes.
+
+        Raises:
+            FileNotFoundError, ValueError: as when called, but for pixels that are damaged.
+        """
+        settings = {kind.name: getattr(self, kind.name) for kind in KINDS}
+        cleaned, items = MediaReader(None, None, settings).read(as_batch(conversation)[0])
+        rows = self._tokenize([cleaned], False, {})
+        self._check_placeholders(rows, [items])
+        found = [item for kind in KINDS for item in items[kind.name]]
+        grids = [item.grid() for item in found]
+        added = sum(math.prod(grid) // item.settings.merge_size**2 - 1 for grid, item in zip(grids, found, strict=True))
+        return len(rows[0]["input_ids"]) + added, grids
 
     def decode(self, tokens: Any, *, skip_special_tokens: bool = True) -> str | list[str]:
         """Text of tokens [L] (a string) or [B, L] (a list of them). Negative tokens (ignored labels) are dropped.
