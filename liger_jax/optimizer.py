@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from liger_jax.master import with_master_weights
+from liger_jax.report import reporting
 from liger_jax.tree import path_name
 
 LearningRate = float | optax.Schedule
@@ -23,6 +25,7 @@ def make_optimizer(
     freeze: Collection[str] = (),
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
+    master_weights: bool = False,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -39,10 +42,11 @@ def make_optimizer(
             not computed, and do not count in the norm.
         weight_decay: of the weights of products and tables; norms and biases never decay.
         max_grad_norm: largest norm of all gradients together; None for no limit.
+        master_weights: for a model in bfloat16, keep weights and moments of what is trained in float32.
         b1, b2, eps: of Adam.
 
     Returns:
-        An `optax.GradientTransformation`.
+        An `optax.GradientTransformation`, which reports the norm of the gradient and `learning_rate` to the metrics.
 
     Raises:
         ValueError: an unknown part, or nothing left to train.
@@ -61,17 +65,20 @@ def make_optimizer(
         raise ValueError(f"freeze has {sorted(unknown)}; expected some of {sorted(PARTS)}")
     if set(freeze) == set(PARTS):
         raise ValueError(f"freeze is all of {sorted(PARTS)}; expected at least one part to train")
+    keep = with_master_weights if master_weights else lambda optimizer: optimizer
     rates = {"text": learning_rate, "vision": vision, "merger": merger}
     of_part = {
         part: optax.set_to_zero()
         if part in freeze
-        else optax.adamw(
-            learning_rate if rates[part] is None else rates[part],
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            weight_decay=weight_decay,
-            mask=_decays,
+        else keep(
+            optax.adamw(
+                learning_rate if rates[part] is None else rates[part],
+                b1=b1,
+                b2=b2,
+                eps=eps,
+                weight_decay=weight_decay,
+                mask=_decays,
+            )
         )
         for part in PARTS
     }
@@ -79,7 +86,8 @@ def make_optimizer(
         optax.set_to_zero(), lambda tree: _by_path(lambda path: part_of(path) in freeze, tree)
     )
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    return optax.chain(without_frozen, clip, optax.multi_transform(of_part, lambda tree: _by_path(part_of, tree)))
+    adamw = optax.multi_transform(of_part, lambda tree: _by_path(part_of, tree))
+    return optax.chain(without_frozen, reporting(learning_rate), clip, adamw)
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:

@@ -15,6 +15,7 @@ from liger_jax.batch import IGNORE, Batch
 from liger_jax.mesh import mesh_context, mesh_of, param_shardings, put_batch
 from liger_jax.model import Qwen2VL
 from liger_jax.model.scan import REMAT
+from liger_jax.report import reported
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
@@ -106,8 +107,9 @@ def make_train_step(*, remat: str = "auto", accumulate: int = 1) -> Callable[[Tr
             each part's loss is divided by the trained tokens of all.
 
     Returns:
-        A function of a `TrainState` and a `Batch` as `prepare` returns it. Its metrics are those of `loss_fn`. It compiles
-        once for each bucket of shapes.
+        A function of a `TrainState` and a `Batch` as `prepare` returns it. Its metrics are those of `loss_fn`, and what
+        the optimizer reports: grad_norm and learning_rate, if `make_optimizer` made it. It compiles once for each bucket
+        of shapes.
 
     Example:
         >>> import numpy as np, optax
@@ -177,7 +179,8 @@ def train_step(state: TrainState, batch: Batch, *, remat: str, accumulate: int) 
         grads, metrics = _accumulated(state.model, batch, remat=remat, parts=accumulate)
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
-    return dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state), metrics
+    state = dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state)
+    return state, metrics | reported(opt_state)
 
 
 def gradients(model: Qwen2VL, batch: Batch, num_items, *, remat: str) -> tuple[Qwen2VL, Metrics]:
