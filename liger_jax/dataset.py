@@ -153,8 +153,7 @@ def measure(
     sizes, broken = np.zeros((len(conversations), 3), np.int64), []
     for i, conversation in enumerate(tqdm(conversations, "measuring", disable=not bar)):
         try:
-            tokens, grids = processor.measure(conversation)
-            found = tokens, sum(map(math.prod, grids)), sum(t for t, _, _ in grids)
+            found = processor.measure(conversation)
             for name, has, most in (("tokens", found[0], length), ("patches", found[1], patches)):
                 if most and has > most:
                     raise ValueError(f"it has {has} {name}, and a row holds {most}")

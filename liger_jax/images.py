@@ -13,14 +13,13 @@ from typing import Any, BinaryIO, Self
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 MAX_ASPECT_RATIO = 200
 OTHER_SCHEMES = ("http", "https", "s3", "gs")
 # What is computed here and cannot be switched off: a checkpoint that asks for something else is refused.
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 ENCODED = (str, Path, bytes)  # sources of pictures that are files
-LYING = (5, 6, 7, 8)  # values of the EXIF tag for pictures that are stored lying on their side
 LIMIT_KEYS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 
@@ -144,14 +143,13 @@ def load_image(source: Any) -> Image.Image:
 
 
 def image_size(source: Any) -> tuple[int, int]:
-    """(width, height) of what `load_image` would return, from the head of the file: nothing is decoded.
+    """(width, height) of a picture as it is stored, from the head of its file: nothing is decoded, or turned upright.
 
     Raises:
         FileNotFoundError, ValueError: as in `load_image`, but for pixels that are damaged.
     """
     with _opened(source) as image:
-        lying = isinstance(source, ENCODED) and image.getexif().get(ExifTags.Base.Orientation) in LYING
-        return image.size[::-1] if lying else image.size
+        return image.size
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ class Item(NamedTuple):
         return patchify(self.kind.load(self.source), self.settings)
 
     def grid(self) -> tuple[int, int, int]:
-        """The grid alone, for which nothing is decoded."""
+        """The grid alone, for which nothing is decoded; height and width change places if the picture is to be turned."""
         return grid_of(*self.kind.size(self.source), self.settings)
 
 

@@ -171,9 +171,10 @@ class Processor:
             counts[kind.name] = iter([t * h * w // merge_unit for _, (t, h, w) in done])
         return self._pad([self._expand(row, counts) for row in rows], padding) | arrays
 
-    def measure(self, conversation: Conversation) -> tuple[int, list[tuple[int, int, int]]]:
-        """What calling would make of a conversation: the number of tokens, and the grids (t, h, w) of its pictures and
-        videos. No picture is decoded: the heads of the files tell their sizes.
+    def measure(self, conversation: Conversation) -> tuple[int, int, int]:
+        """How many tokens, patches and frames calling would make of a conversation.
+
+        No picture is decoded: the heads of the files tell their sizes.
 
         Raises:
             FileNotFoundError, ValueError: as when called, but for pixels that are damaged.
@@ -185,7 +186,7 @@ class Processor:
         found = [item for kind in KINDS for item in items[kind.name]]
         grids = [item.grid() for item in found]
         added = sum(math.prod(grid) // item.settings.merge_size**2 - 1 for grid, item in zip(grids, found, strict=True))
-        return len(rows[0]["input_ids"]) + added, grids
+        return len(rows[0]["input_ids"]) + added, sum(map(math.prod, grids)), sum(t for t, _, _ in grids)
 
     def decode(self, tokens: Any, *, skip_special_tokens: bool = True) -> str | list[str]:
         """Text of tokens [L] (a string) or [B, L] (a list of them). Negative tokens (ignored labels) are dropped.

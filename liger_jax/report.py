@@ -34,7 +34,7 @@ def reporting(learning_rate: float | optax.Schedule) -> optax.GradientTransforma
         return Report(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
 
     def update(grads, state, params=None):
-        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         return grads, Report(state.count + 1, norm, jnp.asarray(rate, jnp.float32))
 
