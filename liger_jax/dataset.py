@@ -181,8 +181,8 @@ def _packed(sizes: np.ndarray, length: int, patches: int | None, unit: int, make
 def _one_a_row(
     sizes: np.ndarray, length: int | None, patches: int | None, group: bool, make: dict[str, Any]
 ) -> tuple[Plan, Shape]:
-    # by buckets of patches, then by tokens: few shapes, and in each of them little padding
-    alike = np.stack([[bucket(int(n), 64) if n else 0 for n in sizes[:, 1]], sizes[:, 0]], axis=1)
+    # by buckets of tokens, then by patches: few shapes, and in each of them little padding
+    alike = np.stack([[bucket(int(n), 64) for n in sizes[:, 0]], sizes[:, 1]], axis=1)
     plan = Plan([(i,) for i in range(len(sizes))], **make, sizes=alike if group else None)
     return plan, Shape(length, patches, 1, _power_of_two(int(sizes[:, 2].max()), 4))
 

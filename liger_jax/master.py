@@ -56,13 +56,24 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
         if params is None:
             raise ValueError("Master weights need the weights: give params to update()")
         updates, inner = optimizer.update(_float32(grads), state.inner, state.weights)
-        masters = jax.tree.map(lambda master, change: master + change, state.weights, updates)
-        changes = jax.tree.map(lambda master, w: _rounded(master) - w.astype(jnp.float32), masters, params)
-        reached = jax.tree.map(lambda w, change: _rounded(w.astype(jnp.float32) + change), params, changes)
-        masters = jax.tree.map(lambda master, w: jnp.where(_rounded(master) == w, master, w), masters, reached)
-        return changes, MasterState(masters, inner)
+        weights = _float32(params)
+        masters = jax.tree.map(_reachable, jax.tree.map(jnp.add, state.weights, updates), weights)
+        # computed once: XLA would compute them for the changes again, perhaps with other roundings
+        masters = jax.lax.optimization_barrier(masters)
+        return jax.tree.map(_change, masters, weights), MasterState(masters, inner)
 
     return optax.GradientTransformation(init, update)
+
+
+def _change(master: jax.Array, weight: jax.Array) -> jax.Array:
+    """What to add to a weight to get its rounded master."""
+    return _rounded(master) - weight
+
+
+def _reachable(master: jax.Array, weight: jax.Array) -> jax.Array:
+    """The master; where no sum leads to it, what the sum leads to."""
+    reached = _rounded(weight + _change(master, weight))
+    return jnp.where(_rounded(master) == reached, master, reached)
 
 
 def _float32(tree: Any) -> Any:

