@@ -188,7 +188,7 @@ def fit(
     with RunLog(metrics_file, begin=done, steps=steps, tensorboard=tensorboard, progress=progress) as log:
 
         def finish(step: int, metrics: dict[str, jax.Array], work: dict[str, float]) -> None:
-            values = {name: float(value) for name, value in metrics.items()}
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= step_rates(work, values["num_tokens"], log.lap(), devices)
             history.append({"step": step} | values)
             log.write(step, values)

@@ -198,7 +198,8 @@ def test_held_out_conversations_are_answered(processor, data, whole):
 def test_on_a_mesh(config, processor, data, tmp_path, whole):
     """Weights split four ways: the losses of one device."""
     mesh = make_mesh(fsdp=2, tensor=2)
-    model = jax.device_put(start(config), param_shardings(start(config), mesh))
+    model = jax.tree.map(jnp.copy, start(config))
+    model = jax.device_put(model, param_shardings(model, mesh))
     finetune(model, processor, data, tmp_path, steps=3, **FIXED | {"remat": "dots"})
     for key in ("loss", "grad_norm", "num_tokens"):
         found, wanted = ([line[key] for line in lines(folder)[:3]] for folder in (tmp_path, whole[0]))
@@ -278,7 +279,7 @@ def test_a_run_goes_on_with_the_same_data_only(config, processor, data, whole):
 
 def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     """`liger-jax finetune` from files to a checkpoint: pictures in base64, packed, a frozen part, bfloat16 with master
-    weights, a broken record left out."""
+    weights, two devices, a broken record left out."""
     from liger_jax.cli import main
 
     def as_record(messages):
@@ -307,7 +308,7 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     ]
     options = (
         f"--steps 2 --batch-size 2 --freeze vision --skip-broken --held-out {tmp_path / 'data.json'} --pack 96 "
-        "--dtype bfloat16 --master-weights --workers 0 --remat none"
+        "--dtype bfloat16 --master-weights --workers 0 --remat none --fsdp 2"
     )
     monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
     with pytest.warns(UserWarning, match="left out 1 of 8 records"):
