@@ -65,6 +65,8 @@ class Dataset:
         """The arrays of one conversation; None if it is left out."""
         try:
             found = self.processor([self.conversations[number]], labels=True)
+            if (tokens := found["input_ids"].size) > (most := self.config.text.max_position_embeddings):
+                raise ValueError(f"it has {tokens} tokens, and the model {most} positions (max_position_embeddings)")
         except BROKEN as error:
             _leave_out([f"conversation {number}: {error}"], self.on_error)
             return None
@@ -114,6 +116,9 @@ def make_dataset(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
+    for name, size in {"length": length, "patches": patches, "pack_length": pack_length}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1")
     if pack_length and (length or group_by_length):
         raise ValueError("packed rows have one length: give either pack_length, or length and group_by_length")
     numbers = np.arange(len(conversations))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 RECORD = "run.json"
 
@@ -59,6 +60,10 @@ def fingerprint(value: Any) -> str:
 def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Mapping):
         value = list(value.items())
+    if isinstance(value, Image.Image):  # one that was opened from a file has its name, and perhaps no pixels yet
+        value = getattr(value, "filename", None) or (value.mode, np.asarray(value))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         digest.update(f"{len(value)}[".encode())
         for item in value:
@@ -66,6 +71,6 @@ def _feed(digest: Any, value: Any) -> None:
     elif isinstance(value, bytes | str | int | float | bool | None):
         data = value if isinstance(value, bytes) else str(value).encode()
         digest.update(f"{type(value).__name__}{len(data)}:".encode() + data)
-    else:  # a PIL image or an array
+    else:
         array = np.asarray(value)
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())

@@ -1,6 +1,7 @@
 """Batches of a run: every conversation once an epoch, the same whoever makes them, little padding, nothing broken."""
 
 import base64
+import dataclasses
 import io
 import itertools
 
@@ -197,5 +198,11 @@ def test_what_can_be_seen_before_training(processor, config, data, tmp_path):
     none = "None of 1 conversations can be used: conversation 0: it has .* patches"
     with pytest.raises(ValueError, match=none), pytest.warns(UserWarning, match="left out 1"):
         make_dataset(processor, config, data[:1], batch_size=4, patches=3, length=64, on_error="skip")
+    small = dataclasses.replace(config, text=dataclasses.replace(config.text, max_position_embeddings=8))
+    with pytest.raises(ValueError, match=r"conversation \d+: it has \d+ tokens, and the model 8 positions"):
+        make_dataset(processor, small, data, batch_size=4)(0)
+    for name in ("length", "patches", "pack_length"):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            make_dataset(processor, config, data, batch_size=4, **{name: 0})
     with pytest.raises(ValueError, match="packed rows have one length"):
         make_dataset(processor, config, data, batch_size=4, pack_length=64, group_by_length=True)
