@@ -105,11 +105,13 @@ def finetune(
     if not is_run(output) and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} holds files and no training run: give an empty folder or a run to go on with")
     layout = {"length": length, "patches": patches, "pack_length": pack_length, "group_by_length": group_by_length}
+    vocabulary = processor.tokenizer.get_vocab()
     record = {
         "conversations": len(conversations),
         "data": fingerprint(conversations),
-        "pictures": processor.image.to_hf(),
-        "videos": processor.video.to_hf(),
+        "tokenizer": fingerprint([sorted(vocabulary, key=vocabulary.get), processor.tokenizer.chat_template]),
+        **{f"{name} of pictures": value for name, value in vars(processor.image).items()},
+        **{f"{name} of videos": value for name, value in vars(processor.video).items()},
         "seed": seed,
         "batch_size": batch_size,
         **layout,

@@ -32,7 +32,7 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they differ; names all differences.
     """
-    stored = json.loads((folder / RECORD).read_text())
+    stored, record = json.loads((folder / RECORD).read_text()), json.loads(json.dumps(record))
     names = [*record, *(name for name in stored if name not in record)]
     different = [
         f"{name} was {stored.get(name)!r} and is {record.get(name)!r}"

@@ -160,6 +160,8 @@ def test_damaged_pixels(processor, config, data, broken, layout):
     step = next(step for step in range(4) if any(10 in row for row in whole.plan.batch(step)))
     with pytest.warns(UserWarning, match=r"left out 1 conversations: conversation 10: .*cut\.png"):
         batch = skipping(step)
+    with pytest.warns(UserWarning, match="left out"):
+        assert all(map(np.array_equal, jax.tree.leaves(skipping(step)), jax.tree.leaves(batch)))
     missing = np.count_nonzero(whole(step).segment_ids) - np.count_nonzero(batch.segment_ids)
     assert missing == whole.read(10)["input_ids"].size
     if layout != "packed":

@@ -272,7 +272,7 @@ def test_a_run_goes_on_with_the_same_data_only(config, processor, data, whole):
     with pytest.raises(ValueError, match="pack_length was None and is 64"):
         run(config, processor, data, folder, steps=7, pack_length=64, length=None)
     limited = Processor(processor.tokenizer, processor.image.with_limits(max_pixels=28 * 28), processor.video)
-    with pytest.raises(ValueError, match=r"pictures was .*'max_pixels': 12544.* is .*'max_pixels': 784"):
+    with pytest.raises(ValueError, match="max_pixels of pictures was 12544 and is 784"):
         run(config, limited, data, folder, steps=7)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
