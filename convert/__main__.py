@@ -38,7 +38,8 @@ def convert(
 
     Args:
         source: an Orbax folder (`save_model`, or a training run: its latest step), a Hugging Face folder, or a hub id.
-        target: the folder to write. Tokenizer and processor files are copied along.
+        target: the folder to write. Tokenizer and processor files are copied along. LoRA is merged into the weights for
+            Hugging Face; `save_adapter` writes it by itself.
         to: "orbax" or "hf"; None: what `source` is not.
         dtype: of the weights; None: bfloat16 from Hugging Face, as they are from Orbax.
         max_shard_size: of Hugging Face files, see `to_hf`.
@@ -62,6 +63,7 @@ def convert(
     from convert.reader import from_hf
     from convert.writer import to_hf
     from liger_jax.checkpoint import is_model, load_model, save_model
+    from liger_jax.lora import lora_of, merge_lora
 
     if is_model(source):
         kind, folder = "orbax", Path(source)
@@ -71,6 +73,7 @@ def convert(
         model = from_hf(folder, dtype=dtype or "bfloat16", allow_pickle=allow_pickle)
     to = to or {"orbax": "hf", "hf": "orbax"}[kind]
     if to == "hf":
+        model = model if lora_of(model) is None else merge_lora(model)
         to_hf(model, target, max_shard_size=max_shard_size)
     else:
         save_model(model, target, overwrite=overwrite)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from liger_jax import Processor, Qwen2VL
     from liger_jax.options import GenerationOptions
 
@@ -59,9 +61,11 @@ def demo(
 @app.command
 def finetune(
     model: Annotated[str, tyro.conf.Positional],
-    data: Annotated[Path, tyro.conf.Positional],
+    conversations: Annotated[Path, tyro.conf.Positional],
     output: Path = Path("outputs/finetune"),
     held_out: Path | None = None,
+    eval_generate: int = 0,
+    max_new_tokens: int = 64,
     media: Path | None = None,
     skip_broken: bool = False,
     steps: int = 1000,
@@ -70,69 +74,120 @@ def finetune(
     vision_learning_rate: float | None = None,
     merger_learning_rate: float | None = None,
     freeze: tuple[Literal["vision", "merger", "text"], ...] = (),
+    lora: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: tuple[str, ...] = (),
     weight_decay: float = 0.0,
     warmup: float = 0.03,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    master_weights: bool = False,
+    pack: int | None = None,
+    group_by_length: bool = False,
     max_pixels: int | None = None,
     accumulate: int = 1,
     remat: Literal["auto", "none", "dots", "attention", "full"] = "auto",
     save_every: int = 500,
     keep: int = 3,
+    workers: int | None = None,
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
     seed: int = 0,
 ) -> None:
     """Fine-tune a model on a file of conversations; run again with the same --output, it goes on where it was stopped.
 
     Args:
         model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        data: conversations in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
-        output: folder of checkpoints and metrics.jsonl.
-        held_out: conversations that are not trained, to measure loss and accuracy on at each checkpoint.
-        media: folder that relative paths of pictures start from; by default that of the data.
-        skip_broken: leave broken records out, with a warning, instead of stopping.
+        conversations: a file in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
+        output: folder of checkpoints, metrics.jsonl, and curves for TensorBoard.
+        held_out: such a file that is not trained, to measure loss and accuracy on at each checkpoint.
+        eval_generate: how many of these the model also answers; answers.jsonl has its answers beside the right ones.
+        max_new_tokens: longest of these answers.
+        media: folder that relative paths of pictures start from; by default that of the conversations.
+        skip_broken: leave out what is broken or too large, with a warning, instead of stopping.
         steps: training steps of the whole run.
-        batch_size: conversations in a step.
+        batch_size: conversations in a step; with --pack, rows.
         learning_rate: highest learning rate, after warming up and before falling along a cosine.
         vision_learning_rate: that of the vision tower.
         merger_learning_rate: that of the layers between vision tower and language model.
         freeze: parts that are not trained.
+        lora: train matrices of this rank beside the weights, and nothing else; written to adapter/ in PEFT's format too.
+        lora_alpha: they count alpha / rank times; by default twice.
+        lora_targets: what gets them, by PEFT's names, or all-linear; by default the products of the text layers.
         weight_decay: of the weights of products and tables.
         warmup: share of the steps in which the learning rate rises.
+        dtype: of weights and computation; by default bfloat16 from Hugging Face, and as they are from Orbax.
+        master_weights: keep weights and moments in float32 too, and compute in bfloat16.
+        pack: put several conversations into rows of so many tokens.
+        group_by_length: put conversations of similar sizes into a batch.
         max_pixels: largest number of pixels of a picture; by default the model's.
         accumulate: parts that a batch is computed in, one after the other.
         remat: what the backward pass computes again; auto takes the fastest that fits the memory.
         save_every: steps between checkpoints.
         keep: checkpoints that stay.
+        workers: processes that read pictures; by default some, where there are cores for them.
+        data: devices that each have all weights, and split the rows of a batch.
+        fsdp: devices that split the weights and the rows of a batch.
+        tensor: devices that split heads and MLPs.
         seed: of the order of the data.
     """
+    from convert import save_adapter
     from liger_jax import Processor
     from liger_jax.data import read_conversations
     from liger_jax.finetune import finetune as run
-    from liger_jax.optimizer import make_optimizer, warmup_cosine
+    from liger_jax.lora import TEXT_TARGETS, add_lora
+    from liger_jax.mesh import make_mesh
+    from liger_jax.optimizer import BASE, make_optimizer, warmup_cosine
 
+    if lora is None and (lora_alpha is not None or lora_targets):
+        raise ValueError("lora_alpha and lora_targets are of --lora RANK, which is missing")
+    if lora is not None and (freeze or vision_learning_rate is not None or merger_learning_rate is not None):
+        raise ValueError("with --lora nothing else is trained; expected no --freeze and no learning rate of a part")
     keep_compilations()
-    how = {"media": media, "on_error": "skip" if skip_broken else "raise"}
-    conversations, unseen = read_conversations(data, **how), held_out and read_conversations(held_out, **how)
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    on_error = "skip" if skip_broken else "raise"
+    how = {"media": media, "on_error": on_error}
+    seen, unseen = read_conversations(conversations, **how), held_out and read_conversations(held_out, **how)
     rates = {"vision": vision_learning_rate, "merger": merger_learning_rate}
     schedules = {part: rate if rate is None else warmup_cosine(rate, steps, warmup) for part, rate in rates.items()}
     optimizer = make_optimizer(
-        warmup_cosine(learning_rate, steps, warmup), **schedules, freeze=freeze, weight_decay=weight_decay
+        warmup_cosine(learning_rate, steps, warmup),
+        **schedules,
+        freeze=freeze if lora is None else BASE,
+        weight_decay=weight_decay,
+        master_weights=master_weights,
     )
     processor = Processor.from_pretrained(model)
     processor.image = processor.image.with_limits(None, max_pixels)
+    loaded = open_model(model, mesh=mesh, dtype=dtype)
+    if lora is not None:
+        targets = lora_targets if lora_targets != ("all-linear",) else "all-linear"
+        alpha = 2 * lora if lora_alpha is None else lora_alpha
+        loaded = add_lora(loaded, rank=lora, alpha=alpha, targets=targets or tuple(TEXT_TARGETS), seed=seed)
     state = run(
-        open_model(model),
+        loaded,
         processor,
-        conversations,
+        seen,
         output,
         steps=steps,
         batch_size=batch_size,
         optimizer=optimizer,
         held_out=unseen or (),
+        eval_generate=eval_generate,
+        max_new_tokens=max_new_tokens,
         seed=seed,
+        pack_length=pack,
+        group_by_length=group_by_length,
+        on_error=on_error,
         remat=remat,
         accumulate=accumulate,
         save_every=save_every,
         keep=keep,
+        workers=workers,
+        frozen=freeze if lora is None else BASE,
     )
+    if lora is not None:
+        save_adapter(state.model, output / "adapter", base_model=model)
     print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
 
 
@@ -274,12 +329,14 @@ def print_pieces(pieces: Iterable[str]) -> None:
     print()
 
 
-def open_model(name: str) -> "Qwen2VL":
+def open_model(name: str, *, mesh: "Mesh | None" = None, dtype: str | None = None) -> "Qwen2VL":
     """The model of an Orbax folder, a Hugging Face folder or a hub id."""
     from convert import from_hf
     from liger_jax.checkpoint import is_model, load_model
 
-    return load_model(name) if is_model(name) else from_hf(name)
+    if is_model(name):
+        return load_model(name, mesh=mesh, dtype=dtype)
+    return from_hf(name, mesh=mesh, dtype=dtype or "bfloat16")
 
 
 def open_for_answers(

@@ -1,33 +1,35 @@
 """Training from conversations to checkpoints: batches, steps, a log, and going on where a run was stopped."""
 
 import contextlib
-import functools
+import itertools
 import json
 import signal
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 import optax
-from tqdm import tqdm
 
-from liger_jax.batch import Batch, prepare
+from liger_jax.batch import Batch
 from liger_jax.checkpoint import checkpoint_manager, is_model, restore_state, save_state
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.dataset import OnError, make_dataset
+from liger_jax.evaluation import compare_answers, evaluate
 from liger_jax.loader import load_batches
-from liger_jax.mesh import mesh_context, mesh_of, put_batch
+from liger_jax.logs import RunLog, batch_work, forget_after, step_rates
+from liger_jax.lora import adapted_parts
 from liger_jax.messages import Conversation
 from liger_jax.model import Qwen2VL
 from liger_jax.processing import Processor
-from liger_jax.train import TrainState, loss_fn, make_train_step
+from liger_jax.run_record import check_record, fingerprint, is_run, write_record
+from liger_jax.train import TrainState, make_train_step
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
 METRICS = "metrics.jsonl"
+ANSWERS = "answers.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 def finetune(
@@ -40,57 +42,91 @@ def finetune(
     batch_size: int,
     optimizer: optax.GradientTransformation,
     held_out: Sequence[Conversation] = (),
+    eval_generate: int = 0,
+    max_new_tokens: int = 64,
     seed: int = 0,
     length: int | None = None,
     patches: int | None = None,
+    pack_length: int | None = None,
+    group_by_length: bool = False,
+    on_error: OnError = "raise",
     remat: str = "auto",
     accumulate: int = 1,
     save_every: int = 500,
     keep: int | None = 3,
+    asynchronous: bool = True,
     workers: int | None = None,
+    frozen: Collection[str] = (),
     progress: bool = True,
 ) -> TrainState:
-    """Trains a model on the assistants' answers in conversations, one conversation a row.
+    """Trains a model on the assistants' answers in conversations.
 
     Each time through the data has an order of its own, made from `seed`. If `output` holds a run, it is continued: on the
     same device the losses that follow are those of a run that was never stopped. At SIGTERM the state is saved and
     training ends.
 
     Args:
-        model: where to begin; its arrays are donated to the first step.
+        model: where to begin; its arrays are donated to the first step. On a mesh, training is, too.
         processor: of the model; saved along, so that `load_model` and `Processor.from_pretrained` find both in `output`.
         conversations: as `read_conversations` returns them.
-        output: folder of the run: checkpoints, and a line of metrics a step in metrics.jsonl.
+        output: folder of the run: checkpoints, metrics.jsonl with a line a step, tensorboard/ with the same as curves,
+            answers.jsonl with generated answers, run.json with what a continuation must have in common.
         steps: of the whole run, those before a continuation included.
-        batch_size: conversations in a step.
+        batch_size: rows in a step: conversations, or packs of them.
         optimizer: as `make_optimizer` returns it; a run must be continued with an optimizer of the same structure.
         held_out: conversations to measure loss and accuracy on, `evaluate`, whenever the state is saved.
+        eval_generate: how many of them are also answered then, for the share of answers that are exactly right.
+        max_new_tokens: longest of these answers.
         seed: of the order of the data.
-        length, patches: tokens and patches of a row, see `prepare`; None: each batch its own bucket.
+        length, patches, pack_length, group_by_length, on_error: shapes of the batches, see `make_dataset`.
         remat, accumulate: see `make_train_step`.
         save_every, keep: steps between checkpoints; how many of them stay.
+        asynchronous: write checkpoints while training goes on; takes memory for the whole state on the host.
         workers: see `load_batches`.
+        frozen: parts that the optimizer does not train, for the count of operations in the log.
         progress: show a bar.
 
     Returns:
         The last state.
 
     Raises:
-        ValueError: an argument out of range, a conversation that does not fit, or a run in `output` of another model or
-            optimizer.
+        ValueError: an argument out of range, a conversation that does not fit or cannot be read, or a run in `output` of
+            other data, another model or another optimizer.
         FileExistsError: `output` holds files and no run.
     """
     counts = {"steps": steps, "batch_size": batch_size, "save_every": save_every, "conversations": len(conversations)}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+    if not 0 <= eval_generate <= len(held_out):
+        raise ValueError(f"eval_generate is {eval_generate}; expected at most the {len(held_out)} of held_out")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     output = Path(output)
-    going_on = is_model(output)
-    started = (output / METRICS).is_file()  # perhaps without having come to a checkpoint
-    if not started and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_run(output) and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} holds files and no training run: give an empty folder or a run to go on with")
+    layout = {"length": length, "patches": patches, "pack_length": pack_length, "group_by_length": group_by_length}
+    vocabulary = processor.tokenizer.get_vocab()
+    record = {
+        "conversations": len(conversations),
+        "data": fingerprint(conversations),
+        "tokenizer": fingerprint([sorted(vocabulary, key=vocabulary.get), processor.tokenizer.chat_template]),
+        **{f"{name} of pictures": value for name, value in vars(processor.image).items()},
+        **{f"{name} of videos": value for name, value in vars(processor.video).items()},
+        "seed": seed,
+        "batch_size": batch_size,
+        **layout,
+    }
+    going_on = is_model(output)
+    if going_on:
+        check_record(output, record)
+    shapes = layout | {"batch_size": batch_size, "on_error": on_error, "progress": progress}
+    dataset = make_dataset(processor, model.config, conversations, seed=seed, **shapes)
+    unseen = make_dataset(processor, model.config, held_out, seed=None, **shapes) if held_out else None
+    readable = (number for number in range(len(held_out)) if unseen.read(number))
+    asked = list(itertools.islice(readable, eval_generate))
 
-    config, state = model.config, TrainState.create(model, optimizer)
+    state = TrainState.create(model, optimizer)
     del model  # a run that goes on has no use for it
     if going_on:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -101,85 +137,29 @@ def finetune(
         raise ValueError(f"steps is {steps}, but the run in {output} is at step {start} already")
     if start == steps:
         return state
-    sizes = batch_size, length, patches
-    make = functools.partial(conversation_batch, processor, config, list(conversations), seed, *sizes)
-    batches = load_batches(make, range(start, steps), workers=workers)
+    write_record(output, record)
     processor.save_pretrained(output)
+    forget_after(output / ANSWERS, start)
 
-    def measure(model: Qwen2VL) -> dict[str, float]:
-        make = functools.partial(_held_out_batch, processor, config, list(held_out), *sizes)
-        return evaluate(model, load_batches(make, range(-(-len(held_out) // batch_size)), workers=0))
+    def measure(model: Qwen2VL, step: int) -> dict[str, float]:
+        found = evaluate(model, load_batches(unseen, range(unseen.plan.epoch_batches), workers=0))
+        if asked:
+            questions = [held_out[number] for number in asked]
+            room = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            answers = compare_answers(model, processor, questions, **room)
+            with (output / ANSWERS).open("a", encoding="utf-8") as file:
+                for number, line in zip(asked, answers, strict=True):
+                    print(json.dumps({"step": step, "conversation": number} | line, ensure_ascii=False), file=file)
+            found["exact_match"] = sum(line["exact"] for line in answers) / len(answers)
+        return found
 
-    with checkpoint_manager(output, keep=keep) as manager, _sigterm() as stop:
-        how = {"remat": remat, "accumulate": accumulate, "measure": measure if held_out else None, "progress": progress}
-        state, _ = fit(state, batches, output / METRICS, steps=steps, save=(manager, save_every), stop=stop, **how)
+    batches = load_batches(dataset, range(start, steps), workers=workers)
+    with checkpoint_manager(output, keep=keep, asynchronous=asynchronous) as manager, _sigterm() as stop:
+        how = {"remat": remat, "accumulate": accumulate, "frozen": frozen, "progress": progress}
+        after = {"save": (manager, save_every), "stop": stop, "measure": measure if unseen else None}
+        tensorboard = output / TENSORBOARD
+        state, _ = fit(state, batches, output / METRICS, steps=steps, tensorboard=tensorboard, **after, **how)
     return state
-
-
-def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
-    """{"loss", "accuracy"} per trained token over all batches, and "num_tokens", how many there are.
-
-    Raises:
-        ValueError: a batch has no labels.
-
-    Example:
-        >>> import numpy as np
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
-        >>> from liger_jax.finetune import evaluate
-        >>> model, ids = Qwen2VL.init(Qwen2VLConfig.tiny(), dtype="float32"), np.array([[5, 6, 7]])
-        >>> evaluate(model, [prepare(model.config, input_ids=ids, labels=ids)])["num_tokens"]
-        2
-    """
-    mesh = mesh_of(model)
-    sums, tokens = dict.fromkeys(("loss", "accuracy"), 0.0), 0
-    for batch in batches:
-        with mesh_context(mesh):
-            metrics = _metrics(model, put_batch(batch, mesh))
-        count = int(metrics["num_tokens"])
-        tokens += count
-        sums = {name: total + count * float(metrics[name]) for name, total in sums.items()}
-    return {name: total / max(tokens, 1) for name, total in sums.items()} | {"num_tokens": tokens}
-
-
-@jax.jit
-def _metrics(model: Qwen2VL, batch: Batch) -> dict[str, jax.Array]:
-    return loss_fn(model, batch)[1]
-
-
-def conversation_batch(
-    processor: Processor,
-    config: Qwen2VLConfig,
-    conversations: Sequence[Conversation],
-    seed: int,
-    batch_size: int,
-    length: int | None,
-    patches: int | None,
-    index: int,
-) -> Batch:
-    """The batch of a step: the same one whoever makes it. Steps go through the data without leaving anything out."""
-    count = len(conversations)
-    places = [divmod(place, count) for place in range(index * batch_size, (index + 1) * batch_size)]
-    rows = [conversations[_order(count, seed, epoch)[place]] for epoch, place in places]
-    return prepare(config, **processor(rows, labels=True, padding="right"), length=length, patches=patches)
-
-
-def _held_out_batch(
-    processor: Processor,
-    config: Qwen2VLConfig,
-    conversations: Sequence[Conversation],
-    batch_size: int,
-    length: int | None,
-    patches: int | None,
-    index: int,
-) -> Batch:
-    rows = conversations[index * batch_size : (index + 1) * batch_size]
-    batch = prepare(config, **processor(rows, labels=True, padding="right"), length=length, patches=patches)
-    return batch.pad_rows(batch_size)  # the last one is of the others' shape
-
-
-@functools.lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def fit(
@@ -192,9 +172,11 @@ def fit(
     accumulate: int = 1,
     save: "tuple[CheckpointManager, int] | None" = None,
     stop: Callable[[], bool] = lambda: False,
-    measure: Callable[[Qwen2VL], dict[str, float]] | None = None,
+    measure: Callable[[Qwen2VL, int], dict[str, float]] | None = None,
+    tensorboard: Path | None = None,
+    frozen: Collection[str] = (),
     progress: bool = True,
-) -> tuple[TrainState, list[dict]]:
+) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains on all batches; -> the last state, and what was added to `metrics_file`, one line a step.
 
     A step's metrics are read when the next step has been handed to the device, so that it never waits for the host.
@@ -202,50 +184,40 @@ def fit(
     finds of the model that is saved is a line of its own.
     """
     step_fn = make_train_step(remat=remat, accumulate=accumulate)
-    begin = done = int(state.step)
-    history: list[dict] = []
-    running: tuple[dict, int] | None = None
-    _forget_after(metrics_file, begin)
-    with metrics_file.open("a") as file, tqdm(total=steps, initial=begin, unit="step", disable=not progress) as bar:
-        clock = time.perf_counter()
+    config, devices = state.model.config, sorted(state.step.devices(), key=lambda device: device.id)
+    adapted = adapted_parts(state.model)
+    done = int(state.step)
+    history: list[dict[str, Any]] = []
+    running: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+    with RunLog(metrics_file, begin=done, steps=steps, tensorboard=tensorboard, progress=progress) as log:
 
-        def finish(metrics: dict, tokens: int) -> None:
-            nonlocal clock
-            values = {name: float(value) for name, value in metrics.items()}
-            now = time.perf_counter()
-            line = {"step": begin + len(history) + 1, **values, "tokens_per_second": tokens / (now - clock)}
-            clock = now
-            history.append(line)
-            print(json.dumps(line), file=file, flush=True)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_second']:,.0f}")
-            bar.update()
+        def finish(step: int, metrics: dict[str, jax.Array], work: dict[str, float]) -> None:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values |= step_rates(work, values["num_tokens"], log.lap(), devices)
+            history.append({"step": step} | values)
+            log.write(step, values)
+            log.advance(values)
 
         for batch in batches:
+            work = batch_work(config, batch, frozen=frozen, adapted=adapted)
             state, metrics = step_fn(state, batch)
             if running:
                 finish(*running)
-            running, done = (metrics, int(np.sum(batch.segment_ids > 0))), done + 1
-            stopping = stop()
+            done += 1
+            running, stopping = (done, metrics, work), stop()
             if save and (done % save[1] == 0 or done == steps or stopping):
                 finish(*running)  # the log is never behind a checkpoint
                 running = None
                 save_state(save[0], state)
                 if measure and not stopping:
-                    found = {f"held_out_{name}": value for name, value in measure(state.model).items()}
-                    print(json.dumps({"step": done} | found), file=file, flush=True)
-                    clock = time.perf_counter()
+                    found = measure(state.model, done)
+                    log.write(done, {f"held_out_{name}": value for name, value in found.items()})
+                    log.lap()
             if stopping:
                 break
         if running:
             finish(*running)
     return state, history
-
-
-def _forget_after(metrics_file: Path, step: int) -> None:
-    """Drops lines of steps after the checkpoint that a run continues from, the last of which may have been cut short."""
-    if metrics_file.exists():
-        lines = [line for line in metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 @contextlib.contextmanager

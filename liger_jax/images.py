@@ -2,13 +2,14 @@
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -18,6 +19,7 @@ MAX_ASPECT_RATIO = 200
 OTHER_SCHEMES = ("http", "https", "s3", "gs")
 # What is computed here and cannot be switched off: a checkpoint that asks for something else is refused.
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
+ENCODED = (str, Path, bytes)  # sources of pictures that are files
 LIMIT_KEYS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 
@@ -136,9 +138,31 @@ def load_image(source: Any) -> Image.Image:
         FileNotFoundError: the path does not exist.
         ValueError: the source is of another kind, has no pixels, or cannot be decoded; the message names it.
     """
-    if isinstance(source, Image.Image):
-        # Image.open reads lazily: what was opened from a broken file fails only below
+    with _opened(source) as image:
+        return (ImageOps.exif_transpose(image) if isinstance(source, ENCODED) else image).convert("RGB")
+
+
+def image_size(source: Any) -> tuple[int, int]:
+    """(width, height) of a picture as it is stored, from the head of its file: nothing is decoded, or turned upright.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_image`, but for pixels that are damaged.
+    """
+    with _opened(source) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """The picture, of a file perhaps only the head; what goes wrong while it is used is told with its name."""
+    file: Any = contextlib.nullcontext()
+    if isinstance(source, ENCODED):
+        file, name = _read(source)
+    elif isinstance(source, Image.Image):
+        # Image.open reads lazily: what was opened from a broken file fails only when it is used
         image, name = source, repr(getattr(source, "filename", "(PIL)"))
+        if 0 in image.size:
+            raise ValueError(f"A picture must have at least one pixel, got an image {name} of size {image.size}")
     elif isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[-1] != 3 or source.dtype != np.uint8:
             raise ValueError(
@@ -148,36 +172,29 @@ def load_image(source: Any) -> Image.Image:
         if source.size == 0:
             raise ValueError(f"A picture must have at least one pixel, got an array of shape {list(source.shape)}")
         image, name = Image.fromarray(source), "(array)"
-    elif isinstance(source, str | Path | bytes):
-        encoded, name = _read(source)
-        try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"The image {name} cannot be decoded: {error}") from error
     else:
         raise ValueError(
             "A picture must be a PIL image, a uint8 array [height, width, 3], a path, a file:// or data: URL, or "
             f"encoded bytes, got {type(source).__name__}"
         )
-    if 0 in image.size:
-        raise ValueError(f"A picture must have at least one pixel, got an image {name} of size {image.size}")
-    try:
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"The image {name} cannot be decoded: {error}") from error
+    with file:
+        try:
+            yield Image.open(file) if isinstance(source, ENCODED) else image
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"The image {name} cannot be decoded: {error}") from error
 
 
-def _read(source: str | Path | bytes) -> tuple[bytes, str]:
-    """The encoded picture, and how to name it in a message."""
+def _read(source: str | Path | bytes) -> tuple[BinaryIO, str]:
+    """The encoded picture as a file, and how to name it in a message."""
     if isinstance(source, bytes):
-        return source, f"({len(source)} bytes)"
+        return io.BytesIO(source), f"({len(source)} bytes)"
     text = str(source)
     if text.startswith("data:"):
         head, comma, body = text.partition(",")
         if not comma or not head.endswith(";base64"):
             raise ValueError(f"A data URL must read data:image/<type>;base64,<data>, got {text[:60]!r}")
         try:
-            return base64.b64decode(body, validate=True), f"({head} URL)"
+            return io.BytesIO(base64.b64decode(body, validate=True)), f"({head} URL)"
         except binascii.Error as error:
             raise ValueError(f"The image ({head} URL) cannot be decoded: {error}") from error
     url = urlparse(text)
@@ -186,7 +203,7 @@ def _read(source: str | Path | bytes) -> tuple[bytes, str]:
     path = Path(unquote(url.path)) if url.scheme == "file" else Path(text)
     if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         raise FileNotFoundError(f"No image file at {text[:300]!r}")
-    return path.read_bytes(), repr(str(path))
+    return path.open("rb"), repr(str(path))
 
 
 def load_frames(source: Any) -> list[Image.Image]:
@@ -195,6 +212,15 @@ def load_frames(source: Any) -> list[Image.Image]:
     Raises:
         ValueError: no frames, frames of different sizes, or a video file (which is not decoded here).
     """
+    frames = [load_image(frame) for frame in check_frames(source)]
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) > 1:
+        raise ValueError(f"The frames of a video must have one size, got (width, height) {sizes}")
+    return frames
+
+
+def check_frames(source: Any) -> np.ndarray | Sequence[Any]:
+    """The frames of a video, not opened yet; a ValueError for what is none."""
     if isinstance(source, str | Path | bytes) or not isinstance(source, np.ndarray | Sequence):
         raise ValueError(
             "A video must be given as its frames, an array [frames, height, width, 3] or a list of pictures, got "
@@ -202,11 +228,7 @@ def load_frames(source: Any) -> list[Image.Image]:
         )
     if len(source) == 0:
         raise ValueError("A video must have at least one frame, got none")
-    frames = [load_image(frame) for frame in source]
-    sizes = sorted({frame.size for frame in frames})
-    if len(sizes) > 1:
-        raise ValueError(f"The frames of a video must have one size, got (width, height) {sizes}")
-    return frames
+    return source
 
 
 def patchify(frames: Sequence[Image.Image], settings: VisionSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -222,20 +244,30 @@ def patchify(frames: Sequence[Image.Image], settings: VisionSettings) -> tuple[n
     Raises:
         ValueError: one side is more than 200 times the other.
     """
-    width, height = frames[0].size
-    height, width = smart_resize(height, width, settings.factor, settings.min_pixels, settings.max_pixels)
+    t, h, w = grid_of(frames[0].size, len(frames), settings)
+    width, height = w * settings.patch_size, h * settings.patch_size
     video = np.stack([np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in frames])
     missing = -len(video) % settings.temporal_patch_size
     video = np.concatenate([video, np.repeat(video[-1:], missing, axis=0)])
 
     patch, merge, frames_of_patch = settings.patch_size, settings.merge_size, settings.temporal_patch_size
-    t, h, w = len(video) // frames_of_patch, height // patch, width // patch
     blocks = video.reshape(t, frames_of_patch, h // merge, merge, patch, w // merge, merge, patch, 3)
     #                      0  1                2           3      4      5           6      7      8
     patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, -1)
     levels = _normalised_levels(settings)
     pixel_values = np.stack([levels[channel][patches[:, channel]] for channel in range(3)], axis=1)
     return pixel_values.reshape(t * h * w, -1), (t, h, w)
+
+
+def grid_of(size: tuple[int, int], frames: int, settings: VisionSettings) -> tuple[int, int, int]:
+    """The grid (t, h, w) of patches that `patchify` makes of frames of a size (width, height).
+
+    >>> grid_of((278, 561), 1, VisionSettings())
+    (1, 40, 20)
+    """
+    width, height = size
+    height, width = smart_resize(height, width, settings.factor, settings.min_pixels, settings.max_pixels)
+    return -(-frames // settings.temporal_patch_size), height // settings.patch_size, width // settings.patch_size
 
 
 def _normalised_levels(settings: VisionSettings) -> np.ndarray:

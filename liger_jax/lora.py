@@ -18,6 +18,7 @@ from flax import nnx
 from liger_jax.mesh import mesh_of, param_shardings
 from liger_jax.model import Qwen2VL
 from liger_jax.model.layers import Linear, LoRA
+from liger_jax.optimizer import part_of
 from liger_jax.tree import param_paths
 
 # What can be adapted: PEFT's name for it, as short as it means one thing only, and the path of the `Linear`. These are
@@ -138,6 +139,11 @@ def lora_of(model: Qwen2VL) -> dict[str, Any] | None:
         return None
     first = next(iter(loras.values()))
     return {"rank": first.rank, "alpha": first.alpha, "targets": list(loras), "rslora": first.rslora}
+
+
+def adapted_parts(model: Qwen2VL) -> set[str]:
+    """The parts of the model that have LoRA, see `liger_jax.optimizer.BASE`."""
+    return {part_of(path.split("/lora/")[0] + "/") for path in lora_leaves(model)}
 
 
 def lora_leaves(tree: Any) -> dict[str, Any]:

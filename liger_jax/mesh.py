@@ -64,6 +64,25 @@ def check_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
+    """A mesh of the first data * fsdp * tensor devices; None for one device.
+
+    Raises:
+        ValueError: a size below 1, or more devices than there are.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1")
+    devices, count = jax.devices(), data * fsdp * tensor
+    if count > len(devices):
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"A mesh of {asked} has {count} devices; found {len(devices)}")
+    if count == 1:
+        return None
+    return check_mesh(jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count]))
+
+
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf, by `RULES`; an axis that does not divide a dimension evenly leaves it whole.
 

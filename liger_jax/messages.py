@@ -1,11 +1,12 @@
-"""Messages in the chat format: checked, and their pictures and videos taken out and decoded."""
+"""Messages in the chat format: checked, and their pictures and videos taken out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from liger_jax.images import VisionSettings, load_frames, load_image
+from liger_jax.images import VisionSettings, check_frames, grid_of, image_size, load_frames, load_image, patchify
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -19,6 +20,7 @@ class Kind(NamedTuple):
     type_id: int  # in mm_token_type_ids
     keys: tuple[str, ...]  # of a part, that hold its value
     load: Callable[[Any], list[Image.Image]]
+    size: Callable[[Any], tuple[tuple[int, int], int]]  # (width, height) and number of frames, without decoding any
     arrays: tuple[str, str]
 
     @property
@@ -33,6 +35,7 @@ KINDS = (
         type_id=1,
         keys=("image", "image_url", "url", "path"),
         load=lambda source: [load_image(source)],
+        size=lambda source: (image_size(source), 1),
         arrays=("pixel_values", "image_grid_thw"),
     ),
     Kind(
@@ -41,16 +44,26 @@ KINDS = (
         type_id=2,
         keys=("video",),
         load=load_frames,
+        size=lambda source: (image_size(check_frames(source)[0]), len(source)),
         arrays=("pixel_values_videos", "video_grid_thw"),
     ),
 )
 
 
 class Item(NamedTuple):
-    """A picture (one frame) or a video, decoded but not yet resized."""
+    """A picture or a video, not opened yet."""
 
-    frames: list[Image.Image]
+    kind: Kind
+    source: Any
     settings: VisionSettings
+
+    def patches(self) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Its patches and their grid, see `patchify`."""
+        return patchify(self.kind.load(self.source), self.settings)
+
+    def grid(self) -> tuple[int, int, int]:
+        """The grid alone, for which nothing is decoded; height and width change places if the picture is to be turned."""
+        return grid_of(*self.kind.size(self.source), self.settings)
 
 
 def as_batch(messages: Any) -> list[Conversation]:
@@ -104,7 +117,7 @@ class MediaReader:
         """Placeholders written out in a text stand for given pictures, too."""
         for kind in KINDS:
             for _ in range(text.count(kind.token)):
-                items[kind.name].append(Item(kind.load(self._next(kind)), self.settings[kind.name]))
+                items[kind.name].append(Item(kind, self._next(kind), self.settings[kind.name]))
         return text
 
     def _part(self, part: Any, items: dict[str, list[Item]]) -> dict[str, Any]:
@@ -126,7 +139,7 @@ class MediaReader:
         if isinstance(source, Mapping) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
             source = source["url"]
         settings = self.settings[kind.name].with_limits(part.get("min_pixels"), part.get("max_pixels"))
-        return Item(kind.load(source), settings)
+        return Item(kind, source, settings)
 
     def _next(self, kind: Kind) -> Any:
         given, used = self.given[kind.name], self.used[kind.name]

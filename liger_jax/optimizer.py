@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from liger_jax.master import with_master_weights
+from liger_jax.report import reporting
 from liger_jax.tree import path_name
 
 LearningRate = float | optax.Schedule
@@ -25,6 +27,7 @@ def make_optimizer(
     freeze: Collection[str] = (),
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
+    master_weights: bool = False,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -41,10 +44,11 @@ def make_optimizer(
             alone. They have no moments, their gradients are not computed, and do not count in the norm.
         weight_decay: of the weights of products and tables; norms and biases never decay.
         max_grad_norm: largest norm of all gradients together; None for no limit.
+        master_weights: for a model in bfloat16, keep weights and moments of what is trained in float32.
         b1, b2, eps: of Adam.
 
     Returns:
-        An `optax.GradientTransformation`.
+        An `optax.GradientTransformation`, which reports the norm of the gradient and `learning_rate` to the metrics.
 
     Raises:
         ValueError: an unknown part; when a `TrainState` is made, nothing left to train.
@@ -61,17 +65,20 @@ def make_optimizer(
     unknown = set(freeze) - set(PARTS)
     if unknown:
         raise ValueError(f"freeze has {sorted(unknown)}; expected some of {sorted(PARTS)}")
+    keep = with_master_weights if master_weights else lambda optimizer: optimizer
     rates = {"vision": vision, "merger": merger}
     of_part = {
         part: optax.set_to_zero()
         if part in freeze
-        else optax.adamw(
-            learning_rate if rates.get(part) is None else rates[part],
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            weight_decay=weight_decay,
-            mask=_decays,
+        else keep(
+            optax.adamw(
+                learning_rate if rates.get(part) is None else rates[part],
+                b1=b1,
+                b2=b2,
+                eps=eps,
+                weight_decay=weight_decay,
+                mask=_decays,
+            )
         )
         for part in PARTS
     }
@@ -84,7 +91,8 @@ def make_optimizer(
 
     without_frozen = optax.masked(optax.set_to_zero(), frozen)
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    return optax.chain(without_frozen, clip, optax.multi_transform(of_part, lambda tree: _by_path(part_of, tree)))
+    adamw = optax.multi_transform(of_part, lambda tree: _by_path(part_of, tree))
+    return optax.chain(without_frozen, reporting(learning_rate), clip, adamw)
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -11,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from liger_jax.hub import local_folder
-from liger_jax.images import VisionSettings, patchify
+from liger_jax.images import VisionSettings
 from liger_jax.messages import KINDS, Conversation, Item, MediaReader, Message, as_batch
 
 IGNORE_INDEX = -100
@@ -162,7 +163,7 @@ class Processor:
         self._check_placeholders(rows, items)
         arrays, counts = {}, {}
         for kind in KINDS:
-            done = [patchify(*item) for row in items for item in row[kind.name]]
+            done = [item.patches() for row in items for item in row[kind.name]]
             if done:
                 pixel_values, grids = zip(*done, strict=True)
                 arrays |= dict(zip(kind.arrays, (np.concatenate(pixel_values), np.array(grids, np.int64)), strict=True))
@@ -182,6 +183,23 @@ class Processor:
         units = {kind.name: getattr(self, kind.name).merge_size ** 2 for kind in KINDS}
         counts = {name: iter([int(np.prod(grid)) // units[name] for grid in grids[name]]) for name in units}
         return self._expand(row, counts)["input_ids"]
+
+    def measure(self, conversation: Conversation) -> tuple[int, int, int]:
+        """How many tokens, patches and frames calling would make of a conversation.
+
+        No picture is decoded: the heads of the files tell their sizes.
+
+        Raises:
+            FileNotFoundError, ValueError: as when called, but for pixels that are damaged.
+        """
+        settings = {kind.name: getattr(self, kind.name) for kind in KINDS}
+        cleaned, items = MediaReader(None, None, settings).read(as_batch(conversation)[0])
+        rows = self._tokenize([cleaned], False, {})
+        self._check_placeholders(rows, [items])
+        found = [item for kind in KINDS for item in items[kind.name]]
+        grids = [item.grid() for item in found]
+        added = sum(math.prod(grid) // item.settings.merge_size**2 - 1 for grid, item in zip(grids, found, strict=True))
+        return len(rows[0]["input_ids"]) + added, sum(map(math.prod, grids)), sum(t for t, _, _ in grids)
 
     def decode(self, tokens: Any, *, skip_special_tokens: bool = True) -> str | list[str]:
         """Text of tokens [L] (a string) or [B, L] (a list of them). Negative tokens (ignored labels) are dropped.

@@ -15,6 +15,7 @@ from liger_jax.batch import IGNORE, Batch
 from liger_jax.mesh import mesh_context, mesh_of, param_shardings, put_batch
 from liger_jax.model import Qwen2VL
 from liger_jax.model.scan import REMAT, Loop
+from liger_jax.report import reported
 
 AUTO = ("dots", "attention", "full")  # from the fastest to the smallest
 # Products by cuBLAS alone: trying out Triton's takes three quarters of the compilation and gains 1 % of a step at most.
@@ -118,8 +119,9 @@ def make_train_step(
         unroll: a faster step for a longer compilation, see `liger_jax.model.scan.Loop`.
 
     Returns:
-        A function of a `TrainState` and a `Batch` as `prepare` returns it. Its metrics are those of `loss_fn`. It compiles
-        once for each bucket of shapes.
+        A function of a `TrainState` and a `Batch` as `prepare` returns it. Its metrics are those of `loss_fn`, and what
+        the optimizer reports: grad_norm and learning_rate, if `make_optimizer` made it. It compiles once for each bucket
+        of shapes.
 
     Example:
         >>> import numpy as np, optax
@@ -193,7 +195,8 @@ def train_step(state: TrainState, batch: Batch, *, accumulate: int, **how: Any) 
         grads, metrics = _accumulated(state.model, batch, accumulate, **how)
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
-    return dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state), metrics
+    state = dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state)
+    return state, metrics | reported(opt_state)
 
 
 def gradients(model: Qwen2VL, batch: Batch, num_items, **how: Any) -> tuple[Qwen2VL, Metrics]:

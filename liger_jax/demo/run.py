@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import optax
 
-from liger_jax import Batch, Processor, Qwen2VL, Qwen2VLConfig, TrainState, generate, prepare
+from liger_jax import Batch, Processor, Qwen2VL, Qwen2VLConfig, TrainState, prepare
 from liger_jax.checkpoint import load_model, save_state
 from liger_jax.config import TextConfig, VisionConfig
 from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.plots import plot_answers, plot_loss
 from liger_jax.demo.tokenizer import train_tokenizer
+from liger_jax.evaluation import answer
 from liger_jax.finetune import METRICS, fit
 from liger_jax.images import VisionSettings
 from liger_jax.loader import load_batches
@@ -72,7 +73,8 @@ def run_demo(
 
     questions = list(itertools.islice(conversations(held, np.random.default_rng(1)), held_out))
     prompts, expected = [messages[:-1] for messages in questions], [messages[-1]["content"] for messages in questions]
-    answers = answer(model, processor, prompts)
+    room = {"max_new_tokens": MAX_ANSWER, "batch_size": EVALUATION_ROWS, "length": LENGTH, "patches": PATCHES}
+    answers = answer(model, processor, prompts, **room)
     accuracy = float(np.mean([a == e for a, e in zip(answers, expected, strict=True)]))
     with (output / METRICS).open("a") as file:
         print(json.dumps({"step": steps, "held_out_accuracy": accuracy, "held_out": held_out}), file=file)
@@ -145,15 +147,3 @@ def training_batch(
     endless = conversations(digits, np.random.default_rng((seed, index)))
     inputs = processor(list(itertools.islice(endless, batch_size)), labels=True)
     return prepare(config, **inputs, length=LENGTH, patches=PATCHES)
-
-
-def answer(model: Qwen2VL, processor: Processor, prompts: list[list[dict]]) -> list[str]:
-    """The model's answers to conversations that end with a question."""
-    answers: list[str] = []
-    for start in range(0, len(prompts), EVALUATION_ROWS):
-        chunk = prompts[start : start + EVALUATION_ROWS]
-        filled = chunk + prompts[:1] * (EVALUATION_ROWS - len(chunk))  # one program for all, the shorter last chunk too
-        inputs = processor(filled, add_generation_prompt=True)
-        batch = prepare(model.config, **inputs, length=LENGTH, patches=PATCHES)
-        answers += processor.decode(generate(model, batch, max_new_tokens=MAX_ANSWER))[: len(chunk)]
-    return answers

@@ -109,3 +109,23 @@ def test_what_cannot_be(model):
         make_optimizer(1e-3, freeze=["head"])
     with pytest.raises(ValueError, match="at least one part to train"):
         TrainState.create(model, make_optimizer(1e-3, freeze=BASE))
+
+
+def test_reports():
+    """The norm of what is trained, before clipping, and each update's learning rate; others report nothing."""
+    from liger_jax.report import reported
+
+    weights = {
+        "visual": {"patch_embed": {"kernel": jnp.zeros(4)}},
+        "language_model": {"norm": {"weight": jnp.zeros(2)}},
+    }
+    grads = jax.tree.map(lambda w: jnp.full_like(w, 3.0), weights)
+    optimizer = make_optimizer(optax.linear_schedule(0.0, 1.0, 4), freeze=["vision"], max_grad_norm=1.0)
+    state, rates = optimizer.init(weights), []
+    for _ in range(3):
+        _, state = optimizer.update(grads, state, weights)
+        found = reported(state)
+        rates.append(float(found["learning_rate"]))
+        assert float(found["grad_norm"]) == pytest.approx(3 * np.sqrt(2))
+    assert rates == [0, 0.25, 0.5]
+    assert reported(optax.adam(1e-3).init(weights)) == {}
