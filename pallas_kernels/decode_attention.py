@@ -86,7 +86,9 @@ def decode_attention(
     if not key_heads or queries <= 0 or queries % key_heads:
         raise ValueError(f"{op}: qkv has {heads} heads, keys has {key_heads}; expected N + 2 K where K divides N")
     if queries // key_heads > MOST_QUERIES and implementation in ("triton", "interpret"):
-        raise ValueError(f"{op}: {queries // key_heads} query heads a key head; {implementation!r} takes {MOST_QUERIES}")
+        raise ValueError(
+            f"{op}: {queries // key_heads} query heads a key head; {implementation!r} takes {MOST_QUERIES}"
+        )
     few = takes_kernels(batch, qkv, keys, values) and queries // key_heads <= MOST_QUERIES
     if not qkv.size or (implementation is None and not few):
         implementation = "xla"
@@ -154,7 +156,9 @@ def _attend_shares(
 
     scale = 1.4426950408889634 * dim**-0.5  # scores are powers of two
     exp2 = functools.partial(_lowering.exp2, interpret=interpret)
-    score = scale * sum(jnp.sum(q.astype(wide) * k.astype(wide)[None, :], axis=1) for q, k in zip(queries, key, strict=True))
+    score = scale * sum(
+        jnp.sum(q.astype(wide) * k.astype(wide)[None, :], axis=1) for q, k in zip(queries, key, strict=True)
+    )
     mine = (share == 0).astype(wide)
     largest = jnp.where(share == 0, score, NOTHING)
     total = jnp.zeros(height, wide) + mine
@@ -220,7 +224,13 @@ def attend_kernel(
             _attend_shares, dim=dim, group=heads // key_heads, shares=shares, blocks=blocks, interpret=interpret
         ),
         (qkv, cos, sin, keys, values, valid, slot.reshape(1)),
-        [((batch, shares, heads, dim), wide), per_head, per_head, (keys.shape, keys.dtype), (values.shape, values.dtype)],
+        [
+            ((batch, shares, heads, dim), wide),
+            per_head,
+            per_head,
+            (keys.shape, keys.dtype),
+            (values.shape, values.dtype),
+        ],
         grid=(batch, key_heads, shares),
         num_warps=blocks.num_warps,
         num_stages=blocks.loads,

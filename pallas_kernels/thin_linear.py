@@ -62,9 +62,7 @@ def norm_linear(
     return _checked_and_run("norm_linear", float(eps), implementation, **arrays)
 
 
-def linear_add(
-    x: jax.Array, kernel: jax.Array, residual: jax.Array, *, implementation: str | None = None
-) -> jax.Array:
+def linear_add(x: jax.Array, kernel: jax.Array, residual: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """residual + x @ kernel, in one pass over the kernel.
 
     Args:
@@ -114,8 +112,8 @@ def norm_swiglu(
     Example:
         >>> import jax.numpy as jnp
         >>> from pallas_kernels import norm_swiglu
-        >>> norm_swiglu(jnp.ones((1, 2)), jnp.ones(2), jnp.array([[1.0, 2.0], [0.0, 1.0]])).round(3).tolist()
-        [[2.193]]
+        >>> round(float(norm_swiglu(jnp.ones((1, 2)), jnp.ones(2), jnp.array([[1.0, 2.0], [0.0, 1.0]]))[0, 0]), 3)
+        2.193
     """
     return _checked_and_run(
         "norm_swiglu", float(eps), implementation, x=x, norm_weight=norm_weight, kernel=gate_up_kernel
@@ -242,7 +240,9 @@ def _thin_rows(*refs, static: Static, rows: int, cut: Cut):
             squares = [s + x * x for s, x in zip(squares, xs, strict=True)] if normed else squares
             xs = [x * norm[0].astype(wide) for x in xs] if normed else xs
             weights = [w.astype(wide) for w in weights]
-            sums = [[s + x[:, None] * w for s, w in zip(of, weights, strict=True)] for of, x in zip(sums, xs, strict=True)]
+            sums = [
+                [s + x[:, None] * w for s, w in zip(of, weights, strict=True)] for of, x in zip(sums, xs, strict=True)
+            ]
         return sums, squares
 
     def load_and_work(turn, carry):

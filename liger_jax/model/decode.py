@@ -93,16 +93,22 @@ def decode_step(
         Normed hidden states [B, H], and the cache with the step's slot filled and open.
     """
     slot = cache.prompt_length + step
-    run = {"implementation": implementation}
     all_keys, all_values = [], []
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        qkv = pk.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=model.eps, **run)
-        qkv = qkv.reshape(len(x), -1, keys.shape[-1])
-        out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, cache.valid, slot, **run)
-        x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **run)
-        h = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=model.eps, **run)
-        x = pk.linear_add(h, layer.down, x, **run)
+        x, keys, values = _layer(layer, x, cos, sin, keys, values, cache.valid, slot, model.eps, implementation)
         all_keys.append(keys)
         all_values.append(values)
     cache = dataclasses.replace(cache.open_slot(step), keys=tuple(all_keys), values=tuple(all_values))
     return pk.rms_norm(x, model.norm, eps=model.eps, implementation=implementation), cache
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "implementation"))  # traced and lowered once for all layers
+def _layer(layer: PackedLayer, x, cos, sin, keys, values, valid, slot, eps, implementation):
+    """x [B, H] -> x, and the layer's keys and values with those of the new token."""
+    run = {"implementation": implementation}
+    qkv = pk.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps, **run)
+    qkv = qkv.reshape(len(x), -1, keys.shape[-1])
+    out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, valid, slot, **run)
+    x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **run)
+    h = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=eps, **run)
+    return pk.linear_add(h, layer.down, x, **run), keys, values
