@@ -70,6 +70,11 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec((*shape[:-1], next_power_of_2(shape[-1])), lambda *_: (0,) * len(shape))
 
 
+def overhanging(start: int, size: int) -> Any:
+    """A span that may reach past the end of a small array, where a mask cuts it off: JAX refuses a constant that does."""
+    return span(program_id(0) * 0 + start, size)
+
+
 def load(ref: Any, index: tuple, mask: jax.Array | None, dtype: Any = None, *, other: float = 0) -> jax.Array:
     """ref[index] as `dtype` (None: its own); `other` where the mask is False. No mask: all of it lies in the array."""
     found = plgpu.load(ref.at[_index(index)], mask=mask, other=None if mask is None else other)
@@ -131,6 +136,17 @@ def either(kernel: Callable, xla: Callable) -> Callable:
         return pick(static.implementation, *chosen, *operands)
 
     return local
+
+
+def forward_only(op: str, local: Callable) -> Callable:
+    """local(static, *operands) that says so when it is differentiated, whatever the implementation."""
+    run = jax.custom_jvp(local, nondiff_argnums=(0,))
+
+    @run.defjvp
+    def no_gradient(static: Any, operands: tuple, tangents: tuple) -> Any:
+        raise NotImplementedError(f"{op}: there is no gradient, it is for generation")
+
+    return run
 
 
 @functools.cache

@@ -54,6 +54,7 @@ def decode_attention(
     Raises:
         ValueError: a shape or dtype that does not fit, an odd D, or a kernel asked for by name for more than 64 query heads
             a key head.
+        NotImplementedError: when it is differentiated.
 
     Source: Dao et al. 2023, Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 
@@ -131,7 +132,7 @@ def _attend_shares(
     key_heads, dtype, wide = keys_ref.shape[2], qkv_ref.dtype, _validate.wide(qkv_ref.dtype)
     half, height = max(16, _lowering.next_power_of_2(dim // 2)), max(16, _lowering.next_power_of_2(group))
     in_half = None if half == dim // 2 else jnp.arange(half) < dim // 2
-    halves = [_lowering.span(jnp.int32(i * (dim // 2)), half) for i in range(2)]  # the second may overhang
+    halves = [_lowering.overhanging(i * (dim // 2), half) for i in range(2)]
     in_group = jnp.arange(height) < group
     in_queries = in_group[:, None] if in_half is None else in_group[:, None] & in_half[None, :]
     in_queries = jnp.broadcast_to(in_queries, (height, half))
@@ -253,4 +254,4 @@ def _shares(wanted: int, most: int) -> int:
     return 1 << max(min(wanted, most), 1).bit_length() - 1
 
 
-_local = _lowering.either(attend_kernel, _attend_xla)
+_local = _lowering.forward_only("decode_attention", _lowering.either(attend_kernel, _attend_xla))

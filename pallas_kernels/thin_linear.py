@@ -51,6 +51,7 @@ def norm_linear(
 
     Raises:
         ValueError: a shape or dtype that does not fit, or the Pallas kernel asked for by name at more than 64 rows.
+        NotImplementedError: when it is differentiated.
 
     Example:
         >>> import jax.numpy as jnp
@@ -76,6 +77,7 @@ def linear_add(x: jax.Array, kernel: jax.Array, residual: jax.Array, *, implemen
 
     Raises:
         ValueError: a shape or dtype that does not fit, or the Pallas kernel asked for by name at more than 64 rows.
+        NotImplementedError: when it is differentiated.
 
     Example:
         >>> import jax.numpy as jnp
@@ -108,6 +110,7 @@ def norm_swiglu(
 
     Raises:
         ValueError: a shape or dtype that does not fit, or the Pallas kernel asked for by name at more than 64 rows.
+        NotImplementedError: when it is differentiated.
 
     Example:
         >>> import jax.numpy as jnp
@@ -152,7 +155,8 @@ def _checked_and_run(op: str, eps: float | None, implementation: str | None, **a
         raise ValueError(f"{op}: x has {rows} rows; the {implementation!r} implementation takes {MOST_ROWS}")
     if not x.size or not kernel.size or (implementation is None and not takes_kernels(rows, *arrays.values())):
         static = static._replace(implementation="xla")
-    return _lowering.either(thin_kernel, thin_xla)(static, *arrays.values())
+    local = _lowering.either(thin_kernel, thin_xla)
+    return _lowering.forward_only(op, local)(static, *arrays.values())
 
 
 def takes_kernels(rows: int, *arrays: jax.Array) -> bool:
@@ -265,7 +269,8 @@ def _thin_dot(*refs, static: Static, rows: int, cut: Cut):
     """Grid (tiles of columns, shares of the depth). Products by the tensor cores, for 16 rows or a larger power of two."""
     ref = dict(zip((*static.names, "out"), refs, strict=True))
     dtype, wide, normed = ref["x"].dtype, _validate.wide(ref["x"].dtype), static.eps is not None
-    some_rows, height = _lowering.span(0, block_rows(rows)), block_rows(rows)
+    height = block_rows(rows)
+    some_rows = _lowering.overhanging(0, height)
     in_rows = jnp.arange(height) < rows
     parts, share = [cut.part(i) for i in range(static.parts)], _lowering.program_id(1)
     # x * norm_weight may be larger than any float16: those go as float32, of which the tensor cores take ten bits

@@ -114,6 +114,15 @@ def test_wrong_arguments(message):
         WRONG[message]()
 
 
+@pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "linear_add", "norm_swiglu"])
+def test_no_gradient(name):
+    """What is for generation says so, whatever the implementation."""
+    function, (first, *others) = CALLS[name]
+    for implementation in (None, "xla", "interpret"):
+        with pytest.raises(NotImplementedError, match=f"{name}: there is no gradient"):
+            jax.grad(lambda x: jnp.sum(jax.tree.leaves(function(x, *others, implementation=implementation))[0]))(first)
+
+
 @pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "rope", "mrope", "swiglu", "quick_gelu"])
 def test_vmap_and_remat(name):
     """vmap over a leading axis and rematerialisation change no number and no gradient."""
