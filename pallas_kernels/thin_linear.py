@@ -222,27 +222,28 @@ def _thin_rows(*refs, static: Static, rows: int, cut: Cut):
     """Grid (tiles of columns, shares of the depth). Products are elementwise, a sum for each row.
 
     A block's sum over its rows waits until the end: until then every thread adds up what it loads itself. The next turn is
-    loaded before the present one is worked on, so that memory is never idle.
+    loaded before the present one is worked on, so that memory is never idle; x, which the caches hold, only then.
     """
     ref = dict(zip((*static.names, "out"), refs, strict=True))
     wide, normed = _validate.wide(ref["x"].dtype), static.eps is not None
     parts, share = [cut.part(i) for i in range(static.parts)], _lowering.program_id(1)
 
     def load(turn):
-        found = []
-        for i in range(cut.loads):
-            some, inside = cut.block(share, turn * cut.loads + i)
-            weights = [_lowering.load(ref["kernel"], (some, index), _outer(inside, mask)) for index, mask in parts]
-            xs = [_lowering.load(ref["x"], (row, some), inside) for row in range(rows)]
-            found.append((weights, xs, [_lowering.load(ref["norm_weight"], (some,), inside)] if normed else []))
-        return found
+        blocks = [cut.block(share, turn * cut.loads + i) for i in range(cut.loads)]
+        return [
+            [_lowering.load(ref["kernel"], (some, index), _outer(inside, mask)) for index, mask in parts]
+            for some, inside in blocks
+        ]
 
-    def work(state, found):
+    def work(turn, state, found):
         sums, squares = state
-        for weights, xs, norm in found:
-            xs = [x.astype(wide) for x in xs]
-            squares = [s + x * x for s, x in zip(squares, xs, strict=True)] if normed else squares
-            xs = [x * norm[0].astype(wide) for x in xs] if normed else xs
+        for i, weights in enumerate(found):
+            some, inside = cut.block(share, turn * cut.loads + i)
+            xs = [_lowering.load(ref["x"], (row, some), inside, wide) for row in range(rows)]
+            if normed:
+                squares = [s + x * x for s, x in zip(squares, xs, strict=True)]
+                norm = _lowering.load(ref["norm_weight"], (some,), inside, wide)
+                xs = [x * norm for x in xs]
             weights = [w.astype(wide) for w in weights]
             sums = [
                 [s + x[:, None] * w for s, w in zip(of, weights, strict=True)] for of, x in zip(sums, xs, strict=True)
@@ -252,12 +253,12 @@ def _thin_rows(*refs, static: Static, rows: int, cut: Cut):
     def load_and_work(turn, carry):
         state, found = carry
         following = load(turn + 1)
-        return work(state, found), following
+        return work(turn, state, found), following
 
     zeros = jnp.zeros((cut.rows, cut.columns), wide)
     state = [[zeros] * static.parts] * rows, [jnp.zeros(cut.rows, wide)] * (rows if normed else 0)
     state, found = jax.lax.fori_loop(0, cut.steps - 1, load_and_work, (state, load(0)))
-    sums, squares = work(state, found)
+    sums, squares = work(cut.steps - 1, state, found)
     for row in range(rows):
         products = [jnp.sum(s, axis=0) for s in sums[row]]
         scale = jax.lax.rsqrt(jnp.sum(squares[row]) / cut.depth + static.eps) if normed else None
