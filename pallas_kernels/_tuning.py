@@ -56,11 +56,14 @@ def _thin_rule(op: str, width: int) -> Blocks:
 
     A deep one that leaves few columns (a model's down projection) is shared out over its depth as well.
     """
+    shared = 192 if width > 2048 else 0  # programs
     if op.endswith("_dot"):
-        return Blocks(rows=128, columns=32, num_warps=4, programs=192 if width > 2048 else 0, loads=4)
+        if "linear" in op and width <= 2048:
+            return Blocks(rows=256, columns=16, num_warps=4, loads=5)
+        return Blocks(rows=128, columns=32, num_warps=4, programs=shared, loads=4 if "swiglu" in op else 6)
     if "linear" in op and width <= 2048:
         return Blocks(rows=64, columns=16, num_warps=4, loads=8)
-    return Blocks(rows=32, columns=32, num_warps=4, programs=192, loads=4 if "swiglu" in op else 8)
+    return Blocks(rows=32, columns=32, num_warps=4, programs=shared, loads=4 if "swiglu" in op else 8)
 
 
 # A block has so many numbers, and at most so many columns where rows are not held at full width.
@@ -75,11 +78,11 @@ CHOICES = {
         "loads": (1, 2, 3),
     },
     "thin": {
-        "rows": (16, 32, 64, 128),
+        "rows": (16, 32, 64, 128, 256),
         "num_warps": (2, 4, 8),
         "columns": (16, 32, 64),
         "programs": (0, 192, 288),
-        "loads": (2, 4, 8),
+        "loads": (2, 4, 6, 8),
     },
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
     "gate": {"rows": (1, 2, 4), "num_warps": (4, 8), "columns": (512, 1024, 2048)},
