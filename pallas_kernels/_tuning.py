@@ -56,7 +56,7 @@ def _thin_rule(op: str, width: int) -> Blocks:
 
     A deep one that leaves few columns (a model's down projection) is shared out over its depth as well.
     """
-    shared = 192 if width > 2048 else 0  # programs
+    shared = 240 if width > 4096 else 0  # programs
     if op.endswith("_dot"):
         if "linear" in op and width <= 2048:
             return Blocks(rows=256, columns=16, num_warps=4, loads=5)
@@ -81,7 +81,7 @@ CHOICES = {
         "rows": (16, 32, 64, 128, 256),
         "num_warps": (2, 4, 8),
         "columns": (16, 32, 64),
-        "programs": (0, 192, 288),
+        "programs": (0, 144, 240, 288),
         "loads": (2, 4, 6, 8),
     },
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
