@@ -34,6 +34,7 @@ def launch(
     num_warps: int,
     interpret: bool,
     in_place: dict[int, int] | None = None,
+    num_stages: int = 1,
 ) -> list[jax.Array]:
     """Runs `kernel(*operand_refs, *result_refs)` once for each point of the grid.
 
@@ -48,6 +49,7 @@ def launch(
         num_warps: warps (of 32 threads) that run one program together.
         interpret: run in Pallas's interpreter, on any platform.
         in_place: {operand: result} that share their memory. XLA copies the operand first if it is needed later.
+        num_stages: turns of a loop whose loads are under way at once, if a matrix product uses what they bring.
     """
     # inside a shard_map a result says which mesh axes it varies over
     varying = jax.typeof(operands[0]).manual_axis_type
@@ -57,7 +59,7 @@ def launch(
         in_specs=[_whole(operand.shape) for operand in operands],
         out_specs=[_whole(shape) for shape, _ in results],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in results],
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         input_output_aliases=in_place or {},
         name=getattr(kernel, "func", kernel).__name__.strip("_"),
@@ -68,14 +70,40 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec((*shape[:-1], next_power_of_2(shape[-1])), lambda *_: (0,) * len(shape))
 
 
-def load(ref: Any, index: tuple, mask: jax.Array, dtype: Any = None, *, other: float = 0) -> jax.Array:
-    """ref[index] as `dtype` (None: its own); `other` where the mask is False."""
-    return plgpu.load(ref.at[index], mask=mask, other=other).astype(dtype or ref.dtype)
+def overhanging(start: int, size: int) -> Any:
+    """A span that may reach past the end of a small array, where a mask cuts it off: JAX refuses a constant that does."""
+    return span(program_id(0) * 0 + start, size)
 
 
-def store(ref: Any, index: tuple, value: jax.Array, mask: jax.Array) -> None:
-    """ref[index] = value where the mask is True, cast to the dtype of the ref."""
-    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+def load(ref: Any, index: tuple, mask: jax.Array | None, dtype: Any = None, *, other: float = 0) -> jax.Array:
+    """ref[index] as `dtype` (None: its own); `other` where the mask is False. No mask: all of it lies in the array."""
+    found = plgpu.load(ref.at[_index(index)], mask=mask, other=None if mask is None else other)
+    return found.astype(dtype or ref.dtype)
+
+
+def store(ref: Any, index: tuple, value: jax.Array, mask: jax.Array | None) -> None:
+    """ref[index] = value where the mask is True (None: everywhere), cast to the dtype of the ref."""
+    plgpu.store(ref.at[_index(index)], value.astype(ref.dtype), mask=mask)
+
+
+def _index(index: tuple) -> tuple:
+    """With plain numbers as arrays: the interpreter asks an index for its shape."""
+    return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
+
+
+def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False, tf32: bool = False) -> jax.Array:
+    """a [M, K] @ b [K, N], or b [N, K] if `transposed`; summed in float32. Every size is 16 at least.
+
+    float32 operands are multiplied exactly, or by the tensor cores with ten bits each if `tf32`.
+    """
+    exact = a.dtype in (jnp.float32, jnp.float64) and not tf32
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
+    )
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
@@ -108,6 +136,17 @@ def either(kernel: Callable, xla: Callable) -> Callable:
         return pick(static.implementation, *chosen, *operands)
 
     return local
+
+
+def forward_only(op: str, local: Callable) -> Callable:
+    """local(static, *operands) that says so when it is differentiated, whatever the implementation."""
+    run = jax.custom_jvp(local, nondiff_argnums=(0,))
+
+    @run.defjvp
+    def no_gradient(static: Any, operands: tuple, tangents: tuple) -> Any:
+        raise NotImplementedError(f"{op}: there is no gradient, it is for generation")
+
+    return run
 
 
 @functools.cache

@@ -218,6 +218,11 @@ def _mesh_of(*operands: jax.Array) -> Any:
     return jax.sharding.get_abstract_mesh()
 
 
+def devices_of(*operands: jax.Array) -> int:
+    """How many devices the operands' mesh has; 1 without one."""
+    return math.prod(_mesh_of(*operands).shape.values())
+
+
 def _names(entries: tuple) -> list[str]:
     """The mesh axes in entries of a PartitionSpec."""
     return [name for entry in entries if entry for name in (entry if isinstance(entry, tuple) else (entry,))]

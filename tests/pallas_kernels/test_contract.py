@@ -19,6 +19,8 @@ def random(*shape, dtype="float32"):
 
 x, vector, half = random(2, 8), random(8), random(2, 8, dtype="bfloat16")
 q, k, angles, three = random(1, 3, 4, 8), random(1, 3, 2, 8), random(1, 3, 4), random(3, 1, 3, 4)
+qkv, cache, ones = random(1, 8, 8), random(1, 6, 2, 8), np.ones((1, 6), int)
+square = random(8, 8)
 labels, head = np.zeros(2, int), random(5, 8)
 CALLS = {
     "rms_norm": (pk.rms_norm, (x, vector)),
@@ -32,6 +34,10 @@ CALLS = {
     "cross_entropy": (pk.cross_entropy, (x, labels)),
     "linear_cross_entropy": (pk.linear_cross_entropy, (x, head, labels)),
     "attention": (pk.attention, (q, k, k)),
+    "decode_attention": (pk.decode_attention, (qkv, angles[:, 0], angles[:, 0], cache, cache, ones, 3)),
+    "norm_linear": (pk.norm_linear, (x, vector, square, vector)),
+    "linear_add": (pk.linear_add, (x, square, x)),
+    "norm_swiglu": (pk.norm_swiglu, (x, vector, square)),
 }
 
 
@@ -88,6 +94,15 @@ WRONG = {
     "v has shape": lambda: pk.attention(q, k, k[:, :2]),
     "kv_segment_ids without": lambda: pk.attention(q, k, k, kv_segment_ids=np.ones((1, 3), int)),
     "segment_ids has shape": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 2), int)),
+    "kernel has shape": lambda: pk.norm_linear(x, vector, square[:7]),
+    "norm_weight has shape": lambda: pk.norm_linear(x, vector[:7], square),
+    "residual has shape (1, 8)": lambda: pk.linear_add(x, square, x[:1]),
+    "gate and as many of up": lambda: pk.norm_swiglu(x, vector, square[:, :7]),
+    "x has 65 rows": lambda: pk.linear_add(random(65, 8), square, random(65, 8), implementation="interpret"),
+    "keys has 4; expected N + 2 K": lambda: pk.decode_attention(
+        qkv, *[angles[:, 0]] * 2, *[random(1, 6, 4, 8)] * 2, ones, 3
+    ),
+    "valid has shape": lambda: pk.decode_attention(qkv, *[angles[:, 0]] * 2, cache, cache, ones[:, :5], 3),
     "max_segments is 0": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 3), int), max_segments=0),
 }
 
@@ -97,6 +112,15 @@ def test_wrong_arguments(message):
     """A ValueError names the operation's argument, what was found and what was expected."""
     with pytest.raises(ValueError, match=re.escape(message)):
         WRONG[message]()
+
+
+@pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "linear_add", "norm_swiglu"])
+def test_no_gradient(name):
+    """What is for generation says so, whatever the implementation."""
+    function, (first, *others) = CALLS[name]
+    for implementation in (None, "xla", "interpret"):
+        with pytest.raises(NotImplementedError, match=f"{name}: there is no gradient"):
+            jax.grad(lambda x: jnp.sum(jax.tree.leaves(function(x, *others, implementation=implementation))[0]))(first)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "rope", "mrope", "swiglu", "quick_gelu"])

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import _lowering, _rows, _token_loss, _token_loss_kernel, _tuning, tune
 
 sys.path.append(str(Path(__file__).parent))
+from lowered import triton_calls
 from ops import OPS, REAL, SECTIONS, close, random_like
 
 
@@ -180,15 +181,6 @@ def test_heads_and_columns_stay_sharded(kind):
 
 
 # ---- lowering for GPUs that are not there ----------------------------------------------------------------------------
-
-
-def triton_calls(function, *args, device_kind="NVIDIA H200"):
-    """How many kernels a function becomes for a kind of GPU, found out without one."""
-    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count(_lowering.TRITON_CALL)
 
 
 def abstract(op, rows, width, dtype):

@@ -1,0 +1,114 @@
+"""One step of generation: the language model's layers for a single new token a row.
+
+The same numbers as `LanguageModel` with a cache, in seven launches a layer at most: weights that are read together lie in
+one array, and what stands beside a product is done in its pass; see pallas_kernels.thin_linear and decode_attention.
+"""
+
+import dataclasses
+import functools
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from liger_jax.model.cache import Cache
+from liger_jax.model.text import DecoderLayer, LanguageModel
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["input_norm", "qkv", "qkv_bias", "o", "mlp_norm", "gate_up", "down"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedLayer:
+    """The weights of a layer, as decoding reads them; kernels are [in, out]."""
+
+    input_norm: jax.Array  # [H]
+    qkv: jax.Array  # [H, (N + 2 K) D]
+    qkv_bias: jax.Array  # [(N + 2 K) D]
+    o: jax.Array  # [N D, H]
+    mlp_norm: jax.Array  # [H]
+    gate_up: jax.Array  # [H, 2 I]
+    down: jax.Array  # [I, H]
+
+    @classmethod
+    def of(cls, layer: DecoderLayer) -> Self:
+        """The weights of a single layer, without a leading axis. Adapters must be merged into the kernels before."""
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        width = layer.input_layernorm.weight.shape[0]
+        return cls(
+            input_norm=layer.input_layernorm.weight[...],
+            qkv=jnp.concatenate([p.kernel[...].reshape(width, -1) for p in projections], axis=1),
+            qkv_bias=jnp.concatenate([p.bias[...].reshape(-1) for p in projections]),
+            o=attention.o_proj.kernel[...].reshape(-1, width),
+            mlp_norm=layer.post_attention_layernorm.weight[...],
+            gate_up=jnp.concatenate([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=1),
+            down=mlp.down_proj.kernel[...],
+        )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "norm"], meta_fields=["eps"])
+@dataclasses.dataclass(frozen=True)
+class PackedModel:
+    """What `decode_step` reads of a language model: arrays of their own for each layer, in the order they are read.
+
+    A loop that slices a stack of layers would copy the slice in each step.
+    """
+
+    layers: tuple[PackedLayer, ...]
+    norm: jax.Array  # [H]
+    eps: float
+
+    @classmethod
+    def of(cls, text: LanguageModel) -> Self:
+        """Copies all weights of the layers once; inside the program that decodes, before its loop."""
+        layers = (jax.tree.map(lambda w, i=i: w[i], text.layers) for i in range(text.config.num_hidden_layers))
+        return cls(tuple(map(PackedLayer.of, layers)), text.norm.weight[...], text.norm.eps)
+
+
+def decode_step(
+    model: PackedModel,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: Cache,
+    step: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Cache]:
+    """The new token number `step` of each row goes through all layers, and into the cache.
+
+    Args:
+        x: [B, H], the tokens' embeddings.
+        cos: [B, D/2], of their positions; see `LanguageModel.rotary`.
+        sin: as cos.
+        cache: with the slot of this step free. Updated in place where it is a loop's carry.
+        step: int, a scalar.
+        implementation: of the operations, see pallas_kernels.
+
+    Returns:
+        Normed hidden states [B, H], and the cache with the step's slot filled and open.
+    """
+    slot = cache.prompt_length + step
+    all_keys, all_values = [], []
+    for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
+        x, keys, values = _layer(layer, x, cos, sin, keys, values, cache.valid, slot, model.eps, implementation)
+        all_keys.append(keys)
+        all_values.append(values)
+    cache = dataclasses.replace(cache.open_slot(step), keys=tuple(all_keys), values=tuple(all_values))
+    return pk.rms_norm(x, model.norm, eps=model.eps, implementation=implementation), cache
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "implementation"))  # traced and lowered once for all layers
+def _layer(layer: PackedLayer, x, cos, sin, keys, values, valid, slot, eps, implementation):
+    """x [B, H] -> x, and the layer's keys and values with those of the new token."""
+    run = {"implementation": implementation}
+    qkv = pk.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps, **run)
+    qkv = qkv.reshape(len(x), -1, keys.shape[-1])
+    out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, valid, slot, **run)
+    x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **run)
+    h = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=eps, **run)
+    return pk.linear_add(h, layer.down, x, **run), keys, values
