@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
+from liger_jax import compiler
 from liger_jax.batch import Batch, bucket
+from liger_jax.lora import lora_of
 from liger_jax.mesh import mesh_context, mesh_of, put_batch
 from liger_jax.model import Qwen2VL
 from liger_jax.model.cache import Cache
+from liger_jax.model.decode import PackedModel, decode_step
 from liger_jax.model.qwen2_vl import attend_row
 from liger_jax.model.text import DecoderLayer
 from liger_jax.options import GenerationOptions
@@ -101,7 +104,7 @@ class Decoding:
         stopped = np.ones(len(self.sampling.seeds), bool)
         stopped[: len(self.stopped)] = self.stopped
         with mesh_context(self._mesh):
-            self._layers = self._layers or split_layers(self.model)
+            self._layers = self._layers or weights_of(self.model)
             self.cache, self._progress, self._last = decode(
                 self.model,
                 self._layers,
@@ -173,7 +176,7 @@ class Progress:
     told: Generated  # all tokens, with room for those to come; logprobs and the others None if not asked for
 
 
-@functools.partial(jax.jit, static_argnames="room")
+@functools.partial(jax.jit, static_argnames="room", compiler_options=compiler.OPTIONS)
 def prefill(model: Qwen2VL, batch: Batch, *, room: int) -> tuple[Cache, Start]:
     """Reads the prompts once: vision tower, all layers, and the logits of each row's last token."""
     segments = pk.find_segments(batch.segment_ids, batch.max_segments)
@@ -234,10 +237,17 @@ def split_layers(model: Qwen2VL) -> list[DecoderLayer]:
     return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
 
 
+def weights_of(model: Qwen2VL) -> PackedModel | list[DecoderLayer]:
+    """What `decode` reads at each step: packed, but for a mesh, where layers keep their sharding, and for LoRA."""
+    if mesh_of(model) is None and lora_of(model) is None:
+        return PackedModel.of(model.language_model)
+    return split_layers(model)
+
+
 @functools.partial(jax.jit, donate_argnames=("cache", "progress"))
 def decode(
     model: Qwen2VL,
-    layers: list[DecoderLayer],
+    weights: PackedModel | list[DecoderLayer],
     cache: Cache,
     progress: Progress,
     sampling: Sampling,
@@ -247,7 +257,7 @@ def decode(
 ) -> tuple[Cache, Progress, tuple]:
     """Goes on to `until` tokens a row, or to where all rows have ended; -> cache, progress, tokens, step, done.
 
-    `layers` are the model's, see `split_layers`; `stopped` [B] bool: rows that the host has ended.
+    `weights` are the model's, see `weights_of`; `stopped` [B] bool: rows that the host has ended.
     """
 
     def unfinished(carry):
@@ -256,16 +266,20 @@ def decode(
 
     def one_token(carry):
         cache, progress = carry
-        x = model.language_model.embed_tokens.weight[progress.token][:, None]
-        cache = cache.open_slots(progress.slot, jnp.ones((len(x), 1), jnp.int32))
+        x = model.language_model.embed_tokens.weight[progress.token]
+        if isinstance(weights, PackedModel):
+            cos, sin = (table[:, 0] for table in model.language_model.rotary(progress.position[..., None]))
+            hidden, cache = decode_step(weights, x, cos, sin, cache, progress.slot)
+        else:
+            cache = cache.open_slots(progress.slot, jnp.ones((len(x), 1), jnp.int32))
 
-        def attend(i, q, k, v):
-            return cache.attend(i, progress.slot, q, k, v)
+            def attend(i, q, k, v):
+                return cache.attend(i, progress.slot, q, k, v)
 
-        hidden, keys, values = _through(model, layers, x, progress.position[..., None], attend)
-        cache = dataclasses.replace(cache, keys=keys, values=values)
+            hidden, keys, values = _through(model, weights, x[:, None], progress.position[..., None], attend)
+            hidden, cache = hidden[:, 0], dataclasses.replace(cache, keys=keys, values=values)
         progress = dataclasses.replace(progress, position=progress.position + 1, slot=progress.slot + 1)
-        return cache, _choose(model.logits(hidden[:, 0]).astype(jnp.float32), progress, sampling)
+        return cache, _choose(model.logits(hidden).astype(jnp.float32), progress, sampling)
 
     progress = dataclasses.replace(progress, done=progress.done | stopped)
     cache, progress = jax.lax.while_loop(unfinished, one_token, (cache, progress))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import pallas_kernels as pk
+from liger_jax import compiler
 from liger_jax.batch import IGNORE, Batch
 from liger_jax.mesh import mesh_context, mesh_of, param_shardings, put_batch
 from liger_jax.model import Qwen2VL
@@ -18,8 +19,6 @@ from liger_jax.model.scan import REMAT, Loop
 from liger_jax.report import reported
 
 AUTO = ("dots", "attention", "full")  # from the fastest to the smallest
-# Products by cuBLAS alone: trying out Triton's takes three quarters of the compilation and gains 1 % of a step at most.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
@@ -170,7 +169,7 @@ class TrainStep:
             step = functools.partial(train_step, accumulate=self.accumulate, **how)
             with mesh_context(mesh):
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=mesh and (shardings, None))
-                compiled = jitted.lower(state, batch).compile(compiler_options=COMPILER_OPTIONS)
+                compiled = jitted.lower(state, batch).compile(compiler_options=compiler.OPTIONS)
             if remat == policies[-1] or _fits(compiled):
                 break
         self.chosen = remat

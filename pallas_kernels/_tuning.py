@@ -21,7 +21,7 @@ class Blocks:
     num_warps: int
     programs: int = 0  # that take turns with the blocks of rows; 0: one for each
     columns: int = 0  # of one block, in kernels that do not hold rows at full width
-    loads: int = 1  # blocks of a weight that are on their way at once, in kernels that only read it
+    loads: int = 1  # turns of a loop around a matrix product whose loads are under way at once
 
 
 def blocks(op: str, *, rows: int, width: int) -> Blocks:
@@ -35,10 +35,6 @@ def blocks(op: str, *, rows: int, width: int) -> Blocks:
 
 def rule(op: str, *, width: int) -> Blocks:
     """What was good on an H200 at most widths: 8 to 32 numbers a thread, two programs an SM where rows are summed."""
-    if _family(op) == "decode_attention":
-        return Blocks(rows=64, num_warps=4, programs=256, loads=2)
-    if _family(op) == "thin":
-        return _thin_rule(op, width)
     block_width = 1 << max(width - 1, 0).bit_length()
     columns = min(block_width, COLUMNS.get(_family(op), block_width))
     rows = max(1, min(64, NUMBERS[_family(op)] // columns))
@@ -51,39 +47,11 @@ def rule(op: str, *, width: int) -> Blocks:
     )
 
 
-def _thin_rule(op: str, width: int) -> Blocks:
-    """For a weight that is `width` deep: 16 bytes a thread and load; narrow blocks, so that every SM has some.
-
-    A deep one that leaves few columns (a model's down projection) is shared out over its depth as well.
-    """
-    shared = 240 if width > 4096 else 0  # programs
-    if op.endswith("_dot"):
-        if "linear" in op and width <= 2048:
-            return Blocks(rows=256, columns=16, num_warps=4, loads=5)
-        return Blocks(rows=128, columns=32, num_warps=4, programs=shared, loads=4 if "swiglu" in op else 6)
-    if "linear" in op and width <= 2048:
-        return Blocks(rows=64, columns=16, num_warps=4, loads=8)
-    return Blocks(rows=32, columns=32, num_warps=4, programs=shared, loads=4 if "swiglu" in op else 8)
-
-
 # A block has so many numbers, and at most so many columns where rows are not held at full width.
 NUMBERS = {"norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
 COLUMNS = {"gate": 1024, "cross_entropy": 4096}
 # What the tuner tries.
 CHOICES = {
-    "decode_attention": {
-        "rows": (32, 64, 128),
-        "num_warps": (2, 4, 8),
-        "programs": (64, 128, 256, 512),
-        "loads": (1, 2, 3),
-    },
-    "thin": {
-        "rows": (16, 32, 64, 128, 256),
-        "num_warps": (2, 4, 8),
-        "columns": (16, 32, 64),
-        "programs": (0, 144, 240, 288),
-        "loads": (2, 4, 6, 8),
-    },
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
     "gate": {"rows": (1, 2, 4), "num_warps": (4, 8), "columns": (512, 1024, 2048)},
     "rope": {"rows": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},

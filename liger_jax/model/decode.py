@@ -1,7 +1,8 @@
 """One step of generation: the language model's layers for a single new token a row.
 
-The same numbers as `LanguageModel` with a cache, in seven launches a layer at most: weights that are read together lie in
-one array, and what stands beside a product is done in its pass; see pallas_kernels.thin_linear and decode_attention.
+The same numbers as `LanguageModel` with a cache, in fewer launches, which is what a step's time goes to: weights that are
+read together lie in one array, and around small ones and the cache what stands beside is done in the same pass; see
+pallas_kernels.thin_linear and decode_attention.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class PackedLayer:
 
     @classmethod
     def of(cls, layer: DecoderLayer) -> Self:
-        """The weights of a single layer, without a leading axis. Adapters must be merged into the kernels before."""
+        """The weights of a single layer, without a leading axis; LoRA merged into them."""
         attention, mlp = layer.self_attn, layer.mlp
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         width = layer.input_layernorm.weight.shape[0]
@@ -64,9 +65,16 @@ class PackedModel:
 
     @classmethod
     def of(cls, text: LanguageModel) -> Self:
-        """Copies all weights of the layers once; inside the program that decodes, before its loop."""
-        layers = (jax.tree.map(lambda w, i=i: w[i], text.layers) for i in range(text.config.num_hidden_layers))
-        return cls(tuple(map(PackedLayer.of, layers)), text.norm.weight[...], text.norm.eps)
+        """Copies all weights of the layers once, before decoding."""
+        layers = tuple(_packed(text.layers, i) for i in range(text.config.num_hidden_layers))
+        return cls(layers, text.norm.weight[...], text.norm.eps)
+
+
+@jax.jit
+def _packed(layers: DecoderLayer, i: jax.Array) -> PackedLayer:
+    """Layer i of the stack: a small program that runs for each of them, rather than a large one for all."""
+    one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers)
+    return PackedLayer.of(one)
 
 
 def decode_step(
@@ -75,30 +83,30 @@ def decode_step(
     cos: jax.Array,
     sin: jax.Array,
     cache: Cache,
-    step: jax.Array,
+    slot: jax.Array,
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """The new token number `step` of each row goes through all layers, and into the cache.
+    """A new token of each row goes through all layers, and into a slot of the cache.
 
     Args:
         x: [B, H], the tokens' embeddings.
         cos: [B, D/2], of their positions; see `LanguageModel.rotary`.
         sin: as cos.
-        cache: with the slot of this step free. Updated in place where it is a loop's carry.
-        step: int, a scalar.
+        cache: filled up to the slot. Updated in place where it is a loop's carry.
+        slot: int, a scalar: where the token goes.
         implementation: of the operations, see pallas_kernels.
 
     Returns:
-        Normed hidden states [B, H], and the cache with the step's slot filled and open.
+        Normed hidden states [B, H], and the cache with the slot filled and open.
     """
-    slot = cache.prompt_length + step
     all_keys, all_values = [], []
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
         x, keys, values = _layer(layer, x, cos, sin, keys, values, cache.valid, slot, model.eps, implementation)
         all_keys.append(keys)
         all_values.append(values)
-    cache = dataclasses.replace(cache.open_slot(step), keys=tuple(all_keys), values=tuple(all_values))
+    cache = cache.open_slots(slot, jnp.ones((len(x), 1), jnp.int32))
+    cache = dataclasses.replace(cache, keys=tuple(all_keys), values=tuple(all_values))
     return pk.rms_norm(x, model.norm, eps=model.eps, implementation=implementation), cache
 
 
@@ -110,5 +118,5 @@ def _layer(layer: PackedLayer, x, cos, sin, keys, values, valid, slot, eps, impl
     qkv = qkv.reshape(len(x), -1, keys.shape[-1])
     out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, valid, slot, **run)
     x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **run)
-    h = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=eps, **run)
-    return pk.linear_add(h, layer.down, x, **run), keys, values
+    gate, up = jnp.split(pk.rms_norm(x, layer.mlp_norm, eps=eps, **run) @ layer.gate_up, 2, axis=-1)
+    return pk.linear_add(pk.swiglu(gate, up, **run), layer.down, x, **run), keys, values

@@ -15,6 +15,7 @@ from liger_jax.model.layers import Init
 from liger_jax.model.text import LanguageModel
 
 STEPS = 3
+SLOTS = 7  # filled by the prompt
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,12 @@ def by_layers(model, xs, positions, cache):
     layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.num_hidden_layers)]
     hidden = []
     for step, x in enumerate(xs):
-        cache, x = cache.open_slot(step), x[:, None]
+        slot, x = SLOTS + step, x[:, None]
+        cache = cache.open_slots(slot, jnp.ones((len(x), 1), jnp.int32))
         cos, sin = model.rotary(positions[..., None] + step)
         written = []
         for i, layer in enumerate(layers):
-            x, keys_values = layer(x, cos, sin, functools.partial(cache.attend, i, step))
+            x, keys_values = layer(x, cos, sin, functools.partial(cache.attend, i, slot))
             written.append(keys_values)
         keys, values = zip(*written, strict=True)
         cache = dataclasses.replace(cache, keys=keys, values=values)
@@ -58,7 +60,7 @@ def by_steps(implementation, model, xs, positions, cache):
     def step(cache, step_and_x):
         step, x = step_and_x
         cos, sin = model.rotary(positions[..., None] + step)
-        hidden, cache = decode_step(packed, x, cos[:, 0], sin[:, 0], cache, step, implementation=implementation)
+        hidden, cache = decode_step(packed, x, cos[:, 0], sin[:, 0], cache, SLOTS + step, implementation=implementation)
         return cache, hidden
 
     cache, hidden = jax.lax.scan(step, cache, (jnp.arange(STEPS), xs))
@@ -71,7 +73,7 @@ def test_steps_equal_the_layers(model, implementation, batch):
     rng = np.random.default_rng(2)
     xs = jnp.asarray(rng.normal(size=(STEPS, batch, model.config.hidden_size)), jnp.float32)
     positions = jnp.asarray(rng.integers(0, 30, (batch, 3)))
-    cache = prompt_cache(model.config, batch, 7)
+    cache = prompt_cache(model.config, batch, SLOTS)
     want = jax.jit(by_layers)(model, xs, positions, cache)
     got = jax.jit(functools.partial(by_steps, implementation))(model, xs, positions, cache)
     assert jax.tree.structure(got) == jax.tree.structure(want)

@@ -37,7 +37,6 @@ CALLS = {
     "decode_attention": (pk.decode_attention, (qkv, angles[:, 0], angles[:, 0], cache, cache, ones, 3)),
     "norm_linear": (pk.norm_linear, (x, vector, square, vector)),
     "linear_add": (pk.linear_add, (x, square, x)),
-    "norm_swiglu": (pk.norm_swiglu, (x, vector, square)),
 }
 
 
@@ -97,7 +96,6 @@ WRONG = {
     "kernel has shape": lambda: pk.norm_linear(x, vector, square[:7]),
     "norm_weight has shape": lambda: pk.norm_linear(x, vector[:7], square),
     "residual has shape (1, 8)": lambda: pk.linear_add(x, square, x[:1]),
-    "gate and as many of up": lambda: pk.norm_swiglu(x, vector, square[:, :7]),
     "x has 65 rows": lambda: pk.linear_add(random(65, 8), square, random(65, 8), implementation="interpret"),
     "keys has 4; expected N + 2 K": lambda: pk.decode_attention(
         qkv, *[angles[:, 0]] * 2, *[random(1, 6, 4, 8)] * 2, ones, 3
@@ -114,7 +112,7 @@ def test_wrong_arguments(message):
         WRONG[message]()
 
 
-@pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "linear_add", "norm_swiglu"])
+@pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "linear_add"])
 def test_no_gradient(name):
     """What is for generation says so, whatever the implementation."""
     function, (first, *others) = CALLS[name]
