@@ -41,7 +41,8 @@ def _cell(result: dict | None, *, names: bool = False) -> str:
         return "" if result is None else result["error"]
     how = [result["package"].removeprefix("transformers").replace(" + ", "")]
     how += ["checkpointing"] * (result.get("remat") == "full") + [f"{result.get('cache')} cache"] * ("cache" in result)
-    return CELLS[result["what"]](result) + (f" ({', '.join(filter(None, how))})" if names else "")
+    about = [*how] * names + [result.get("note", "")]
+    return CELLS[result["what"]](result) + (f" ({', '.join(filter(None, about))})" if any(about) else "")
 
 
 def _options(result: dict) -> str:
