@@ -5,6 +5,7 @@ A command imports what it needs.
 
 import dataclasses
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -135,6 +136,7 @@ def finetune(
     from liger_jax import Processor
     from liger_jax.data import read_conversations
     from liger_jax.finetune import finetune as run
+    from liger_jax.hub import local_folder
     from liger_jax.lora import TEXT_TARGETS, add_lora
     from liger_jax.mesh import make_mesh
     from liger_jax.optimizer import BASE, make_optimizer, warmup_cosine
@@ -188,6 +190,9 @@ def finetune(
     )
     if lora is not None:
         save_adapter(state.model, output / "adapter", base_model=model)
+    defaults = local_folder(model, ["generation_config.json"]) / "generation_config.json"
+    if defaults.is_file():  # how answers are made is not trained
+        shutil.copyfile(defaults, output / "generation_config.json")
     print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
 
 

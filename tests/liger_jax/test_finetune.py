@@ -303,6 +303,7 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     (tmp_path / "data.json").write_text(json.dumps(records))
     save_model(Qwen2VL.init(config, dtype="float32"), tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [1], "repetition_penalty": 1.1}')
     arguments = [
         "finetune",
         *(str(tmp_path / name) for name in ("model", "data.json")),
@@ -319,6 +320,7 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     assert "step 2 of 2" in capsys.readouterr().out
     assert "held_out_loss" in (tmp_path / "out/metrics.jsonl").read_text()
     assert all(line["token_utilisation"] > 0.5 for line in lines(tmp_path / "out"))
+    assert "repetition_penalty" in (tmp_path / "out/generation_config.json").read_text()
     before, after = (param_paths(load_model(tmp_path / name, dtype="bfloat16")) for name in ("model", "out"))
     assert (before["visual/patch_embed/kernel"] == after["visual/patch_embed/kernel"]).all()
     assert (before["visual/merger/fc1/kernel"] != after["visual/merger/fc1/kernel"]).any()
