@@ -7,15 +7,18 @@ python -m liger_jax.bench.peer_model generate FOLDER 1 16 --cache static
 
 import argparse
 import json
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
 from liger_jax.bench import work
+
+try:
+    import torch
+    import transformers
+except ModuleNotFoundError:  # the module can be imported without, to read what it has
+    torch = None
 
 GIB = 2**30
 TEXT = {
@@ -32,7 +35,7 @@ def write(size: str, directory: str) -> None:
     """A Qwen2-VL of real size with random weights, in sharded safetensors."""
     text, tied = TEXT[size], size == "2b"
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    config = Qwen2VLConfig(
+    config = transformers.Qwen2VLConfig(
         text_config=dict(
             **text,
             num_hidden_layers=28,
@@ -52,12 +55,13 @@ def write(size: str, directory: str) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2VLForConditionalGeneration._from_config(config)
-    model.generation_config = GenerationConfig(eos_token_id=[151645, 151643], pad_token_id=151643)
+        model = transformers.Qwen2VLForConditionalGeneration._from_config(config)
+    ends = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
+    model.generation_config = transformers.GenerationConfig(**ends)
     model.save_pretrained(directory, max_shard_size="4GB")
 
 
-def inputs(config: dict, rows: int) -> dict[str, torch.Tensor]:
+def inputs(config: dict, rows: int) -> dict:
     arrays = {name: torch.from_numpy(value).cuda() for name, value in work.rows(config, rows).items()}
     arrays["pixel_values"] = arrays["pixel_values"].bfloat16()
     arrays["mm_token_type_ids"] = (arrays["input_ids"] == config["image_token_id"]).int()
@@ -87,7 +91,6 @@ def train(model, arrays) -> dict:
     }
 
 
-@torch.no_grad()
 def generate(model, arrays, cache: str) -> dict:
     model.eval()
     arrays = {name: value for name, value in arrays.items() if name != "labels"}
@@ -95,7 +98,8 @@ def generate(model, arrays, cache: str) -> dict:
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
-        model.generate(**arrays, **options, max_new_tokens=count, min_new_tokens=count)
+        with torch.no_grad():
+            model.generate(**arrays, **options, max_new_tokens=count, min_new_tokens=count)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
@@ -119,6 +123,8 @@ def main() -> None:
         command.add_argument("--checkpointing", action="store_true", help="layers are computed again, in training")
         command.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
     args = parser.parse_args()
+    if torch is None:
+        sys.exit("liger_jax.bench.peer_model: torch is not installed")
     if args.what == "write":
         return write(args.size, args.checkpoint)
 
@@ -137,7 +143,8 @@ def main() -> None:
         "what": args.what,
     }
     options = {"remat": "full" if args.checkpointing else "none"} if args.what == "train" else {"cache": args.cache}
-    model = Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, dtype=torch.bfloat16, device_map="cuda")
+    loaded = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, **loaded)
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for rows in args.rows:
