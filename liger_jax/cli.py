@@ -87,6 +87,7 @@ def finetune(
     max_pixels: int | None = None,
     accumulate: int = 1,
     remat: Literal["auto", "none", "dots", "attention", "full"] = "auto",
+    unroll: bool = False,
     save_every: int = 500,
     keep: int = 3,
     workers: int | None = None,
@@ -124,6 +125,7 @@ def finetune(
         max_pixels: largest number of pixels of a picture; by default the model's.
         accumulate: parts that a batch is computed in, one after the other.
         remat: what the backward pass computes again; auto takes the fastest that fits the memory.
+        unroll: a faster step for a longer compilation.
         save_every: steps between checkpoints.
         keep: checkpoints that stay.
         workers: processes that read pictures; by default some, where there are cores for them.
@@ -183,6 +185,7 @@ def finetune(
         on_error=on_error,
         remat=remat,
         accumulate=accumulate,
+        unroll=unroll,
         save_every=save_every,
         keep=keep,
         workers=workers,

@@ -52,6 +52,7 @@ def finetune(
     on_error: OnError = "raise",
     remat: str = "auto",
     accumulate: int = 1,
+    unroll: bool = False,
     save_every: int = 500,
     keep: int | None = 3,
     asynchronous: bool = True,
@@ -79,7 +80,7 @@ def finetune(
         max_new_tokens: longest of these answers.
         seed: of the order of the data.
         length, patches, pack_length, group_by_length, on_error: shapes of the batches, see `make_dataset`.
-        remat, accumulate: see `make_train_step`.
+        remat, accumulate, unroll: see `make_train_step`.
         save_every, keep: steps between checkpoints; how many of them stay.
         asynchronous: write checkpoints while training goes on; takes memory for the whole state on the host.
         workers: see `load_batches`.
@@ -155,7 +156,7 @@ def finetune(
 
     batches = load_batches(dataset, range(start, steps), workers=workers)
     with checkpoint_manager(output, keep=keep, asynchronous=asynchronous) as manager, _sigterm() as stop:
-        how = {"remat": remat, "accumulate": accumulate, "frozen": frozen, "progress": progress}
+        how = {"remat": remat, "accumulate": accumulate, "unroll": unroll, "frozen": frozen, "progress": progress}
         after = {"save": (manager, save_every), "stop": stop, "measure": measure if unseen else None}
         tensorboard = output / TENSORBOARD
         state, _ = fit(state, batches, output / METRICS, steps=steps, tensorboard=tensorboard, **after, **how)
@@ -170,6 +171,7 @@ def fit(
     steps: int,
     remat: str = "auto",
     accumulate: int = 1,
+    unroll: bool = False,
     save: "tuple[CheckpointManager, int] | None" = None,
     stop: Callable[[], bool] = lambda: False,
     measure: Callable[[Qwen2VL, int], dict[str, float]] | None = None,
@@ -183,7 +185,7 @@ def fit(
     `save` is where to save and every how many steps; it also happens at the end, and when `stop` says so. What `measure`
     finds of the model that is saved is a line of its own.
     """
-    step_fn = make_train_step(remat=remat, accumulate=accumulate)
+    step_fn = make_train_step(remat=remat, accumulate=accumulate, unroll=unroll)
     config, devices = state.model.config, sorted(state.step.devices(), key=lambda device: device.id)
     adapted = adapted_parts(state.model)
     done = int(state.step)

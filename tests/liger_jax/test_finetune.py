@@ -312,7 +312,7 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     ]
     options = (
         f"--steps 2 --batch-size 2 --freeze vision --skip-broken --held-out {tmp_path / 'data.json'} --pack 96 "
-        "--dtype bfloat16 --master-weights --workers 0 --remat none --fsdp 2"
+        "--dtype bfloat16 --master-weights --workers 0 --remat none --unroll --fsdp 2"
     )
     monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
     with pytest.warns(UserWarning, match="left out 1 of 8 records"):
