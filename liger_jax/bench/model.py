@@ -26,7 +26,7 @@ import optax
 
 from liger_jax import Batch, Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
 from liger_jax.bench import work
-from liger_jax.bench.ops import first_line, versions_of
+from liger_jax.bench.ops import device_kind, first_line, versions_of
 from liger_jax.mesh import mesh_of, put_batch
 
 GIB = 2**30
@@ -186,7 +186,7 @@ def run(
         losses = {}
         if checkpoint and peers:  # first, as long as JAX has not yet taken the GPU's memory
             losses = _run_peers(what, checkpoint, rows, file)
-        common["device"] = jax.local_devices()[0].device_kind
+        common["device"] = device_kind()
         mesh = jax.make_mesh((fsdp,), ("fsdp",)) if fsdp else None
         if checkpoint:
             model, result = load(checkpoint, from_hf, mesh)

@@ -310,7 +310,7 @@ def device_kind() -> str:
     try:
         return jax.devices("gpu")[0].device_kind
     except RuntimeError as error:
-        raise ValueError("bench ops: no GPU found; kernel times exist on NVIDIA GPUs only") from error
+        raise ValueError("bench: no GPU found; it measures NVIDIA GPUs") from error
 
 
 def _run_peers(chosen: Sequence[Case], directory: Path) -> None:

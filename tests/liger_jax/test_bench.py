@@ -158,6 +158,9 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(monkeypatch, tmp_pa
 def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="no GPU found"):
         command(monkeypatch, "--no-peers", "--results", tmp_path)
+    with pytest.raises(ValueError, match="no GPU found"):
+        model.run("train", "2b", [4], tmp_path, from_hf=None, peers=False)
+    assert not list(tmp_path.iterdir())
 
 
 def measured(forward, both, error=1e-3, **more):
@@ -204,7 +207,7 @@ def test_a_model_is_measured_and_kept_by_case(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(work, "rows", small_rows)
     for name, value in {"NEW_TOKENS": 3, "WARM": 1, "TIMED": 2}.items():
         monkeypatch.setattr(work, name, value)
-    monkeypatch.setattr(ops, "versions_of", lambda names: {})
+    monkeypatch.setattr(model, "device_kind", lambda: "Pretended GPU")
     common = {"directory": tmp_path, "from_hf": None, "peers": False}
     file = model.run("train", "2b", [1], **common, remat="dots", profile=True)
     work.keep(file, json.loads(file.read_text())[0])
