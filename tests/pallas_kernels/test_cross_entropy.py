@@ -125,11 +125,12 @@ def test_residuals():
 def test_meshes(kind):
     """Rows sharded, with class weights, under vmap: the numbers of one device."""
     logits, labels, _ = data(8, 12)
-    options = filled(OPTIONS["all"], 8, 12)
-    run = jax.value_and_grad(lambda x, y: pk.cross_entropy(x, y, **{**options, "token_weights": None}))
+    options = filled(OPTIONS["all"], 8, 12) | {"token_weights": None}
+    weights = options.pop("class_weights")
+    run = jax.value_and_grad(lambda x, y, w: pk.cross_entropy(x, y, class_weights=w, **options))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices("cpu")[:4])
-    want = jax.jit(run)(logits, labels)
+    want = jax.jit(run)(logits, labels, weights)
     with jax.set_mesh(mesh):
-        got = jax.jit(run)(*jax.device_put((logits, labels), NamedSharding(mesh, P("data"))))
+        got = jax.jit(run)(*jax.device_put((logits, labels), NamedSharding(mesh, P("data"))), weights)
     assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
     assert np.max(np.abs(np.asarray(got[1]) - np.asarray(want[1]))) < 1e-6
