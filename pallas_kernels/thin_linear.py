@@ -24,7 +24,7 @@ from pallas_kernels.rms_norm import rms_norm
 FEW_ROWS = 16  # None takes the kernels up to here: the rows that one instruction of the tensor cores takes anyway
 MOST_ROWS = 64  # that one program can hold
 # Bytes of a weight up to which they do. On an H200 1536 x 1536 took 6.8 us, against 9.9 by XLA; 8960 x 1536 took 12 to 14,
-# and 9.7 by XLA, which comes near memory's rate there.
+# and 9.7 by XLA, which comes near memory's rate there. (XLA's times are from another run than the kernels'.)
 LARGEST_WEIGHT = 16 * 2**20
 BLOCKS = Blocks(rows=128, columns=32, num_warps=4, loads=6)  # of the weight: a turn's, and turns under way
 
