@@ -240,7 +240,7 @@ def split_layers(model: Qwen2VL) -> list[DecoderLayer]:
 def weights_of(model: Qwen2VL) -> PackedModel | list[DecoderLayer]:
     """What `decode` reads at each step: packed, but for a mesh, where layers keep their sharding, and for LoRA."""
     if mesh_of(model) is None and lora_of(model) is None:
-        return PackedModel.of(model.language_model)
+        return PackedModel.of(model.language_model, model.head)
     return split_layers(model)
 
 
@@ -269,7 +269,7 @@ def decode(
         x = model.language_model.embed_tokens.weight[progress.token]
         if isinstance(weights, PackedModel):
             cos, sin = (table[:, 0] for table in model.language_model.rotary(progress.position[..., None]))
-            hidden, cache = decode_step(weights, x, cos, sin, cache, progress.slot)
+            logits, cache = decode_step(weights, x, cos, sin, cache, progress.slot)
         else:
             cache = cache.open_slots(progress.slot, jnp.ones((len(x), 1), jnp.int32))
 
@@ -277,9 +277,9 @@ def decode(
                 return cache.attend(i, progress.slot, q, k, v)
 
             hidden, keys, values = _through(model, weights, x[:, None], progress.position[..., None], attend)
-            hidden, cache = hidden[:, 0], dataclasses.replace(cache, keys=keys, values=values)
+            logits, cache = model.logits(hidden[:, 0]), dataclasses.replace(cache, keys=keys, values=values)
         progress = dataclasses.replace(progress, position=progress.position + 1, slot=progress.slot + 1)
-        return cache, _choose(model.logits(hidden).astype(jnp.float32), progress, sampling)
+        return cache, _choose(logits.astype(jnp.float32), progress, sampling)
 
     progress = dataclasses.replace(progress, done=progress.done | stopped)
     cache, progress = jax.lax.while_loop(unfinished, one_token, (cache, progress))

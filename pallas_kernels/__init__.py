@@ -14,7 +14,7 @@ from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope import mrope, rope
-from pallas_kernels.thin_linear import linear_add, norm_linear
+from pallas_kernels.thin_linear import linear_add, norm_linear, norm_swiglu
 
 __all__ = [
     "Segments",
@@ -29,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "mrope",
     "norm_linear",
+    "norm_swiglu",
     "quick_gelu",
     "rms_norm",
     "rope",

@@ -91,12 +91,12 @@ def _index(index: tuple) -> tuple:
     return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
 
 
-def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False, tf32: bool = False) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
     """a [M, K] @ b [K, N], or b [N, K] if `transposed`; summed in float32. Every size is 16 at least.
 
-    float32 operands are multiplied exactly, or by the tensor cores with ten bits each if `tf32`.
+    float32 operands are multiplied exactly.
     """
-    exact = a.dtype in (jnp.float32, jnp.float64) and not tf32
+    exact = a.dtype in (jnp.float32, jnp.float64)
     return jax.lax.dot_general(
         a,
         b,

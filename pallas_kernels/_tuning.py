@@ -21,7 +21,7 @@ class Blocks:
     num_warps: int
     programs: int = 0  # that take turns with the blocks of rows; 0: one for each
     columns: int = 0  # of one block, in kernels that do not hold rows at full width
-    loads: int = 1  # turns of a loop around a matrix product whose loads are under way at once
+    loads: int = 1  # turns of a loop around a product whose loads are under way at once
 
 
 def blocks(op: str, *, rows: int, width: int) -> Blocks:
@@ -44,14 +44,17 @@ def rule(op: str, *, width: int) -> Blocks:
         num_warps=num_warps,
         programs=264 if op.endswith("norm_backward") else 0,
         columns=columns if _family(op) in COLUMNS else 0,
+        loads=LOADS.get(_family(op), 1),
     )
 
 
 # A block has so many numbers, and at most so many columns where rows are not held at full width.
-NUMBERS = {"norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
-COLUMNS = {"gate": 1024, "cross_entropy": 4096}
+NUMBERS = {"one_row": 512, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
+COLUMNS = {"one_row": 512, "gate": 1024, "cross_entropy": 4096}
+LOADS = {"one_row": 3}
 # What the tuner tries.
 CHOICES = {
+    "one_row": {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4), "columns": (512, 1024), "loads": (1, 2, 3)},
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
     "gate": {"rows": (1, 2, 4), "num_warps": (4, 8), "columns": (512, 1024, 2048)},
     "rope": {"rows": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},

@@ -1,12 +1,12 @@
-"""Linear layers of a handful of rows with a small weight, as one step of generation has them between its large ones.
+"""Linear layers of a handful of rows, as one step of generation has them: what stands beside the product in the same pass.
 
-What stands beside the product is done in the same pass: the norm before it, the bias or the residual after it. A product so
-small ends before memory has come up to speed, so a launch saved is most of what there is to gain. Forward only: there is no
-gradient.
+At a single row a product is as long as its weight takes to be read, and the small ones end before memory has come up to
+speed: a launch saved is most of what there is to gain. Weights are [out, in], so that what is summed lies together. Forward
+only: there is no gradient.
 
 The norm costs no pass of its own. With x_hat = x / rms(x) * norm_weight, a factor of the row may wait until the end:
 
-    x_hat @ kernel = (x * norm_weight) @ kernel / rms(x)
+    weight @ x_hat = weight @ (x * norm_weight) / rms(x)
 
 so the squares are summed while the weight flows by.
 """
@@ -17,44 +17,44 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _lowering, _sharding, _validate
+from pallas_kernels import _lowering, _sharding, _tuning, _validate
 from pallas_kernels._tuning import Blocks
+from pallas_kernels.gated import swiglu
 from pallas_kernels.rms_norm import rms_norm
 
 FEW_ROWS = 16  # None takes the kernels up to here: the rows that one instruction of the tensor cores takes anyway
-MOST_ROWS = 64  # that one program can hold
-# Bytes of a weight up to which they do. On an H200 1536 x 1536 took 6.8 us, against 9.9 by XLA; 8960 x 1536 took 12 to 14,
-# and 9.7 by XLA, which comes near memory's rate there. (XLA's times are from another run than the kernels'.)
-LARGEST_WEIGHT = 16 * 2**20
-BLOCKS = Blocks(rows=128, columns=32, num_warps=4, loads=6)  # of the weight: a turn's, and turns under way
+MOST_ROWS = 64  # that one program of the tensor cores' kernel can hold
+LARGEST_WEIGHT = 16 * 2**20  # bytes, up to which None takes that kernel: XLA comes near memory's rate beyond
+SOME_ROWS = Blocks(rows=32, columns=256, num_warps=4, loads=4)  # outputs; depth of a turn, and turns under way
 
 
 def norm_linear(
     x: jax.Array,
     norm_weight: jax.Array,
-    kernel: jax.Array,
+    weight: jax.Array,
     bias: jax.Array | None = None,
     *,
     eps: float = 1e-6,
     implementation: str | None = None,
 ) -> jax.Array:
-    """rms_norm(x, norm_weight) @ kernel + bias, in one pass over the kernel.
+    """rms_norm(x, norm_weight) @ weight.T + bias, for one row in a single pass over the weight.
 
     Args:
-        x: [B, H], float; B is the number of rows, at most 64 for the Pallas kernel.
+        x: [B, H], float; B is the number of rows, at most 64 for the Pallas kernels.
         norm_weight: [H], x's dtype.
-        kernel: [H, O], x's dtype.
+        weight: [O, H], x's dtype.
         bias: [O], x's dtype, or None.
         eps: added to the mean square.
-        implementation: None, "triton", "xla" or "interpret". None is the Pallas kernel for up to 16 rows and 16 MiB of
-            `kernel` on an NVIDIA GPU, if there is no mesh of several devices; else XLA's, which the partitioner sees into.
+        implementation: None, "triton", "xla" or "interpret". None is a Pallas kernel on an NVIDIA GPU for a single row, and
+            for up to 16 rows and 16 MiB of `weight`, if there is no mesh of several devices; else XLA's product, which the
+            partitioner sees into.
 
     Returns:
-        [B, O] in x's dtype. Sums are float32. The Pallas kernel rounds x * norm_weight to x's dtype, and the result; XLA's
-        rounds the normed x, the product and the result. No gradient.
+        [B, O] in x's dtype. Sums are float32. The kernel for one row rounds nothing but the result; the others round the
+        normed x, the product and the result. No gradient.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or the Pallas kernel asked for by name at more than 64 rows.
+        ValueError: a shape or dtype that does not fit, or a Pallas kernel asked for by name at more than 64 rows.
         NotImplementedError: when it is differentiated.
 
     Example:
@@ -63,25 +63,44 @@ def norm_linear(
         >>> norm_linear(jnp.array([[3.0, -3.0]]), jnp.ones(2), jnp.eye(2), jnp.ones(2)).round(3).tolist()
         [[2.0, 0.0]]
     """
-    arrays = {"x": x, "norm_weight": norm_weight, "kernel": kernel} | ({} if bias is None else {"bias": bias})
+    arrays = {"x": x, "norm_weight": norm_weight, "weight": weight} | ({} if bias is None else {"bias": bias})
     return _checked_and_run("norm_linear", float(eps), implementation, **arrays)
 
 
-def linear_add(x: jax.Array, kernel: jax.Array, residual: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """residual + x @ kernel, in one pass over the kernel.
+def norm_swiglu(
+    x: jax.Array, norm_weight: jax.Array, weight: jax.Array, *, eps: float = 1e-6, implementation: str | None = None
+) -> jax.Array:
+    """silu(x_hat @ weight[0].T) * (x_hat @ weight[1].T) with x_hat = rms_norm(x, norm_weight).
 
     Args:
-        x: [B, I], float; B is the number of rows, at most 64 for the Pallas kernel.
-        kernel: [I, O], x's dtype.
-        residual: [B, O], x's dtype.
-        implementation: as in `norm_linear`.
+        x: [B, H], float.
+        norm_weight: [H], x's dtype.
+        weight: [2, I, H], x's dtype: of the gate, and of what it gates.
+        eps, implementation: as in `norm_linear`, which says what is returned and raised, too.
 
     Returns:
-        [B, O] in x's dtype. Sums are float32; the Pallas kernel rounds the result only, XLA's the product too. No gradient.
+        [B, I] in x's dtype.
 
-    Raises:
-        ValueError: a shape or dtype that does not fit, or the Pallas kernel asked for by name at more than 64 rows.
-        NotImplementedError: when it is differentiated.
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels import norm_swiglu
+        >>> norm_swiglu(jnp.ones((1, 2)), jnp.ones(2), jnp.array([[[50.0, 50.0]], [[0.5, 0.5]]])).round(2).tolist()
+        [[100.0]]
+    """
+    return _checked_and_run("norm_swiglu", float(eps), implementation, x=x, norm_weight=norm_weight, weight=weight)
+
+
+def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    """residual + x @ weight.T, in one pass over the weight.
+
+    Args:
+        x: [B, I], float.
+        weight: [O, I], x's dtype.
+        residual: [B, O], x's dtype.
+        implementation: as in `norm_linear`, which says what is raised, too.
+
+    Returns:
+        [B, O] in x's dtype. Sums are float32; the Pallas kernels round the result only, XLA's the product too.
 
     Example:
         >>> import jax.numpy as jnp
@@ -89,7 +108,7 @@ def linear_add(x: jax.Array, kernel: jax.Array, residual: jax.Array, *, implemen
         >>> linear_add(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.ones((1, 2))).tolist()
         [[2.0, 3.0]]
     """
-    return _checked_and_run("linear_add", None, implementation, x=x, kernel=kernel, residual=residual)
+    return _checked_and_run("linear_add", None, implementation, x=x, weight=weight, residual=residual)
 
 
 class Static(NamedTuple):
@@ -100,30 +119,42 @@ class Static(NamedTuple):
     eps: float | None
     implementation: str | None
 
+    @property
+    def parts(self) -> int:
+        """Products with the same x: two where one gates the other."""
+        return 2 if self.op == "norm_swiglu" else 1
+
 
 def _checked_and_run(op: str, eps: float | None, implementation: str | None, **arrays: jax.Array) -> jax.Array:
     _validate.known_implementation(op, implementation)
     _validate.floating(op, **arrays)
     _validate.same_dtype(op, **arrays)
-    x, kernel = arrays["x"], arrays["kernel"]
-    if x.ndim != 2 or kernel.ndim != 2:
-        raise ValueError(f"{op}: x has shape {x.shape}, kernel {kernel.shape}; expected [B, H] and [H, O]")
-    (rows, depth), width = x.shape, kernel.shape[1]
-    expected = {"kernel": (depth, width), "norm_weight": (depth,), "bias": (width,), "residual": (rows, width)}
+    x, weight, static = arrays["x"], arrays["weight"], Static(op, tuple(arrays), eps, implementation)
+    leading = () if static.parts == 1 else (static.parts,)
+    if x.ndim != 2 or weight.ndim != 2 + len(leading):
+        wanted = ", ".join([*map(str, leading), "O", "H"])
+        raise ValueError(f"{op}: x has shape {x.shape}, weight {weight.shape}; expected [B, H] and [{wanted}]")
+    (rows, depth), width = x.shape, weight.shape[-2]
+    expected = {
+        "weight": (*leading, width, depth),
+        "norm_weight": (depth,),
+        "bias": (width,),
+        "residual": (rows, width),
+    }
     for name in arrays.keys() & expected.keys():
         _validate.shape(op, name, arrays[name].shape, expected[name])
-    static = Static(op, tuple(arrays), eps, implementation)
     if rows > MOST_ROWS and implementation in ("triton", "interpret"):
         raise ValueError(f"{op}: x has {rows} rows; the {implementation!r} implementation takes {MOST_ROWS}")
-    small = kernel.nbytes <= LARGEST_WEIGHT and takes_kernels(rows, *arrays.values())
-    if not x.size or not kernel.size or (implementation is None and not small):
-        static = static._replace(implementation="xla")
-    local = _lowering.either(thin_kernel, thin_xla)
+    fits = takes_kernels(rows, *arrays.values()) and (rows == 1 or weight.nbytes <= LARGEST_WEIGHT)
+    if not x.size or not weight.size or (implementation is None and not fits):
+        local = thin_xla
+    else:
+        local = _lowering.either(thin_kernel, thin_xla)
     return _lowering.forward_only(op, local)(static, *arrays.values())
 
 
 def takes_kernels(rows: int, *arrays: jax.Array) -> bool:
-    """Whether None is the Pallas kernel on a GPU: few rows, and no mesh of several devices, which would gather them."""
+    """Whether None is a Pallas kernel on a GPU: few rows, and no mesh of several devices, which would gather them."""
     return rows <= FEW_ROWS and _sharding.devices_of(*arrays) <= 1
 
 
@@ -133,63 +164,112 @@ def takes_kernels(rows: int, *arrays: jax.Array) -> bool:
 def thin_xla(static: Static, *arrays: jax.Array) -> jax.Array:
     """As a model writes it: norm, product, and what follows."""
     given = dict(zip(static.names, arrays, strict=True))
-    x = given["x"]
+    x, weight = given["x"], given["weight"]
     if static.eps is not None:
-        x = rms_norm(x, given["norm_weight"], eps=static.eps, implementation="xla")
-    return x @ given["kernel"] + given.get("bias", given.get("residual", 0))
+        x = rms_norm(x, given["norm_weight"], eps=static.eps, implementation=static.implementation)
+    out = x @ weight.reshape(-1, weight.shape[-1]).T
+    if static.parts == 2:
+        return swiglu(*jnp.split(out, 2, axis=-1), implementation=static.implementation)
+    return out + given.get("bias", given.get("residual", 0))
 
 
-# ---- kernel: one program takes some columns over all of the depth ------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _thin(*refs, static: Static, rows: int, depth: int, width: int, blocks: Blocks):
-    """Grid (tiles of columns,). Products by the tensor cores, for 16 rows or a larger power of two."""
-    ref = dict(zip((*static.names, "out"), refs, strict=True))
-    dtype, wide, normed = ref["x"].dtype, _validate.wide(ref["x"].dtype), static.eps is not None
-    height = max(16, _lowering.next_power_of_2(rows))
-    some_rows, in_rows = _lowering.overhanging(0, height), jnp.arange(height) < rows
-    first = _lowering.program_id(0) * blocks.columns
-    columns, in_columns = _lowering.span(first, blocks.columns), first + jnp.arange(blocks.columns) < width
-    # x * norm_weight may be larger than any float16: those go as float32, of which the tensor cores take ten bits
-    tf32 = normed and dtype == jnp.float16
-
-    def step(turn, state):
-        product, squares = state
-        first = turn * blocks.rows
-        some, inside = _lowering.span(first, blocks.rows), first + jnp.arange(blocks.rows) < depth
-        x = _lowering.load(ref["x"], (some_rows, some), in_rows[:, None] & inside[None, :])
-        if normed:
-            x = x.astype(wide)
-            squares = squares + x * x
-            x = x * _lowering.load(ref["norm_weight"], (some,), inside, wide)[None, :]
-            x = x if tf32 else x.astype(dtype)
-        mask = inside[:, None] & in_columns[None, :]
-        weight = _lowering.load(ref["kernel"], (some, columns), mask, wide if tf32 else None)
-        return product + _lowering.dot(x, weight, tf32=tf32), squares
-
-    zeros = jnp.zeros((height, blocks.columns), wide), jnp.zeros((height, blocks.rows) if normed else (), wide)
-    out, squares = jax.lax.fori_loop(0, _lowering.cdiv(depth, blocks.rows), step, zeros)
-    if normed:
-        out = out * jax.lax.rsqrt(jnp.sum(squares, axis=1) / depth + static.eps)[:, None]
-    if "bias" in ref:
-        out = out + _lowering.load(ref["bias"], (columns,), in_columns, wide)[None, :]
-    inside = in_rows[:, None] & in_columns[None, :]
-    if "residual" in ref:
-        out = out + _lowering.load(ref["residual"], (some_rows, columns), inside, wide)
-    _lowering.store(ref["out"], (some_rows, columns), out, inside)
-
-
-def thin_kernel(static: Static, *arrays: jax.Array, interpret: bool) -> jax.Array:
-    """As thin_xla."""
+def thin_kernel(static: Static, *arrays: jax.Array, interpret: bool, blocks: Blocks | None = None) -> jax.Array:
+    """As thin_xla: for one row all in one kernel, for several the product with the sum behind it."""
     given = dict(zip(static.names, arrays, strict=True))
-    x, (depth, width) = given["x"], given["kernel"].shape
+    if len(given["x"]) == 1:
+        return _launch(
+            _one_row, blocks or _blocks_of_one_row(static, *given["weight"].shape[-2:]), static, given, interpret
+        )
+    implementation = "interpret" if interpret else "triton"
+    weight = given["weight"]
+    given["weight"] = weight.reshape(-1, weight.shape[-1])
+    if static.eps is not None:
+        given["x"] = rms_norm(given["x"], given.pop("norm_weight"), eps=static.eps, implementation=implementation)
+    out = _launch(_some_rows, blocks or SOME_ROWS, Static("linear_add", tuple(given), None, None), given, interpret)
+    return out if static.parts == 1 else swiglu(*jnp.split(out, 2, axis=-1), implementation=implementation)
+
+
+def _blocks_of_one_row(static: Static, width: int, depth: int) -> Blocks:
+    """Of outputs, and of the depth: what is summed takes the place of a row's width."""
+    return _tuning.blocks("one_row" if static.parts == 1 else "one_row_gated", rows=width, width=depth)
+
+
+def _launch(kernel, blocks: Blocks, static: Static, given: dict[str, jax.Array], interpret: bool) -> jax.Array:
+    x, (width, depth) = given["x"], given["weight"].shape[-2:]
     (out,) = _lowering.launch(
-        functools.partial(_thin, static=static, rows=len(x), depth=depth, width=width, blocks=BLOCKS),
-        arrays,
+        functools.partial(kernel, static=static, rows=len(x), depth=depth, width=width, blocks=blocks),
+        list(given.values()),
         [((len(x), width), x.dtype)],
-        grid=(_lowering.cdiv(width, BLOCKS.columns),),
-        num_warps=BLOCKS.num_warps,
-        num_stages=BLOCKS.loads,
+        grid=(_lowering.cdiv(width, blocks.rows),),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.loads,
         interpret=interpret,
     )
     return out
+
+
+def _one_row(*refs, static: Static, rows: int, depth: int, width: int, blocks: Blocks):
+    """Grid (tiles of outputs,). One program sums some outputs over all of the depth, number by number."""
+    ref = dict(zip((*static.names, "out"), refs, strict=True))
+    wide, normed = _validate.wide(ref["x"].dtype), static.eps is not None
+    first = _lowering.program_id(0) * blocks.rows
+    outputs, in_outputs = _lowering.span(first, blocks.rows), first + jnp.arange(blocks.rows) < width
+    parts = [()] if static.parts == 1 else [(i,) for i in range(static.parts)]
+
+    def load(turn):
+        first = turn * blocks.columns
+        some, inside = _lowering.span(first, blocks.columns), first + jnp.arange(blocks.columns) < depth
+        mask = in_outputs[:, None] & inside[None, :]
+        return some, inside, [_lowering.load(ref["weight"], (*part, outputs, some), mask) for part in parts]
+
+    def step(turn, state):
+        sums, squares = state
+        for some, inside, weights in [load(turn * blocks.loads + i) for i in range(blocks.loads)]:
+            x = _lowering.load(ref["x"], (0, some), inside, wide)
+            if normed:
+                squares = squares + x * x
+                x = x * _lowering.load(ref["norm_weight"], (some,), inside, wide)
+            sums = [total + weight.astype(wide) * x[None, :] for total, weight in zip(sums, weights, strict=True)]
+        return sums, squares
+
+    zeros = [jnp.zeros((blocks.rows, blocks.columns), wide) for _ in parts], jnp.zeros(blocks.columns, wide)
+    turns = _lowering.cdiv(depth, blocks.columns * blocks.loads)
+    sums, squares = jax.lax.fori_loop(0, turns, step, zeros)
+    out = [jnp.sum(total, axis=1) for total in sums]
+    if normed:
+        factor = jax.lax.rsqrt(jnp.sum(squares) / depth + static.eps)
+        out = [value * factor for value in out]
+    out = out[0] if static.parts == 1 else out[0] * jax.nn.sigmoid(out[0]) * out[1]
+    if "bias" in ref:
+        out = out + _lowering.load(ref["bias"], (outputs,), in_outputs, wide)
+    if "residual" in ref:
+        out = out + _lowering.load(ref["residual"], (0, outputs), in_outputs, wide)
+    _lowering.store(ref["out"], (0, outputs), out, in_outputs)
+
+
+def _some_rows(*refs, static: Static, rows: int, depth: int, width: int, blocks: Blocks):
+    """Grid (tiles of outputs,). Products by the tensor cores, for 16 rows or a larger power of two."""
+    ref = dict(zip((*static.names, "out"), refs, strict=True))
+    wide, height = _validate.wide(ref["x"].dtype), max(16, _lowering.next_power_of_2(rows))
+    every, in_rows = _lowering.overhanging(0, height), jnp.arange(height) < rows
+    first = _lowering.program_id(0) * blocks.rows
+    outputs, in_outputs = _lowering.span(first, blocks.rows), first + jnp.arange(blocks.rows) < width
+
+    def step(turn, product):
+        first = turn * blocks.columns
+        some, inside = _lowering.span(first, blocks.columns), first + jnp.arange(blocks.columns) < depth
+        x = _lowering.load(ref["x"], (every, some), in_rows[:, None] & inside[None, :])
+        weight = _lowering.load(ref["weight"], (outputs, some), in_outputs[:, None] & inside[None, :])
+        return product + _lowering.dot(x, weight, transposed=True)
+
+    zeros = jnp.zeros((height, blocks.rows), wide)
+    out = jax.lax.fori_loop(0, _lowering.cdiv(depth, blocks.columns), step, zeros)
+    if "bias" in ref:
+        out = out + _lowering.load(ref["bias"], (outputs,), in_outputs, wide)[None, :]
+    inside = in_rows[:, None] & in_outputs[None, :]
+    if "residual" in ref:
+        out = out + _lowering.load(ref["residual"], (every, outputs), inside, wide)
+    _lowering.store(ref["out"], (every, outputs), out, inside)

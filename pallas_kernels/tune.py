@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,13 +19,14 @@ import jax.numpy as jnp
 from pallas_kernels import _token_loss, _token_loss_kernel, _tuning, shapes
 
 REPEATS = 5
+PAST_ALL_CACHES = 200_000_000  # bytes
 ROWS = (2048, 8192, 32_768)
 TEXT, VISION = shapes.TEXT.values(), shapes.VISION
 
 # the modules: the package exports functions of the same names
-_rms, _add, _layer, _gated, _rope = (
+_rms, _add, _layer, _gated, _rope, _thin = (
     importlib.import_module(f"pallas_kernels.{name}")
-    for name in ("rms_norm", "add_rms_norm", "layer_norm", "gated", "rope")
+    for name in ("rms_norm", "add_rms_norm", "layer_norm", "gated", "rope", "thin_linear")
 )
 _RMS = _rms.Static(eps=1e-6, offset=0.0, casting="llama", implementation="triton")
 _LAYER, _SILU = _layer._Static(1e-6, "triton"), _gated._Static("silu", "triton")
@@ -35,7 +37,8 @@ class Kernel:
     """A kernel, the shapes (rows, width) to tune it for, and its operands as letters.
 
     x: rows [1, R, W]; w: a weight [1, W]; r: a float32 a row [1, R]; q: heads [1, R, 16, W]; t: angles [1, R, W/2];
-    l: logits [1, R, W]; i: labels [1, R].
+    l: logits [1, R, W]; i: labels [1, R]. For the one row of a step of generation, W is the depth of a product: v: [1, W];
+    n: a norm's weight [W]; m: several weights [R, W], and g: [2, R, W], so many that no cache holds them, for a call each.
     """
 
     run: Callable
@@ -47,11 +50,30 @@ def _logits(logits, labels, lse=None, cotangent=None, **how):
     return _token_loss_kernel._launch(_token_loss.Options(), logits, labels, None, lse, cotangent, **how)
 
 
+def _one_row(op, x, norm_weight, weights, **how):
+    static = _thin.Static(op, ("x", "norm_weight", "weight"), 1e-6, "triton")
+    return [_thin.thin_kernel(static, x, norm_weight, weight, **how) for weight in weights]
+
+
 _WIDTHS = [(rows, text.hidden) for text in TEXT for rows in ROWS]
 _PATCHES = [(rows, VISION.embed) for rows in shapes.VISION_ROWS]
 _GATES = [(8192, text.intermediate) for text in TEXT] + [(16_384, VISION.intermediate)]
+_PRODUCTS = [
+    (outputs, depth)
+    for text in TEXT
+    for outputs, depth in (
+        ((text.heads + 2 * text.kv_heads) * text.head_dim, text.hidden),
+        (text.hidden, text.heads * text.head_dim),
+        (text.vocab, text.hidden),
+        (text.hidden, text.intermediate),
+    )
+]
 _LOGITS = [(2048, vocab) for vocab in sorted({text.vocab for text in TEXT})]
 KERNELS = {
+    "one_row": Kernel(functools.partial(_one_row, "norm_linear"), "vnm", _PRODUCTS),
+    "one_row_gated": Kernel(
+        functools.partial(_one_row, "norm_swiglu"), "vng", [(text.intermediate, text.hidden) for text in TEXT]
+    ),
     "rms_norm_forward": Kernel(functools.partial(_rms.forward_kernel, _RMS), "xw", _WIDTHS),
     "rms_norm_backward": Kernel(functools.partial(_rms.backward_kernel, _RMS), "xxwr", _WIDTHS),
     "add_rms_norm_forward": Kernel(functools.partial(_add.forward_kernel, _RMS), "xxw", _WIDTHS),
@@ -71,9 +93,14 @@ KERNELS = {
 }
 
 
-def operands(letters: str, rows: int, width: int) -> Sequence[jax.Array]:
+def operands(letters: str, rows: int, width: int) -> Sequence[jax.Array | tuple[jax.Array, ...]]:
     """Random operands, bfloat16 unless they are kept in float32; see Kernel."""
     keys = iter(jax.random.split(jax.random.key(0), len(letters)))
+
+    def several(key, *shape):
+        count = min(2 + PAST_ALL_CACHES // (2 * math.prod(shape)), 64)
+        return tuple(jax.random.normal(k, shape, jnp.bfloat16) for k in jax.random.split(key, count))
+
     make = {
         "x": lambda key: jax.random.normal(key, (1, rows, width), jnp.bfloat16),
         "w": lambda key: jax.random.normal(key, (1, width), jnp.bfloat16),
@@ -82,6 +109,10 @@ def operands(letters: str, rows: int, width: int) -> Sequence[jax.Array]:
         "t": lambda key: jax.random.normal(key, (1, rows, width // 2), jnp.float32),
         "l": lambda key: jax.random.normal(key, (1, rows, width), jnp.bfloat16),
         "i": lambda key: jax.random.randint(key, (1, rows), 0, width),
+        "v": lambda key: jax.random.normal(key, (1, width), jnp.bfloat16),
+        "n": lambda key: jax.random.normal(key, (width,), jnp.bfloat16),
+        "m": lambda key: several(key, rows, width),
+        "g": lambda key: several(key, 2, rows, width),
     }
     return [make[letter](key) for letter, key in zip(letters, keys, strict=True)]
 
@@ -106,7 +137,8 @@ def tune(op: str, rows: int, width: int) -> dict:
 
     with ThreadPoolExecutor() as pool:
         programs = zip(candidates, pool.map(compiled, candidates), strict=True)
-    times = {blocks: microseconds(program, *args) for blocks, program in programs}
+    calls = len(args[-1]) if isinstance(args[-1], tuple) else 1
+    times = {blocks: microseconds(program, *args) / calls for blocks, program in programs}
     best, of_rule = min(times, key=times.get), times[_tuning.rule(op, width=width)]
     print(f"{op} {rows} x {width}: {times[best]:.1f} us with {best}; the rule takes {of_rule:.1f} us", flush=True)
     return {"op": op, "rows": rows, "width": width, "us": round(times[best], 1), "blocks": dataclasses.asdict(best)}

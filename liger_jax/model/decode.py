@@ -1,8 +1,8 @@
 """One step of generation: the language model's layers for a single new token a row.
 
-The same numbers as `LanguageModel` with a cache, in fewer launches, which is what a step's time goes to: weights that are
-read together lie in one array, and around small ones and the cache what stands beside is done in the same pass; see
-pallas_kernels.thin_linear and decode_attention.
+The same numbers as `LanguageModel` with a cache, in six launches a layer, for launches are what a step's time goes to
+beside its weights: those that are read together lie in one array, and what stands beside a product or the cache is done in
+the same pass; see pallas_kernels.thin_linear and decode_attention.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from liger_jax.model.text import DecoderLayer, LanguageModel
 )
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """The weights of a layer, as decoding reads them; kernels are [in, out]."""
+    """The weights of a layer, as decoding reads them: [out, in]."""
 
     input_norm: jax.Array  # [H]
-    qkv: jax.Array  # [H, (N + 2 K) D]
+    qkv: jax.Array  # [(N + 2 K) D, H]
     qkv_bias: jax.Array  # [(N + 2 K) D]
-    o: jax.Array  # [N D, H]
+    o: jax.Array  # [H, N D]
     mlp_norm: jax.Array  # [H]
-    gate_up: jax.Array  # [H, 2 I]
-    down: jax.Array  # [I, H]
+    gate_up: jax.Array  # [2, I, H]
+    down: jax.Array  # [H, I]
 
     @classmethod
     def of(cls, layer: DecoderLayer) -> Self:
@@ -42,32 +42,33 @@ class PackedLayer:
         width = layer.input_layernorm.weight.shape[0]
         return cls(
             input_norm=layer.input_layernorm.weight[...],
-            qkv=jnp.concatenate([p.kernel[...].reshape(width, -1) for p in projections], axis=1),
+            qkv=jnp.concatenate([p.kernel[...].reshape(width, -1).T for p in projections]),
             qkv_bias=jnp.concatenate([p.bias[...].reshape(-1) for p in projections]),
-            o=attention.o_proj.kernel[...].reshape(-1, width),
+            o=attention.o_proj.kernel[...].reshape(-1, width).T,
             mlp_norm=layer.post_attention_layernorm.weight[...],
-            gate_up=jnp.concatenate([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=1),
-            down=mlp.down_proj.kernel[...],
+            gate_up=jnp.stack([mlp.gate_proj.kernel[...].T, mlp.up_proj.kernel[...].T]),
+            down=mlp.down_proj.kernel[...].T,
         )
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "norm"], meta_fields=["eps"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "norm", "head"], meta_fields=["eps"])
 @dataclasses.dataclass(frozen=True)
 class PackedModel:
-    """What `decode_step` reads of a language model: arrays of their own for each layer, in the order they are read.
+    """What `decode_step` reads of a model: arrays of their own for each layer, in the order they are read.
 
     A loop that slices a stack of layers would copy the slice in each step.
     """
 
     layers: tuple[PackedLayer, ...]
     norm: jax.Array  # [H]
+    head: jax.Array  # [V, H]
     eps: float
 
     @classmethod
-    def of(cls, text: LanguageModel) -> Self:
+    def of(cls, text: LanguageModel, head: jax.Array) -> Self:
         """Copies all weights of the layers once, before decoding."""
         layers = tuple(_packed(text.layers, i) for i in range(text.config.num_hidden_layers))
-        return cls(layers, text.norm.weight[...], text.norm.eps)
+        return cls(layers, text.norm.weight[...], head, text.norm.eps)
 
 
 @jax.jit
@@ -98,7 +99,7 @@ def decode_step(
         implementation: of the operations, see pallas_kernels.
 
     Returns:
-        Normed hidden states [B, H], and the cache with the slot filled and open.
+        Logits [B, V], and the cache with the slot filled and open.
     """
     all_keys, all_values = [], []
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
@@ -107,7 +108,7 @@ def decode_step(
         all_values.append(values)
     cache = cache.open_slots(slot, jnp.ones((len(x), 1), jnp.int32))
     cache = dataclasses.replace(cache, keys=tuple(all_keys), values=tuple(all_values))
-    return pk.rms_norm(x, model.norm, eps=model.eps, implementation=implementation), cache
+    return pk.norm_linear(x, model.norm, model.head, eps=model.eps, implementation=implementation), cache
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "implementation"))  # traced and lowered once for all layers
@@ -118,5 +119,5 @@ def _layer(layer: PackedLayer, x, cos, sin, keys, values, valid, slot, eps, impl
     qkv = qkv.reshape(len(x), -1, keys.shape[-1])
     out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, valid, slot, **run)
     x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **run)
-    gate, up = jnp.split(pk.rms_norm(x, layer.mlp_norm, eps=eps, **run) @ layer.gate_up, 2, axis=-1)
-    return pk.linear_add(pk.swiglu(gate, up, **run), layer.down, x, **run), keys, values
+    gated = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=eps, **run)
+    return pk.linear_add(gated, layer.down, x, **run), keys, values

@@ -36,6 +36,7 @@ CALLS = {
     "attention": (pk.attention, (q, k, k)),
     "decode_attention": (pk.decode_attention, (qkv, angles[:, 0], angles[:, 0], cache, cache, ones, 3)),
     "norm_linear": (pk.norm_linear, (x, vector, square, vector)),
+    "norm_swiglu": (pk.norm_swiglu, (x, vector, jnp.stack([square, square]))),
     "linear_add": (pk.linear_add, (x, square, x)),
 }
 
@@ -93,7 +94,8 @@ WRONG = {
     "v has shape": lambda: pk.attention(q, k, k[:, :2]),
     "kv_segment_ids without": lambda: pk.attention(q, k, k, kv_segment_ids=np.ones((1, 3), int)),
     "segment_ids has shape": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 2), int)),
-    "kernel has shape": lambda: pk.norm_linear(x, vector, square[:7]),
+    "weight has shape (8, 7)": lambda: pk.norm_linear(x, vector, square[:, :7]),
+    "expected [B, H] and [2, O, H]": lambda: pk.norm_swiglu(x, vector, square),
     "norm_weight has shape": lambda: pk.norm_linear(x, vector[:7], square),
     "residual has shape (1, 8)": lambda: pk.linear_add(x, square, x[:1]),
     "x has 65 rows": lambda: pk.linear_add(random(65, 8), square, random(65, 8), implementation="interpret"),
@@ -112,7 +114,7 @@ def test_wrong_arguments(message):
         WRONG[message]()
 
 
-@pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "linear_add"])
+@pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "norm_swiglu", "linear_add"])
 def test_no_gradient(name):
     """What is for generation says so, whatever the implementation."""
     function, (first, *others) = CALLS[name]

@@ -1,4 +1,4 @@
-"""norm_linear and linear_add: the kernel and XLA's against numpy in float64."""
+"""norm_linear, norm_swiglu and linear_add: the kernels and XLA's against numpy in float64."""
 
 import functools
 import importlib
@@ -19,9 +19,10 @@ from lowered import triton_calls
 thin = importlib.import_module("pallas_kernels.thin_linear")
 
 OPS = {
-    "norm_linear": (pk.norm_linear, ("x", "norm_weight", "kernel", "bias")),
-    "norm_linear without bias": (pk.norm_linear, ("x", "norm_weight", "kernel")),
-    "linear_add": (pk.linear_add, ("x", "kernel", "residual")),
+    "norm_linear": (pk.norm_linear, ("x", "norm_weight", "weight", "bias")),
+    "norm_linear without bias": (pk.norm_linear, ("x", "norm_weight", "weight")),
+    "norm_swiglu": (pk.norm_swiglu, ("x", "norm_weight", "weights")),
+    "linear_add": (pk.linear_add, ("x", "weight", "residual")),
 }
 
 
@@ -30,7 +31,8 @@ def operands(names, rows, depth, width, dtype="float32"):
     made = {
         "x": 3 * rng.normal(size=(rows, depth)),
         "norm_weight": 1 + 0.3 * rng.normal(size=depth),
-        "kernel": rng.normal(size=(depth, width)) / depth**0.5,
+        "weight": rng.normal(size=(width, depth)) / depth**0.5,
+        "weights": rng.normal(size=(2, width, depth)) / depth**0.5,
         "bias": rng.normal(size=width),
         "residual": rng.normal(size=(rows, width)),
     }
@@ -43,7 +45,10 @@ def truth(names, *arrays):
     x = given["x"]
     if "norm_weight" in given:
         x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * given["norm_weight"]
-    return x @ given["kernel"] + given.get("bias", 0) + given.get("residual", 0)
+    if "weights" in given:
+        gate, up = x @ given["weights"].swapaxes(1, 2)
+        return gate / (1 + np.exp(-gate)) * up
+    return x @ given["weight"].T + given.get("bias", 0) + given.get("residual", 0)
 
 
 def distance(got, want):
@@ -55,6 +60,8 @@ def distance(got, want):
     "rows, depth, width, dtype",
     [
         (1, 100, 36, "float32"),
+        (1, 2000, 33, "bfloat16"),
+        (1, 512, 1, "float16"),
         (2, 128, 64, "bfloat16"),
         (3, 64, 50, "float16"),
         (8, 70, 90, "bfloat16"),
@@ -63,7 +70,7 @@ def distance(got, want):
     ],
 )
 def test_against_float64(op, rows, depth, width, dtype):
-    """Even and odd widths, one turn and several, every dtype; XLA's is the truth that others are measured by."""
+    """Even and odd widths, one turn and several, one row and many, every dtype."""
     function, names = OPS[op]
     args = operands(names, rows, depth, width, dtype)
     want = truth(names, *args)
@@ -74,11 +81,13 @@ def test_against_float64(op, rows, depth, width, dtype):
 
 
 def test_large_float16():
-    """x * norm_weight past the largest float16, before the norm's factor brings it back; by the tensor cores' kernel."""
-    x, weight, kernel = operands(("x", "norm_weight", "kernel"), 5, 64, 32, "float16")
-    args = 1000 * x, 100 * weight, kernel / 100
-    want = truth(("x", "norm_weight", "kernel"), *args)
-    assert distance(jax.jit(functools.partial(pk.norm_linear, implementation="interpret"))(*args), want) < 4e-3
+    """x * norm_weight past the largest float16, before the norm's factor brings it back."""
+    names = "x", "norm_weight", "weight"
+    for rows in (1, 5):
+        x, norm_weight, weight = operands(names, rows, 64, 32, "float16")
+        args = 1000 * x, 100 * norm_weight, weight / 100
+        got = jax.jit(functools.partial(pk.norm_linear, implementation="interpret"))(*args)
+        assert distance(got, truth(names, *args)) < 4e-3
 
 
 # ---- choice and lowering ---------------------------------------------------------------------------------------------
@@ -86,35 +95,53 @@ def test_large_float16():
 
 def abstract(names, rows, depth, width, dtype="bfloat16"):
     """As `operands`, shapes alone."""
-    row, column = (rows, depth), (width,)
-    sizes = {"x": row, "norm_weight": (depth,), "kernel": (depth, width), "bias": column, "residual": (rows, width)}
+    sizes = {
+        "x": (rows, depth),
+        "norm_weight": (depth,),
+        "weight": (width, depth),
+        "weights": (2, width, depth),
+        "bias": (width,),
+        "residual": (rows, width),
+    }
     return [jax.ShapeDtypeStruct(sizes[name], dtype) for name in names]
 
 
-@pytest.mark.parametrize("rows, kernels", [(1, 1), (16, 1), (17, 0)])
-def test_none_takes_the_kernel_for_few_rows(rows, kernels):
-    """On a GPU, and a small weight; and never for a CPU."""
-    for function, names in OPS.values():
-        assert triton_calls(function, *abstract(names, rows, 8960, 1536)) == 0
-        args = abstract(names, rows, 128, 64)
-        assert triton_calls(function, *args) == kernels
-        assert "triton" not in jax.jit(function).lower(*args).as_text()
+@pytest.mark.parametrize("op", OPS)
+def test_what_none_takes(op):
+    """One kernel for a single row; for up to 16 rows one for the product of a small weight, and those of norm and gate."""
+    function, names = OPS[op]
+    norm, gate = "norm_weight" in names, "weights" in names
+    for rows, depth, width, kernels in (
+        (1, 8960, 1536, 1),
+        (1, 128, 64, 1),
+        (16, 128, 64, 1 + norm + gate),
+        (16, 8960, 1536, norm),
+        (17, 128, 64, norm),
+    ):
+        args = abstract(names, rows, depth, width)
+        assert triton_calls(function, *args) == kernels, (rows, depth, width)
+        assert "triton" not in jax.jit(function).lower(*args).as_text()  # for a CPU
 
 
-@pytest.mark.parametrize("rows, dtype", [(1, "bfloat16"), (16, "bfloat16"), (16, "float16"), (16, "float32")])
+@pytest.mark.parametrize(
+    "rows, dtype", [(1, "bfloat16"), (1, "float32"), (16, "bfloat16"), (16, "float16"), (16, "float32")]
+)
 @pytest.mark.parametrize("size", shapes.TEXT)
 def test_lowers_at_real_shapes(size, rows, dtype):
-    """Each becomes one Triton call at the models' shapes."""
+    """A single row takes one launch, several a norm, a product and a gate, at the models' shapes."""
     text = shapes.TEXT[size]
     heads, pairs = text.heads * text.head_dim, 2 * text.kv_heads * text.head_dim
-    for op, depth, width in (
-        ("norm_linear", text.hidden, heads + pairs),
-        ("linear_add", heads, text.hidden),
-        ("linear_add", text.intermediate, text.hidden),
+    for op, depth, width, launches in (
+        ("norm_linear", text.hidden, heads + pairs, 2),
+        ("norm_linear without bias", text.hidden, text.vocab, 2),
+        ("norm_swiglu", text.hidden, text.intermediate, 3),
+        ("linear_add", heads, text.hidden, 1),
+        ("linear_add", text.intermediate, text.hidden, 1),
     ):
         function, names = OPS[op]
         args = abstract(names, rows, depth, width, dtype)
-        assert triton_calls(functools.partial(function, implementation="triton"), *args) == 1
+        found = triton_calls(functools.partial(function, implementation="triton"), *args)
+        assert found == (1 if rows == 1 else launches)
 
 
 def test_on_a_mesh_none_is_xla():
