@@ -18,7 +18,7 @@ from liger_jax.model import Qwen2VL
 from liger_jax.model.scan import REMAT, Loop
 from liger_jax.report import reported
 
-AUTO = ("dots", "attention", "full")  # from the fastest to the smallest
+AUTO = ("dots", "narrow", "attention", "full")  # from the fastest to the smallest
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
@@ -111,8 +111,8 @@ def make_train_step(
     """A compiled training step: `state, metrics = step(state, batch)`. The old state's memory is reused for the new one.
 
     Args:
-        remat: what the backward pass keeps: "none", "dots", "attention" or "full" (see `liger_jax.model.scan.REMAT`); "auto"
-            takes the first but "none" whose memory, as the compiler reports it, fits the device.
+        remat: what the backward pass keeps: "none", "dots", "narrow", "attention" or "full" (see `liger_jax.model.scan`);
+            "auto" takes the first but "none" whose memory, as the compiler reports it, fits the device.
         accumulate: parts that the batch is computed in, one after the other. The gradient is that of the whole batch:
             each part's loss is divided by the trained tokens of all.
         unroll: a faster step for a longer compilation, see `liger_jax.model.scan.Loop`.

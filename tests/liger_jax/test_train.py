@@ -12,7 +12,7 @@ import pytest
 from convert import to_hf_state
 from liger_jax import TrainState, loss_fn, make_train_step
 from liger_jax.batch import IGNORE
-from liger_jax.train import next_token_labels
+from liger_jax.train import AUTO, gradients, next_token_labels
 from tests import parity
 
 SCENARIO = "batch_left"
@@ -76,6 +76,17 @@ def test_accumulation_weighs_tokens_not_parts():
     found, wanted = to_hf_state(parts.model), to_hf_state(whole.model)
     for key, value in wanted.items():
         parity.assert_near(found[key], value, tolerance=1e-5, what=key)
+
+
+def test_what_is_computed_again():
+    """narrow makes the products into the MLPs' hidden sizes again (gate, up, fc1); attention all others of a layer, too."""
+
+    def products(remat):
+        grads = functools.partial(gradients, num_items=None, remat=remat)
+        return str(jax.make_jaxpr(grads)(parity.model(), batch())).count("dot_general[")
+
+    dots, narrow, attention, full = (products(remat) for remat in AUTO)
+    assert narrow == dots + 3 and attention > narrow and full >= attention
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
