@@ -19,7 +19,7 @@ def model_table(results: list[dict]) -> str:
     for ours in (r for r in results if r["package"] == OURS):
         same = [r for r in results if r["package"] != OURS and _work(r) == _work(ours) and "error" not in r]
         peer = min(same, key=lambda r: r.get("step_ms", r.get("ms_per_token")), default=None)
-        title = TITLES[ours["what"]].format(model=_model(ours), rows=ours.get("rows"))
+        title = TITLES[ours["what"]].format(**{"prompt_tokens": 2048} | ours | {"model": _model(ours)})
         lines.append(f"| {title}{_options(ours)} | {_cell(ours)} | {_cell(peer, names=True)} |")
     return "\n".join([*lines, "", _measured_on(results)])
 
@@ -27,12 +27,16 @@ def model_table(results: list[dict]) -> str:
 TITLES = {
     "convert": "{model}: read and convert the checkpoint",
     "train": "{model}: training step, {rows} rows of 2048 tokens with a 64 x 64-patch image each",
-    "generate": "{model}: generation, {rows} x 2048 tokens with such an image, 128 new tokens",
+    "train mixed": "{model}: training step, {rows} rows of 2048 tokens packed with images of 224 to 1344 px a side",
+    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens with such an image, 128 new tokens",
+    "start": "{model}: from the start of a process to the first token, weights in {weights}, {programs} compilation cache",
 }
 CELLS: dict[str, Callable[[dict], str]] = {
     "convert": lambda r: f"{r['seconds']:.1f} s, {r['host_gib_above_start']:.1f} GiB of host memory",
-    "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _compiled(r),
+    "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _rates(r) + _compiled(r),
+    "train mixed": lambda r: CELLS["train"](r),
     "generate": lambda r: f"{r['ms_per_token']:.2f} ms a token, prompt {r['prefill_ms']:.0f} ms" + _compiled(r),
+    "start": lambda r: f"{r['seconds']:.1f} s: " + ", ".join(f"{n} {s:.1f}" for n, s in r["parts"].items()),
 }
 
 
@@ -47,8 +51,18 @@ def _cell(result: dict | None, *, names: bool = False) -> str:
 
 def _options(result: dict) -> str:
     devices = [f"{result['devices']} GPUs"] * (result.get("devices", 1) > 1)
-    kept = [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
+    kept = [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
+    kept += ["float32 master weights"] * result.get("master_weights", False)
+    kept += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
     return "".join(f", {what}" for what in (*devices, *kept, *["unrolled"] * result.get("unroll", False)))
+
+
+def _rates(result: dict) -> str:
+    """Tokens without padding, and the share of the GPU's operations."""
+    used = (
+        f", {result['model_flops_utilisation']:.0%} of the GPU's FLOP/s" if "model_flops_utilisation" in result else ""
+    )
+    return f", {result['tokens_per_s'] / 1e3:.1f}k tokens/s{used}" if "tokens_per_s" in result else ""
 
 
 def _compiled(result: dict) -> str:
@@ -60,7 +74,8 @@ def _model(result: dict) -> str:
 
 
 def _work(result: dict) -> tuple:
-    return result["what"], result.get("rows"), result["model"], result.get("devices", 1)
+    names = ("what", "rows", "model", "prompt_tokens", "lora", "master_weights")
+    return *(result.get(name) for name in names), result.get("devices", 1)
 
 
 def ops_table(results: list[dict]) -> str:

@@ -446,7 +446,11 @@ class Train:
     Args:
         size: of the model; its weights are random.
         rows: rows in a step, one measurement each.
-        peers: also measure transformers with Liger's kernels, on the same weights and rows, if torch is installed.
+        peers: also measure transformers with Liger's kernels, on the same weights and rows, if torch is installed and
+            there is something to compare: not with mixed, lora or master_weights.
+        mixed: rows packed from conversations with pictures of 224 to 1344 pixels a side; a token counts if it is no padding.
+        lora: train matrices of this rank beside the weights, and nothing else.
+        master_weights: keep weights and moments in float32 too.
         remat: what the backward pass computes again; auto takes the fastest that fits the memory.
         unroll: a faster step for a longer compilation.
         fsdp: GPUs to split weights and rows over.
@@ -457,6 +461,9 @@ class Train:
     size: Literal["2b", "7b"] = "2b"
     rows: tuple[int, ...] = (4,)
     peers: bool = True
+    mixed: bool = False
+    lora: int | None = None
+    master_weights: bool = False
     remat: Literal["auto", "none", "dots", "attention", "full"] = "auto"
     unroll: bool = False
     fsdp: int | None = None
@@ -467,9 +474,8 @@ class Train:
         from convert import from_hf
         from liger_jax.bench import model
 
-        options = {"remat": self.remat, "unroll": self.unroll, "fsdp": self.fsdp, "profile": self.profile}
-        common = {"from_hf": from_hf, "peers": self.peers}
-        return model.run("train", self.size, self.rows, self.results, **common, **options)
+        options = {name: value for name, value in vars(self).items() if name != "results"}
+        return model.run_train(directory=self.results, from_hf=from_hf, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,20 +486,23 @@ class Generate:
         size: of the model; its weights are random.
         rows: prompts at once, one measurement each.
         peers: also measure transformers, with a dynamic and a static cache, on the same weights and rows, if torch is
-            installed.
+            installed; not with a length of one's own.
+        length: tokens of prompt and answer together, instead of a prompt of 2048; at most the model's 32768 positions.
         results: folder of the files.
     """
 
     size: Literal["2b", "7b"] = "2b"
     rows: tuple[int, ...] = (1, 16)
     peers: bool = True
+    length: int | None = None
     results: Path = RESULTS
 
     def run(self) -> Path:
         from convert import from_hf
         from liger_jax.bench import model
 
-        return model.run("generate", self.size, self.rows, self.results, from_hf=from_hf, peers=self.peers)
+        options = {name: value for name, value in vars(self).items() if name != "results"}
+        return model.run_generate(directory=self.results, from_hf=from_hf, **options)
 
 
 @app.command

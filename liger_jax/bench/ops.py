@@ -306,11 +306,20 @@ def run(only: Sequence[str], peers: bool, sweep: bool, directory: Path) -> Path:
     return results.file
 
 
+NO_GPU = "bench: no GPU found; it measures NVIDIA GPUs"
+
+
 def device_kind() -> str:
     try:
         return jax.devices("gpu")[0].device_kind
     except RuntimeError as error:
-        raise ValueError("bench: no GPU found; it measures NVIDIA GPUs") from error
+        raise ValueError(NO_GPU) from error
+
+
+def check_for_gpu() -> None:
+    """Raises ValueError where there is none; in a process of its own, so that this one does not take the memory."""
+    if subprocess.run([sys.executable, "-c", "import jax; jax.devices('gpu')"], capture_output=True).returncode:
+        raise ValueError(NO_GPU)
 
 
 def _run_peers(chosen: Sequence[Case], directory: Path) -> None:

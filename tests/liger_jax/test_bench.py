@@ -12,7 +12,7 @@ import pytest
 import liger_jax.cli as cli
 from benchmarks import tables
 from liger_jax import Qwen2VLConfig
-from liger_jax.bench import cases, model, ops, peers, work
+from liger_jax.bench import cases, mixed, model, ops, peers, work
 
 SMALL = [
     cases.norm("rms_norm", 6, 32),
@@ -159,7 +159,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="no GPU found"):
         command(monkeypatch, "--no-peers", "--results", tmp_path)
     with pytest.raises(ValueError, match="no GPU found"):
-        model.run("train", "2b", [4], tmp_path, from_hf=None, peers=False)
+        model.run_train("2b", [4], tmp_path, from_hf=None)
     assert not list(tmp_path.iterdir())
 
 
@@ -193,35 +193,85 @@ def test_the_table_is_made_from_the_results(monkeypatch, tmp_path):
     assert "Pretended GPU, bfloat16, jax 1, 2026-01-01." in table
 
 
-def small_rows(config, count):
-    """Two tokens of text around a picture of 4 x 4 patches."""
-    ids = np.full((count, 8), 7)
+def small_rows(config, count, length=8):
+    """Two tokens of text or more around a picture of 4 x 4 patches."""
+    ids = np.full((count, length), 7)
     ids[:, 1:7] = [config["vision_start_token_id"], *[config["image_token_id"]] * 4, config["vision_end_token_id"]]
     pixels = np.zeros((16 * count, 1176), np.float32)
     return {"input_ids": ids, "labels": ids, "pixel_values": pixels, "image_grid_thw": np.array([[1, 4, 4]] * count)}
 
 
-def test_a_model_is_measured_and_kept_by_case(monkeypatch, tmp_path, capsys):
-    """Training and generation of a tiny model in place of the 2B: one entry a case, replaced when measured again."""
+@pytest.fixture
+def tiny_2b(monkeypatch):
+    """A tiny model and small rows in the place of the 2B."""
     monkeypatch.setattr(Qwen2VLConfig, "qwen2_vl_2b", Qwen2VLConfig.tiny)
     monkeypatch.setattr(work, "rows", small_rows)
-    for name, value in {"NEW_TOKENS": 3, "WARM": 1, "TIMED": 2}.items():
+    small = {"NEW_TOKENS": 3, "WARM": 1, "TIMED": 2, "LENGTH": 32, "GRID": (1, 8, 8), "IMAGE_TOKENS": 4, "MIXES": 3}
+    for name, value in (small | {"WORDS": (1, 300)}).items():
         monkeypatch.setattr(work, name, value)
+    monkeypatch.setattr(mixed, "SIDES", (28, 112))
+    monkeypatch.setattr(mixed, "CONVERSATIONS", 60)
     monkeypatch.setattr(model, "device_kind", lambda: "Pretended GPU")
-    common = {"directory": tmp_path, "from_hf": None, "peers": False}
-    file = model.run("train", "2b", [1], **common, remat="dots", profile=True)
+
+
+def test_a_model_is_measured_and_kept_by_case(tiny_2b, tmp_path, capsys):
+    """Training and generation: one entry a case, replaced when measured again."""
+    common = {"directory": tmp_path, "from_hf": None}
+    file = model.run_train("2b", [1], **common, remat="dots", profile=True)
     work.keep(file, json.loads(file.read_text())[0])
-    model.run("train", "2b", [1], **common, remat="attention", unroll=True)
-    model.run("generate", "2b", [2], **common)
+    model.run_train("2b", [1], **common, remat="attention", unroll=True)
+    model.run_generate("2b", [2], **common, length=30)
     results = json.loads(file.read_text())
-    assert [(r["what"], r["rows"], r.get("remat")) for r in results] == [
-        ("train", 1, "dots"),
-        ("train", 1, "attention"),
-        ("generate", 2, None),
+    assert [(r["what"], r["rows"], r.get("remat"), r.get("prompt_tokens")) for r in results] == [
+        ("train", 1, "dots", None),
+        ("train", 1, "attention", None),
+        ("generate", 2, None, 27),
     ]
     np.testing.assert_allclose(results[0]["losses"], results[1]["losses"], rtol=1e-2)
     assert (tmp_path / "profile_2b_x1.md").read_text().count("| ms | calls |") == 1
     peer = {**results[0], "package": "transformers + Liger", "step_ms": 123.4, "remat": "full"}
     lines = tables.model_table([*results, peer, {**peer, "remat": "none", "error": "out of memory"}]).splitlines()
     assert "123 ms" in lines[2] and "(Liger, checkpointing)" in lines[2] and 'remat "attention", unrolled' in lines[3]
+    assert "generation, 2 x 27 tokens" in lines[4]
     assert "liger-jax: train qwen2-vl-2b x 1: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="length is 26; expected at least 27"):
+        model.run_generate("2b", [1], **common, length=26)
+
+
+def test_variants_of_training_stand_beside_the_plain_step(tiny_2b, tmp_path):
+    """Mixed pictures, LoRA and master weights are cases of their own, which no peer is compared with."""
+    common = {"directory": tmp_path, "from_hf": None, "remat": "none"}
+    for variant in ({"mixed": True}, {"lora": 4}, {"master_weights": True}):
+        file = model.run_train("2b", [2], **common, **variant, peers=True)
+    packed, lora, master = json.loads(file.read_text())
+    assert (packed["what"], packed["compilations"]) == ("train mixed", 1) and packed["images"] > 2
+    assert 0.5 < packed["token_utilisation"] < 1 and packed["trained_tokens_per_s"] < packed["tokens_per_s"]
+    assert (lora["lora"], master["master_weights"]) == (4, True)
+    peer = {**packed, "what": "train", "package": "transformers", "lora": None}
+    table = tables.model_table([packed, lora, master, peer])
+    assert "LoRA of rank 4" in table and "float32 master weights" in table and table.count("(") == 0
+    with pytest.raises(ValueError, match="expected --lora or --master-weights"):
+        model.run_train("2b", [2], **common, lora=4, master_weights=True)
+
+
+def test_mixed_batches_are_what_they_are_compared_as():
+    """Of the 2B: the shapes of the uniform rows, as many patches a token of text, 30 % trained, hardly any padding."""
+    config = Qwen2VLConfig.qwen2_vl_2b()
+    made = mixed.conversations(config)
+    patches, text = sum(one.patches for one in made), sum(one.text for one in made)
+    assert patches / text == pytest.approx(4, rel=0.05) and len({one.grid for one in made}) > 100
+    assert {max(one.grid) * 14 for one in made} >= {224, 1344}
+    first, second = mixed.batches(config, 2, 2)
+    assert first.vision.pixel_values.shape == (2, 4096, 1176) and first.shape == (2, 2048)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert (first.input_ids != second.input_ids).any()
+    for batch in (first, second):
+        assert np.mean(batch.segment_ids > 0) > 0.9 and np.mean(batch.vision.segment_ids > 0) > 0.9
+        assert 0.25 < np.mean(batch.labels >= 0) < 0.35
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
+def test_without_a_gpu_no_checkpoint_is_written_for_peers(monkeypatch):
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: "torch is there")
+    with pytest.raises(ValueError, match="no GPU found"), model.checkpoint_of("2b", peers=True):
+        raise AssertionError("a checkpoint was written")
