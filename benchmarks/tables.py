@@ -36,7 +36,11 @@ CELLS: dict[str, Callable[[dict], str]] = {
     "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _rates(r) + _compiled(r),
     "train mixed": lambda r: CELLS["train"](r),
     "generate": lambda r: f"{r['ms_per_token']:.2f} ms a token, prompt {r['prefill_ms']:.0f} ms" + _compiled(r),
-    "start": lambda r: f"{r['seconds']:.1f} s: " + ", ".join(f"{n} {s:.1f}" for n, s in r["parts"].items()),
+    "start": lambda r: (
+        f"{r['seconds']:.1f} s: "
+        + ", ".join(f"{n} {s:.1f}" for n, s in r["parts"].items())
+        + f"; the next answer, of 64 tokens, {r['next_answer_s']:.1f} s"
+    ),
 }
 
 

@@ -505,8 +505,28 @@ class Generate:
         return model.run_generate(directory=self.results, from_hf=from_hf, **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """From the start of a process to the first token about a picture, with an empty and a full compilation cache.
+
+    Weights are read from an Orbax checkpoint and from Hugging Face's files; what each part takes is told; into model.json.
+
+    Args:
+        size: of the model; its weights are random.
+        results: folder of the files.
+    """
+
+    size: Literal["2b", "7b"] = "2b"
+    results: Path = RESULTS
+
+    def run(self) -> Path:
+        from liger_jax.bench import start
+
+        return start.run(self.size, self.results)
+
+
 @app.command
-def bench(what: Annotated[Ops | Train | Generate, tyro.conf.arg(name="")]) -> None:
+def bench(what: Annotated[Ops | Train | Generate | Start, tyro.conf.arg(name="")]) -> None:
     """Measure on the GPU at hand, beside other packages in the same run."""
     print(what.run())
 

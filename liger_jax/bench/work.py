@@ -40,7 +40,8 @@ def rows(config: dict, count: int, length: int = LENGTH, seed: int = 0) -> dict[
 
 def line(result: dict) -> str:
     """A result for the terminal."""
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float))
+    told = result | result.get("parts", {}) | result.get("first_token_parts", {})
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in told.items() if isinstance(value, float))
     what = f"{result['what']} {result['model']} x {result['rows']}" if "rows" in result else result["what"]
     return f"{result['package']}: {what}: {result.get('error') or numbers}"
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 import liger_jax.cli as cli
 from benchmarks import tables
 from liger_jax import Qwen2VLConfig
-from liger_jax.bench import cases, mixed, model, ops, peers, work
+from liger_jax.bench import cases, mixed, model, ops, peers, start, work
 
 SMALL = [
     cases.norm("rms_norm", 6, 32),
@@ -275,3 +276,17 @@ def test_without_a_gpu_no_checkpoint_is_written_for_peers(monkeypatch):
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: "torch is there")
     with pytest.raises(ValueError, match="no GPU found"), model.checkpoint_of("2b", peers=True):
         raise AssertionError("a checkpoint was written")
+
+
+def test_the_start_of_a_process_is_measured_part_by_part(monkeypatch, tmp_path):
+    """An answer in a process of its own; its programs are where the next one looks for them."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    start.write("tiny", tmp_path / "orbax")
+    cold = start.answer_in_new_process(tmp_path / "orbax", tmp_path / "cache")
+    assert any("prefill" in file.name for file in (tmp_path / "cache/liger-jax").iterdir())
+    assert sum(cold["parts"].values()) == pytest.approx(cold["seconds"])
+    assert list(cold["parts"]) == ["imports", "device", "tokenizer", "weights", "picture", "first token"]
+    assert sum(cold["first_token_parts"].values()) < cold["parts"]["first token"]
+    about = {"package": work.OURS, "model": "qwen2-vl-2b", "what": "start", "weights": "Orbax", "date": "2026-01-01"}
+    table = tables.model_table([about | cold | {"programs": "cold"}])
+    assert "2B: from the start of a process to the first token, weights in Orbax, cold compilation cache | " in table
