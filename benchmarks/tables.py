@@ -83,23 +83,29 @@ def _work(result: dict) -> tuple:
 
 
 def ops_table(results: list[dict]) -> str:
-    """Kernel times of the operations, a row a case: ours, what XLA makes of the formula, and the peers."""
-    lines = ["| | ours | jitted jnp, for attention cuDNN | Liger | best other |", "|---|---|---|---|---|"]
+    """Kernel times of the operations, a row a case: ours, what XLA makes of the formula, the peers, and memory's floor."""
+    lines = ["| | ours | jitted jnp, for attention cuDNN | Liger | best other | copy |", "|---|---|---|---|---|---|"]
     for r in results:
-        found = {name: result for name, result in r["results"].items() if "both_us" in result}
+        found = {name: result for name, result in r["results"].items() if "forward_us" in result}
         others = [name for name in found if name not in NOT_OTHERS]
-        best = min(others, key=lambda name: found[name]["both_us"]["median"], default=None)
+        best = min(others, key=lambda name: _whole(found[name]), default=None)
         cells = [_times(r["op"], found.get(name)) for name in ("ours", "cudnn" if "cudnn" in found else "jnp", "liger")]
-        cells.append(f"{best} {_times(r['op'], found[best])}" if best else "")
+        cells += [f"{best} {_times(r['op'], found[best])}" if best else "", _times(r["op"], found.get("copy"))]
         lines.append(f"| `{r['op']}` {r['size']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", OPS_NOTE + _measured_on(results)])
 
 
-NOT_OTHERS = ("ours", "xla", "jnp", "cudnn", "liger")
+def _whole(result: dict) -> float:
+    return result.get("both_us", result["forward_us"])["median"]
+
+
+NOT_OTHERS = ("ours", "xla", "jnp", "cudnn", "liger", "copy")
 OPS_NOTE = (
     "Kernel time, forward / forward + backward with all gradients, median of 9, in us; for `linear_cross_entropy` in ms, "
-    'and memory on top of inputs and results. "kernel": ours by name, where ours is XLA\'s by default. A star: a result or '
-    "gradient is more than 2 % away from float32. Made by `liger-jax bench ops`. "
+    "and memory on top of inputs and results; a single time: forward, of operations without a gradient in a loop over "
+    'inputs that no cache holds. "kernel": ours by name, where ours may be XLA\'s by default. "copy": reads and writes as '
+    "many bytes as the forward pass, and does nothing else. A star: a result or gradient is more than 2 % away from "
+    "float32. Made by `liger-jax bench ops`. "
 )
 
 
@@ -107,7 +113,9 @@ def _times(op: str, result: dict | None) -> str:
     """Forward / forward + backward of one implementation, empty if it was not measured."""
     if result is None:
         return ""
-    star = "*" if any(not error <= 2e-2 for error in result["errors"].values()) else ""
+    star = "*" if any(not error <= 2e-2 for error in result.get("errors", {}).values()) else ""
+    if "both_us" not in result:
+        return _digits(result["forward_us"]["median"]) + star
     forward, both = (result[key]["median"] for key in ("forward_us", "both_us"))
     if op != "linear_cross_entropy":
         return f"{_digits(forward)} / {_digits(both)}{star}"

@@ -50,7 +50,7 @@ def measure(name: str, file: Path, temporary: Path) -> Path:
     for weights, folder in folders.items():
         for programs in ("cold", "warm"):
             found = answer_in_new_process(folder, temporary / f"cache of {folder.name}")
-            case = {"package": work.OURS, "model": name.replace("_", "-"), "what": "start"}
+            case = {"package": work.OURS, "model": name.replace("_", "-"), "devices": 1, "what": "start"}
             work.keep(file, {**case, "weights": weights, "programs": programs, **found})
     return file
 
@@ -58,7 +58,7 @@ def measure(name: str, file: Path, temporary: Path) -> Path:
 def answer_in_new_process(folder: Path, cache: Path) -> dict:
     """The line that `answer` prints, with compiled programs in `cache`, as `keep_compilations` puts them there."""
     caches = {"XDG_CACHE_HOME": str(cache), "CUDA_CACHE_PATH": str(cache / "cuda")}
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | caches
+    environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name} | caches
     command = [sys.executable, "-m", MODULE, "answer", folder]
     environment[BEGAN] = str(time.time())
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
