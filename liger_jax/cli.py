@@ -5,7 +5,6 @@ A command imports what it needs.
 
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -136,6 +135,7 @@ def finetune(
     """
     from convert import save_adapter
     from liger_jax import Processor
+    from liger_jax.checkpoint import GENERATION
     from liger_jax.data import read_conversations
     from liger_jax.finetune import finetune as run
     from liger_jax.hub import local_folder
@@ -147,6 +147,8 @@ def finetune(
         raise ValueError("lora_alpha and lora_targets are of --lora RANK, which is missing")
     if lora is not None and (freeze or vision_learning_rate is not None or merger_learning_rate is not None):
         raise ValueError("with --lora nothing else is trained; expected no --freeze and no learning rate of a part")
+    if lora is not None and master_weights:
+        raise ValueError("--lora trains float32 matrices, which need no --master-weights; expected one of the two")
     keep_compilations()
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     on_error = "skip" if skip_broken else "raise"
@@ -173,6 +175,7 @@ def finetune(
         processor,
         seen,
         output,
+        generation_config=local_folder(model, [GENERATION]) / GENERATION,
         steps=steps,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -193,9 +196,6 @@ def finetune(
     )
     if lora is not None:
         save_adapter(state.model, output / "adapter", base_model=model)
-    defaults = local_folder(model, ["generation_config.json"]) / "generation_config.json"
-    if defaults.is_file():  # how answers are made is not trained
-        shutil.copyfile(defaults, output / "generation_config.json")
     print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
 
 

@@ -161,6 +161,8 @@ def in_turns(case: Case, function: Callable) -> Callable:
     As generation goes through its layers: in place where results replace arrays, and never on what it has just read.
     """
 
+    function = jax.jit(function)  # traced once for all sets
+
     def run(sets, constants, turns):
         def turn(_, carry):
             replaced, last = carry
