@@ -108,11 +108,11 @@ def answer(folder: Path) -> dict:
     arrays = processor([{"role": "user", "content": content}], add_generation_prompt=True)
     batch = prepare(model.config, **arrays)
     done("picture")
-    programs = Counter()
-    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: programs.update({event: seconds}))
+    spent = Counter()
+    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: spent.update({event: seconds}))
     generate(model, batch, max_new_tokens=1, eos_token_id=())
     done("first token")
-    programs = {name: programs[event] for name, event in PROGRAMS.items()}
+    programs = {name: spent[event] for name, event in PROGRAMS.items()}
     start = time.time()
     generate(model, batch, max_new_tokens=NEXT, eos_token_id=())
     return {
