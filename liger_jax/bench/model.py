@@ -217,11 +217,13 @@ def run_train(
             model = add_lora(model, rank=lora, alpha=2 * lora)
         batches = mixed_batches(model.config, count, work.MIXES) if mixed else [uniform_batch(model.config, count)]
         how = {"remat": remat, "unroll": unroll, "optimizer": optimizer, "frozen": frozen}
-        return train(model, batches, **how, profile=directory / f"profile_{size}_x{count}.md" if profile else None)
+        table = directory / f"profile_{'_'.join([size, *variant])}_x{count}.md"
+        return train(model, batches, **how, profile=table if profile else None)
 
     case = {"what": "train mixed" if mixed else "train"}
     case |= {"lora": lora} if lora is not None else {}
     case |= {"master_weights": True} if master_weights else {}
+    variant = ["mixed"] * mixed + [name for name in case if name != "what"]
     return _run(
         case, size, rows, directory, measure, from_hf=from_hf, fsdp=fsdp, peers=peers and case == {"what": "train"}
     )
