@@ -19,7 +19,7 @@ def model_table(results: list[dict]) -> str:
     for ours in (r for r in results if r["package"] == OURS):
         same = [r for r in results if r["package"] != OURS and _work(r) == _work(ours) and "error" not in r]
         peer = min(same, key=lambda r: r.get("step_ms", r.get("ms_per_token")), default=None)
-        title = TITLES[ours["what"]].format(model=_model(ours), rows=ours.get("rows"))
+        title = TITLES[ours["what"]].format(**{"prompt_tokens": 2048} | ours | {"model": _model(ours)})
         lines.append(f"| {title}{_options(ours)} | {_cell(ours)} | {_cell(peer, names=True)} |")
     return "\n".join([*lines, "", _measured_on(results)])
 
@@ -27,12 +27,20 @@ def model_table(results: list[dict]) -> str:
 TITLES = {
     "convert": "{model}: read and convert the checkpoint",
     "train": "{model}: training step, {rows} rows of 2048 tokens with a 64 x 64-patch image each",
-    "generate": "{model}: generation, {rows} x 2048 tokens with such an image, 128 new tokens",
+    "train mixed": "{model}: training step, {rows} rows of 2048 tokens packed with images of 224 to 1344 px a side",
+    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens with such an image, 128 new tokens",
+    "start": "{model}: from the start of a process to the first token, weights in {weights}, {programs} compilation cache",
 }
 CELLS: dict[str, Callable[[dict], str]] = {
     "convert": lambda r: f"{r['seconds']:.1f} s, {r['host_gib_above_start']:.1f} GiB of host memory",
-    "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _compiled(r),
+    "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _rates(r) + _compiled(r),
+    "train mixed": lambda r: CELLS["train"](r),
     "generate": lambda r: f"{r['ms_per_token']:.2f} ms a token, prompt {r['prefill_ms']:.0f} ms" + _compiled(r),
+    "start": lambda r: (
+        f"{r['seconds']:.1f} s: "
+        + ", ".join(f"{n} {s:.1f}" for n, s in r["parts"].items())
+        + f"; the next answer, of 64 tokens, {r['next_answer_s']:.1f} s"
+    ),
 }
 
 
@@ -47,8 +55,18 @@ def _cell(result: dict | None, *, names: bool = False) -> str:
 
 def _options(result: dict) -> str:
     devices = [f"{result['devices']} GPUs"] * (result.get("devices", 1) > 1)
-    kept = [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
+    kept = [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
+    kept += ["float32 master weights"] * result.get("master_weights", False)
+    kept += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
     return "".join(f", {what}" for what in (*devices, *kept, *["unrolled"] * result.get("unroll", False)))
+
+
+def _rates(result: dict) -> str:
+    """Tokens without padding, and the share of the GPU's operations."""
+    used = (
+        f", {result['model_flops_utilisation']:.0%} of the GPU's FLOP/s" if "model_flops_utilisation" in result else ""
+    )
+    return f", {result['tokens_per_s'] / 1e3:.1f}k tokens/s{used}" if "tokens_per_s" in result else ""
 
 
 def _compiled(result: dict) -> str:
@@ -60,27 +78,34 @@ def _model(result: dict) -> str:
 
 
 def _work(result: dict) -> tuple:
-    return result["what"], result.get("rows"), result["model"], result.get("devices", 1)
+    names = ("what", "rows", "model", "prompt_tokens", "lora", "master_weights")
+    return *(result.get(name) for name in names), result.get("devices", 1)
 
 
 def ops_table(results: list[dict]) -> str:
-    """Kernel times of the operations, a row a case: ours, what XLA makes of the formula, and the peers."""
-    lines = ["| | ours | jitted jnp, for attention cuDNN | Liger | best other |", "|---|---|---|---|---|"]
+    """Kernel times of the operations, a row a case: ours, what XLA makes of the formula, the peers, and memory's floor."""
+    lines = ["| | ours | jitted jnp, for attention cuDNN | Liger | best other | copy |", "|---|---|---|---|---|---|"]
     for r in results:
-        found = {name: result for name, result in r["results"].items() if "both_us" in result}
+        found = {name: result for name, result in r["results"].items() if "forward_us" in result}
         others = [name for name in found if name not in NOT_OTHERS]
-        best = min(others, key=lambda name: found[name]["both_us"]["median"], default=None)
+        best = min(others, key=lambda name: _whole(found[name]), default=None)
         cells = [_times(r["op"], found.get(name)) for name in ("ours", "cudnn" if "cudnn" in found else "jnp", "liger")]
-        cells.append(f"{best} {_times(r['op'], found[best])}" if best else "")
+        cells += [f"{best} {_times(r['op'], found[best])}" if best else "", _times(r["op"], found.get("copy"))]
         lines.append(f"| `{r['op']}` {r['size']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", OPS_NOTE + _measured_on(results)])
 
 
-NOT_OTHERS = ("ours", "xla", "jnp", "cudnn", "liger")
+def _whole(result: dict) -> float:
+    return result.get("both_us", result["forward_us"])["median"]
+
+
+NOT_OTHERS = ("ours", "xla", "jnp", "cudnn", "liger", "copy")
 OPS_NOTE = (
     "Kernel time, forward / forward + backward with all gradients, median of 9, in us; for `linear_cross_entropy` in ms, "
-    'and memory on top of inputs and results. "kernel": ours by name, where ours is XLA\'s by default. A star: a result or '
-    "gradient is more than 2 % away from float32. Made by `liger-jax bench ops`. "
+    "and memory on top of inputs and results; a single time: forward, of operations without a gradient in a loop over "
+    'inputs that no cache holds. "kernel": ours by name, where ours may be XLA\'s by default. "copy": reads and writes as '
+    "many bytes as the forward pass, and does nothing else. A star: a result or gradient is more than 2 % away from "
+    "float32. Made by `liger-jax bench ops`. "
 )
 
 
@@ -88,7 +113,9 @@ def _times(op: str, result: dict | None) -> str:
     """Forward / forward + backward of one implementation, empty if it was not measured."""
     if result is None:
         return ""
-    star = "*" if any(not error <= 2e-2 for error in result["errors"].values()) else ""
+    star = "*" if any(not error <= 2e-2 for error in result.get("errors", {}).values()) else ""
+    if "both_us" not in result:
+        return _digits(result["forward_us"]["median"]) + star
     forward, both = (result[key]["median"] for key in ("forward_us", "both_us"))
     if op != "linear_cross_entropy":
         return f"{_digits(forward)} / {_digits(both)}{star}"

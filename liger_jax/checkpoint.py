@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # Orbax takes half a second to import
     from liger_jax.train import TrainState
 
 LORA = "lora.json"
+GENERATION = "generation_config.json"
 PIECE_BYTES = 256 * 2**20  # of arrays that are on the host at a time while they are saved; a larger array on its own
 
 
@@ -115,15 +116,20 @@ def float_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def write_config(folder: Path, config: Qwen2VLConfig, dtype: str) -> None:
-    """Writes config.json, and generation_config.json if the config knows the ids that belong there."""
+def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, keep: bool = False) -> None:
+    """Writes config.json, and generation_config.json if the config knows the ids that belong there.
+
+    `keep` what else a generation_config.json in the folder says.
+    """
     # transformers reads `dtype` since 4.56, `torch_dtype` before
     hub = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
     ids = {"eos_token_id": list(config.eos_token_ids) or None, "pad_token_id": config.pad_token_id}
     generation = {name: value for name, value in ids.items() if value is not None}
+    if keep and (folder / GENERATION).is_file():
+        generation = json.loads((folder / GENERATION).read_text()) | generation
     if generation:
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _write_lora(folder: Path, model: Qwen2VL) -> None:
@@ -184,7 +190,8 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
         step = int(state.step)
         if step in manager.all_steps():
             raise ValueError(f"{manager.directory} holds step {step} already")
-        write_config(Path(manager.directory), state.model.config, str(jax.tree.leaves(state.model)[0].dtype))
+        dtype = str(jax.tree.leaves(state.model)[0].dtype)
+        write_config(Path(manager.directory), state.model.config, dtype, keep=True)
         _write_lora(Path(manager.directory), state.model)
         manager.save(step, args=ocp.args.PyTreeSave(_nest(param_paths(state))), force=True)
     return step

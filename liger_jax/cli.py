@@ -5,7 +5,6 @@ A command imports what it needs.
 
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -136,6 +135,7 @@ def finetune(
     """
     from convert import save_adapter
     from liger_jax import Processor
+    from liger_jax.checkpoint import GENERATION
     from liger_jax.data import read_conversations
     from liger_jax.finetune import finetune as run
     from liger_jax.hub import local_folder
@@ -147,6 +147,8 @@ def finetune(
         raise ValueError("lora_alpha and lora_targets are of --lora RANK, which is missing")
     if lora is not None and (freeze or vision_learning_rate is not None or merger_learning_rate is not None):
         raise ValueError("with --lora nothing else is trained; expected no --freeze and no learning rate of a part")
+    if lora is not None and master_weights:
+        raise ValueError("--lora trains float32 matrices, which need no --master-weights; expected one of the two")
     keep_compilations()
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     on_error = "skip" if skip_broken else "raise"
@@ -173,6 +175,7 @@ def finetune(
         processor,
         seen,
         output,
+        generation_config=local_folder(model, [GENERATION]) / GENERATION,
         steps=steps,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -193,9 +196,6 @@ def finetune(
     )
     if lora is not None:
         save_adapter(state.model, output / "adapter", base_model=model)
-    defaults = local_folder(model, ["generation_config.json"]) / "generation_config.json"
-    if defaults.is_file():  # how answers are made is not trained
-        shutil.copyfile(defaults, output / "generation_config.json")
     print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
 
 
@@ -446,7 +446,11 @@ class Train:
     Args:
         size: of the model; its weights are random.
         rows: rows in a step, one measurement each.
-        peers: also measure transformers with Liger's kernels, on the same weights and rows, if torch is installed.
+        peers: also measure transformers with Liger's kernels, on the same weights and rows, if torch is installed and
+            there is something to compare: not with mixed, lora or master_weights.
+        mixed: rows packed from conversations with pictures of 224 to 1344 pixels a side; a token counts if it is no padding.
+        lora: train matrices of this rank beside the weights, and nothing else.
+        master_weights: keep weights and moments in float32 too.
         remat: what the backward pass computes again; auto takes the fastest that fits the memory.
         unroll: a faster step for a longer compilation.
         fsdp: GPUs to split weights and rows over.
@@ -457,6 +461,9 @@ class Train:
     size: Literal["2b", "7b"] = "2b"
     rows: tuple[int, ...] = (4,)
     peers: bool = True
+    mixed: bool = False
+    lora: int | None = None
+    master_weights: bool = False
     remat: Literal["auto", "none", "dots", "attention", "full"] = "auto"
     unroll: bool = False
     fsdp: int | None = None
@@ -467,9 +474,8 @@ class Train:
         from convert import from_hf
         from liger_jax.bench import model
 
-        options = {"remat": self.remat, "unroll": self.unroll, "fsdp": self.fsdp, "profile": self.profile}
-        common = {"from_hf": from_hf, "peers": self.peers}
-        return model.run("train", self.size, self.rows, self.results, **common, **options)
+        options = {name: value for name, value in vars(self).items() if name != "results"}
+        return model.run_train(directory=self.results, from_hf=from_hf, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,24 +486,47 @@ class Generate:
         size: of the model; its weights are random.
         rows: prompts at once, one measurement each.
         peers: also measure transformers, with a dynamic and a static cache, on the same weights and rows, if torch is
-            installed.
+            installed; not with a length of one's own.
+        length: tokens of prompt and answer together, instead of a prompt of 2048; at most the model's 32768 positions.
         results: folder of the files.
     """
 
     size: Literal["2b", "7b"] = "2b"
     rows: tuple[int, ...] = (1, 16)
     peers: bool = True
+    length: int | None = None
     results: Path = RESULTS
 
     def run(self) -> Path:
         from convert import from_hf
         from liger_jax.bench import model
 
-        return model.run("generate", self.size, self.rows, self.results, from_hf=from_hf, peers=self.peers)
+        options = {name: value for name, value in vars(self).items() if name != "results"}
+        return model.run_generate(directory=self.results, from_hf=from_hf, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """From the start of a process to the first token about a picture, with an empty and a full compilation cache.
+
+    Weights are read from an Orbax checkpoint and from Hugging Face's files; what each part takes is told; into model.json.
+
+    Args:
+        size: of the model; its weights are random.
+        results: folder of the files.
+    """
+
+    size: Literal["2b", "7b"] = "2b"
+    results: Path = RESULTS
+
+    def run(self) -> Path:
+        from liger_jax.bench import start
+
+        return start.run(self.size, self.results)
 
 
 @app.command
-def bench(what: Annotated[Ops | Train | Generate, tyro.conf.arg(name="")]) -> None:
+def bench(what: Annotated[Ops | Train | Generate | Start, tyro.conf.arg(name="")]) -> None:
     """Measure on the GPU at hand, beside other packages in the same run."""
     print(what.run())
 

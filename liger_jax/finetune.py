@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax
 import optax
 
 from liger_jax.batch import Batch
-from liger_jax.checkpoint import checkpoint_manager, is_model, restore_state, save_state
+from liger_jax.checkpoint import GENERATION, checkpoint_manager, is_model, restore_state, save_state
 from liger_jax.dataset import OnError, make_dataset
 from liger_jax.evaluation import compare_answers, evaluate
 from liger_jax.loader import load_batches
@@ -58,6 +59,7 @@ def finetune(
     asynchronous: bool = True,
     workers: int | None = None,
     frozen: Collection[str] = (),
+    generation_config: Path | None = None,
     progress: bool = True,
 ) -> TrainState:
     """Trains a model on the assistants' answers in conversations.
@@ -85,6 +87,8 @@ def finetune(
         asynchronous: write checkpoints while training goes on; takes memory for the whole state on the host.
         workers: see `load_batches`.
         frozen: parts that the optimizer does not train, for the count of operations in the log.
+        generation_config: the model's generation_config.json, if there is such a file: how answers are made is not trained,
+            and stands beside the checkpoints as it was.
         progress: show a bar.
 
     Returns:
@@ -140,6 +144,8 @@ def finetune(
         return state
     write_record(output, record)
     processor.save_pretrained(output)
+    if generation_config is not None and generation_config.is_file() and not (output / GENERATION).exists():
+        shutil.copyfile(generation_config, output / GENERATION)
     forget_after(output / ANSWERS, start)
 
     def measure(model: Qwen2VL, step: int) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """`liger-jax bench train | generate`: a model of real size on the GPU at hand, beside transformers with Liger's kernels.
 
 Both get the same checkpoint, written by transformers with random weights, and the same arrays. A training step is timed
-from its call to its end; a new token is the difference between generating 128 and 1.
+from its call to its end; a new token is the difference between generating 128 and 1. What transformers is not compared
+in (packed pictures of many sizes, LoRA, master weights, long prompts) is measured alone, on weights made here.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -25,9 +26,15 @@ import numpy as np
 import optax
 
 from liger_jax import Batch, Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
+from liger_jax.batch import IGNORE
 from liger_jax.bench import work
-from liger_jax.bench.ops import device_kind, first_line, versions_of
+from liger_jax.bench.mixed import batches as mixed_batches
+from liger_jax.bench.ops import check_for_gpu, device_kind, first_line, versions_of
+from liger_jax.logs import batch_work, step_rates
+from liger_jax.lora import adapted_parts, add_lora, lora_of
+from liger_jax.master import with_master_weights
 from liger_jax.mesh import mesh_of, put_batch
+from liger_jax.optimizer import BASE, make_optimizer
 
 GIB = 2**30
 PACKAGES = ("jax", "flax", "optax")
@@ -82,37 +89,57 @@ def load(checkpoint: Path, from_hf: Callable, mesh) -> tuple[Qwen2VL, dict]:
     return model, {"seconds": time.perf_counter() - start, "host_gib_above_start": host.above_start / GIB}
 
 
-def on_devices(model: Qwen2VL, arrays: dict) -> Batch:
+def on_devices(model: Qwen2VL, batch: Batch) -> Batch:
     """The batch where the weights are, so that its transfer is not part of what is timed."""
-    return jax.device_put(put_batch(prepare(model.config, **arrays), mesh_of(model)))
+    return jax.device_put(put_batch(batch, mesh_of(model)))
 
 
-def train(model: Qwen2VL, arrays: dict, *, remat: str, unroll: bool, profile: Path | None) -> tuple[Qwen2VL, dict]:
-    state = TrainState.create(model, optax.adamw(work.LEARNING_RATE))
+def train(
+    model: Qwen2VL,
+    batches: Sequence[Batch],
+    *,
+    optimizer: optax.GradientTransformation,
+    frozen: Collection[str] = (),
+    remat: str = "auto",
+    unroll: bool = False,
+    profile: Path | None = None,
+) -> tuple[Qwen2VL, dict]:
+    """Steps on the batches, one after the other and from the first again."""
+    counted = [batch_work(model.config, batch, frozen=frozen, adapted=adapted_parts(model)) for batch in batches]
+    trained = [int(np.count_nonzero(batch.labels != IGNORE)) for batch in batches]
+    mean = {name: float(np.mean([each[name] for each in counted])) for name in counted[0]}
+    state = TrainState.create(model, optimizer)
     step = make_train_step(remat=remat, unroll=unroll)
-    batch = on_devices(model, arrays)
-    start = time.perf_counter()
-    compiled = step.compile(state, batch)
-    compile_s = time.perf_counter() - start
+    placed = [on_devices(model, batch) for batch in batches]
     seconds, losses = [], []
-    for _ in range(work.WARM + work.TIMED):
+    for number in range(work.WARM + work.TIMED):
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, batch))
+        state, metrics = jax.block_until_ready(step(state, placed[number % len(placed)]))
         seconds.append(time.perf_counter() - start)
         losses.append(float(metrics["loss"]))
     if profile is not None:
         with tempfile.TemporaryDirectory() as trace:
             with jax.profiler.trace(trace):
-                state, _ = jax.block_until_ready(compiled(state, batch))
+                state, _ = jax.block_until_ready(step(state, placed[0]))
             profile.write_text(kernel_table(Path(trace)))
-    step_s = float(np.median(seconds[work.WARM :]))
+    timed = range(work.WARM, len(seconds))
+    of_batch = [[seconds[i] for i in timed if i % len(placed) == number] for number in range(len(placed))]
+    step_s = float(np.mean([np.median(of_one) for of_one in of_batch if of_one]))
+    rates = step_rates(
+        mean, float(np.mean(trained)), step_s, sorted(state.step.devices(), key=lambda device: device.id)
+    )
     return state.model, {
         "remat": step.chosen,
         "unroll": unroll,
         "step_ms": step_s * 1e3,
-        "tokens_per_s": arrays["input_ids"].size / step_s,
+        "tokens_per_s": rates["tokens_per_second"],
+        "trained_tokens_per_s": rates["trained_tokens_per_second"],
+        "images": mean["images"],
+        "token_utilisation": rates["token_utilisation"],
+        **{name: value for name, value in rates.items() if name == "model_flops_utilisation"},
         "peak_gib": device_peak(),
-        "compile_s": compile_s,
+        "compile_s": seconds[0] - step_s,
+        "compilations": len(step.compiled),
         "losses": losses[:3],
     }
 
@@ -138,7 +165,7 @@ def kernel_table(trace: Path) -> str:
 
 def decode(model: Qwen2VL, arrays: dict) -> dict:
     arrays = {name: value for name, value in arrays.items() if name != "labels"}
-    batch = on_devices(model, arrays)
+    batch = on_devices(model, prepare(model.config, **arrays))
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
@@ -161,20 +188,81 @@ def decode(model: Qwen2VL, arrays: dict) -> dict:
 # ---- the commands -----------------------------------------------------------------------------------------------------
 
 
-def run(
-    what: str,
+def run_train(
     size: str,
     rows: Sequence[int],
     directory: Path,
     *,
     from_hf: Callable,
-    peers: bool,
+    peers: bool = False,
     fsdp: int | None = None,
     remat: str = "auto",
     unroll: bool = False,
     profile: bool = False,
+    mixed: bool = False,
+    lora: int | None = None,
+    master_weights: bool = False,
 ) -> Path:
-    """Measures and writes; see `liger-jax bench train --help` and `generate`. -> the file of results."""
+    """Measures and writes; see `liger-jax bench train --help`. -> the file of results."""
+    if lora is not None and master_weights:
+        raise ValueError("bench train: LoRA's matrices are float32 already; expected --lora or --master-weights")
+    optimizer, frozen = optax.adamw(work.LEARNING_RATE), ()
+    if master_weights:
+        optimizer = with_master_weights(optimizer)
+    if lora is not None:
+        optimizer, frozen = make_optimizer(work.LEARNING_RATE, freeze=BASE), BASE
+
+    def measure(model: Qwen2VL, count: int) -> tuple[Qwen2VL, dict]:
+        if lora is not None and lora_of(model) is None:
+            model = add_lora(model, rank=lora, alpha=2 * lora)
+        batches = mixed_batches(model.config, count, work.MIXES) if mixed else [uniform_batch(model.config, count)]
+        how = {"remat": remat, "unroll": unroll, "optimizer": optimizer, "frozen": frozen}
+        table = directory / f"profile_{'_'.join([size, *variant])}_x{count}.md"
+        return train(model, batches, **how, profile=table if profile else None)
+
+    case = {"what": "train mixed" if mixed else "train"}
+    case |= {"lora": lora} if lora is not None else {}
+    case |= {"master_weights": True} if master_weights else {}
+    variant = ["mixed"] * mixed + [name for name in case if name != "what"]
+    return _run(
+        case, size, rows, directory, measure, from_hf=from_hf, fsdp=fsdp, peers=peers and case == {"what": "train"}
+    )
+
+
+def run_generate(
+    size: str,
+    rows: Sequence[int],
+    directory: Path,
+    *,
+    from_hf: Callable,
+    peers: bool = False,
+    length: int | None = None,
+) -> Path:
+    """Measures and writes; see `liger-jax bench generate --help`. -> the file of results."""
+    shortest = work.IMAGE_TOKENS + 20 + work.NEW_TOKENS
+    if length is not None and length < shortest:
+        raise ValueError(f"bench generate: length is {length}; expected at least {shortest}, for image and new tokens")
+    prompt = work.LENGTH if length is None else length - work.NEW_TOKENS
+
+    def measure(model: Qwen2VL, count: int) -> tuple[Qwen2VL, dict]:
+        return model, decode(model, work.rows(vars(model.config), count, prompt))
+
+    case = {"what": "generate"} | ({} if length is None else {"prompt_tokens": prompt})
+    return _run(case, size, rows, directory, measure, from_hf=from_hf, peers=peers and length is None)
+
+
+def _run(
+    case: dict,
+    size: str,
+    rows: Sequence[int],
+    directory: Path,
+    measure: Callable[[Qwen2VL, int], tuple[Qwen2VL, dict]],
+    *,
+    from_hf: Callable,
+    peers: bool,
+    fsdp: int | None = None,
+) -> Path:
+    """measure(model, rows) for each number of rows, after the peers; `case` is kept with each result."""
     file = directory / "model.json"
     common = {
         "package": work.OURS,
@@ -184,8 +272,8 @@ def run(
     }
     with checkpoint_of(size, peers) as checkpoint:
         losses = {}
-        if checkpoint and peers:  # first, as long as JAX has not yet taken the GPU's memory
-            losses = _run_peers(what, checkpoint, rows, file)
+        if checkpoint:  # first, as long as JAX has not yet taken the GPU's memory
+            losses = _run_peers(case["what"], checkpoint, rows, file)
         common["device"] = device_kind()
         mesh = jax.make_mesh((fsdp,), ("fsdp",)) if fsdp else None
         if checkpoint:
@@ -194,18 +282,13 @@ def run(
         else:
             model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{size}")(), mesh=mesh)
     for count in sorted(rows):  # memory's peak is that of the process: from few to many
-        arrays = work.rows(vars(model.config), count)
-        case = {**common, "what": what, "rows": count}
+        about = {**common, **case, "rows": count}
         try:
-            if what == "train":
-                table = directory / f"profile_{size}_x{count}.md" if profile else None
-                model, result = train(model, arrays, remat=remat, unroll=unroll, profile=table)
-            else:
-                result = decode(model, arrays)
+            model, result = measure(model, count)
         except Exception as error:
-            work.keep(file, {**case, "error": first_line(error)})
+            work.keep(file, {**about, "error": first_line(error)})
             break  # a step that fails has taken the weights with it
-        work.keep(file, {**case, **result})
+        work.keep(file, {**about, **result})
         apart = max(
             (abs(a - b) for a, b in zip(result.get("losses", ()), losses.get(count, ()), strict=False)), default=0
         )
@@ -214,12 +297,17 @@ def run(
     return file
 
 
+def uniform_batch(config: Qwen2VLConfig, rows: int) -> Batch:
+    return prepare(config, **work.rows(vars(config), rows))
+
+
 @contextlib.contextmanager
 def checkpoint_of(size: str, peers: bool) -> Iterator[Path | None]:
     """A folder with random weights by transformers; None where torch is not installed or nobody else needs it."""
     if not peers or importlib.util.find_spec("torch") is None:
         yield None
         return
+    check_for_gpu()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / f"qwen2-vl-{size}"
         subprocess.run([sys.executable, "-m", "liger_jax.bench.peer_model", "write", size, checkpoint], check=True)

@@ -1,7 +1,8 @@
 """`liger-jax bench ops`: kernel time, memory and errors of each operation, beside jitted jnp, cuDNN, and other packages.
 
 Times are those of the kernels alone, from the profiler, in bfloat16 on fresh random inputs, forward and forward with all
-gradients. In the same run the values are compared with the formula in float32.
+gradients; of the operations of generation, which have none, in a loop over several inputs. In the same run the values are
+compared with the formula in float32. "copy" is the floor that memory sets: a program that only reads and writes.
 """
 
 import datetime
@@ -30,6 +31,8 @@ from liger_jax.bench.cases import Case
 REPEATS = 9
 LARGE_ERROR = 2e-2  # of a norm; bfloat16 results are 2e-3 to 4e-3 away from float32
 PASSES = ("forward", "both")
+TURNS = 8  # of a loop, over sets of inputs that are more together than the GPU's cache holds
+MORE_THAN_CACHED, FEWEST_SETS = 128 * 2**20, 16
 PACKAGES = ("jax", "jaxlib")
 XLA_BY_DEFAULT = (
     "swiglu",
@@ -96,8 +99,10 @@ TOKAMAX = {
 
 def implementations(case: Case, peers: bool = True) -> dict[str, Callable]:
     """Name -> f(**arrays, **constants), of everything that runs on JAX and computes this case."""
-    other = ("kernel", "triton") if case.op in XLA_BY_DEFAULT else ("xla", "xla")
-    found = {name: functools.partial(_ours, case.op, how) for name, how in (("ours", None), other)}
+    hows = {"ours": None, "kernel": "triton", "xla": "xla"}
+    if not case.in_loop:
+        del hows["xla" if case.op in XLA_BY_DEFAULT else "kernel"]
+    found = {name: functools.partial(_ours, case.op, how) for name, how in hows.items()}
     found |= {"cudnn": _cudnn_attention} if case.op == "attention" else {"jnp": cases.FORMULAS[case.op]}
     if peers and case.op in TOKAMAX:
         found["tokamax"] = TOKAMAX[case.op]
@@ -112,14 +117,17 @@ def _draw(key: jax.Array, normal: cases.Normal) -> jax.Array:
     return (normal.mean + normal.scale * jax.random.normal(key, normal.shape)).astype(jnp.bfloat16)
 
 
-def inputs(case: Case) -> tuple[dict, dict, Any]:
-    """-> arrays, constants, and the cotangents of the results: None for a loss, where they are 1."""
-    *keys, last = jax.random.split(jax.random.key(case.seed), len(case.arrays) + 1)
+def inputs(case: Case, number: int = 0) -> tuple[dict, dict, Any]:
+    """-> arrays, constants, and the cotangents of the results: None for a loss, where they are 1, and without a gradient.
+
+    Each `number` gives other arrays.
+    """
+    *keys, last = jax.random.split(jax.random.key((case.seed + number) % 2**32), len(case.arrays) + 1)
     arrays = {name: _draw(key, normal) for key, (name, normal) in zip(keys, case.arrays.items(), strict=True)}
     constants = {name: jnp.asarray(value) for name, value in case.constants().items()}
     formula = functools.partial(cases.FORMULAS[case.op], **case.options)
     results = jax.tree.leaves(jax.eval_shape(lambda: formula(**arrays, **constants)))
-    if not results[0].shape:
+    if case.in_loop or not results[0].shape:
         return arrays, constants, None
     cotangents = [_draw(jax.random.fold_in(last, i), cases.Normal(out.shape)) for i, out in enumerate(results)]
     return arrays, constants, tuple(cotangents)
@@ -137,10 +145,40 @@ def program(function: Callable, which: str) -> Callable:
 
         out, pullback = jax.vjp(results, arrays)
         (gradients,) = pullback(jax.tree.map(jnp.ones_like, out) if cotangents is None else cotangents)
-        names = ["out"] if len(out) == 1 else [f"out{i}" for i in range(len(out))]
-        return dict(zip(names, out, strict=True)) | {f"d{name}": value for name, value in gradients.items()}
+        return named(out) | {f"d{name}": value for name, value in gradients.items()}
 
     return {"forward": forward, "both": both}[which]
+
+
+def named(results: Any) -> dict[str, jax.Array]:
+    results = jax.tree.leaves(results)
+    return {"out" if len(results) == 1 else f"out{i}": result for i, result in enumerate(results)}
+
+
+def in_turns(case: Case, function: Callable) -> Callable:
+    """(sets of arrays, constants, turns) -> what is left. Each turn calls the function on one set after the other.
+
+    As generation goes through its layers: in place where results replace arrays, and never on what it has just read.
+    """
+
+    function = jax.jit(function)  # traced once for all sets
+
+    def run(sets, constants, turns):
+        def turn(_, carry):
+            replaced, last = carry
+            following = []
+            for arrays, new in zip(sets, replaced, strict=True):
+                # one after the other and anew in each turn, whatever the compiler finds out about it
+                arrays, last = jax.lax.optimization_barrier((arrays | new, last))
+                last, *new = jax.tree.leaves(function(**arrays, **constants))
+                following.append(dict(zip(case.replaced, new, strict=True)))
+            return following, last
+
+        first, *_ = jax.tree.leaves(jax.eval_shape(lambda: function(**sets[0], **constants)))
+        replaced = [{name: arrays[name] for name in case.replaced} for arrays in sets]
+        return jax.lax.fori_loop(0, turns, turn, (replaced, jnp.zeros(first.shape, first.dtype)))
+
+    return run
 
 
 def reference(case: Case, arrays: dict, constants: dict, cotangents: Any) -> dict[str, jax.Array]:
@@ -199,7 +237,7 @@ def measure(case: Case, functions: dict[str, Callable], passes: Sequence[str] = 
     Without the forward pass among `passes` nothing is compared either.
     """
     try:
-        return _measure(case, functions, passes)
+        return _measure_in_loop(case, functions) if case.in_loop else _measure(case, functions, passes)
     except Exception as error:  # of the inputs or the reference: the other cases are measured
         return {name: {"error": first_line(error)} for name in functions}
 
@@ -230,6 +268,41 @@ def _measure(case: Case, functions: dict[str, Callable], passes: Sequence[str]) 
         values = None  # its memory is needed for the next
         found[name] = result
     return found
+
+
+def _measure_in_loop(case: Case, functions: dict[str, Callable]) -> dict[str, dict]:
+    """`measure` without a backward pass: the time of a call is that of more turns, without that of the first."""
+    constants, size = inputs(case)[1], sum(2 * int(np.prod(normal.shape)) for normal in case.arrays.values())
+    sets = [inputs(case, number)[0] for number in range(max(FEWEST_SETS, -(-MORE_THAN_CACHED // size)))]
+    wide = jax.tree.map(lambda array: array.astype(jnp.float32), sets[0])
+    with jax.default_matmul_precision("highest"):
+        expected = named(jax.jit(cases.REFERENCES[case.op])(**wide, **constants))
+    found: dict[str, dict] = {}
+    for name, function in functions.items():
+        try:
+            values = jax.jit(function)(**sets[0], **constants)
+            compiled = jax.jit(in_turns(case, function)).lower(sets, constants, np.int32(1)).compile()
+            (_, one), (_, more) = (kernel_us(compiled, sets, constants, np.int32(n)) for n in (1, 1 + TURNS))
+            us = [(time - statistics.median(one)) / (TURNS * len(sets)) for time in more]
+            found[name] = {"forward_us": spread(us), "errors": errors(named(values), expected)}
+        except Exception as error:  # whatever one implementation cannot do, the others are measured
+            found[name] = {"error": first_line(error)}
+    return found
+
+
+def measure_copy(case: Case) -> dict[str, Any]:
+    """{"forward_us"} of a program that reads and writes as many bytes as the forward pass, and does nothing else."""
+    constants = case.constants()
+    arrays = {name: jax.ShapeDtypeStruct(normal.shape, jnp.bfloat16) for name, normal in case.arrays.items()}
+    results = jax.eval_shape(functools.partial(cases.FORMULAS[case.op], **case.options), **arrays, **constants)
+    tables = sum(table.nbytes for table in constants.values())
+    tables //= 3 if case.op == "mrope" else 1  # of three angles it reads one
+    moved = tables + sum(array.size * array.dtype.itemsize for array in jax.tree.leaves((arrays, results)))
+    try:
+        array = jnp.ones(moved // 4, jnp.bfloat16)
+        return {"forward_us": spread(kernel_us(jax.jit(jnp.negative).lower(array).compile(), array)[1])}
+    except Exception as error:
+        return {"error": first_line(error)}
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
@@ -301,16 +374,27 @@ def run(only: Sequence[str], peers: bool, sweep: bool, directory: Path) -> Path:
     versions = versions_of((*PACKAGES, "tokamax") if peers else PACKAGES)
     for case in chosen:
         found = measure(case, implementations(case, peers))
+        if case.op in cases.BY_ROWS:
+            found["copy"] = measure_copy(case)
         results.add(case, versions, found)
         print(line(case, found), flush=True)
     return results.file
+
+
+NO_GPU = "bench: no GPU found; it measures NVIDIA GPUs"
 
 
 def device_kind() -> str:
     try:
         return jax.devices("gpu")[0].device_kind
     except RuntimeError as error:
-        raise ValueError("bench: no GPU found; it measures NVIDIA GPUs") from error
+        raise ValueError(NO_GPU) from error
+
+
+def check_for_gpu() -> None:
+    """Raises ValueError where there is none; in a process of its own, so that this one does not take the memory."""
+    if subprocess.run([sys.executable, "-c", "import jax; jax.devices('gpu')"], capture_output=True).returncode:
+        raise ValueError(NO_GPU)
 
 
 def _run_peers(chosen: Sequence[Case], directory: Path) -> None:
@@ -318,7 +402,9 @@ def _run_peers(chosen: Sequence[Case], directory: Path) -> None:
     if importlib.util.find_spec("torch") is None:
         print("without peers: torch is not installed", flush=True)
         return
-    by_name = {case.name: case for case in chosen}
+    by_name = {case.name: case for case in chosen if not case.in_loop}  # torch has nothing like those in a loop
+    if not by_name:
+        return
     command = [sys.executable, "-m", "liger_jax.bench.peers", *by_name]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # the GPU is torch's as long as that process runs
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

@@ -12,16 +12,18 @@ import numpy as np
 LENGTH = 2048
 GRID = (1, 64, 64)
 IMAGE_TOKENS = GRID[0] * GRID[1] * GRID[2] // 4
+WORDS = (1000, 150_000)  # ids that mean nothing special
 NEW_TOKENS = 128
 WARM, TIMED = 3, 8  # steps
+MIXES = 4  # different batches of --mixed, each timed as often
 LEARNING_RATE = 1e-5
 OURS = "liger-jax"
 
 
-def rows(config: dict, count: int, seed: int = 0) -> dict[str, np.ndarray]:
+def rows(config: dict, count: int, length: int = LENGTH, seed: int = 0) -> dict[str, np.ndarray]:
     """`count` random rows in Hugging Face's layout; `config` is the content of the checkpoint's config.json."""
     rng = np.random.default_rng(seed)
-    ids = rng.integers(1000, 150_000, (count, LENGTH))
+    ids = rng.integers(*WORDS, (count, length))
     ids[:, 16] = config["vision_start_token_id"]
     ids[:, 17 : 17 + IMAGE_TOKENS] = config["image_token_id"]
     ids[:, 17 + IMAGE_TOKENS] = config["vision_end_token_id"]
@@ -38,7 +40,8 @@ def rows(config: dict, count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def line(result: dict) -> str:
     """A result for the terminal."""
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float))
+    told = result | result.get("parts", {}) | result.get("first_token_parts", {})
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in told.items() if isinstance(value, float))
     what = f"{result['what']} {result['model']} x {result['rows']}" if "rows" in result else result["what"]
     return f"{result['package']}: {what}: {result.get('error') or numbers}"
 
@@ -57,5 +60,8 @@ def keep(file: Path, result: dict) -> None:
 
 def case(result: dict) -> tuple:
     """What was measured, as far as two results of it replace one another."""
-    names = ("package", "model", "what", "rows", "devices", "remat", "unroll", "cache")
-    return tuple(result.get(name) for name in names)
+    return tuple(result.get(name) for name in CASE)
+
+
+CASE = ("package", "model", "what", "rows", "prompt_tokens", "devices", "remat", "unroll", "lora", "master_weights")
+CASE += ("cache", "weights", "programs")

@@ -154,6 +154,16 @@ def test_what_it_leaves_can_be_used(processor, whole):
     assert_same(load_model(folder), state.model)
 
 
+def test_how_answers_are_made_stands_beside_the_checkpoints(config, processor, data, tmp_path):
+    """Of the model's generation_config.json: from the first checkpoint on, with the ids of the model's configuration."""
+    defaults = tmp_path / "generation_config.json"
+    defaults.write_text('{"eos_token_id": 1, "top_k": 7}')
+    run(config, processor, data, tmp_path / "run", steps=1, generation_config=defaults)
+    stored = json.loads((tmp_path / "run/generation_config.json").read_text())
+    ends = {"eos_token_id": list(config.eos_token_ids), "pad_token_id": config.pad_token_id}
+    assert stored == {"top_k": 7} | ends
+
+
 def test_log(whole):
     """A line a step, with what the optimizer saw and what the step achieved; the same as curves."""
     from tensorboardX.proto.event_pb2 import Event
@@ -328,7 +338,7 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     # LoRA alone: the base stays, the adapter is there for PEFT, and converting merges it into the weights
     arguments[-1] = str(tmp_path / "lora")
     options = "--steps 2 --batch-size 2 --skip-broken --workers 0 --remat none --learning-rate 0.1"
-    for wrong in ("--lora-alpha 4", "--lora 4 --freeze vision"):
+    for wrong in ("--lora-alpha 4", "--lora 4 --freeze vision", "--lora 4 --master-weights"):
         monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split(), *wrong.split()])
         with pytest.raises(SystemExit, match="lora"):
             main()
