@@ -85,7 +85,7 @@ def finetune(
     group_by_length: bool = False,
     max_pixels: int | None = None,
     accumulate: int = 1,
-    remat: Literal["auto", "none", "dots", "attention", "full"] = "auto",
+    remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "auto",
     unroll: bool = False,
     save_every: int = 500,
     keep: int = 3,
@@ -464,7 +464,7 @@ class Train:
     mixed: bool = False
     lora: int | None = None
     master_weights: bool = False
-    remat: Literal["auto", "none", "dots", "attention", "full"] = "auto"
+    remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "auto"
     unroll: bool = False
     fsdp: int | None = None
     profile: bool = False

@@ -152,12 +152,17 @@ def attention(q, k, v, *, causal=False, segment_ids=None, **_):
     return out.reshape(batch, -1, tokens, dim).transpose(0, 2, 1, 3)
 
 
-def norm_linear(x, norm_weight, kernel, bias):
-    return rms_norm(x, norm_weight) @ kernel + bias
+def norm_linear(x, norm_weight, weight, bias):
+    return rms_norm(x, norm_weight) @ weight.T + bias
 
 
-def linear_add(x, kernel, residual):
-    return residual + x @ kernel
+def norm_swiglu(x, norm_weight, weight):
+    x = rms_norm(x, norm_weight)
+    return swiglu(x @ weight[0].T, x @ weight[1].T)
+
+
+def linear_add(x, weight, residual):
+    return residual + x @ weight.T
 
 
 def decode_attention(qkv, keys, values, cos, sin, valid, slot):
@@ -177,7 +182,7 @@ def decode_attention(qkv, keys, values, cos, sin, valid, slot):
 
 _ROWS = (rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu)
 BY_ROWS = tuple(f.__name__ for f in _ROWS)  # bound by memory alone
-_DECODING = (norm_linear, linear_add, decode_attention)
+_DECODING = (norm_linear, norm_swiglu, linear_add, decode_attention)
 FORMULAS = {f.__name__: f for f in (*_ROWS, cross_entropy, linear_cross_entropy, attention, *_DECODING)}
 # What values are compared with is the formula in float32; here where that needs less memory than the formula itself.
 REFERENCES = FORMULAS | {"linear_cross_entropy": linear_cross_entropy_in_chunks}
@@ -257,11 +262,13 @@ def image_attention(
 
 
 def thin_linear(op: str, rows: int, depth: int, width: int) -> Case:
-    """norm_linear or linear_add: few rows and a weight [depth, width]."""
-    x, kernel = Normal((rows, depth)), Normal((depth, width), scale=depth**-0.5)
+    """norm_linear, norm_swiglu or linear_add: few rows and a weight [width, depth], or two of them."""
+    x, norm = Normal((rows, depth)), Normal((depth,), 1.0, 0.2)
+    weight, weights = (Normal((*two, width, depth), scale=depth**-0.5) for two in ((), (2,)))
     arrays = {
-        "norm_linear": {"x": x, "norm_weight": Normal((depth,), 1.0, 0.2), "kernel": kernel, "bias": Normal((width,))},
-        "linear_add": {"x": x, "kernel": kernel, "residual": Normal((rows, width))},
+        "norm_linear": {"x": x, "norm_weight": norm, "weight": weight, "bias": Normal((width,))},
+        "norm_swiglu": {"x": x, "norm_weight": norm, "weight": weights},
+        "linear_add": {"x": x, "weight": weight, "residual": Normal((rows, width))},
     }
     return Case(op, f"{rows} x {depth} x {width}", arrays[op], in_loop=True)
 
@@ -281,12 +288,13 @@ def cached_attention(rows: int, slots: int, heads: int, kv_heads: int, dim: int)
 
 
 def generation(text: shapes.TextSizes, rows: int) -> list[Case]:
-    """What a layer does with a new token, but for its two large products."""
+    """What a layer does with a new token."""
     queries = text.heads * text.head_dim
     return [
         thin_linear("norm_linear", rows, text.hidden, queries + 2 * text.kv_heads * text.head_dim),
         cached_attention(rows, 2048, text.heads, text.kv_heads, text.head_dim),
         thin_linear("linear_add", rows, queries, text.hidden),
+        thin_linear("norm_swiglu", rows, text.hidden, text.intermediate),
         thin_linear("linear_add", rows, text.intermediate, text.hidden),
     ]
 
@@ -318,7 +326,7 @@ CASES: tuple[Case, ...] = (
     image_attention(4, 16, 80, (4096,), 1, "one image a row"),
     image_attention(4, 16, 80, (1024,) * 4, 4, "four images a row"),
     image_attention(1, 16, 80, IMAGES, 16, "12 images of mixed sizes", without=("cudnn", "tokamax")),
-    *(case for model in ("2b", "7b") for rows in (1, 16) for case in generation(_TEXT[model], rows)),
+    *(case for model, rows in (("2b", 1), ("2b", 16), ("7b", 1)) for case in generation(_TEXT[model], rows)),
 )
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from liger_jax import compiler
 from liger_jax.bench import cases
 from liger_jax.bench.cases import Case
 
@@ -99,9 +100,9 @@ TOKAMAX = {
 
 def implementations(case: Case, peers: bool = True) -> dict[str, Callable]:
     """Name -> f(**arrays, **constants), of everything that runs on JAX and computes this case."""
-    hows = {"ours": None, "kernel": "triton", "xla": "xla"}
-    if not case.in_loop:
-        del hows["xla" if case.op in XLA_BY_DEFAULT else "kernel"]
+    hows = {"ours": None} | ({"kernel": "triton"} if case.op in XLA_BY_DEFAULT else {"xla": "xla"})
+    if case.in_loop:
+        del hows["xla"]  # the same formula as jnp's
     found = {name: functools.partial(_ours, case.op, how) for name, how in hows.items()}
     found |= {"cudnn": _cudnn_attention} if case.op == "attention" else {"jnp": cases.FORMULAS[case.op]}
     if peers and case.op in TOKAMAX:
@@ -243,16 +244,17 @@ def measure(case: Case, functions: dict[str, Callable], passes: Sequence[str] = 
 
 
 def _measure(case: Case, functions: dict[str, Callable], passes: Sequence[str]) -> dict[str, dict]:
-    """`measure`; all programs are compiled at once, which takes longer than running them."""
+    """`measure`; all programs are compiled at once, which takes longer than running them, and ours as a training step is."""
     given = inputs(case)
     expected = jax.block_until_ready(reference(case, *given)) if "forward" in passes else None
 
-    def compiled(function: Callable, which: str):
-        return jax.jit(program(function, which)).lower(*given).compile()
+    def compiled(name: str, which: str):
+        options = compiler.OPTIONS if name in ("ours", "kernel", "xla") else {}
+        return jax.jit(program(functions[name], which)).lower(*given).compile(compiler_options=options)
 
     found: dict[str, dict] = {}
     with ThreadPoolExecutor() as pool:
-        programs = {name: {p: pool.submit(compiled, f, p) for p in passes} for name, f in functions.items()}
+        programs = {name: {p: pool.submit(compiled, name, p) for p in passes} for name in functions}
     for name, of_pass in programs.items():
         try:
             result = {}
