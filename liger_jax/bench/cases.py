@@ -38,8 +38,7 @@ class Case:
     make_constants: Callable[[np.random.Generator], dict[str, np.ndarray]] = lambda rng: {}
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     without: tuple[str, ...] = ()  # implementations that cannot compute this, or not within the memory
-    in_loop: bool = False  # of generation: no gradient, and timed in a loop as generation runs it
-    replaced: tuple[str, ...] = ()  # arrays that the results behind the first take the place of
+    in_turns: bool = False  # of generation: no gradient, and timed on inputs that no cache holds
 
     @property
     def name(self) -> str:
@@ -165,24 +164,9 @@ def linear_add(x, weight, residual):
     return residual + x @ weight.T
 
 
-def decode_attention(qkv, keys, values, cos, sin, valid, slot):
-    """-> out, keys, values, as a model without fused operations has it."""
-    (batch, slots, kv_heads, dim), heads = keys.shape, qkv.shape[1] - 2 * keys.shape[2]
-    q, k, v = jnp.split(qkv[:, None], (heads, heads + kv_heads), axis=2)
-    q, k = rope(q, k, cos[:, None], sin[:, None])
-    keys, values = (jax.lax.dynamic_update_slice(old, new, (0, slot, 0, 0)) for old, new in ((keys, k), (values, v)))
-    number = jnp.arange(slots)
-    seen = (valid != 0) & (number < slot) | (number == slot)
-    grouped = q.reshape(batch, kv_heads, -1, dim)
-    scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * dim**-0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgs,bskd->bkgd", weights.astype(values.dtype), values)
-    return out.reshape(batch, heads, dim), keys, values
-
-
 _ROWS = (rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu)
 BY_ROWS = tuple(f.__name__ for f in _ROWS)  # bound by memory alone
-_DECODING = (norm_linear, norm_swiglu, linear_add, decode_attention)
+_DECODING = (norm_linear, norm_swiglu, linear_add)
 FORMULAS = {f.__name__: f for f in (*_ROWS, cross_entropy, linear_cross_entropy, attention, *_DECODING)}
 # What values are compared with is the formula in float32; here where that needs less memory than the formula itself.
 REFERENCES = FORMULAS | {"linear_cross_entropy": linear_cross_entropy_in_chunks}
@@ -270,29 +254,14 @@ def thin_linear(op: str, rows: int, depth: int, width: int) -> Case:
         "norm_swiglu": {"x": x, "norm_weight": norm, "weight": weights},
         "linear_add": {"x": x, "weight": weight, "residual": Normal((rows, width))},
     }
-    return Case(op, f"{rows} x {depth} x {width}", arrays[op], in_loop=True)
-
-
-def cached_attention(rows: int, slots: int, heads: int, kv_heads: int, dim: int) -> Case:
-    """decode_attention: a new token a row, which fills the last slot of the cache."""
-
-    def constants(rng):
-        angles = rng.uniform(0, 2 * np.pi, (rows, dim // 2))
-        tables = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
-        return tables | {"valid": np.ones((rows, slots), np.int32), "slot": np.array(slots - 1, np.int32)}
-
-    cache = Normal((rows, slots, kv_heads, dim))
-    arrays = {"qkv": Normal((rows, heads + 2 * kv_heads, dim)), "keys": cache, "values": cache}
-    size = f"{rows} x {slots} slots, {heads}/{kv_heads} heads of {dim}"
-    return Case("decode_attention", size, arrays, constants, in_loop=True, replaced=("keys", "values"))
+    return Case(op, f"{rows} x {depth} x {width}", arrays[op], in_turns=True)
 
 
 def generation(text: shapes.TextSizes, rows: int) -> list[Case]:
-    """What a layer does with a new token."""
+    """The products of a layer with a new token."""
     queries = text.heads * text.head_dim
     return [
         thin_linear("norm_linear", rows, text.hidden, queries + 2 * text.kv_heads * text.head_dim),
-        cached_attention(rows, 2048, text.heads, text.kv_heads, text.head_dim),
         thin_linear("linear_add", rows, queries, text.hidden),
         thin_linear("norm_swiglu", rows, text.hidden, text.intermediate),
         thin_linear("linear_add", rows, text.intermediate, text.hidden),

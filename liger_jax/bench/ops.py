@@ -1,8 +1,8 @@
 """`liger-jax bench ops`: kernel time, memory and errors of each operation, beside jitted jnp, cuDNN, and other packages.
 
 Times are those of the kernels alone, from the profiler, in bfloat16 on fresh random inputs, forward and forward with all
-gradients; of the operations of generation, which have none, in a loop over several inputs. In the same run the values are
-compared with the formula in float32. "copy" is the floor that memory sets: a program that only reads and writes.
+gradients; of the operations of generation, which have none, one after the other on many inputs. In the same run the
+values are compared with the formula in float32. "copy" is a program that only reads and writes as many bytes.
 """
 
 import datetime
@@ -32,8 +32,7 @@ from liger_jax.bench.cases import Case
 REPEATS = 9
 LARGE_ERROR = 2e-2  # of a norm; bfloat16 results are 2e-3 to 4e-3 away from float32
 PASSES = ("forward", "both")
-TURNS = 8  # of a loop, over sets of inputs that are more together than the GPU's cache holds
-MORE_THAN_CACHED, FEWEST_SETS = 128 * 2**20, 16
+MORE_THAN_CACHED, FEWEST_SETS = 128 * 2**20, 16  # bytes together, and number, of inputs that are used in turn
 PACKAGES = ("jax", "jaxlib")
 XLA_BY_DEFAULT = (
     "swiglu",
@@ -101,7 +100,7 @@ TOKAMAX = {
 def implementations(case: Case, peers: bool = True) -> dict[str, Callable]:
     """Name -> f(**arrays, **constants), of everything that runs on JAX and computes this case."""
     hows = {"ours": None} | ({"kernel": "triton"} if case.op in XLA_BY_DEFAULT else {"xla": "xla"})
-    if case.in_loop:
+    if case.in_turns:
         del hows["xla"]  # the same formula as jnp's
     found = {name: functools.partial(_ours, case.op, how) for name, how in hows.items()}
     found |= {"cudnn": _cudnn_attention} if case.op == "attention" else {"jnp": cases.FORMULAS[case.op]}
@@ -128,7 +127,7 @@ def inputs(case: Case, number: int = 0) -> tuple[dict, dict, Any]:
     constants = {name: jnp.asarray(value) for name, value in case.constants().items()}
     formula = functools.partial(cases.FORMULAS[case.op], **case.options)
     results = jax.tree.leaves(jax.eval_shape(lambda: formula(**arrays, **constants)))
-    if case.in_loop or not results[0].shape:
+    if case.in_turns or not results[0].shape:
         return arrays, constants, None
     cotangents = [_draw(jax.random.fold_in(last, i), cases.Normal(out.shape)) for i, out in enumerate(results)]
     return arrays, constants, tuple(cotangents)
@@ -156,28 +155,16 @@ def named(results: Any) -> dict[str, jax.Array]:
     return {"out" if len(results) == 1 else f"out{i}": result for i, result in enumerate(results)}
 
 
-def in_turns(case: Case, function: Callable) -> Callable:
-    """(sets of arrays, constants, turns) -> what is left. Each turn calls the function on one set after the other.
+def in_turns(function: Callable) -> Callable:
+    """(several arrays, constants) -> a result for each, one after the other: no input is in a cache, as in generation."""
+    function = jax.jit(function)  # traced once for all
 
-    As generation goes through its layers: in place where results replace arrays, and never on what it has just read.
-    """
-
-    function = jax.jit(function)  # traced once for all sets
-
-    def run(sets, constants, turns):
-        def turn(_, carry):
-            replaced, last = carry
-            following = []
-            for arrays, new in zip(sets, replaced, strict=True):
-                # one after the other and anew in each turn, whatever the compiler finds out about it
-                arrays, last = jax.lax.optimization_barrier((arrays | new, last))
-                last, *new = jax.tree.leaves(function(**arrays, **constants))
-                following.append(dict(zip(case.replaced, new, strict=True)))
-            return following, last
-
-        first, *_ = jax.tree.leaves(jax.eval_shape(lambda: function(**sets[0], **constants)))
-        replaced = [{name: arrays[name] for name in case.replaced} for arrays in sets]
-        return jax.lax.fori_loop(0, turns, turn, (replaced, jnp.zeros(first.shape, first.dtype)))
+    def run(several, constants):
+        results = []
+        for arrays in several:
+            arrays, _ = jax.lax.optimization_barrier((arrays, results[-1:]))  # or the compiler calls some at once
+            results.append(function(**arrays, **constants))
+        return results
 
     return run
 
@@ -238,7 +225,7 @@ def measure(case: Case, functions: dict[str, Callable], passes: Sequence[str] = 
     Without the forward pass among `passes` nothing is compared either.
     """
     try:
-        return _measure_in_loop(case, functions) if case.in_loop else _measure(case, functions, passes)
+        return _measure_in_turns(case, functions) if case.in_turns else _measure(case, functions, passes)
     except Exception as error:  # of the inputs or the reference: the other cases are measured
         return {name: {"error": first_line(error)} for name in functions}
 
@@ -272,21 +259,20 @@ def _measure(case: Case, functions: dict[str, Callable], passes: Sequence[str]) 
     return found
 
 
-def _measure_in_loop(case: Case, functions: dict[str, Callable]) -> dict[str, dict]:
-    """`measure` without a backward pass: the time of a call is that of more turns, without that of the first."""
-    constants, size = inputs(case)[1], sum(2 * int(np.prod(normal.shape)) for normal in case.arrays.values())
-    sets = [inputs(case, number)[0] for number in range(max(FEWEST_SETS, -(-MORE_THAN_CACHED // size)))]
-    wide = jax.tree.map(lambda array: array.astype(jnp.float32), sets[0])
+def _measure_in_turns(case: Case, functions: dict[str, Callable]) -> dict[str, dict]:
+    """`measure` of a forward pass that reads other inputs at each call."""
+    _, constants, _ = inputs(case)
+    size = sum(2 * int(np.prod(normal.shape)) for normal in case.arrays.values())
+    several = [inputs(case, number)[0] for number in range(max(FEWEST_SETS, -(-MORE_THAN_CACHED // size)))]
+    wide = jax.tree.map(lambda array: array.astype(jnp.float32), several[0])
     with jax.default_matmul_precision("highest"):
         expected = named(jax.jit(cases.REFERENCES[case.op])(**wide, **constants))
     found: dict[str, dict] = {}
     for name, function in functions.items():
         try:
-            values = jax.jit(function)(**sets[0], **constants)
-            compiled = jax.jit(in_turns(case, function)).lower(sets, constants, np.int32(1)).compile()
-            (_, one), (_, more) = (kernel_us(compiled, sets, constants, np.int32(n)) for n in (1, 1 + TURNS))
-            us = [(time - statistics.median(one)) / (TURNS * len(sets)) for time in more]
-            found[name] = {"forward_us": spread(us), "errors": errors(named(values), expected)}
+            values, us = kernel_us(jax.jit(in_turns(function)).lower(several, constants).compile(), several, constants)
+            each = spread([time / len(several) for time in us])
+            found[name] = {"forward_us": each, "errors": errors(named(values[0]), expected)}
         except Exception as error:  # whatever one implementation cannot do, the others are measured
             found[name] = {"error": first_line(error)}
     return found
@@ -404,7 +390,7 @@ def _run_peers(chosen: Sequence[Case], directory: Path) -> None:
     if importlib.util.find_spec("torch") is None:
         print("without peers: torch is not installed", flush=True)
         return
-    by_name = {case.name: case for case in chosen if not case.in_loop}  # torch has nothing like those in a loop
+    by_name = {case.name: case for case in chosen if not case.in_turns}  # torch has nothing like those
     if not by_name:
         return
     command = [sys.executable, "-m", "liger_jax.bench.peers", *by_name]

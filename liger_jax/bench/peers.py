@@ -324,7 +324,7 @@ def main(names: list[str]) -> None:
     if torch is None or not torch.cuda.is_available():
         sys.exit("liger_jax.bench.peers: torch sees no GPU")
     versions = ops.versions_of(PACKAGES)
-    for case in cases.choose(names, [case for case in cases.CASES if not case.in_loop]):
+    for case in cases.choose(names, [case for case in cases.CASES if not case.in_turns]):
         told = {"case": case.name, "device": torch.cuda.get_device_name(), "versions": versions}
         try:
             told["results"] = measure(case)
