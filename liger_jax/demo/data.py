@@ -1,7 +1,7 @@
 """Conversations about pictures of handwritten digits."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import NamedTuple
 
@@ -28,10 +28,12 @@ def load_digits(held_out: int = 297) -> tuple[Digits, Digits]:
     return Digits(images[train], labels[train]), Digits(images[held], labels[held])
 
 
-def conversations(digits: Digits, rng: np.random.Generator, *, most: int = 3) -> Iterator[list[dict]]:
-    """Endless conversations about one to `most` digits, all in one picture or each in a picture of its own."""
+def conversations(
+    digits: Digits, rng: np.random.Generator, *, counts: Sequence[int] = (1, 2, 3)
+) -> Iterator[list[dict]]:
+    """Endless conversations, each about one of `counts` of digits, all in one picture or each in a picture of its own."""
     while True:
-        count = int(rng.integers(1, most + 1))
+        count = counts[int(rng.integers(len(counts)))]
         chosen = rng.integers(len(digits.labels), size=count)
         groups = np.split(digits.images[chosen], count if rng.random() < 0.5 else 1)
         pictures = [{"type": "image", "image": draw_picture(group, rng)} for group in groups]

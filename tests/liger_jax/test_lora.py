@@ -21,6 +21,11 @@ CONFIG = Qwen2VLConfig.tiny()
 logits_of = jax.jit(lambda model, batch: model(batch))
 
 
+@functools.cache
+def plain(dtype="float32", mesh=None):
+    return Qwen2VL.init(CONFIG, dtype=dtype, mesh=mesh)
+
+
 def random_lora(model, scale=0.1):
     """The model with numbers in B as well, as after training."""
     rng = np.random.default_rng(7)
@@ -130,7 +135,7 @@ def test_merged(rslora):
 
 
 def test_merged_keeps_the_dtype():
-    model = add_lora(Qwen2VL.init(CONFIG), targets=["v_proj"])
+    model = add_lora(plain("bfloat16"), targets=["v_proj"])
     assert {leaf.dtype for leaf in jax.tree.leaves(merge_lora(random_lora(model)))} == {jnp.dtype("bfloat16")}
 
 
@@ -175,8 +180,7 @@ def batch_with_pictures():
 
 @functools.cache
 def start(mesh):
-    base = Qwen2VL.init(CONFIG, dtype="float32", mesh=mesh)
-    return add_lora(base, rank=4, targets="all-linear")
+    return add_lora(plain(mesh=mesh), rank=4, targets="all-linear")
 
 
 @functools.cache
@@ -237,7 +241,7 @@ def test_frozen_weights_cost_nothing():
     """No products for their gradients, nor room for their sums while accumulating: the compiled step has neither."""
     ids = np.full((2, 12), 7)
     batch = prepare(CONFIG, input_ids=ids, labels=ids)
-    model = add_lora(Qwen2VL.init(CONFIG, dtype="float32"), rank=4)
+    model = add_lora(plain(), rank=4)
 
     def cost(freeze):
         state = TrainState.create(jax.tree.map(jnp.copy, model), make_optimizer(1e-3, freeze=freeze))
@@ -275,8 +279,7 @@ def test_state_goes_through_a_checkpoint(tmp_path):
 
 def test_model_goes_through_a_checkpoint(tmp_path):
     """With rank, alpha and dtypes; a plain model in its place is plain again."""
-    plain = Qwen2VL.init(CONFIG)
-    model = random_lora(add_lora(plain, rank=2, alpha=5.5, rslora=True, targets=["qkv", "down_proj"]))
+    model = random_lora(add_lora(plain("bfloat16"), rank=2, alpha=5.5, rslora=True, targets=["qkv", "down_proj"]))
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
     assert lora_of(loaded) == {"rank": 2, "alpha": 5.5, "targets": ["down_proj", "qkv"], "rslora": True}
@@ -284,5 +287,5 @@ def test_model_goes_through_a_checkpoint(tmp_path):
     (tmp_path / "lora.json").write_text('{"rank": 2, "beta": 3}')
     with pytest.raises(ValueError, match=r"lora\.json is not what save_model writes"):
         load_model(tmp_path)
-    save_model(plain, tmp_path, overwrite=True)
+    save_model(plain("bfloat16"), tmp_path, overwrite=True)
     assert lora_of(load_model(tmp_path)) is None

@@ -21,12 +21,15 @@ from losses import OPTIONS, filled, reference
 linear = importlib.import_module("pallas_kernels.linear_cross_entropy")  # the module, not the function
 
 
-@pytest.fixture(params=["xla", "interpret"], autouse=True)
+IMPLEMENTATIONS = {
+    name: functools.partial(pk.linear_cross_entropy, implementation=name) for name in ("xla", "interpret")
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
 def implementation(request, monkeypatch):
     """Every test runs with each implementation."""
-    monkeypatch.setattr(
-        pk, "linear_cross_entropy", functools.partial(pk.linear_cross_entropy, implementation=request.param)
-    )
+    monkeypatch.setattr(pk, "linear_cross_entropy", IMPLEMENTATIONS[request.param])
     return request.param
 
 
@@ -37,14 +40,23 @@ def data(rows, hidden, vocab, dtype=jnp.float32, seed=0):
     return *(jnp.asarray(a, dtype) for a in (x, weight, bias)), jnp.asarray(labels), rng.normal(size=rows)
 
 
-def check(x, weight, bias, labels, cotangent, options, chunk_rows, tolerance=1e-5):
-    cotangent = cotangent if options.get("reduction") == "none" else 0.7
+STATIC = ("chunk_rows", "label_smoothing", "z_loss", "softcap", "reduction", "normalizer")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=STATIC)
+def loss_and_gradients(function, weights, labels, cotangent, **options):
+    """Compiled once for all labels, which are arguments."""
 
     def run(x, weight, bias):
-        loss = pk.linear_cross_entropy(x, weight, labels, bias=bias, chunk_rows=chunk_rows, **options)
-        return jnp.sum(loss * cotangent)
+        return jnp.sum(function(x, weight, labels, bias=bias, **options) * cotangent)
 
-    loss, gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(x, weight, bias)
+    return jax.value_and_grad(run, argnums=(0, 1, 2))(*weights)
+
+
+def check(x, weight, bias, labels, cotangent, options, chunk_rows, tolerance=1e-5):
+    cotangent = cotangent if options.get("reduction") == "none" else 0.7
+    given = pk.linear_cross_entropy, (x, weight, bias), labels, cotangent
+    loss, gradients = loss_and_gradients(*given, chunk_rows=chunk_rows, **options)
     wide = [np.asarray(a, np.float64) for a in (x, weight, bias)]
     want, dlogits = reference(wide[0] @ wide[1].T + wide[2], labels, cotangent, **options)
     assert float(loss) == pytest.approx(np.sum(want * cotangent), rel=max(tolerance, 1e-5), abs=1e-6)
