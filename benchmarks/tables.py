@@ -83,10 +83,12 @@ def _work(result: dict) -> tuple:
 
 
 def ops_table(results: list[dict]) -> str:
-    """Kernel times of the operations, a row a case: ours, what XLA makes of the formula, the peers, and memory's floor."""
+    """Kernel times of the operations, a row a case: ours, what XLA makes of the formula, the peers, and a copy."""
     lines = ["| | ours | jitted jnp, for attention cuDNN | Liger | best other | copy |", "|---|---|---|---|---|---|"]
     for r in results:
         found = {name: result for name, result in r["results"].items() if "forward_us" in result}
+        if "ours" not in found:
+            continue
         others = [name for name in found if name not in NOT_OTHERS]
         best = min(others, key=lambda name: _whole(found[name]), default=None)
         cells = [_times(r["op"], found.get(name)) for name in ("ours", "cudnn" if "cudnn" in found else "jnp", "liger")]
@@ -102,9 +104,9 @@ def _whole(result: dict) -> float:
 NOT_OTHERS = ("ours", "xla", "jnp", "cudnn", "liger", "copy")
 OPS_NOTE = (
     "Kernel time, forward / forward + backward with all gradients, median of 9, in us; for `linear_cross_entropy` in ms, "
-    "and memory on top of inputs and results; a single time: forward, of operations without a gradient in a loop over "
-    'inputs that no cache holds. "kernel": ours by name, where ours may be XLA\'s by default. "copy": reads and writes as '
-    "many bytes as the forward pass, and does nothing else. A star: a result or gradient is more than 2 % away from "
+    "and memory on top of inputs and results; a single time: forward, of operations without a gradient on inputs "
+    'that no cache holds. "kernel": ours by name, where ours may be XLA\'s by default. "copy": what XLA takes to read '
+    "and write as many bytes as the forward pass. A star: a result or gradient is more than 2 % away from "
     "float32. Made by `liger-jax bench ops`. "
 )
 
@@ -119,7 +121,8 @@ def _times(op: str, result: dict | None) -> str:
     forward, both = (result[key]["median"] for key in ("forward_us", "both_us"))
     if op != "linear_cross_entropy":
         return f"{_digits(forward)} / {_digits(both)}{star}"
-    return f"{_digits(forward / 1e3)} / {_digits(both / 1e3)}{star}, {result['temp_bytes'] / 2**30:.2f} GiB"
+    memory = f", {result['temp_bytes'] / 2**30:.2f} GiB" if "temp_bytes" in result else ""
+    return f"{_digits(forward / 1e3)} / {_digits(both / 1e3)}{star}{memory}"
 
 
 def _digits(value: float) -> str:

@@ -419,8 +419,23 @@ def _run_sweep(only: Sequence[str], directory: Path) -> Path:
         model, rows = swept[case.name]
         results.add(case, versions, found, model=model, rows=rows)
         print(line(case, found), flush=True)
-    plot(list(results.entries.values()), results.file.with_suffix(".png"))
+    entries = list(results.entries.values())
+    results.file.with_suffix(".md").write_text(sweep_table(entries))
+    plot(entries, results.file.with_suffix(".png"))
     return results.file
+
+
+def sweep_table(entries: Sequence[dict]) -> str:
+    """Forward with backward, ours / jitted jnp in microseconds, as a Markdown table: models' operations over rows."""
+    counts = sorted({entry["rows"] for entry in entries})
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for entry in entries:
+        times = [f"{r['both_us']['median']:.1f}" if "both_us" in r else "-" for r in entry["results"].values()]
+        found.setdefault((entry["model"], entry["op"]), {})[entry["rows"]] = " / ".join(times)
+    lines = [f"| ours / jnp, us | {' | '.join(map(str, counts))} |", "|---" * (1 + len(counts)) + "|"]
+    for (model, op), cells in found.items():
+        lines.append(f"| {model} `{op}` | {' | '.join(cells.get(count, '') for count in counts)} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(entries: Sequence[dict], path: Path) -> None:

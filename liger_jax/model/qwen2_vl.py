@@ -1,6 +1,7 @@
 """Qwen2-VL: the vision tower's vectors take the placeholders' places among the tokens, and the language model reads on."""
 
 import functools
+from collections.abc import Callable
 from typing import Self
 
 import jax
@@ -40,10 +41,7 @@ class Qwen2VL(nnx.Module):
     @classmethod
     def init(cls, config: Qwen2VLConfig, *, seed: int = 0, dtype="bfloat16", mesh: Mesh | None = None) -> Self:
         """A model with random weights, made where they live: on the default device, or in parts over `mesh`."""
-        abstract = cls.abstract(config, dtype=dtype)
-        shardings = None if mesh is None else param_shardings(abstract, mesh)
-        scale = config.text.initializer_range
-        return jax.jit(lambda seed: cls(Init(seed, dtype, scale), config), out_shardings=shardings)(seed)
+        return _initialiser(cls, config, jnp.dtype(dtype).name, mesh)(seed)
 
     @classmethod
     def abstract(cls, config: Qwen2VLConfig, *, dtype="bfloat16") -> Self:
@@ -98,3 +96,11 @@ def attend_row(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) 
 def _place(x: jax.Array, columns: jax.Array, features: jax.Array) -> jax.Array:
     """x [L, H] with row columns[j] replaced by features[j]; columns behind the row are dropped."""
     return x.at[columns].set(features.astype(x.dtype), mode="drop", unique_indices=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _initialiser(cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Mesh | None) -> Callable[[int], Qwen2VL]:
+    """seed -> a model with random weights; compiled once."""
+    shardings = None if mesh is None else param_shardings(cls.abstract(config, dtype=dtype), mesh)
+    scale = config.text.initializer_range
+    return jax.jit(lambda seed: cls(Init(seed, dtype, scale), config), out_shardings=shardings)
