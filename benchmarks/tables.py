@@ -28,7 +28,7 @@ TITLES = {
     "convert": "{model}: read and convert the checkpoint",
     "train": "{model}: training step, {rows} rows of 2048 tokens with a 64 x 64-patch image each",
     "train mixed": "{model}: training step, {rows} rows of 2048 tokens packed with images of 224 to 1344 px a side",
-    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens with such an image, 128 new tokens",
+    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens with a 64 x 64-patch image, 128 new tokens",
     "start": "{model}: from the start of a process to the first token, weights in {weights}, {programs} compilation cache",
 }
 CELLS: dict[str, Callable[[dict], str]] = {
@@ -39,7 +39,7 @@ CELLS: dict[str, Callable[[dict], str]] = {
     "start": lambda r: (
         f"{r['seconds']:.1f} s: "
         + ", ".join(f"{n} {s:.1f}" for n, s in r["parts"].items())
-        + f"; the next answer, of 64 tokens, {r['next_answer_s']:.1f} s"
+        + f"; the rest of an answer of 64 tokens {r['rest_s']:.1f} s"
     ),
 }
 

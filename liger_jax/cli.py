@@ -244,7 +244,7 @@ def generate(
     data: Path | None = None,
     output: Path | None = None,
     media: Path | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     skip_broken: bool = False,
     max_pixels: int | None = None,
     answers: Annotated[AnswerFlags, tyro.conf.arg(name="")] = AnswerFlags(),
@@ -261,13 +261,15 @@ def generate(
         data: instead of a question, a file of them in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
         output: file of the answers, a JSON record a line.
         media: folder that relative paths of pictures in the data start from; by default that of the data.
-        batch_size: questions of the data that are answered together.
+        batch_size: questions of the data that are answered together, 8 if not given.
         skip_broken: leave broken records of the data out, with a warning, instead of stopping.
         max_pixels: largest number of pixels of a picture; by default the model's.
     """
     if (question is None) == (data is None) or (data is None) != (output is None):
         raise ValueError("expected a question, or --data and --output")
-    given = {"--images": images, "--system": system} if data else {"--media": media, "--skip-broken": skip_broken}
+    given = {"--images": images, "--system": system}
+    if data is None:
+        given = {"--media": media, "--batch-size": batch_size, "--skip-broken": skip_broken}
     if useless := [name for name, value in given.items() if value]:
         raise ValueError(f"{' and '.join(useless)} is not for {'a file of questions' if data else 'a single question'}")
     if data is not None and not data.is_file():
@@ -279,7 +281,7 @@ def generate(
 
     *both, options = open_for_answers(model, answers, max_pixels)
     if data is not None:
-        how = {"batch_size": batch_size, "media": media, "skip_broken": skip_broken}
+        how = {"batch_size": batch_size or 8, "media": media, "skip_broken": skip_broken}
         print(f"{answer_file(*both, data, output, options=options, **how)} answers in {output}")
     else:
         print_pieces(Chat(*both, system=system, **vars(options)).stream(question, images=images))

@@ -120,10 +120,13 @@ class Decoding:
         try:
             while not finished:
                 last, until = self._last, self._until
-                self.advance(CHUNK)
+                if until > 1:  # the first token does not wait for the loop to be compiled
+                    self.advance(CHUNK)
                 tokens, step, done = jax.device_get(last)
                 yield tokens[:rows, :step]
                 finished = until == self.limit or (done[:rows] | self.stopped).all()
+                if until == 1 and not finished:
+                    self.advance(CHUNK)
         finally:
             self._layers = None  # a copy of most weights; a chat keeps the cache alone
 

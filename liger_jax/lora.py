@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from liger_jax.mesh import mesh_of, param_shardings
@@ -92,7 +93,7 @@ def add_lora(
         fresh = {name: _fresh(_linear(model, TARGETS[name]), keys[name], rank, jnp.dtype(dtype)) for name in names}
         return {f"{TARGETS[name]}/lora": LoRA(a, b, alpha=alpha, rslora=rslora) for name, (a, b) in fresh.items()}
 
-    mesh = mesh_of(model)
+    mesh, seed = mesh_of(model), np.uint32(seed % 2**32)
     shardings = None if mesh is None else param_shardings(jax.eval_shape(make, seed), mesh)
     for path, lora in jax.jit(make, out_shardings=shardings)(seed).items():
         _linear(model, path.removesuffix("/lora")).lora = lora

@@ -151,9 +151,10 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if batch.labels is None:
             raise ValueError("The batch has no labels: give `labels` to prepare()")
-        batch = put_batch(batch, mesh_of(state.model), multiple=self.accumulate)
+        mesh = mesh_of(state.model)
+        batch = put_batch(batch, mesh, multiple=self.accumulate)
         leaves, structure = jax.tree.flatten((state, batch))
-        key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = mesh, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self.compiled:
             self.compiled[key] = self.compile(state, batch)
         return self.compiled[key](state, batch)

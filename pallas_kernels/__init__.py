@@ -2,7 +2,8 @@
 
 Every operation takes `implementation`: None picks by the platform that the program is lowered for (gates and rotations are
 XLA's on all of them, see there), "triton" is the Pallas kernel lowered to Triton, "interpret" the same kernel in Pallas's
-interpreter (any platform, slow, for tests), "xla" plain JAX. A name that cannot run raises.
+interpreter (any platform, slow, for tests), "xla" plain JAX. For `attention` it is None, "cudnn" or "xla". A name that
+cannot run raises.
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm

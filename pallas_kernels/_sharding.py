@@ -218,9 +218,10 @@ def _mesh_of(*operands: jax.Array) -> Any:
     return jax.sharding.get_abstract_mesh()
 
 
-def devices_of(*operands: jax.Array) -> int:
-    """How many devices the operands' mesh has; 1 without one."""
-    return math.prod(_mesh_of(*operands).shape.values())
+def is_spread(*operands: jax.Array) -> bool:
+    """Whether the operands may be split: their mesh has several devices, or axes that are part of types."""
+    mesh = _mesh_of(*operands)
+    return math.prod(mesh.shape.values()) > 1 or AxisType.Explicit in mesh.axis_types
 
 
 def _names(entries: tuple) -> list[str]:

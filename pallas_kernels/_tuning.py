@@ -34,7 +34,7 @@ def blocks(op: str, *, rows: int, width: int) -> Blocks:
 
 
 def rule(op: str, *, width: int) -> Blocks:
-    """What was good on an H200 at most widths: 8 to 32 numbers a thread, two programs an SM where rows are summed."""
+    """What was good on an H200 at most widths: 4 to 32 numbers a thread, two programs an SM where rows are summed."""
     block_width = 1 << max(width - 1, 0).bit_length()
     columns = min(block_width, COLUMNS.get(_family(op), block_width))
     rows = max(1, min(64, NUMBERS[_family(op)] // columns))

@@ -46,8 +46,9 @@ def decode_attention(
         values: as keys.
         valid: [B, S], int; 0 for slots that nobody sees. What it says of `slot` and those behind does not matter.
         slot: int, a scalar below S: how many slots are filled, and where the new token goes. What lies behind is not read.
-        implementation: None, "triton", "xla" or "interpret". None is the Pallas kernel for up to 16 rows on an NVIDIA
-            GPU, if there is no mesh of several devices; XLA's otherwise, which the partitioner sees into.
+        implementation: None, "triton", "xla" or "interpret". None is the Pallas kernel on an NVIDIA GPU for up to 16
+            rows and 64 query heads a key head, if they are not spread over a mesh; else XLA's, which the partitioner sees
+            into.
 
     Returns:
         out [B, N, D] in qkv's dtype, keys, values. The softmax is float32; no gradient.
@@ -71,8 +72,9 @@ def decode_attention(
     _validate.known_implementation(op, implementation)
     _validate.floating(op, qkv=qkv, cos=cos, sin=sin, keys=keys, values=values)
     _validate.same_dtype(op, qkv=qkv, keys=keys, values=values)
-    slot = jnp.asarray(slot, jnp.int32)
-    _validate.integer(op, valid=valid)
+    slot = jnp.asarray(slot)
+    _validate.integer(op, valid=valid, slot=slot)
+    slot = slot.astype(jnp.int32)
     if qkv.ndim != 3 or qkv.shape[-1] % 2 or keys.ndim != 4:
         raise ValueError(
             f"{op}: qkv has shape {qkv.shape}, keys {keys.shape}; expected [B, N + 2 K, D] with an even D and [B, S, K, D]"

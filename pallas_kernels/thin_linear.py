@@ -11,6 +11,7 @@ The norm costs no pass of its own. With x_hat = x / rms(x) * norm_weight, a fact
 so the squares are summed while the weight flows by.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -46,12 +47,12 @@ def norm_linear(
         bias: [O], x's dtype, or None.
         eps: added to the mean square.
         implementation: None, "triton", "xla" or "interpret". None is a Pallas kernel on an NVIDIA GPU for a single row, and
-            for up to 16 rows and 16 MiB of `weight`, if there is no mesh of several devices; else XLA's product, which the
+            for up to 16 rows and 16 MiB of `weight`, if they are not spread over a mesh; else XLA's product, which the
             partitioner sees into.
 
     Returns:
-        [B, O] in x's dtype. Sums are float32. The kernel for one row rounds nothing but the result; the others round the
-        normed x, the product and the result. No gradient.
+        [B, O] in x's dtype. Sums are float32. The kernel for one row rounds nothing but the result, that for several the
+        normed x too, XLA's also the product. No gradient.
 
     Raises:
         ValueError: a shape or dtype that does not fit, or a Pallas kernel asked for by name at more than 64 rows.
@@ -154,8 +155,8 @@ def _checked_and_run(op: str, eps: float | None, implementation: str | None, **a
 
 
 def takes_kernels(rows: int, *arrays: jax.Array) -> bool:
-    """Whether None is a Pallas kernel on a GPU: few rows, and no mesh of several devices, which would gather them."""
-    return rows <= FEW_ROWS and _sharding.devices_of(*arrays) <= 1
+    """Whether None is a Pallas kernel on a GPU: few rows, and no mesh whose devices would have to gather them."""
+    return rows <= FEW_ROWS and not _sharding.is_spread(*arrays)
 
 
 # ---- XLA implementation ------------------------------------------------------------------------------------------------
@@ -167,10 +168,9 @@ def thin_xla(static: Static, *arrays: jax.Array) -> jax.Array:
     x, weight = given["x"], given["weight"]
     if static.eps is not None:
         x = rms_norm(x, given["norm_weight"], eps=static.eps, implementation=static.implementation)
-    out = x @ weight.reshape(-1, weight.shape[-1]).T
     if static.parts == 2:
-        return swiglu(*jnp.split(out, 2, axis=-1), implementation=static.implementation)
-    return out + given.get("bias", given.get("residual", 0))
+        return swiglu(*jnp.einsum("bh,poh->pbo", x, weight), implementation=static.implementation)
+    return x @ weight.T + given.get("bias", given.get("residual", 0))
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
@@ -184,11 +184,13 @@ def thin_kernel(static: Static, *arrays: jax.Array, interpret: bool, blocks: Blo
             _one_row, blocks or _blocks_of_one_row(static, *given["weight"].shape[-2:]), static, given, interpret
         )
     implementation = "interpret" if interpret else "triton"
-    weight = given["weight"]
-    given["weight"] = weight.reshape(-1, weight.shape[-1])
+    *_, depth = given["weight"].shape
+    given["weight"] = given["weight"].reshape(-1, depth)
     if static.eps is not None:
         given["x"] = rms_norm(given["x"], given.pop("norm_weight"), eps=static.eps, implementation=implementation)
-    out = _launch(_some_rows, blocks or SOME_ROWS, Static("linear_add", tuple(given), None, None), given, interpret)
+    # numbers of four bytes take half of the depth at once, for what is under way lies in the memory of an SM
+    blocks = blocks or dataclasses.replace(SOME_ROWS, columns=2 * SOME_ROWS.columns // given["x"].dtype.itemsize)
+    out = _launch(_some_rows, blocks, Static("linear_add", tuple(given), None, None), given, interpret)
     return out if static.parts == 1 else swiglu(*jnp.split(out, 2, axis=-1), implementation=implementation)
 
 

@@ -1,1 +1,1 @@
-"""What `liger-jax bench` measures: operations of pallas_kernels at the models' shapes, and their peers."""
+"""What `liger-jax bench` measures: operations at the models' shapes, training, generation, and their peers."""

@@ -31,7 +31,7 @@ from liger_jax.bench import work
 from liger_jax.bench.mixed import batches as mixed_batches
 from liger_jax.bench.ops import check_for_gpu, device_kind, first_line, versions_of
 from liger_jax.logs import batch_work, step_rates
-from liger_jax.lora import adapted_parts, add_lora, lora_of
+from liger_jax.lora import adapted_parts, add_lora
 from liger_jax.master import with_master_weights
 from liger_jax.mesh import mesh_of, put_batch
 from liger_jax.optimizer import BASE, make_optimizer
@@ -103,8 +103,8 @@ def train(
     remat: str = "auto",
     unroll: bool = False,
     profile: Path | None = None,
-) -> tuple[Qwen2VL, dict]:
-    """Steps on the batches, one after the other and from the first again."""
+) -> dict:
+    """Steps on the batches, one after the other and from the first again. The model's memory is the state's from then on."""
     counted = [batch_work(model.config, batch, frozen=frozen, adapted=adapted_parts(model)) for batch in batches]
     trained = [int(np.count_nonzero(batch.labels != IGNORE)) for batch in batches]
     mean = {name: float(np.mean([each[name] for each in counted])) for name in counted[0]}
@@ -128,7 +128,7 @@ def train(
     rates = step_rates(
         mean, float(np.mean(trained)), step_s, sorted(state.step.devices(), key=lambda device: device.id)
     )
-    return state.model, {
+    return {
         "remat": step.chosen,
         "unroll": unroll,
         "step_ms": step_s * 1e3,
@@ -212,8 +212,8 @@ def run_train(
     if lora is not None:
         optimizer, frozen = make_optimizer(work.LEARNING_RATE, freeze=BASE), BASE
 
-    def measure(model: Qwen2VL, count: int) -> tuple[Qwen2VL, dict]:
-        if lora is not None and lora_of(model) is None:
+    def measure(model: Qwen2VL, count: int) -> dict:
+        if lora is not None:
             model = add_lora(model, rank=lora, alpha=2 * lora)
         batches = mixed_batches(model.config, count, work.MIXES) if mixed else [uniform_batch(model.config, count)]
         how = {"remat": remat, "unroll": unroll, "optimizer": optimizer, "frozen": frozen}
@@ -224,6 +224,7 @@ def run_train(
     case |= {"lora": lora} if lora is not None else {}
     case |= {"master_weights": True} if master_weights else {}
     variant = ["mixed"] * mixed + [name for name in case if name != "what"]
+    variant += [remat] * (remat != "auto") + ["unrolled"] * unroll + [f"fsdp{fsdp}"] * (fsdp is not None)
     return _run(
         case, size, rows, directory, measure, from_hf=from_hf, fsdp=fsdp, peers=peers and case == {"what": "train"}
     )
@@ -244,8 +245,8 @@ def run_generate(
         raise ValueError(f"bench generate: length is {length}; expected at least {shortest}, for image and new tokens")
     prompt = work.LENGTH if length is None else length - work.NEW_TOKENS
 
-    def measure(model: Qwen2VL, count: int) -> tuple[Qwen2VL, dict]:
-        return model, decode(model, work.rows(vars(model.config), count, prompt))
+    def measure(model: Qwen2VL, count: int) -> dict:
+        return decode(model, work.rows(vars(model.config), count, prompt))
 
     case = {"what": "generate"} | ({} if length is None else {"prompt_tokens": prompt})
     return _run(case, size, rows, directory, measure, from_hf=from_hf, peers=peers and length is None)
@@ -256,7 +257,7 @@ def _run(
     size: str,
     rows: Sequence[int],
     directory: Path,
-    measure: Callable[[Qwen2VL, int], tuple[Qwen2VL, dict]],
+    measure: Callable[[Qwen2VL, int], dict],
     *,
     from_hf: Callable,
     peers: bool,
@@ -276,24 +277,24 @@ def _run(
             losses = _run_peers(case["what"], checkpoint, rows, file)
         common["device"] = device_kind()
         mesh = jax.make_mesh((fsdp,), ("fsdp",)) if fsdp else None
-        if checkpoint:
-            model, result = load(checkpoint, from_hf, mesh)
-            work.keep(file, {**common, "what": "convert", **result})
-        else:
-            model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{size}")(), mesh=mesh)
-    for count in sorted(rows):  # memory's peak is that of the process: from few to many
-        about = {**common, **case, "rows": count}
-        try:
-            model, result = measure(model, count)
-        except Exception as error:
-            work.keep(file, {**about, "error": first_line(error)})
-            break  # a step that fails has taken the weights with it
-        work.keep(file, {**about, **result})
-        apart = max(
-            (abs(a - b) for a, b in zip(result.get("losses", ()), losses.get(count, ()), strict=False)), default=0
-        )
-        if apart > NOT_EQUAL:
-            print(f"  WARNING: the losses are {apart:.2g} apart: {result['losses']} and {losses[count]}", flush=True)
+        for number, count in enumerate(sorted(rows)):  # memory's peak is that of the process: from few to many
+            if checkpoint:
+                model, result = load(checkpoint, from_hf, mesh)
+                if not number:
+                    work.keep(file, {**common, "what": "convert", **result})
+            else:
+                model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{size}")(), mesh=mesh)
+            about = {**common, **case, "rows": count}
+            try:
+                result = measure(model, count)
+            except Exception as error:
+                print(work.line({**about, "error": first_line(error)}), flush=True)
+                break  # with more rows it would fail as well
+            work.keep(file, {**about, **result})
+            pairs = zip(result.get("losses", ()), losses.get(count, ()), strict=False)
+            if (apart := max((abs(a - b) for a, b in pairs), default=0)) > NOT_EQUAL:
+                print(f"  WARNING: the losses are {apart:.2g} apart: {result['losses']}, {losses[count]}", flush=True)
+            del model
     return file
 
 

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from liger_jax.bench import work
+from pallas_kernels import shapes
 
 try:
     import torch
@@ -21,23 +22,19 @@ except ModuleNotFoundError:  # the module can be imported without, to read what 
     torch = None
 
 GIB = 2**30
-TEXT = {
-    "2b": dict(
-        hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, vocab_size=151936
-    ),
-    "7b": dict(
-        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064
-    ),
-}
 
 
 def write(size: str, directory: str) -> None:
     """A Qwen2-VL of real size with random weights, in sharded safetensors."""
-    text, tied = TEXT[size], size == "2b"
+    text, tied = shapes.TEXT[size], size == "2b"
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     config = transformers.Qwen2VLConfig(
         text_config=dict(
-            **text,
+            hidden_size=text.hidden,
+            intermediate_size=text.intermediate,
+            num_attention_heads=text.heads,
+            num_key_value_heads=text.kv_heads,
+            vocab_size=text.vocab,
             num_hidden_layers=28,
             max_position_embeddings=32768,
             max_window_layers=28,
@@ -113,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True)
     command = commands.add_parser("write")
-    command.add_argument("size", choices=TEXT)
+    command.add_argument("size", choices=("2b", "7b"))
     command.add_argument("checkpoint")
     for what in ("train", "generate"):
         command = commands.add_parser(what)

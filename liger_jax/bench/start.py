@@ -1,7 +1,7 @@
 """`liger-jax bench start`: from the start of a process to the first token of an answer, with and without compiled programs.
 
-The process does what `liger-jax generate FOLDER "..." --images PICTURE` does, with a clock between its parts. The weights
-were just written, so the machine has them in memory; what is cold is the cache of compiled programs alone.
+The process does what `liger-jax generate FOLDER "..." --images PICTURE` does, up to tokens and with a clock between its
+parts. The weights were just written, so the machine has them in memory; what is cold is the cache of programs alone.
 
 python -m liger_jax.bench.start write qwen2_vl_2b FOLDER   # random weights with a tokenizer, as an Orbax checkpoint
 python -m liger_jax.bench.start answer FOLDER              # prints a line of JSON
@@ -22,7 +22,7 @@ from liger_jax.bench.ops import check_for_gpu, versions_of
 
 PICTURE = (896, 896)  # 64 x 64 patches
 QUESTION = "What is in this picture?"
-NEXT = 64  # tokens of the next answer, whose loop is another program
+TOKENS = 64  # of the answer; behind the first comes a loop, which is another program
 PACKAGES = ("jax", "flax", "orbax-checkpoint")
 # What becoming a program takes, of the first token; the rest is tracing and running. Reading one is called compiling, too.
 PROGRAMS = {
@@ -83,7 +83,7 @@ def write(name: str, folder: Path) -> None:
 
 
 def answer(folder: Path) -> dict:
-    """An answer of one token; -> seconds from the start of the process to it, those of each part, and what comes next."""
+    """-> seconds from the start of the process to the first token of an answer, those of each part, and of the rest."""
     names, times = [], [float(os.environ[BEGAN])]
 
     def done(part: str) -> None:
@@ -93,7 +93,9 @@ def answer(folder: Path) -> dict:
     import jax
     import numpy as np
 
-    from liger_jax import Processor, cli, generate, prepare
+    from liger_jax import Processor, cli, prepare
+    from liger_jax.decoding import start_decoding
+    from liger_jax.options import GenerationOptions
 
     done("imports")
     cli.keep_compilations()
@@ -110,16 +112,17 @@ def answer(folder: Path) -> dict:
     done("picture")
     spent = Counter()
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: spent.update({event: seconds}))
-    generate(model, batch, max_new_tokens=1, eos_token_id=())
+    tokens = iter(start_decoding(model, batch, GenerationOptions(max_new_tokens=TOKENS, eos_token_id=())))
+    next(tokens)
     done("first token")
     programs = {name: spent[event] for name, event in PROGRAMS.items()}
-    start = time.time()
-    generate(model, batch, max_new_tokens=NEXT, eos_token_id=())
+    for _ in tokens:
+        pass
     return {
         "seconds": times[-1] - times[0],
         "parts": {name: end - begin for name, begin, end in zip(names, times, times[1:], strict=False)},
         "first_token_parts": programs,
-        "next_answer_s": time.time() - start,
+        "rest_s": time.time() - times[-1],
         "device": device,
         "versions": versions_of(PACKAGES),
     }

@@ -1,8 +1,8 @@
 """One step of generation: the language model's layers for a single new token a row.
 
-The same numbers as `LanguageModel` with a cache, in six launches a layer, for launches are what a step's time goes to
-beside its weights: those that are read together lie in one array, and what stands beside a product or the cache is done in
-the same pass; see pallas_kernels.thin_linear and decode_attention.
+What `LanguageModel` with a cache computes, but for roundings, for one row in six launches a layer: launches are what a
+step's time goes to beside its weights. Those that are read together lie in one array, and what stands beside a product or
+the cache is done in the same pass; see pallas_kernels.thin_linear and decode_attention.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class PackedLayer:
 
     @classmethod
     def of(cls, layer: DecoderLayer) -> Self:
-        """The weights of a single layer, without a leading axis; LoRA merged into them."""
+        """The weights of a single layer, without a leading axis and without LoRA."""
         attention, mlp = layer.self_attn, layer.mlp
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         width = layer.input_layernorm.weight.shape[0]

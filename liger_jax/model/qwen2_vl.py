@@ -6,6 +6,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -41,7 +42,7 @@ class Qwen2VL(nnx.Module):
     @classmethod
     def init(cls, config: Qwen2VLConfig, *, seed: int = 0, dtype="bfloat16", mesh: Mesh | None = None) -> Self:
         """A model with random weights, made where they live: on the default device, or in parts over `mesh`."""
-        return _initialiser(cls, config, jnp.dtype(dtype).name, mesh)(seed)
+        return _initialiser(cls, config, jnp.dtype(dtype).name, mesh)(np.uint32(seed % 2**32))
 
     @classmethod
     def abstract(cls, config: Qwen2VLConfig, *, dtype="bfloat16") -> Self:

@@ -248,7 +248,7 @@ def test_a_model_is_measured_and_kept_by_case(tiny_2b, tmp_path, capsys):
         ("generate", 2, None, 27),
     ]
     np.testing.assert_allclose(results[0]["losses"], results[1]["losses"], rtol=1e-2)
-    assert (tmp_path / "profile_2b_x1.md").read_text().count("| ms | calls |") == 1
+    assert (tmp_path / "profile_2b_dots_x1.md").read_text().count("| ms | calls |") == 1
     peer = {**results[0], "package": "transformers + Liger", "step_ms": 123.4, "remat": "full"}
     lines = tables.model_table([*results, peer, {**peer, "remat": "none", "error": "out of memory"}]).splitlines()
     assert "123 ms" in lines[2] and "(Liger, checkpointing)" in lines[2] and 'remat "attention", unrolled' in lines[3]

@@ -100,7 +100,7 @@ def test_sampling():
 def test_fifty_requests():
     """Other lengths, pictures, padding, values of options: of each function at most a program a bucket and batch size."""
     rng = np.random.default_rng(0)
-    buckets = {"prefill": set(), "decode": set(), "begin": set(), "split_layers": {parity.model}}
+    buckets = {"prefill": set(), "decode": set(), "begin": set(), "_packed": {parity.model}}
     requests = []
     for _ in range(50):
         rows, longest = int(rng.integers(1, 3)), int(rng.integers(20, 120))

@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from liger_jax import Qwen2VL, generate, prepare
+from liger_jax import Qwen2VL, decoding, generate, prepare
+from liger_jax.decoding import start_decoding
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
 from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.generation import stream
+from liger_jax.options import GenerationOptions
 from liger_jax.streaming import StopStrings, TextPieces
 from tests import parity
 
@@ -127,3 +129,13 @@ def test_what_cannot_be_streamed_is_refused_at_once():
         stream(model, batch_of("Which?"), processor, num_return_sequences=2, do_sample=True)
     with pytest.raises(ValueError, match="temperature is 0"):
         stream(model, batch_of("Which?"), processor, temperature=0)
+
+
+def test_the_first_token_does_not_wait_for_the_loop(monkeypatch):
+    """Whose compilation takes seconds; it runs when the second is asked for."""
+    model, _ = parts()
+    tokens = iter(start_decoding(model, batch_of("Which digit?"), GenerationOptions(max_new_tokens=3, eos_token_id=())))
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decode", None)
+        assert next(tokens).shape == (1, 1)
+    assert [found.shape for found in tokens] == [(1, 3)]

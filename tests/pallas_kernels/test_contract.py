@@ -102,6 +102,9 @@ WRONG = {
     "keys has 4; expected N + 2 K": lambda: pk.decode_attention(
         qkv, *[angles[:, 0]] * 2, *[random(1, 6, 4, 8)] * 2, ones, 3
     ),
+    "slot has dtype float32; expected an integer": lambda: pk.decode_attention(
+        qkv, *[angles[:, 0]] * 2, cache, cache, ones, 3.7
+    ),
     "valid has shape": lambda: pk.decode_attention(qkv, *[angles[:, 0]] * 2, cache, cache, ones[:, :5], 3),
     "max_segments is 0": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 3), int), max_segments=0),
 }
