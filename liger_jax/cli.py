@@ -456,7 +456,7 @@ class Train:
         remat: what the backward pass computes again; auto takes the fastest that fits the memory.
         unroll: a faster step for a longer compilation.
         fsdp: GPUs to split weights and rows over.
-        profile: also write the kernels of a step by name and time, to profile_<size>_x<rows>.md.
+        profile: also write the kernels of a step by name and time, to profile_<size>_<what was asked>_x<rows>.md.
         results: folder of the files.
     """
 
