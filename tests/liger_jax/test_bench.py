@@ -233,7 +233,6 @@ def tiny_2b(monkeypatch):
     monkeypatch.setattr(model, "device_kind", lambda: "Pretended GPU")
 
 
-@pytest.mark.whole
 def test_a_model_is_measured_and_kept_by_case(tiny_2b, tmp_path, capsys):
     """Training and generation: one entry a case, replaced when measured again."""
     common = {"directory": tmp_path, "from_hf": None}
@@ -258,7 +257,6 @@ def test_a_model_is_measured_and_kept_by_case(tiny_2b, tmp_path, capsys):
         model.run_generate("2b", [1], **common, length=26)
 
 
-@pytest.mark.whole
 def test_variants_of_training_stand_beside_the_plain_step(tiny_2b, tmp_path):
     """Mixed pictures, LoRA and master weights are cases of their own, which no peer is compared with."""
     common = {"directory": tmp_path, "from_hf": None, "remat": "none"}
@@ -298,7 +296,6 @@ def test_without_a_gpu_no_checkpoint_is_written_for_peers(monkeypatch):
         raise AssertionError("a checkpoint was written")
 
 
-@pytest.mark.whole
 def test_the_start_of_a_process_is_measured_part_by_part(monkeypatch, tmp_path):
     """An answer in a process of its own; its programs are where the next one looks for them."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

@@ -20,7 +20,6 @@ def finished(tmp_path_factory):
     return run_demo(tmp_path_factory.mktemp("demo") / "out", **SHORT)
 
 
-@pytest.mark.whole
 def test_every_result_is_written(finished):
     assert 0 <= finished.accuracy <= 1
     assert {path.name for path in finished.metrics.parent.iterdir()} == set(RESULTS)
@@ -29,7 +28,6 @@ def test_every_result_is_written(finished):
             assert min(image.size) > 100
 
 
-@pytest.mark.whole
 def test_metrics_have_a_line_for_each_step_and_the_result(finished):
     *steps, last = [json.loads(line) for line in finished.metrics.read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2]
@@ -38,14 +36,12 @@ def test_metrics_have_a_line_for_each_step_and_the_result(finished):
     assert last["held_out_accuracy"] == finished.accuracy
 
 
-@pytest.mark.whole
 def test_the_checkpoint_is_a_model_with_its_processor(finished):
     model, processor = load_model(finished.checkpoint), Processor.from_pretrained(finished.checkpoint)
     assert model.config.image_token_id == processor.token_ids["image"]
     assert model.config.text.vocab_size >= len(processor.tokenizer)
 
 
-@pytest.mark.whole
 def test_an_earlier_demo_is_replaced_and_anything_else_is_not(finished, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):

@@ -117,7 +117,6 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, processor, data, t
     assert int(run(config, processor, data, tmp_path / "parts", steps=6).step) == 6  # nothing left to do
 
 
-@pytest.mark.whole
 def test_killed_while_a_checkpoint_is_written(config, processor, data, tmp_path, whole):
     """SIGKILL when step 4 is half-written, in the background: it is not taken, and the run goes on from step 2."""
     script = """
@@ -291,7 +290,6 @@ def test_a_run_goes_on_with_the_same_data_only(config, processor, data, whole):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-@pytest.mark.whole
 def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     """`liger-jax finetune` from files to a checkpoint: pictures in base64, packed, a frozen part, bfloat16 with master
     weights, two devices, a broken record left out."""

@@ -50,7 +50,6 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.whole
 def test_quickstart_runs(checkpoint, tmp_path):
     """Every cell ends without an error or a warning; as many figures as in the stored outputs, none of them blank."""
     environment = {"LIGER_JAX_CHECKPOINT": str(checkpoint), "LIGER_JAX_STEPS": "2", "JAX_PLATFORMS": "cpu"}
