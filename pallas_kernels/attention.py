@@ -95,7 +95,7 @@ def attention(
 
     Raises:
         ValueError: a shape, dtype or option that does not fit.
-        NotImplementedError: an implementation that does not exist yet; "cudnn" for what it cannot do.
+        NotImplementedError: a kernel of our own, which it has not; "cudnn" for what it cannot do.
 
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Dao et al. 2022, FlashAttention,
         https://arxiv.org/abs/2205.14135
