@@ -144,7 +144,7 @@ def test_what_fails_or_is_far_off_is_told(on_a_pretended_gpu):
     assert second.startswith("  WARNING: wrong is far from float32: ") and " out 2." in second
 
 
-def test_the_sweep_ends_in_a_plot(on_a_pretended_gpu, monkeypatch, tmp_path):
+def test_the_sweep_ends_in_a_plot_and_a_table(on_a_pretended_gpu, monkeypatch, tmp_path):
     command(monkeypatch, "--sweep", "--results", tmp_path)
     entries = json.loads((tmp_path / "ops_sweep_pretended_gpu.json").read_text())
     assert [(entry["model"], entry["rows"], entry["op"]) for entry in entries] == [
@@ -153,6 +153,10 @@ def test_the_sweep_ends_in_a_plot(on_a_pretended_gpu, monkeypatch, tmp_path):
     ]
     assert entries[0]["results"].keys() == {"ours", "jnp"} and entries[0]["results"]["ours"].keys() == {"both_us"}
     assert (tmp_path / "ops_sweep_pretended_gpu.png").stat().st_size > 10_000
+    table = (tmp_path / "ops_sweep_pretended_gpu.md").read_text().splitlines()
+    assert (
+        table[0] == "| ours / jnp, us | 6 |" and table[2] == "| 2b `rms_norm` | 2000.0 / 2000.0 |" and len(table) == 4
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--sweep",)])
