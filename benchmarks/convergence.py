@@ -37,7 +37,7 @@ from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.run import LENGTH, PATCHES, make_config, make_processor
 
 WINDOW = 20
-ADAMW = {"learning_rate": 5e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+ADAMW = {"learning_rate": 2e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 RESULTS = pathlib.Path(__file__).parent / "results"
 DTYPES = ("float32", "bfloat16")
 

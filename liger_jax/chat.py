@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from liger_jax.batch import Batch, bucket, prepare
-from liger_jax.decoding import Decoding, check_prompts, extend, grow, prefill
+from liger_jax.decoding import Decoding, cache_of, check_prompts, extend, grow, prefill
 from liger_jax.generation import check_one_answer, read_pieces
 from liger_jax.mesh import mesh_context, mesh_of, put_batch
 from liger_jax.messages import KINDS
@@ -121,7 +121,8 @@ class Chat:
         batch = put_batch(batch, mesh)
         with mesh_context(mesh):
             if not known:
-                cache, start = prefill(self.model, batch, room=slots - columns)
+                written, start = prefill(self.model, batch)
+                cache = cache_of(*written, batch.segment_ids, room=slots - columns)
             else:
                 cache, self._prompt, self._answer = self._decoding.cache, [], []  # it is given away
                 missing = slots - cache.valid.shape[1]

@@ -42,7 +42,8 @@ def start_decoding(model: Qwen2VL, batch: Batch, options: GenerationOptions) -> 
     options.check_tokens(model.config, len(prompts[0]))
     batch = put_batch(dataclasses.replace(batch, labels=None), mesh)
     with mesh_context(mesh):
-        cache, start = prefill(model, batch, room=bucket(options.max_new_tokens, NEW_TOKENS))
+        written, start = prefill(model, batch)
+        cache = cache_of(*written, batch.segment_ids, room=bucket(options.max_new_tokens, NEW_TOKENS))
         if options.num_return_sequences > 1:
             cache, start = repeat_rows((cache, start), options.num_return_sequences)
     return Decoding(model, cache, start, options, *prompts)
@@ -179,16 +180,26 @@ class Progress:
     told: Generated  # all tokens, with room for those to come; logprobs and the others None if not asked for
 
 
-@functools.partial(jax.jit, static_argnames="room", compiler_options=compiler.OPTIONS)
-def prefill(model: Qwen2VL, batch: Batch, *, room: int) -> tuple[Cache, Start]:
-    """Reads the prompts once: vision tower, all layers, and the logits of each row's last token."""
+@functools.partial(jax.jit, compiler_options=compiler.OPTIONS)
+def prefill(model: Qwen2VL, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], Start]:
+    """Reads the prompts once: vision tower, all layers, and the logits of each row's last token.
+
+    The keys and values [layers, B, T, K, D] become a cache by `cache_of`: how many tokens are to come is none of this
+    program's business, which takes the longest of all to compile.
+    """
     segments = pk.find_segments(batch.segment_ids, batch.max_segments)
 
     def attend(q, k, v):
         return attend_row(segments, q, k, v)[0], (k, v)
 
-    hidden, (keys, values) = model.language_model(model.embed(batch), batch.position_ids, attend)
-    return Cache.of_prompt(keys, values, batch.segment_ids, room), _start(model, batch, hidden, 0)
+    hidden, written = model.language_model(model.embed(batch), batch.position_ids, attend)
+    return written, _start(model, batch, hidden, 0)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def cache_of(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, room: int) -> Cache:
+    """What `prefill` wrote, with room for new tokens."""
+    return Cache.of_prompt(keys, values, segment_ids, room)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -18,6 +18,8 @@ from liger_jax.messages import KINDS, Conversation, Item, MediaReader, Message, 
 IGNORE_INDEX = -100
 # transformers' limits for the frames of a video, where a checkpoint has none
 VIDEO_DEFAULTS = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+# Classes that are taken by name: AutoTokenizer imports all models, and PyTorch where it is installed, which takes seconds.
+TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 PROCESSOR_FILES = ["*processor_config.json", "chat_template.*", "config.json"]
 # Private-use characters that mark where an answer begins and ends while the template is rendered.
@@ -78,7 +80,7 @@ class Processor:
                 settings.
             ValueError: the tokenizer has not Qwen2-VL's placeholders, or the settings ask for another preprocessing.
         """
-        from transformers import AutoTokenizer
+        import transformers
 
         folder = local_folder(path_or_repo_id, TOKENIZER_FILES + PROCESSOR_FILES, revision=revision)
         nested = _read_json(folder / "processor_config.json")
@@ -89,7 +91,9 @@ class Processor:
                 f"No image settings in {folder}: expected preprocessor_config.json, or processor_config.json with "
                 '"image_processor" in it'
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        name = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+        tokenizer_class = getattr(transformers, name if name in TOKENIZERS else "AutoTokenizer")
+        tokenizer = tokenizer_class.from_pretrained(folder)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _read_json(folder / "chat_template.json").get("chat_template")
         return cls(tokenizer, VisionSettings.from_hf(image), VisionSettings.from_hf(video, **VIDEO_DEFAULTS))

@@ -196,7 +196,7 @@ def thin_kernel(static: Static, *arrays: jax.Array, interpret: bool, blocks: Blo
 
 def _blocks_of_one_row(static: Static, width: int, depth: int) -> Blocks:
     """Of outputs, and of the depth: what is summed takes the place of a row's width."""
-    return _tuning.blocks("one_row" if static.parts == 1 else "one_row_gated", rows=width, width=depth)
+    return _tuning.blocks(f"one_row_{static.op}", rows=width, width=depth)
 
 
 def _launch(kernel, blocks: Blocks, static: Static, given: dict[str, jax.Array], interpret: bool) -> jax.Array:

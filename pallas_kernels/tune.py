@@ -38,7 +38,8 @@ class Kernel:
 
     x: rows [1, R, W]; w: a weight [1, W]; r: a float32 a row [1, R]; q: heads [1, R, 16, W]; t: angles [1, R, W/2];
     l: logits [1, R, W]; i: labels [1, R]. For the one row of a step of generation, W is the depth of a product: v: [1, W];
-    n: a norm's weight [W]; m: several weights [R, W], and g: [2, R, W], so many that no cache holds them, for a call each.
+    n: a norm's weight [W]; o: [1, R]; m: several weights [R, W], and g: [2, R, W], so many that no cache holds them, for a
+    call each.
     """
 
     run: Callable
@@ -50,30 +51,35 @@ def _logits(logits, labels, lse=None, cotangent=None, **how):
     return _token_loss_kernel._launch(_token_loss.Options(), logits, labels, None, lse, cotangent, **how)
 
 
-def _one_row(op, x, norm_weight, weights, **how):
-    static = _thin.Static(op, ("x", "norm_weight", "weight"), 1e-6, "triton")
-    return [_thin.thin_kernel(static, x, norm_weight, weight, **how) for weight in weights]
+def _one_row(op, names, x, beside, weights, **how):
+    static = _thin.Static(op, names, None if op == "linear_add" else 1e-6, "triton")
+    run, results = jax.jit(functools.partial(_thin.thin_kernel, static, **how)), []  # traced once for all weights
+    for weight in weights:
+        x, _ = jax.lax.optimization_barrier((x, results[-1:]))  # one after the other
+        results.append(run(x, beside, weight))
+    return results
 
 
 _WIDTHS = [(rows, text.hidden) for text in TEXT for rows in ROWS]
 _PATCHES = [(rows, VISION.embed) for rows in shapes.VISION_ROWS]
 _GATES = [(8192, text.intermediate) for text in TEXT] + [(16_384, VISION.intermediate)]
-_PRODUCTS = [
-    (outputs, depth)
+_NORMED = [
+    (outputs, text.hidden)
     for text in TEXT
-    for outputs, depth in (
-        ((text.heads + 2 * text.kv_heads) * text.head_dim, text.hidden),
-        (text.hidden, text.heads * text.head_dim),
-        (text.vocab, text.hidden),
-        (text.hidden, text.intermediate),
-    )
+    for outputs in ((text.heads + 2 * text.kv_heads) * text.head_dim, text.vocab)
 ]
+_ADDED = [(text.hidden, depth) for text in TEXT for depth in (text.heads * text.head_dim, text.intermediate)]
 _LOGITS = [(2048, vocab) for vocab in sorted({text.vocab for text in TEXT})]
 KERNELS = {
-    "one_row": Kernel(functools.partial(_one_row, "norm_linear"), "vnm", _PRODUCTS),
-    "one_row_gated": Kernel(
-        functools.partial(_one_row, "norm_swiglu"), "vng", [(text.intermediate, text.hidden) for text in TEXT]
+    "one_row_norm_linear": Kernel(
+        functools.partial(_one_row, "norm_linear", ("x", "norm_weight", "weight")), "vnm", _NORMED
     ),
+    "one_row_norm_swiglu": Kernel(
+        functools.partial(_one_row, "norm_swiglu", ("x", "norm_weight", "weight")),
+        "vng",
+        [(text.intermediate, text.hidden) for text in TEXT],
+    ),
+    "one_row_linear_add": Kernel(functools.partial(_one_row, "linear_add", ("x", "residual", "weight")), "vom", _ADDED),
     "rms_norm_forward": Kernel(functools.partial(_rms.forward_kernel, _RMS), "xw", _WIDTHS),
     "rms_norm_backward": Kernel(functools.partial(_rms.backward_kernel, _RMS), "xxwr", _WIDTHS),
     "add_rms_norm_forward": Kernel(functools.partial(_add.forward_kernel, _RMS), "xxw", _WIDTHS),
@@ -111,6 +117,7 @@ def operands(letters: str, rows: int, width: int) -> Sequence[jax.Array | tuple[
         "i": lambda key: jax.random.randint(key, (1, rows), 0, width),
         "v": lambda key: jax.random.normal(key, (1, width), jnp.bfloat16),
         "n": lambda key: jax.random.normal(key, (width,), jnp.bfloat16),
+        "o": lambda key: jax.random.normal(key, (1, rows), jnp.bfloat16),
         "m": lambda key: several(key, rows, width),
         "g": lambda key: several(key, 2, rows, width),
     }

@@ -277,12 +277,13 @@ def _run(
             losses = _run_peers(case["what"], checkpoint, rows, file)
         common["device"] = device_kind()
         mesh = jax.make_mesh((fsdp,), ("fsdp",)) if fsdp else None
-        for number, count in enumerate(sorted(rows)):  # memory's peak is that of the process: from few to many
-            if checkpoint:
+        model = None
+        for count in sorted(rows):  # memory's peak is that of the process: from few to many
+            if model is None and checkpoint:
                 model, result = load(checkpoint, from_hf, mesh)
-                if not number:
+                if count == min(rows):
                     work.keep(file, {**common, "what": "convert", **result})
-            else:
+            elif model is None:
                 model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{size}")(), mesh=mesh)
             about = {**common, **case, "rows": count}
             try:
@@ -294,7 +295,8 @@ def _run(
             pairs = zip(result.get("losses", ()), losses.get(count, ()), strict=False)
             if (apart := max((abs(a - b) for a, b in pairs), default=0)) > NOT_EQUAL:
                 print(f"  WARNING: the losses are {apart:.2g} apart: {result['losses']}, {losses[count]}", flush=True)
-            del model
+            if case["what"] != "generate":
+                model = None  # training took it over
     return file
 
 

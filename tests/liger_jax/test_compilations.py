@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from liger_jax import TrainState, generate, make_train_step, prepare
+from liger_jax import TrainState, decoding, generate, make_train_step, prepare
 from tests import parity
 
 CONFIG = parity.config()
@@ -90,6 +90,15 @@ def test_generate():
         generate(model, SECOND, max_new_tokens=11)
 
 
+def test_more_new_tokens():
+    """Room for more tokens is another cache and another loop; the prompts are read by the program that there is."""
+    generate(parity.model(), FIRST, max_new_tokens=8)
+    programs = decoding.prefill._cache_size()
+    with compilations(None):
+        generate(parity.model(), FIRST, max_new_tokens=decoding.NEW_TOKENS + 1)
+    assert decoding.prefill._cache_size() == programs
+
+
 def test_sampling():
     options = {"max_new_tokens": 8, "do_sample": True, "top_k": 10, "top_p": 0.9}
     generate(parity.model(), FIRST, **options)
@@ -100,7 +109,7 @@ def test_sampling():
 def test_fifty_requests():
     """Other lengths, pictures, padding, values of options: of each function at most a program a bucket and batch size."""
     rng = np.random.default_rng(0)
-    buckets = {"prefill": set(), "decode": set(), "begin": set(), "_packed": {parity.model}}
+    buckets = {"prefill": set(), "decode": set(), "begin": set(), "cache_of": set(), "_packed": {parity.model}}
     requests = []
     for _ in range(50):
         rows, longest = int(rng.integers(1, 3)), int(rng.integers(20, 120))
@@ -120,8 +129,8 @@ def test_fifty_requests():
             pictures = {"image_grid_thw": np.array(grids), "pixel_values": pixels}
         batch = prepare(CONFIG, input_ids=ids, attention_mask=mask, **pictures)
         buckets["prefill"].add(str(jax.tree.map(np.shape, batch)))
-        buckets["decode"].add(batch.shape)
-        buckets["begin"].add(batch.shape)
+        for function in ("decode", "begin", "cache_of"):
+            buckets[function].add(batch.shape)
         options = {
             "max_new_tokens": int(rng.integers(5, 9)),
             "min_new_tokens": int(rng.integers(1, 4)),

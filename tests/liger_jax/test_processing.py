@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from liger_jax import Processor
 from liger_jax.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from liger_jax.images import VisionSettings, load_frames, load_image, patchify, smart_resize
+from liger_jax.processing import TOKENIZERS
 
 REFERENCES = Path(__file__).parents[1] / "references"
 STORED = np.load(REFERENCES / "processing.npz")
@@ -341,6 +342,19 @@ def test_save_and_load(folder, processor):
     assert loaded.video == VisionSettings(**SMALL_LIMITS)
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert loaded.tokenizer.chat_template == processor.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("name", [*TOKENIZERS, "UnheardOfTokenizer", None])
+def test_the_tokenizer_is_auto_tokenizers(folder, tmp_path, name):
+    """A class that is taken by its name is the one AutoTokenizer takes, and reads the files as that one does."""
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    files = {"tokenizer_config.json": config, "config.json": {"model_type": "qwen2_vl"}}
+    rewritten(folder, tmp_path, files, ())
+    ours, theirs = Processor.from_pretrained(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    text = "Which digit is it? 12<|im_end|> é<|image_pad|>"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.special_tokens_map == theirs.special_tokens_map
 
 
 def test_transformers_loads_what_is_saved(folder):
