@@ -96,6 +96,8 @@ class Decoding:
         with mesh_context(self._mesh):
             room = bucket(self.limit, NEW_TOKENS)
             self._progress, self._last = begin(start, self.sampling, history, room=room)
+            if self.limit > 1:  # while the device reads the prompts
+                self._layers = weights_of(model)
 
     def advance(self, tokens: int) -> None:
         """Lets the device make up to so many more tokens a row; does not wait for it."""
@@ -303,11 +305,11 @@ def decode(
 def _start(model: Qwen2VL, batch: Batch, hidden: jax.Array, slot: jax.Array | int) -> Start:
     """What follows a prompt whose columns went to the slots from `slot` on. hidden [B, T, H]."""
     valid = batch.segment_ids > 0
-    last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)  # an argmax here took XLA 20 s for a GPU
     logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     position = jnp.take_along_axis(batch.position_ids, last[:, None, None], axis=2)[..., 0] + 1
     empty = ~valid.any(axis=1)
-    return Start(logits.astype(jnp.float32), position, slot + jnp.where(empty, 0, last).max() + 1, empty)
+    return Start(logits.astype(jnp.float32), position, slot + last.max() + 1, empty)
 
 
 def _through(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, position_ids: jax.Array, attend) -> tuple:
