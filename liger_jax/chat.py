@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from liger_jax.batch import Batch, bucket, prepare
-from liger_jax.decoding import Decoding, cache_of, check_prompts, extend, grow, prefill
+from liger_jax.decoding import Decoding, cache_of, check_prompts, extend, grow, prefill, start_of
 from liger_jax.generation import check_one_answer, read_pieces
 from liger_jax.mesh import mesh_context, mesh_of, put_batch
 from liger_jax.messages import KINDS
@@ -121,13 +121,14 @@ class Chat:
         batch = put_batch(batch, mesh)
         with mesh_context(mesh):
             if not known:
-                written, start = prefill(self.model, batch)
+                hidden, written = prefill(self.model, batch)
                 cache = cache_of(*written, batch.segment_ids, room=slots - columns)
             else:
                 cache, self._prompt, self._answer = self._decoding.cache, [], []  # it is given away
                 missing = slots - cache.valid.shape[1]
                 cache = grow(cache, room=missing) if missing > 0 else cache
-                cache, start = extend(self.model, cache, batch, np.int32(known))
+                hidden, cache = extend(self.model, cache, batch, np.int32(known))
+            start = start_of(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(known))
         return Decoding(self.model, cache, start, self.options, ids[None], np.ones((1, len(ids)), np.int64))
 
 

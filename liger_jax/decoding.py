@@ -42,7 +42,8 @@ def start_decoding(model: Qwen2VL, batch: Batch, options: GenerationOptions) -> 
     options.check_tokens(model.config, len(prompts[0]))
     batch = put_batch(dataclasses.replace(batch, labels=None), mesh)
     with mesh_context(mesh):
-        written, start = prefill(model, batch)
+        hidden, written = prefill(model, batch)
+        start = start_of(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
         cache = cache_of(*written, batch.segment_ids, room=bucket(options.max_new_tokens, NEW_TOKENS))
         if options.num_return_sequences > 1:
             cache, start = repeat_rows((cache, start), options.num_return_sequences)
@@ -183,19 +184,32 @@ class Progress:
 
 
 @functools.partial(jax.jit, compiler_options=compiler.OPTIONS)
-def prefill(model: Qwen2VL, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], Start]:
-    """Reads the prompts once: vision tower, all layers, and the logits of each row's last token.
+def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Reads the prompts once, vision tower and all layers; -> hidden [B, T, H], keys and values [layers, B, T, K, D].
 
-    The keys and values [layers, B, T, K, D] become a cache by `cache_of`: how many tokens are to come is none of this
-    program's business, which takes the longest of all to compile.
+    `start_of` and `cache_of` make of them what decoding takes. They are programs of their own: this one takes the longest
+    to compile, and how many tokens are to come is none of its business; and with the first logits in it XLA took 15 to
+    24 s in place of 2 for one row of 2048 tokens on a GPU.
     """
     segments = pk.find_segments(batch.segment_ids, batch.max_segments)
 
     def attend(q, k, v):
         return attend_row(segments, q, k, v)[0], (k, v)
 
-    hidden, written = model.language_model(model.embed(batch), batch.position_ids, attend)
-    return written, _start(model, batch, hidden, 0)
+    return model.language_model(model.embed(batch), batch.position_ids, attend)
+
+
+@jax.jit
+def start_of(
+    model: Qwen2VL, hidden: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, slot: jax.Array
+) -> Start:
+    """What follows prompts, hidden [B, T, H], whose columns go to the cache's slots from `slot` on."""
+    valid = segment_ids > 0
+    last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)
+    logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    position = jnp.take_along_axis(position_ids, last[:, None, None], axis=2)[..., 0] + 1
+    empty = ~valid.any(axis=1)
+    return Start(logits.astype(jnp.float32), position, slot + last.max() + 1, empty)
 
 
 @functools.partial(jax.jit, static_argnames="room")
@@ -205,10 +219,11 @@ def cache_of(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, room
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def extend(model: Qwen2VL, cache: Cache, batch: Batch, slot: jax.Array) -> tuple[Cache, Start]:
+def extend(model: Qwen2VL, cache: Cache, batch: Batch, slot: jax.Array) -> tuple[jax.Array, Cache]:
     """Reads more of prompts whose beginning is in the first `slot` slots of the cache; forgets what is behind them.
 
-    The batch holds the new tokens and pictures, with the positions that they have in the whole.
+    -> hidden [B, T, H] of what is new, and the cache. The batch holds the new tokens and pictures, with the positions that
+    they have in the whole.
     """
     cache, segments = cache.keep(slot), (batch.segment_ids > 0).astype(jnp.int32)
 
@@ -216,8 +231,7 @@ def extend(model: Qwen2VL, cache: Cache, batch: Batch, slot: jax.Array) -> tuple
         return cache.attend_many(i, slot, segments, q, k, v)
 
     hidden, keys, values = _through(model, split_layers(model), model.embed(batch), batch.position_ids, attend)
-    cache = dataclasses.replace(cache, keys=keys, values=values).open_slots(slot, segments)
-    return cache, _start(model, batch, hidden, slot)
+    return hidden, dataclasses.replace(cache, keys=keys, values=values).open_slots(slot, segments)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -300,16 +314,6 @@ def decode(
     progress = dataclasses.replace(progress, done=progress.done | stopped)
     cache, progress = jax.lax.while_loop(unfinished, one_token, (cache, progress))
     return cache, progress, (progress.told.tokens, progress.step, progress.done)
-
-
-def _start(model: Qwen2VL, batch: Batch, hidden: jax.Array, slot: jax.Array | int) -> Start:
-    """What follows a prompt whose columns went to the slots from `slot` on. hidden [B, T, H]."""
-    valid = batch.segment_ids > 0
-    last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)  # an argmax here took XLA 20 s for a GPU
-    logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    position = jnp.take_along_axis(batch.position_ids, last[:, None, None], axis=2)[..., 0] + 1
-    empty = ~valid.any(axis=1)
-    return Start(logits.astype(jnp.float32), position, slot + last.max() + 1, empty)
 
 
 def _through(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, position_ids: jax.Array, attend) -> tuple:

@@ -12,8 +12,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from liger_jax import Qwen2VLConfig
 from liger_jax.bench import work
-from pallas_kernels import shapes
 
 try:
     import torch
@@ -26,33 +26,11 @@ GIB = 2**30
 
 def write(size: str, directory: str) -> None:
     """A Qwen2-VL of real size with random weights, in sharded safetensors."""
-    text, tied = shapes.TEXT[size], size == "2b"
-    rope = {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    config = transformers.Qwen2VLConfig(
-        text_config=dict(
-            hidden_size=text.hidden,
-            intermediate_size=text.intermediate,
-            num_attention_heads=text.heads,
-            num_key_value_heads=text.kv_heads,
-            vocab_size=text.vocab,
-            num_hidden_layers=28,
-            max_position_embeddings=32768,
-            max_window_layers=28,
-            rms_norm_eps=1e-6,
-            rope_parameters=rope,
-            tie_word_embeddings=tied,
-        ),
-        vision_config=dict(hidden_size=text["hidden_size"], depth=32, embed_dim=1280, num_heads=16),
-        image_token_id=151655,
-        video_token_id=151656,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
-        tie_word_embeddings=tied,
-    )
+    preset = getattr(Qwen2VLConfig, f"qwen2_vl_{size}")()
+    config = transformers.Qwen2VLConfig.from_dict(preset.to_hf())
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.Qwen2VLForConditionalGeneration._from_config(config)
+        model = transformers.Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     ends = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
     model.generation_config = transformers.GenerationConfig(**ends)
     model.save_pretrained(directory, max_shard_size="4GB")

@@ -109,7 +109,8 @@ def test_sampling():
 def test_fifty_requests():
     """Other lengths, pictures, padding, values of options: of each function at most a program a bucket and batch size."""
     rng = np.random.default_rng(0)
-    buckets = {"prefill": set(), "decode": set(), "begin": set(), "cache_of": set(), "_packed": {parity.model}}
+    functions = ("prefill", "start_of", "cache_of", "begin", "decode")
+    buckets = {function: set() for function in functions} | {"_packed": {parity.model}}
     requests = []
     for _ in range(50):
         rows, longest = int(rng.integers(1, 3)), int(rng.integers(20, 120))
@@ -128,9 +129,9 @@ def test_fifty_requests():
             pixels = rng.normal(size=(int(np.prod(grids, axis=1).sum()), 1176)).astype(np.float32)
             pictures = {"image_grid_thw": np.array(grids), "pixel_values": pixels}
         batch = prepare(CONFIG, input_ids=ids, attention_mask=mask, **pictures)
-        buckets["prefill"].add(str(jax.tree.map(np.shape, batch)))
-        for function in ("decode", "begin", "cache_of"):
-            buckets[function].add(batch.shape)
+        for function in functions:
+            of_pictures = str(jax.tree.map(np.shape, batch.vision)) if function == "prefill" else None
+            buckets[function].add((batch.shape, of_pictures))
         options = {
             "max_new_tokens": int(rng.integers(5, 9)),
             "min_new_tokens": int(rng.integers(1, 4)),
