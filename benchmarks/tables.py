@@ -28,9 +28,9 @@ def model_table(results: list[dict]) -> str:
 
 TITLES = {
     "convert": "{model}: read and convert the checkpoint",
-    "train": "{model}: training step, {rows} rows of 2048 tokens with a 64 x 64-patch image each",
-    "train mixed": "{model}: training step, {rows} rows of 2048 tokens packed with images of 224 to 1344 px a side",
-    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens with a 64 x 64-patch image, 128 new tokens",
+    "train": "{model}: training step, {rows} rows",
+    "train mixed": "{model}: training step, {rows} rows packed with images of 224 to 1344 px a side",
+    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens, then 128 new ones",
     "start": "{model}: from the start of a process to the first token, weights in {weights}, {programs} compilation cache",
 }
 CELLS: dict[str, Callable[[dict], str]] = {
