@@ -3,7 +3,7 @@
 A mesh is a `jax.sharding.Mesh` with any of these axes:
     data    rows of the batch; weights are copied
     fsdp    rows of the batch, and weights split: gathered layer by layer when needed
-    tensor  heads and MLP columns
+    tensor  heads and MLP columns, and the tokens that the loss is computed of
 """
 
 import contextlib
@@ -145,6 +145,19 @@ def split_rows(x: jax.Array) -> jax.Array:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     axes = tuple(name for name in ROWS if kinds.get(name) == AxisType.Auto)
     return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
+
+
+def split_tokens(x: jax.Array) -> jax.Array:
+    """x [B, L, ...]: rows as in `split_rows`, and the tokens of a row over `tensor`: for what takes each by itself.
+
+    The devices along `tensor` would otherwise all compute the same.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get("tensor") != AxisType.Auto or x.shape[1] % mesh.shape["tensor"]:
+        return x
+    axes = tuple(name for name in ROWS if kinds.get(name) == AxisType.Auto)
+    return jax.lax.with_sharding_constraint(x, P(axes, "tensor"))
 
 
 def copy_whole(weight: jax.Array) -> jax.Array:

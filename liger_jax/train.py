@@ -13,7 +13,7 @@ import optax
 import pallas_kernels as pk
 from liger_jax import compiler
 from liger_jax.batch import IGNORE, Batch
-from liger_jax.mesh import mesh_context, mesh_of, param_shardings, put_batch
+from liger_jax.mesh import mesh_context, mesh_of, param_shardings, put_batch, split_rows, split_tokens
 from liger_jax.model import Qwen2VL
 from liger_jax.model.scan import REMAT, Loop
 from liger_jax.report import reported
@@ -66,7 +66,7 @@ def loss_fn(
         2
     """
     targets = next_token_labels(batch)
-    hidden = model.hidden_states(batch, loop=Loop(remat, unroll))
+    hidden = split_tokens(split_rows(model.hidden_states(batch, loop=Loop(remat, unroll))))
     loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
     return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
 

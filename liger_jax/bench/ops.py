@@ -28,11 +28,12 @@ import pallas_kernels
 from liger_jax import compiler
 from liger_jax.bench import cases
 from liger_jax.bench.cases import Case
+from pallas_kernels.tune import PAST_ALL_CACHES
 
 REPEATS = 9
 LARGE_ERROR = 2e-2  # of a norm; bfloat16 results are 2e-3 to 4e-3 away from float32
 PASSES = ("forward", "both")
-MORE_THAN_CACHED, FEWEST_SETS = 128 * 2**20, 16  # bytes together, and number, of inputs that are used in turn
+FEWEST_SETS = 16  # of inputs that are used in turn, together more than any cache holds
 PACKAGES = ("jax", "jaxlib")
 XLA_BY_DEFAULT = (
     "swiglu",
@@ -263,7 +264,7 @@ def _measure_in_turns(case: Case, functions: dict[str, Callable]) -> dict[str, d
     """`measure` of a forward pass that reads other inputs at each call."""
     _, constants, _ = inputs(case)
     size = sum(2 * int(np.prod(normal.shape)) for normal in case.arrays.values())
-    several = [inputs(case, number)[0] for number in range(max(FEWEST_SETS, -(-MORE_THAN_CACHED // size)))]
+    several = [inputs(case, number)[0] for number in range(max(FEWEST_SETS, -(-PAST_ALL_CACHES // size)))]
     wide = jax.tree.map(lambda array: array.astype(jnp.float32), several[0])
     with jax.default_matmul_precision("highest"):
         expected = named(jax.jit(cases.REFERENCES[case.op])(**wide, **constants))

@@ -71,7 +71,7 @@ IN_TURNS = [cases.thin_linear(op, 2, 64, 48) for op in ("norm_linear", "norm_swi
 def test_operations_of_generation_agree_with_the_plain_formula(case, monkeypatch):
     """And the time is that of one call of many, each on inputs of its own."""
     monkeypatch.setattr(ops, "kernel_us", lambda compiled, *args: (compiled(*args), [1e3 * len(args[0])] * 2))
-    monkeypatch.setattr(ops, "MORE_THAN_CACHED", 0)
+    monkeypatch.setattr(ops, "PAST_ALL_CACHES", 0)
     found = ops.measure(case, ops.implementations(case))
     assert found.keys() == {"ours", "jnp"}
     for result in found.values():

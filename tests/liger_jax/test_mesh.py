@@ -1,6 +1,7 @@
 """On four (simulated) devices: the losses, weights and tokens of one device, and only weights travel between them."""
 
 import functools
+import importlib
 import math
 import re
 
@@ -12,12 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from convert import from_hf, to_hf_state
-from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
+from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, generate, loss_fn, make_train_step, prepare
 from liger_jax.lora import add_lora
-from liger_jax.mesh import RULES, mesh_of, param_shardings, put_batch
+from liger_jax.mesh import RULES, mesh_context, mesh_of, param_shardings, put_batch
 from liger_jax.model import param_paths
 from tests import parity
 
+linear_cross_entropy = importlib.import_module("pallas_kernels.linear_cross_entropy")  # not the function of this name
 MESHES = {
     "data": {"data": 4},
     "fsdp": {"fsdp": 4},
@@ -119,9 +121,9 @@ def test_tokens(name):
 
 
 def gathered(hlo):
-    """Shapes of what collectives put together from several devices' parts: [(4, 64, 32), ...]."""
+    """Shapes of the floats that collectives put together from several devices' parts: [(4, 64, 32), ...]."""
     results = re.findall(r"= (.*) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", hlo)
-    shapes = [shape for result in results for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
+    shapes = [shape for result in results for shape in re.findall(r"\bb?f\d+\[([\d,]*)\]", result)]
     return [tuple(int(n) for n in shape.split(",") if n) for shape in shapes]
 
 
@@ -131,7 +133,10 @@ def in_any_order(shape):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_only_weights_are_gathered(name):
-    """No collective of the compiled step puts activations together: what is gathered is a weight of one layer."""
+    """No collective of the compiled step puts activations together: what is gathered is a weight of one layer.
+
+    But for one, where there is a `tensor` axis: the gradient of what the loss reads, whose tokens are split over it.
+    """
     state, _ = trained(name)
     [compiled] = step(name).compiled.values()
     allowed, heads = set(), MESHES[name].get("tensor", 1)
@@ -142,7 +147,25 @@ def test_only_weights_are_gathered(name):
         allowed |= {in_any_order((*shape[:i], n // heads, *shape[i + 1 :])) for i, n in enumerate(shape)}
     shapes = gathered(compiled.as_text())
     assert len(shapes) > 10
-    assert [shape for shape in shapes if in_any_order(shape) not in allowed] == []
+    others = [shape for shape in shapes if in_any_order(shape) not in allowed]
+    config = state.model.config.text
+    assert others == [(2, batch().shape[1], config.hidden_size)] * (heads > 1)  # of the two rows of a device
+
+
+def test_the_loss_is_split_over_all_devices(monkeypatch):
+    """Along `tensor` too: there every device computed the loss of the same tokens once."""
+    shapes, local = [], linear_cross_entropy._gradient_local
+
+    def spy(static, x, *operands):
+        shapes.append(x.shape)
+        return local(static, x, *operands)
+
+    monkeypatch.setattr(linear_cross_entropy, "_gradient_local", spy)
+    of_mesh = model("data-fsdp-tensor")
+    placed = put_batch(batch(), mesh_of(of_mesh))
+    with mesh_context(mesh_of(of_mesh)):
+        jax.jit(jax.grad(lambda m, b: loss_fn(m, b)[0])).lower(of_mesh, placed).compile()
+    assert math.prod(shapes[0][:2]) == 4 * math.prod(shapes[-1][:2])
 
 
 def test_data_parallel_gathers_nothing():
