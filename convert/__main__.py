@@ -51,6 +51,8 @@ def convert(
         FileNotFoundError, ValueError: as `from_hf`, `to_hf` and `load_model` do.
     """
     started = time.perf_counter()
+    if to not in (None, "orbax", "hf"):
+        raise ValueError(f"to is {to!r}; expected 'orbax', 'hf' or None")
     target = Path(target)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder; --overwrite writes into it")

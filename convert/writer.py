@@ -18,10 +18,11 @@ from convert.assemble import SMALL
 from convert.reader import patch_of
 from convert.table import LM_HEAD, TABLE, HubTensor, from_stack, hub_tensors, read_sizes
 from convert.weights import FLOATS, INDEX, SINGLE
-from liger_jax.checkpoint import write_config
+from liger_jax.checkpoint import HUB_WEIGHTS, LORA, write_config
 from liger_jax.config import Qwen2VLConfig, VisionConfig
 from liger_jax.lora import lora_leaves
 from liger_jax.model import Qwen2VL
+from liger_jax.run_record import is_run
 from liger_jax.tree import param_paths
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -75,6 +76,7 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
             own.
 
     Raises:
+        FileExistsError: a training run in the folder.
         ValueError: weights that are missing, or that the hub's layout has no name for, LoRA's among them; numbers that
             are not floating point.
 
@@ -99,8 +101,10 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
     if odd:
         raise ValueError(f"Weights that are not floating point: {odd}; expected one of {list(_TORCH_NAMES.values())}")
     shards = _split(hub_tensors(leaves, sizes), leaves, limit)
+    if is_run(Path(directory)):
+        raise FileExistsError(f"{directory} holds a training run; expected a folder of its own for the hub's files")
     # an earlier checkpoint's files would be read in place of these
-    with arriving_together(Path(directory), stale=(SINGLE, INDEX, "model-*-of-*.safetensors")) as folder:
+    with arriving_together(Path(directory), stale=(*HUB_WEIGHTS, LORA, "params")) as folder:
         write_config(folder, config, _TORCH_NAMES[_NAMES[leaves["language_model/norm/weight"].dtype]])
         weight_map, total = {}, 0
         for number, tensors in enumerate(shards, 1):
@@ -204,6 +208,6 @@ def arriving_together(directory: Path, *, stale: Iterable[str] = ()) -> Iterator
             (folder / name).replace(directory / name)
         for old in [file for pattern in stale for file in directory.glob(pattern)]:
             if old.name not in written:
-                old.unlink()
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

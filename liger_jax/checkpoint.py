@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.files import write_whole
 from liger_jax.lora import add_lora, lora_of
 from liger_jax.mesh import param_shardings
 from liger_jax.model import Qwen2VL
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # Orbax takes half a second to import
 
 LORA = "lora.json"
 GENERATION = "generation_config.json"
+HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 PIECE_BYTES = 256 * 2**20  # of arrays that are on the host at a time while they are saved; a larger array on its own
 
 
@@ -65,6 +67,8 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     _write_lora(folder, model)
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(folder / "params", ocp.args.PyTreeSave(_nest(arrays)), force=overwrite)
+    for old in [file for pattern in HUB_WEIGHTS for file in folder.glob(pattern)]:
+        old.unlink()  # of another model: transformers would take it for this one
 
 
 def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwen2VL:
@@ -123,13 +127,13 @@ def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, keep: bool 
     """
     # transformers reads `dtype` since 4.56, `torch_dtype` before
     hub = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(hub, indent=2) + "\n")
     ids = {"eos_token_id": list(config.eos_token_ids) or None, "pad_token_id": config.pad_token_id}
     generation = {name: value for name, value in ids.items() if value is not None}
     if keep and (folder / GENERATION).is_file():
         generation = json.loads((folder / GENERATION).read_text()) | generation
     if generation:
-        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+        write_whole(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
 
 
 def _write_lora(folder: Path, model: Qwen2VL) -> None:
@@ -137,7 +141,7 @@ def _write_lora(folder: Path, model: Qwen2VL) -> None:
     if told is None:
         (folder / LORA).unlink(missing_ok=True)  # of a model that was here before
     else:
-        (folder / LORA).write_text(json.dumps(told, indent=2) + "\n")
+        write_whole(folder / LORA, json.dumps(told, indent=2) + "\n")
 
 
 def _with_stored_lora(abstract: Qwen2VL, folder: Path) -> Qwen2VL:
@@ -313,6 +317,15 @@ def _find_params(folder: Path) -> tuple[Path, str]:
     raise FileNotFoundError(
         f"No model at {folder}: expected config.json and params/ (save_model), or steps (save_state)"
     )
+
+
+def latest_step(directory: str | Path) -> int:
+    """The step of the last whole checkpoint of a training run.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return int(_step_items(Path(directory), None).parent.name)
 
 
 def _step_items(directory: Path, step: int | None) -> Path:

@@ -3,10 +3,11 @@
 A command imports what it needs.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -270,7 +271,7 @@ def generate(
     given = {"--images": images, "--system": system}
     if data is None:
         given = {"--media": media, "--batch-size": batch_size, "--skip-broken": skip_broken}
-    if useless := [name for name, value in given.items() if value]:
+    if useless := [name for name, value in given.items() if value not in (None, False, ())]:
         raise ValueError(f"{' and '.join(useless)} is not for {'a file of questions' if data else 'a single question'}")
     if data is not None and not data.is_file():
         raise FileNotFoundError(f"{data}: no such file of questions")
@@ -281,7 +282,7 @@ def generate(
 
     *both, options = open_for_answers(model, answers, max_pixels)
     if data is not None:
-        how = {"batch_size": batch_size or 8, "media": media, "skip_broken": skip_broken}
+        how = {"batch_size": 8 if batch_size is None else batch_size, "media": media, "skip_broken": skip_broken}
         print(f"{answer_file(*both, data, output, options=options, **how)} answers in {output}")
     else:
         print_pieces(Chat(*both, system=system, **vars(options)).stream(question, images=images))
@@ -333,9 +334,10 @@ def chat(
             print()
 
 
-def print_pieces(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
+def print_pieces(pieces: Generator[str]) -> None:
+    with contextlib.closing(pieces):  # or an answer that Ctrl-C ends would keep the decoder's copy of the weights
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()
 
 

@@ -11,6 +11,7 @@ video of the record; a content that is a list of parts goes through as it is. A 
 import base64
 import binascii
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 URL = re.compile(r"(file|data):", re.IGNORECASE)
+SHORTEST_BASE64 = 60  # of a picture of one pixel; what is shorter and no file is a path with a mistake
 WEB = re.compile(r"\w+://")
 
 
@@ -154,15 +156,15 @@ def _source(value: Any, folder: Path) -> Any:
         raise ValueError(
             f"{value!r:.60} would have to be downloaded; expected a path, a file:// or data: URL or base64"
         )
-    if len(value) > 1024:  # longer than a path can be
-        try:
-            return base64.b64decode(value, validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"{value[:60]!r}... is neither a path nor base64: {error}") from error
     path = folder / value
-    if not path.exists():
+    if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
+        return str(path)
+    if len(value) < SHORTEST_BASE64:
         raise ValueError(f"{path} does not exist")
-    return str(path)
+    try:
+        return base64.b64decode(value, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{str(path)[:120]!r} does not exist, and is no base64: {error}") from error
 
 
 def _message(turn: Any, speaker: str, said: str, media: dict[str, list[Any]]) -> Message:

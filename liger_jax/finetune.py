@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import shutil
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import jax
 import optax
 
 from liger_jax.batch import Batch
-from liger_jax.checkpoint import GENERATION, checkpoint_manager, is_model, restore_state, save_state
+from liger_jax.checkpoint import GENERATION, checkpoint_manager, is_model, latest_step, restore_state, save_state
 from liger_jax.dataset import OnError, make_dataset
 from liger_jax.evaluation import compare_answers, evaluate
+from liger_jax.files import write_whole
 from liger_jax.loader import load_batches
 from liger_jax.logs import RunLog, batch_work, forget_after, step_rates
 from liger_jax.lora import adapted_parts
@@ -69,7 +69,7 @@ def finetune(
     training ends.
 
     Args:
-        model: where to begin; its arrays are donated to the first step. On a mesh, training is, too.
+        model: where to begin; its arrays are given away. On a mesh, training is, too.
         processor: of the model; saved along, so that `load_model` and `Processor.from_pretrained` find both in `output`.
         conversations: as `read_conversations` returns them.
         output: folder of the run: checkpoints, metrics.jsonl with a line a step, tensorboard/ with the same as curves,
@@ -131,21 +131,22 @@ def finetune(
     readable = (number for number in range(len(held_out)) if unseen.read(number))
     asked = list(itertools.islice(readable, eval_generate))
 
+    start = latest_step(output) if going_on else 0
+    if start > steps:
+        raise ValueError(f"steps is {steps}, but the run in {output} is at step {start} already")
     state = TrainState.create(model, optimizer)
-    del model  # a run that goes on has no use for it
     if going_on:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         del state
-        state = restore_state(output, like)
-    start = int(state.step)
-    if start > steps:
-        raise ValueError(f"steps is {steps}, but the run in {output} is at step {start} already")
+        state = restore_state(output, like, step=start)
+        for weight in jax.tree.leaves(model):
+            weight.delete()  # a run that goes on has no use for it, and its step none for the memory
     if start == steps:
         return state
     write_record(output, record)
     processor.save_pretrained(output)
     if generation_config is not None and generation_config.is_file() and not (output / GENERATION).exists():
-        shutil.copyfile(generation_config, output / GENERATION)
+        write_whole(output / GENERATION, generation_config.read_bytes())
     forget_after(output / ANSWERS, start)
 
     def measure(model: Qwen2VL, step: int) -> dict[str, float]:
@@ -220,7 +221,7 @@ def fit(
                 if measure and not stopping:
                     found = measure(state.model, done)
                     log.write(done, {f"held_out_{name}": value for name, value in found.items()})
-                    log.lap()
+                log.lap()
             if stopping:
                 break
         if running:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from liger_jax.batch import Batch
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.files import write_whole
 from liger_jax.flops import peak_flops, step_flops
 
 
@@ -22,7 +23,8 @@ def batch_work(
     """What there is to do in a batch, counted in host memory before the step is handed to the device.
 
     Returns:
-        tokens: padding aside; columns: with it; images: pictures, of a video each patch's frames; flops, `step_flops`.
+        tokens: padding aside; columns: with it; images: pictures, and of a video each pair of frames that
+        makes one layer of patches; flops, `step_flops`.
     """
     images = 0 if batch.vision is None else int(np.max(batch.vision.segment_ids, axis=1).sum())
     tokens, columns = int(np.count_nonzero(batch.segment_ids)), int(np.size(batch.segment_ids))
@@ -120,5 +122,5 @@ class RunLog:
 def forget_after(file: Path, step: int) -> None:
     """Drops lines of steps after the checkpoint that a run continues from, the last of which may have been cut short."""
     if file.exists():
-        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        *lines, _ = file.read_bytes().split(b"\n")  # not splitlines: an answer may hold other line ends
+        write_whole(file, b"".join(line + b"\n" for line in lines if json.loads(line)["step"] <= step))

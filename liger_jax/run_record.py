@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from liger_jax.files import write_whole
+
 RECORD = "run.json"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes run.json, all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    half = folder / f"{RECORD}.tmp"
-    half.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(half, folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def is_run(folder: Path) -> bool:

@@ -152,9 +152,8 @@ def run(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
     @call.def_vmap
     def batch(size: int, batched: list[bool], *operands: jax.Array) -> tuple[tuple, tuple]:
         all_batched = (True,) * len(op.results)
-        if not op.folds:  # an operation of plain JAX: the partitioner sees into it
-            in_axes = tuple(0 if is_batched else None for is_batched in batched)
-            return jax.vmap(functools.partial(op.local, op.static), in_axes)(*operands), all_batched
+        if not op.folds:
+            return _over_problems(op, size, batched, operands), all_batched
         stacked = (
             x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
             for x, is_batched in zip(operands, batched, strict=True)
@@ -163,6 +162,28 @@ def run(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results), all_batched
 
     return call(*operands)
+
+
+def _over_problems(op: ParallelOp, size: int, batched: list[bool], operands: tuple) -> tuple:
+    """`run` of an operation without groups on a batch of problems: as more rows, where rows are all that differs.
+
+    A sum over the rows, such as a weight's gradient, is one for each problem, and so are they, one after the other.
+    """
+    of_rows = ["." in signature for signature in op.operands]
+    if all("." in signature for signature in op.results) and all(
+        rows or not is_batched for rows, is_batched in zip(of_rows, batched, strict=True)
+    ):
+        stacked = (
+            jnp.broadcast_to(x, (size, *x.shape)) if rows and not is_batched else x
+            for x, rows, is_batched in zip(operands, of_rows, batched, strict=True)
+        )
+        return run(op, *stacked)
+
+    def one(own: list[jax.Array]) -> tuple:
+        given = iter(own)
+        return run(op, *(next(given) if is_batched else x for x, is_batched in zip(operands, batched, strict=True)))
+
+    return jax.lax.map(one, [x for x, is_batched in zip(operands, batched, strict=True) if is_batched])
 
 
 def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:

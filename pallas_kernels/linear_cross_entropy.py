@@ -255,17 +255,35 @@ def _present(*arrays):
 
 
 def _gradients(static: _Static, x, weight, bias, scale, labels, class_weights):
-    """-> Rows, and the gradients of sum(scale * Rows.loss) for x, weight and bias, in their dtypes.
+    """-> Rows, and the gradients of sum(scale * Rows.loss) for x, weight and bias, each as (array, float32 factor).
 
     The gradient of the logits is made for scales of at most 1 and the rest is multiplied in afterwards, in float32: the
-    1/N of a mean would push it below the smallest float16.
+    1/N of a mean would push it below the smallest float16. The factor is 1 but for float16, where it keeps the array's
+    largest number near 1, until a loss scale, which comes with the cotangent, lifts the rest.
     """
     largest = jnp.max(jnp.abs(scale), initial=0)
     largest = jnp.where(largest > 0, largest, 1)
     op = _gradient_op(static)
     results = _sharding.run(op, x, labels, scale / largest, weight, *_present(bias, class_weights))
-    gradients = [(g * largest).astype(of.dtype) for g, of in zip(results[4:], _present(x, weight, bias), strict=True)]
+
+    def parts(g, dtype):
+        g = g * largest
+        if dtype != jnp.float16:
+            return g.astype(dtype), 1.0
+        _, exponent = jnp.frexp(jnp.max(jnp.abs(g), initial=0))  # a power of two, so that nothing is rounded twice
+        peak = jnp.ldexp(jnp.float32(1), exponent)
+        return (g / peak).astype(dtype), peak
+
+    gradients = [parts(g, of.dtype) for g, of in zip(results[4:], _present(x, weight, bias), strict=True)]
     return Rows(*results[:4]), (*gradients, None)[:3]
+
+
+def _times(gradient, factor=1.0):
+    """A gradient of `_gradients` as one array, times a factor; None stays."""
+    if gradient is None:
+        return None
+    array, own = gradient
+    return (array * (own * factor)).astype(array.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -282,8 +300,7 @@ def _total_forward(static, x, weight, bias, scale, labels, class_weights):
 
 def _total_backward(static, saved, cotangents):
     cotangent, _ = cotangents  # Rows is for metrics and carries no gradient
-    dx, dweight, dbias = (None if g is None else (g * cotangent).astype(g.dtype) for g in saved[:3])
-    return dx, dweight, dbias, saved[3] * cotangent, None, None
+    return *(_times(gradient, cotangent) for gradient in saved[:3]), saved[3] * cotangent, None, None
 
 
 _total.defvjp(_total_forward, _total_backward)
@@ -302,7 +319,7 @@ def _rows_forward(static, x, weight, bias, labels, class_weights):
 def _rows_backward(static, saved, cotangent: Rows):
     x, weight, bias, labels, class_weights = saved
     _, gradients = _gradients(static, x, weight, bias, cotangent.loss, labels, class_weights)
-    return *gradients, None, None
+    return *map(_times, gradients), None, None
 
 
 _rows.defvjp(_rows_forward, _rows_backward)

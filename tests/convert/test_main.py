@@ -58,6 +58,20 @@ def test_keeps_what_is_there_unless_told(source, capsys):
     assert load_model(target).config.text.hidden_size == hub.H
 
 
+def test_the_other_kind_of_weights_makes_room(source, tmp_path, capsys):
+    """A folder that is written over holds one model: what would be read in its place is gone."""
+    target = tmp_path / "target"
+    for kinds in (["orbax", "hf"], ["hf", "orbax"]):
+        for to in kinds:
+            assert main([str(source), str(target), "--to", to, "--overwrite"]) == 0
+        assert (target / "params").exists() == (kinds[-1] == "orbax")
+        assert bool(list(target.glob("model*.safetensors*"))) == (kinds[-1] == "hf")
+    (target / "run.json").write_text("{}")
+    capsys.readouterr()
+    assert main([str(source), str(target), "--to", "hf", "--overwrite"]) == 1
+    assert "holds a training run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -196,6 +196,7 @@ def test_compiled_programs_are_kept(checkpoint, tmp_path):
         (("generate", "m", "--data", "x"), "expected a question, or --data and --output"),
         (("generate", "m", "--data", "x", "--output", "y"), "x: no such file of questions"),
         (("generate", "m", "--data", "x", "--output", "y", "--images", "z"), "--images is not for a file of questions"),
+        (("generate", "m", "What?", "--batch-size", "0"), "--batch-size is not for a single question"),
         (("generate", "m", "What?", "--skip-broken"), "--skip-broken is not for a single question"),
         (("generate", "m", "What?", "--images", "dog.jpg"), "dog.jpg: no such picture"),
         (("generate", "missing/folder/x", "What?"), "missing/folder/x"),

@@ -67,7 +67,7 @@ def test_several_pictures_videos_and_texts(folder):
         ("human", "Why?"),
     ]
     url = "data:image/png;base64," + base64.b64encode(picture()).decode()
-    raw = base64.b64encode(picture((90, 90))).decode()
+    raw = base64.b64encode(picture((1, 1))).decode()
     record = llava([*turns, ("gpt", "Look.")], image=[url, raw], video=[["a.png", "a.png"]])
     (found,) = read_conversations(write(folder, record))
     assert [message["role"] for message in found] == ["system", "user", "assistant", "user", "assistant"]
@@ -115,7 +115,8 @@ BROKEN = {
     "would have to be downloaded": llava(image="https://example.com/a.png"),
     "expected videos as lists of their frames": llava([("human", "<video>"), ("gpt", "7")], video="a.mp4"),
     "is no picture": llava(image=[3]),
-    "neither a path nor base64": llava(image="?" * 2000),
+    "and is no base64": llava(image="?" * 2000),  # longer than a file's name can be
+    "does not exist, and is no": llava(image="a/long/path/to/a/picture/that/has/a/mistake/in/it/somewhere.png"),
     "no answer": llava([("human", "Which?")]),
     "expected a text or a list": {"messages": [{"role": "user", "content": 3}]},
 }

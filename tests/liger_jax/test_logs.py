@@ -56,8 +56,9 @@ def test_a_log_goes_on(tmp_path):
         with RunLog(file, begin=begin, steps=4, progress=False) as log:
             for step in range(begin, end):
                 log.write(step + 1, {"loss": float(begin)})
-    with file.open("a") as more:
-        more.write('{"step": 3, "lo')
+    with file.open("a", encoding="utf-8") as more:
+        more.write('{"step": 3, "loss": 5, "answer": "a\u2028b\x85c"}\n{"step": 3, "lo')
     forget_after(file, 3)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0), (2, 0), (3, 2)]
+    lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0), (2, 0), (3, 2), (3, 5)]
+    assert lines[-1]["answer"] == "a\u2028b\x85c"

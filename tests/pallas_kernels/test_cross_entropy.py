@@ -134,3 +134,9 @@ def test_meshes(kind):
         got = jax.jit(run)(*jax.device_put((logits, labels), NamedSharding(mesh, P("data"))), weights)
     assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
     assert np.max(np.abs(np.asarray(got[1]) - np.asarray(want[1]))) < 1e-6
+    many = jnp.stack([logits, logits * 2, -logits]), jnp.stack([labels] * 3)
+    mapped = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))
+    want = mapped(*many, weights)
+    with jax.set_mesh(mesh):
+        got = mapped(*jax.device_put(many, NamedSharding(mesh, P(None, "data"))), weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)

@@ -223,6 +223,40 @@ def test_rows_sharded(kind, reduction):
             assert collectives_of_arrays(compiled) == (["all-gather", "all-reduce"] if spec else ["all-reduce"])
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+def test_vmap_on_a_mesh(kind, gradient):
+    """A batch of problems whose rows are sharded: no activation is gathered, and the values are those of one device."""
+    x, weight, _, labels, _ = data(24, 6, 8)
+    x, labels = x.reshape(3, 8, 6), labels.reshape(3, 8)
+    one = (
+        value_and_gradients(reduction="mean") if gradient else functools.partial(pk.linear_cross_entropy, chunk_rows=3)
+    )
+    run = jax.jit(jax.vmap(one, in_axes=(0, None, 0)))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices("cpu")[:4])
+    want = run(x, weight, labels)
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, P(None, "data"))
+        compiled = run.lower(*jax.device_put((x, weight, labels), (rows, NamedSharding(mesh, P()), rows))).compile()
+        close(compiled(*jax.device_put((x, weight, labels), (rows, NamedSharding(mesh, P()), rows))), want)
+    assert "all-gather" not in collectives_of_arrays(compiled)
+
+
+def test_a_loss_scale_saves_small_float16_gradients():
+    """They are below the smallest float16 number until the loss scale, which comes with the cotangent, lifts them."""
+    x, weight, _, labels, _ = data(40, 6, 9, jnp.float16)
+    scale, normalizer = 2.0**20, 2.0**24
+
+    def scaled(x, weight, by):
+        return by * pk.linear_cross_entropy(x, weight, labels, normalizer=normalizer, chunk_rows=16).astype(jnp.float32)
+
+    lifted = jax.jit(jax.grad(scaled, argnums=(0, 1)))(x, weight, scale)
+    wide = jax.jit(jax.grad(scaled, argnums=(0, 1)))(x.astype(jnp.float32), weight.astype(jnp.float32), scale)
+    for found, expected in zip(lifted, wide, strict=True):
+        assert found.dtype == jnp.float16
+        assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
+
+
 def test_inside_a_shard_map(implementation):
     """Inside a user's shard_map, checked as it is by default: the gradient of the replicated weight is summed by JAX."""
     if implementation == "interpret":
