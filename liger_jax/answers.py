@@ -18,6 +18,7 @@ from liger_jax.messages import Conversation
 from liger_jax.model import Qwen2VL
 from liger_jax.options import GenerationOptions
 from liger_jax.processing import Processor
+from liger_jax.run_record import fingerprint
 
 WAITING = 8  # batches' worth of questions that may wait for others of their size
 
@@ -33,7 +34,8 @@ class Record(NamedTuple):
     def label(self) -> dict[str, Any]:
         """What its line in the output begins with."""
         known = isinstance(self.value, Mapping) and self.value.get("id") is not None
-        return {"record": self.number} | ({"id": self.value["id"]} if known else {})
+        content = str(self.value) if isinstance(self.value, Exception) else self.value
+        return {"record": self.number, "content": fingerprint(content)} | ({"id": self.value["id"]} if known else {})
 
 
 def answer_file(
@@ -51,9 +53,10 @@ def answer_file(
     """Answers every record of a file; -> how many answers are in `output` in the end.
 
     A record is a conversation in one of the formats of `liger_jax.data`; an answer that it ends with is left out and asked
-    for anew. An answer is a line `{"record": 3, "id": ..., "answer": "..."}`: the record's number in the file, from 1, its
-    id if it has one. Questions of like size are answered together, so lines come in another order than records. Run again
-    with the same output, it goes on where it was stopped; the same answers come out.
+    for anew. An answer is a line `{"record": 3, "content": "9f..", "id": ..., "answer": "..."}`: the record's number in the
+    file, from 1, a short hash of what is in it, its id if it has one. Questions of like size are answered together, so lines
+    come in another order than records. Run again with the same output, it goes on where it was stopped; the same answers
+    come out, if model and options are the same.
 
     Args:
         data: a .json file with a list, or a file with a JSON record a line.
@@ -91,7 +94,7 @@ def answer_file(
     for record in left:  # all formats and paths, before anything is computed
         try:
             questions.append((record, _question(conversation_of(record.value, folder))))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             refuse(record, error)
 
     def batches() -> Iterator[tuple[Record, Batch]]:
@@ -109,7 +112,7 @@ def answer_file(
     with output.open("a", encoding="utf-8") as file, tqdm(**counts, unit="answer", disable=not progress) as bar:
 
         def write(lines: Sequence[dict]) -> None:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(_as_json(line) + "\n" for line in lines)
             file.flush()
             bar.update(len(lines))
 
@@ -140,6 +143,15 @@ def _question(conversation: Conversation) -> Conversation:
     if not any(message["role"] == "user" for message in conversation):
         raise ValueError("no question: expected a turn of the user")
     return conversation
+
+
+def _as_json(line: dict) -> str:
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, as an id may hold one
+        return json.dumps(line)
+    return text
 
 
 def _shape(batch: Batch) -> Hashable:

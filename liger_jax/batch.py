@@ -88,7 +88,7 @@ def bucket(count: int, smallest: int) -> int:
     >>> [bucket(n, 64) for n in (1, 65, 500, 513, 2048)]
     [64, 128, 512, 640, 2048]
     """
-    units = -(-max(count, 1) // smallest)
+    units = -(-max(int(count), 1) // smallest)
     step = 1 << max(units.bit_length() - 3, 0)
     step = step if -(-units // step) <= 8 else 2 * step
     return -(-units // step) * step * smallest
@@ -255,7 +255,7 @@ def _segments(input_ids: np.ndarray, attention_mask, segment_ids) -> np.ndarray:
         if not np.isin(mask, (0, 1)).all():
             raise ValueError(f"attention_mask holds {np.unique(mask)[:5].tolist()}; expected 0 and 1")
     if segment_ids is None:
-        return np.ones_like(input_ids) if mask is None else mask
+        return np.ones_like(input_ids) if mask is None else _without_holes(mask)
     segment_ids = _integers("segment_ids", segment_ids, 2, input_ids.shape)
     if segment_ids.min() < 0:
         raise ValueError(f"segment_ids holds {segment_ids.min()}; expected 0 for padding and 1, 2, ... for sequences")
@@ -269,6 +269,18 @@ def _segments(input_ids: np.ndarray, attention_mask, segment_ids) -> np.ndarray:
         for number, start in enumerate(starts, 1):
             renumbered[b, row == row[start]] = number
     return renumbered
+
+
+def _without_holes(mask: np.ndarray) -> np.ndarray:
+    """The mask, as segment ids of one sequence a row."""
+    for b, row in enumerate(mask):
+        tokens = np.flatnonzero(row)
+        if len(tokens) and tokens[-1] - tokens[0] >= len(tokens):
+            hole = tokens[0] + np.argmin(row[tokens[0] :])
+            raise ValueError(
+                f"attention_mask of row {b} has padding between tokens, at column {hole}; expected it outside"
+            )
+    return mask
 
 
 def _grid(name: str, grid, config: Qwen2VLConfig) -> np.ndarray | None:

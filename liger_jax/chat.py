@@ -9,12 +9,13 @@ from liger_jax.batch import Batch, bucket, prepare
 from liger_jax.decoding import Decoding, cache_of, check_prompts, extend, grow, prefill, start_of
 from liger_jax.generation import check_one_answer, read_pieces
 from liger_jax.mesh import mesh_context, mesh_of, put_batch
-from liger_jax.messages import KINDS
+from liger_jax.messages import KINDS, Kind, as_list
 from liger_jax.model import Qwen2VL
 from liger_jax.options import GenerationOptions
 from liger_jax.positions import positions_of, vision_items
 from liger_jax.processing import Processor
 
+ITEM_KINDS = ("image", "video")
 SLOTS = 1024  # the cache grows by this at first, then by a fourth and more: few sizes, few compilations
 
 
@@ -54,7 +55,8 @@ class Chat:
     def reset(self) -> None:
         """Forgets the conversation."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self._grids: dict[str, list[np.ndarray]] = {kind.name: [] for kind in KINDS}
+        # of each kind, grid and patches: to be read again if the cache is lost, or a template changes what it wrote
+        self._pictures: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {kind.name: [] for kind in KINDS}
         self._decoding: Decoding | None = None  # of the last answer; it has the cache
         self._prompt: list[int] = []  # the tokens in the cache: those of the last prompt,
         self._answer: list[int] = []  # then those of the answer but its last, which nothing was computed from
@@ -74,28 +76,30 @@ class Chat:
             ValueError: a picture that cannot be read, or a conversation longer than the model's positions; it is as it was
                 before then. FileNotFoundError: no such picture.
         """
-        media = {"image": images, "video": videos}
+        media = {"image": as_list(images), "video": as_list(videos)}
         shown = [(kind.name, source) for kind in KINDS for source in media[kind.name]]
         said = {"type": "text", "text": question}
         turn = self.processor([_user([*({"type": kind, kind: source} for kind, source in shown), said])])
         messages = [*self.messages, _user([*({"type": kind} for kind, _ in shown), said])]
-        grids = {kind.name: [*self._grids[kind.name], *turn.get(kind.arrays[1], ())] for kind in KINDS}
+        pictures = {kind.name: [*self._pictures[kind.name], *_pictures_of(turn, kind)] for kind in KINDS}
 
-        ids, batch, known = self._new_tokens(messages, turn, grids)
+        ids, batch, known = self._new_tokens(messages, pictures)
         check_prompts(batch, self.options.max_new_tokens, self.model.config.text.max_position_embeddings)
         decoding = self._read(ids, batch, known)
         self.messages = [*messages, {"role": "assistant", "content": ""}]
-        self._grids, self._decoding, self._prompt, self._answer = grids, decoding, ids.tolist(), []
+        self._pictures, self._decoding, self._prompt, self._answer = pictures, decoding, ids.tolist(), []
         return self._told(self.messages[-1], decoding, self._answer)
 
     def _told(self, message: dict, decoding: Decoding, tokens: list[int]) -> Iterator[str]:
         for piece in read_pieces(decoding, self.processor, self.options.all_stop_strings, tokens):
             message["content"] += piece
             yield piece
+            if decoding is not self._decoding:  # a newer question has taken the cache over
+                return
 
-    def _new_tokens(self, messages: list[dict], turn: dict, grids: dict) -> tuple[np.ndarray, Batch, int]:
+    def _new_tokens(self, messages: list[dict], pictures: dict[str, list]) -> tuple[np.ndarray, Batch, int]:
         """-> all tokens of the prompt, the batch of those that are not in the cache, and how many are."""
-        config = self.model.config
+        config, grids = self.model.config, {name: [grid for grid, _ in of] for name, of in pictures.items()}
         ids = self.processor.prompt_ids(messages, grids)
         given = (np.array(grids[kind.name]) if grids[kind.name] else None for kind in KINDS)
         everywhere = np.ones((1, len(ids)), np.int64)
@@ -105,14 +109,16 @@ class Chat:
         cached = np.array(self._prompt + self._answer[:-1], np.int64)[: len(ids) - 1]  # a token at least is read
         differs = np.flatnonzero(cached != ids[: len(cached)])
         known = int(differs[0]) if len(differs) else len(cached)
-        new = [item for item in items[0] if item.columns[-1] >= known]
-        if len(new) != sum(len(turn.get(kind.arrays[1], ())) for kind in KINDS):
-            raise ValueError(
-                f"The chat template writes earlier turns otherwise than before, from token {known} on, with pictures "
-                "behind it; expected a template that leaves them as they are"
-            )
-        turn = {name: turn[name] for kind in KINDS for name in kind.arrays if name in turn}
-        return ids, prepare(config, input_ids=ids[None, known:], position_ids=positions[:, :, known:], **turn), known
+        for item in items[0]:  # a picture is read as a whole
+            if item.columns[0] < known <= item.columns[-1]:
+                known = int(item.columns[0])
+        new = {}
+        for kind in KINDS:
+            count = sum(kind.name == ITEM_KINDS[item.is_video] and item.columns[0] >= known for item in items[0])
+            if count:
+                grid, patches = zip(*pictures[kind.name][-count:], strict=True)
+                new |= dict(zip(kind.arrays, (np.concatenate(patches), np.array(grid)), strict=True))
+        return ids, prepare(config, input_ids=ids[None, known:], position_ids=positions[:, :, known:], **new), known
 
     def _read(self, ids: np.ndarray, batch: Batch, known: int) -> Decoding:
         """Reads the batch behind the `known` first tokens of the cache."""
@@ -130,6 +136,14 @@ class Chat:
                 hidden, cache = extend(self.model, cache, batch, np.int32(known))
             start = start_of(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(known))
         return Decoding(self.model, cache, start, self.options, ids[None], np.ones((1, len(ids)), np.int64))
+
+
+def _pictures_of(turn: dict[str, np.ndarray], kind: Kind) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Grid and patches of each picture of a kind in what the processor made."""
+    if kind.arrays[0] not in turn:
+        return []
+    patches, grids = (turn[name] for name in kind.arrays)
+    return list(zip(grids, np.split(patches, np.cumsum(np.prod(grids, axis=1))[:-1]), strict=True))
 
 
 def _user(parts: list[dict]) -> dict:

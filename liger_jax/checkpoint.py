@@ -13,6 +13,7 @@ beside them. Orbax writes under a temporary name and renames at the end: what ha
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,8 +193,12 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
 
     with _opened(target) as manager:
         step = int(state.step)
-        if step in manager.all_steps():
+        folder = Path(manager.directory) / str(step)
+        if _is_whole(folder):
             raise ValueError(f"{manager.directory} holds step {step} already")
+        if folder.exists():  # a copy or a deletion that was interrupted
+            shutil.rmtree(folder)
+            manager.reload()
         dtype = str(jax.tree.leaves(state.model)[0].dtype)
         write_config(Path(manager.directory), state.model.config, dtype, keep=True)
         _write_lora(Path(manager.directory), state.model)
@@ -329,17 +334,17 @@ def latest_step(directory: str | Path) -> int:
 
 
 def _step_items(directory: Path, step: int | None) -> Path:
-    # a step's folder without this file is a copy or a deletion that was interrupted
-    steps = sorted(
-        int(found.parent.parent.name)
-        for found in directory.glob("*/default/_METADATA")
-        if found.parent.parent.name.isdigit()
-    )
+    steps = sorted(int(found.name) for found in directory.glob("*") if found.name.isdigit() and _is_whole(found))
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(
             f"No {'training state' if step is None else f'step {step}'} in {directory}: found steps {steps}"
         )
     return directory / str(steps[-1] if step is None else step) / "default"
+
+
+def _is_whole(step: Path) -> bool:
+    """Whether the folder of a step is no copy or deletion that was interrupted."""
+    return (step / "default" / "_METADATA").is_file()
 
 
 def _describe(items: Path) -> dict[str, Any]:

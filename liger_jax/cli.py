@@ -558,5 +558,5 @@ def main() -> None:
     """Runs a command; what the user got wrong is one line on stderr, without a traceback."""
     try:
         app.cli(prog="liger-jax", description="Qwen2-VL for JAX: train, ask, convert, inspect.")
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"liger-jax: {error}")

@@ -5,7 +5,8 @@
     LLaVA         the same with "image" or "video", one or a list
 
 A file is a JSON list of such records, or has one a line. In a text `<image>` and `<video>` stand for the next picture or
-video of the record; a content that is a list of parts goes through as it is. A video is the list of its frames.
+video of the record, and so does a part of a content that is a list, unless it has its own. A video is the list of its
+frames.
 """
 
 import base64
@@ -17,16 +18,19 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlparse
 
-from liger_jax.messages import Conversation, Message
+from liger_jax.messages import KINDS, Conversation, Message, check_text
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # What a record calls its turns, and in a turn the speaker and the text.
 TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
+LIMITS = {"min_pixels", "max_pixels"}  # that a part may set for its picture
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 URL = re.compile(r"(file|data):", re.IGNORECASE)
 SHORTEST_BASE64 = 60  # of a picture of one pixel; what is shorter and no file is a path with a mistake
+FILE = re.compile(r"file:", re.IGNORECASE)
 WEB = re.compile(r"\w+://")
 
 
@@ -69,7 +73,7 @@ def read_conversations(
     for name, record in read_records(path):
         try:
             found.append(_answered(conversation_of(record, folder)))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if on_error == "raise":
                 raise ValueError(f"{path}, {name}: {error}") from error
             broken.append(f"{name}: {error}")
@@ -83,7 +87,10 @@ def read_conversations(
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record with a name for it: where it stands, and its id if it has one. Of a line that is no JSON, the error."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
     if text.lstrip().startswith("["):
         try:
             records = list(enumerate(json.loads(text), start=1))
@@ -122,7 +129,11 @@ def conversation_of(record: Any, folder: Path) -> Conversation:
         raise ValueError(f"{kinds[0]!r} is {turns!r:.60}; expected a list of turns")
     media = {kind: _media(record, kind, folder) for kind in MEDIA}
     given = {kind: len(items) for kind, items in media.items()}
-    messages = [_message(turn, *TURNS[kinds[0]], media) for turn in turns]
+    messages = [_message(turn, *TURNS[kinds[0]], media, folder) for turn in turns]
+    if record.get("system"):  # LLaMA-Factory's place for it
+        if messages[0]["role"] == "system":
+            raise ValueError("a system message both in the record and in its turns; expected one of them")
+        messages.insert(0, _message({"role": "system", "content": record["system"]}, "role", "content", media, folder))
     for kind, left in media.items():
         if left:
             raise ValueError(f"{given[kind]} {kind}s, but {given[kind] - len(left)} markers <{kind}> in its texts")
@@ -146,10 +157,14 @@ def _source(value: Any, folder: Path) -> Any:
     """A URL as it is, a path from the folder on, base64 as bytes; each of a list."""
     if isinstance(value, list):
         return [_source(item, folder) for item in value]
+    if isinstance(value, Mapping) and value.get("bytes") and not value.get("path"):
+        return _decoded(value["bytes"], "bytes")
     if isinstance(value, Mapping):
-        return _source(next((value[key] for key in ("path", "url", "bytes") if value.get(key)), None), folder)
+        return _source(next((value[key] for key in ("path", "url") if value.get(key)), None), folder)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{value!r:.60} is no picture or video; expected a path, a URL or base64")
+    if FILE.match(value) and not os.path.isfile(unquote(urlparse(value).path)):
+        raise ValueError(f"{value!r:.120} does not exist")
     if URL.match(value):
         return value
     if WEB.match(value):
@@ -157,29 +172,58 @@ def _source(value: Any, folder: Path) -> Any:
             f"{value!r:.60} would have to be downloaded; expected a path, a file:// or data: URL or base64"
         )
     path = folder / value
-    if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
+    if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         return str(path)
     if len(value) < SHORTEST_BASE64:
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+    return _decoded(value, f"{str(path)[:120]!r} does not exist, and")
+
+
+def _decoded(value: Any, what: str) -> bytes:
+    if isinstance(value, bytes):
+        return value
     try:
-        return base64.b64decode(value, validate=True)
+        return base64.b64decode("".join(str(value).split()), validate=True)
     except binascii.Error as error:
-        raise ValueError(f"{str(path)[:120]!r} does not exist, and is no base64: {error}") from error
+        raise ValueError(f"{what} is no base64: {error}") from error
 
 
-def _message(turn: Any, speaker: str, said: str, media: dict[str, list[Any]]) -> Message:
+def _message(turn: Any, speaker: str, said: str, media: dict[str, list[Any]], folder: Path) -> Message:
     if not isinstance(turn, Mapping) or not {speaker, said} <= turn.keys():
         raise ValueError(f"turn {turn!r:.60}; expected {{{speaker!r}: ..., {said!r}: ...}}")
-    if turn[speaker] not in ROLES:
+    if not isinstance(turn[speaker], str) or turn[speaker] not in ROLES:
         raise ValueError(f"{speaker!r} is {turn[speaker]!r:.60}; expected one of {sorted(ROLES)}")
     content = turn[said]
     if not isinstance(content, str | list):
         raise ValueError(f"{said!r} is {content!r:.60}; expected a text or a list of parts")
-    return {"role": ROLES[turn[speaker]], "content": _parts(content, media) if isinstance(content, str) else content}
+    if isinstance(content, list):
+        content = [part for given in content for part in _given_part(given, media, folder)]
+    else:
+        content = _parts(content, media)
+    return {"role": ROLES[turn[speaker]], "content": content}
+
+
+def _given_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[dict[str, Any]]:
+    """A part of a content that is a list: its picture or video from the part itself, or the record's next."""
+    if not isinstance(part, Mapping):
+        raise ValueError(f"the part {part!r:.60}; expected {{'type': 'text', 'text': ...}} or one of a picture")
+    if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        parts = _parts(part["text"], media)
+        return [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    for kind in KINDS:
+        if not kind.takes(part):
+            continue
+        value = next((part[key] for key in kind.keys if part.get(key)), None)
+        if value is None and not media[kind.name]:
+            raise ValueError(f"a part of type {kind.name!r} without one, and the record lists no more of them")
+        source = media[kind.name].pop(0) if value is None else _source(value, folder)
+        return [{**{name: part[name] for name in LIMITS & part.keys()}, "type": kind.name, kind.name: source}]
+    raise ValueError(f"the part {part!r:.60}; expected one of type 'text', 'image' or 'video'")
 
 
 def _parts(text: str, media: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
     """The text with its markers replaced by what they stand for, taken from the front of `media`."""
+    check_text(text)
     pieces = MARKER.split(text)  # text, kind, text, kind, ..., text
     if len(pieces) == 1:
         return text

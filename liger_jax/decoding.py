@@ -51,6 +51,10 @@ def start_decoding(model: Qwen2VL, batch: Batch, options: GenerationOptions) -> 
 
 
 def check_prompts(batch: Batch, max_new_tokens: int, max_positions: int) -> None:
+    if not isinstance(batch, Batch):
+        raise ValueError(
+            f"The prompts are a {type(batch).__name__}; expected a Batch, as prepare(model.config, ...) returns"
+        )
     segments = np.asarray(batch.segment_ids)
     if segments.max() > 1:
         row = int(np.argmax(segments.max(axis=1)))

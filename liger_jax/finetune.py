@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import optax
 
-from liger_jax.batch import Batch
+from liger_jax.batch import Batch, prepare
 from liger_jax.checkpoint import GENERATION, checkpoint_manager, is_model, latest_step, restore_state, save_state
 from liger_jax.dataset import OnError, make_dataset
-from liger_jax.evaluation import compare_answers, evaluate
+from liger_jax.decoding import check_prompts
+from liger_jax.evaluation import compare_answers, evaluate, question
 from liger_jax.files import write_whole
 from liger_jax.loader import load_batches
 from liger_jax.logs import RunLog, batch_work, forget_after, step_rates
-from liger_jax.lora import adapted_parts
+from liger_jax.lora import adapted_parts, lora_of
 from liger_jax.messages import Conversation
 from liger_jax.model import Qwen2VL
 from liger_jax.processing import Processor
@@ -100,13 +101,15 @@ def finetune(
         FileExistsError: `output` holds files and no run.
     """
     counts = {"steps": steps, "batch_size": batch_size, "save_every": save_every, "conversations": len(conversations)}
+    counts |= {"keep": 1 if keep is None else keep, "accumulate": accumulate, "max_new_tokens": max_new_tokens}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+    for name, value in {"seed": seed, "workers": workers or 0}.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}; expected at least 0")
     if not 0 <= eval_generate <= len(held_out):
         raise ValueError(f"eval_generate is {eval_generate}; expected at most the {len(held_out)} of held_out")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     output = Path(output)
     if not is_run(output) and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} holds files and no training run: give an empty folder or a run to go on with")
@@ -122,13 +125,26 @@ def finetune(
         "batch_size": batch_size,
         **layout,
     }
+    if (told := lora_of(model)) is not None:
+        record["lora"] = told
     going_on = is_model(output)
     if going_on:
         check_record(output, record)
+
+    def can_be_asked(number: int) -> bool:
+        try:
+            prompt = prepare(model.config, **processor(question(held_out[number])[0], add_generation_prompt=True))
+            check_prompts(prompt, max_new_tokens, model.config.text.max_position_embeddings)
+        except ValueError as error:
+            if on_error == "raise":
+                raise ValueError(f"held-out conversation {number} cannot be answered: {error}") from error
+            return False
+        return True
+
     shapes = layout | {"batch_size": batch_size, "on_error": on_error, "progress": progress}
     dataset = make_dataset(processor, model.config, conversations, seed=seed, **shapes)
     unseen = make_dataset(processor, model.config, held_out, seed=None, **shapes) if held_out else None
-    readable = (number for number in range(len(held_out)) if unseen.read(number))
+    readable = (number for number in range(len(held_out)) if unseen.read(number) and can_be_asked(number))
     asked = list(itertools.islice(readable, eval_generate))
 
     start = latest_step(output) if going_on else 0
@@ -217,6 +233,8 @@ def fit(
             if save and (done % save[1] == 0 or done == steps or stopping):
                 finish(*running)  # the log is never behind a checkpoint
                 running = None
+                if not any(line["num_tokens"] for line in history):
+                    raise ValueError(f"Steps {history[0]['step']} to {done} had no token to train: nothing is saved")
                 save_state(save[0], state)
                 if measure and not stopping:
                     found = measure(state.model, done)

@@ -27,6 +27,10 @@ class Kind(NamedTuple):
     def token(self) -> str:
         return f"<|{self.name}_pad|>"
 
+    def takes(self, part: Mapping[str, Any]) -> bool:
+        """Whether a part of a message is of this kind."""
+        return part.get("type") in (self.name, f"{self.name}_url") or ("type" not in part and self.keys[0] in part)
+
 
 KINDS = (
     Kind(
@@ -89,7 +93,7 @@ class MediaReader:
 
     def __init__(self, images: Any, videos: Any, settings: Mapping[str, VisionSettings]):
         self.settings = settings
-        self.given = {"image": _as_list(images), "video": _as_list(videos)}
+        self.given = {"image": as_list(images), "video": as_list(videos)}
         self.used = dict.fromkeys(self.given, 0)
 
     def read(self, conversation: Conversation) -> tuple[list[Message], dict[str, list[Item]]]:
@@ -115,6 +119,7 @@ class MediaReader:
 
     def _text(self, text: str, items: dict[str, list[Item]]) -> str:
         """Placeholders written out in a text stand for given pictures, too."""
+        check_text(text)
         for kind in KINDS:
             for _ in range(text.count(kind.token)):
                 items[kind.name].append(Item(kind, self._next(kind), self.settings[kind.name]))
@@ -126,7 +131,7 @@ class MediaReader:
         if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
             return {"type": "text", "text": self._text(part["text"], items)}
         for kind in KINDS:
-            if part.get("type") in (kind.name, f"{kind.name}_url") or ("type" not in part and kind.keys[0] in part):
+            if kind.takes(part):
                 items[kind.name].append(self._item(kind, part))
                 return {"type": kind.name}
         raise ValueError(
@@ -152,7 +157,15 @@ class MediaReader:
         return given[used]
 
 
-def _as_list(values: Any) -> list[Any]:
+def check_text(text: str) -> None:
+    """Raises ValueError for half of a character, as JSON may hold one, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The text {text[:60]!r} holds {text[error.start]!r}, half of a surrogate pair") from None
+
+
+def as_list(values: Any) -> list[Any]:
     """`images=` or `videos=` as a list; one that is not in a list counts as one."""
     if values is None:
         return []

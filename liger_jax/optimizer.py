@@ -65,6 +65,10 @@ def make_optimizer(
     unknown = set(freeze) - set(PARTS)
     if unknown:
         raise ValueError(f"freeze has {sorted(unknown)}; expected some of {sorted(PARTS)}")
+    if useless := [
+        part for part, rate in (("vision", vision), ("merger", merger)) if rate is not None and part in freeze
+    ]:
+        raise ValueError(f"freeze has {useless}, which have learning rates of their own; expected one of the two")
     keep = with_master_weights if master_weights else lambda optimizer: optimizer
     rates = {"vision": vision, "merger": merger}
     of_part = {
@@ -96,9 +100,21 @@ def make_optimizer(
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:
-    """Rises from 0 to `peak` in a share `warmup` of the steps, then falls to 0 along a cosine."""
-    rising = max(1, round(steps * warmup))
-    return optax.warmup_cosine_decay_schedule(0.0, peak, rising, max(steps, rising + 1))
+    """Rises to `peak` in a share `warmup` of the steps, from the first on, then falls to 0 along a cosine.
+
+    Raises:
+        ValueError: a peak or share out of range.
+
+    >>> [round(float(warmup_cosine(1.0, steps=6, warmup=0.34)(step)), 2) for step in range(7)]
+    [0.33, 0.67, 1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    if not (0 <= peak < float("inf")):
+        raise ValueError(f"learning_rate is {peak}; expected 0 or more")
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup is {warmup}; expected a share of the steps, from 0 to 1")
+    rising = round(steps * warmup)
+    rise = optax.linear_schedule(peak / (rising + 1), peak, rising)
+    return optax.join_schedules([rise, optax.cosine_decay_schedule(peak, max(steps - rising, 1))], [rising])
 
 
 def part_of(path: str) -> str:

@@ -60,6 +60,12 @@ class GenerationOptions:
 
     def __post_init__(self):
         """Raises ValueError for a value without a meaning."""
+        for name in ("max_new_tokens", "min_new_tokens", "num_return_sequences"):
+            if not isinstance(getattr(self, name), int | np.integer):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer")
+        for name in ("temperature", "repetition_penalty", "bad_words_ids", "stop_strings"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is None; leave it out for its default")
         one_way = self.num_return_sequences == 1 or self.do_sample
         for name, holds, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -70,7 +76,9 @@ class GenerationOptions:
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("no_repeat_ngram_size", (self.no_repeat_ngram_size or 0) >= 0, "at least 1, or None"),
-            ("bad_words_ids", all(len(word) > 0 for word in self.bad_words_ids), "sequences of at least one token"),
+            ("bad_words_ids", all(np.size(word) > 0 for word in self.bad_words_ids), "sequences of at least one token"),
+            ("bad_words_ids", all(np.ndim(word) == 1 for word in self.bad_words_ids), "sequences of tokens each"),
+            ("seed", np.asarray(self.seed).dtype.kind in "iu", "an integer of 64 bits, or one for each prompt"),
             ("stop_strings", all(self.all_stop_strings), "strings of at least one character"),
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("num_return_sequences", one_way, "1 without do_sample: all would be the same"),
@@ -88,11 +96,17 @@ class GenerationOptions:
         """A checkpoint's defaults, as transformers reads its generation_config.json; `others` are set instead of its.
 
         Without that file, and for what it leaves out, transformers' own defaults: nothing is drawn; where it says
-        do_sample and no top_k, that is 50. Only max_new_tokens, 20 with the prompt there, has its default from here.
+        do_sample and no top_k, that is 50. One default differs: transformers stops at 20 tokens, the prompt among them;
+        here max_new_tokens has its own.
         """
         path = Path(folder) / "generation_config.json"
-        stored = json.loads(path.read_text()) if path.is_file() else {}
-        stored = {name: value for name, value in stored.items() if value is not None}
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            stored = {name: value for name, value in stored.items() if value is not None}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no JSON object: {error}") from error
+        if not (stored | others).get("do_sample"):  # they mean nothing then, whatever their values
+            stored = {name: value for name, value in stored.items() if name not in _OF_DRAWS}
         unknown = {name: stored[name] for name, off in _NOT_HERE.items() if stored.get(name, off) != off}
         if unknown:
             warnings.warn(f"{path}: {unknown} is not implemented and left out", stacklevel=2)
@@ -147,14 +161,15 @@ class GenerationOptions:
         """Seed and stream of each row: one seed's rows are its streams; a seed of a prompt's own has streams in samples."""
         samples = self.num_return_sequences
         if np.ndim(self.seed) == 0:
-            seeds, streams = np.full(rows, self.seed, np.int64), np.arange(rows)
+            seeds, streams = np.full(rows, np.asarray(self.seed).astype(np.int64)), np.arange(rows)
         else:
             seeds = np.zeros(rows, np.int64)
-            seeds[: prompts * samples] = np.repeat(np.asarray(self.seed, np.int64), samples)
+            seeds[: prompts * samples] = np.repeat(np.asarray(self.seed).astype(np.int64), samples)
             streams = np.arange(rows) % samples
         return (seeds & 0xFFFFFFFF).astype(np.uint32), streams.astype(np.int32)
 
 
+_OF_DRAWS = ("temperature", "top_k", "top_p", "min_p")
 # What transformers knows in a generation_config.json and this package does not, and the value that leaves it out.
 _NOT_HERE = {
     "num_beams": 1,
@@ -170,6 +185,10 @@ _NOT_HERE = {
     "exponential_decay_length_penalty": None,
     "guidance_scale": None,
     "min_length": 0,
+    "top_h": None,
+    "encoder_repetition_penalty": 1.0,
+    "renormalize_logits": False,
+    "watermarking_config": None,
 }
 
 

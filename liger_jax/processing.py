@@ -213,7 +213,7 @@ class Processor:
             ['A dog.', 'Two cats.']
         """
         tokens = np.asarray(tokens)
-        if tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
+        if tokens.ndim not in (1, 2) or not (np.issubdtype(tokens.dtype, np.integer) or not tokens.size):
             raise ValueError(f"Tokens must be whole numbers [L] or [B, L], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.ndim == 2:
             return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in tokens]

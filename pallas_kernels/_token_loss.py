@@ -52,8 +52,11 @@ def check_rows(
     token_weights: jax.Array | None,
     reduction: str,
     normalizer: jax.Array | float | None,
-) -> None:
-    """Raises ValueError unless labels and token_weights are [...] as the rows, class_weights [V], normalizer a scalar."""
+) -> jax.Array:
+    """The labels in int32 or int64, which hold ignore_index and V as they are.
+
+    Raises ValueError unless labels and token_weights are [...] as the rows, class_weights [V], normalizer a scalar.
+    """
     _validate.integer(op, labels=labels)
     _validate.shape(op, "labels", labels.shape, rows)
     if class_weights is not None:
@@ -65,6 +68,7 @@ def check_rows(
         raise ValueError(f"{op}: normalizer is given and reduction is {reduction!r}; expected reduction='mean'")
     if normalizer is not None:
         _validate.shape(op, "normalizer", jnp.shape(normalizer), ())
+    return labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
 
 
 # ---- one row ----------------------------------------------------------------------------------------------------------

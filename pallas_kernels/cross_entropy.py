@@ -75,7 +75,7 @@ def cross_entropy(
         raise ValueError(f"{op}: logits has shape (); expected [..., V]")
     options = Options.checked(op, ignore_index, label_smoothing, z_loss, softcap)
     *leading, vocab = logits.shape
-    _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
+    labels = _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
 
     static = _Static(options, class_weights is not None, implementation)
     wide = _validate.wide(logits.dtype)

@@ -82,7 +82,7 @@ def linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows is {chunk_rows}; expected chunk_rows >= 1 or None")
     options = Options.checked(op, ignore_index, label_smoothing, z_loss, softcap)
-    _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
+    labels = _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
 
     static = _Static(options, chunk_rows, bias is not None, class_weights is not None, implementation)
     scale = _token_loss.scale_of_rows(

@@ -134,6 +134,7 @@ def test_an_output_of_other_data_is_refused(finished, tmp_path):
     for line in (
         {"record": 99, "answer": ""},
         {"record": 2, "id": "other", "answer": ""},
+        {"record": 1, "content": "0123456789abcdef", "answer": ""},
         {"step": 1},
         {"record": 1},
         7,

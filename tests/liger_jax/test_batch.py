@@ -323,6 +323,10 @@ BAD = {
     "mask of other rows": (TEXT | {"attention_mask": np.ones((2, 3), int)}, r"attention_mask has shape \[2, 3\]"),
     "mask of one axis": (TEXT | {"attention_mask": np.ones(3, int)}, r"attention_mask has shape \[3\]"),
     "additive mask": (TEXT | {"attention_mask": np.array([[0.0, -1e9, 0.0]])}, r"attention_mask has dtype float64"),
+    "mask with a hole": (
+        TEXT | {"attention_mask": np.array([[1, 0, 1]])},
+        "attention_mask of row 0 has padding between tokens, at column 1",
+    ),
     "mask of other numbers": (TEXT | {"attention_mask": np.array([[1, 2, 1]])}, r"attention_mask holds \[1, 2\]"),
     "labels of another shape": (TEXT | {"labels": np.array([[5, 6]])}, r"labels has shape \[1, 2\].*\[1, 3\]"),
     "float labels": (TEXT | {"labels": np.array([[5.0, 6, 7]])}, r"labels has dtype float64"),

@@ -118,6 +118,37 @@ def test_an_answer_that_is_not_read_to_its_end_ends_there():
     assert unread.ask("And now?") == fresh(conversation)
 
 
+def test_a_cache_that_was_lost_is_read_again(monkeypatch):
+    """Ctrl-C while a later turn is read, after pictures: the conversation is as before, and they are encoded anew."""
+    chat, extend = Chat(*parts(), **OPTIONS), liger_jax.chat.extend
+
+    def interrupted(*arguments):
+        extend(*arguments)
+        raise KeyboardInterrupt
+
+    said = chat.ask("Which digit?", images=picture(56, 28))  # a single picture needs no list
+    monkeypatch.setattr(liger_jax.chat, "extend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("And now?")
+    monkeypatch.setattr(liger_jax.chat, "extend", extend)
+    content = [{"type": "image", "image": picture(56, 28)}, {"type": "text", "text": "Which digit?"}]
+    conversation = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert chat.ask("Why?") == fresh(conversation)
+
+
+def test_an_answer_ends_where_a_newer_question_begins():
+    chat = Chat(*parts(), **OPTIONS)
+    first = chat.stream("Which digit?")
+    said = next(first)
+    second = chat.stream("And now?")
+    assert len(list(second)) > 1
+    assert list(first) == [] or chat.messages[-3]["content"] == said
+
+
 def test_the_cache_grows(monkeypatch):
     monkeypatch.setattr(liger_jax.chat, "SLOTS", 64)
     chat, conversation, sizes = Chat(*parts(), **OPTIONS), [], []

@@ -87,6 +87,38 @@ def test_several_pictures_videos_and_texts(folder):
     assert read_conversations(write(folder, record))[0][0]["content"] == parts
 
 
+def test_parts_with_pictures_of_their_own_or_of_the_record(folder):
+    """A content that is a list: paths from the data's folder on, the record's next picture, a marker in a text part."""
+    content = picture()
+    parts = [
+        {"type": "image", "image": "a.png", "max_pixels": 784},
+        {"type": "image_url", "image_url": {"url": f"file://{folder}/a.png"}},
+        {"type": "image", "image": {"bytes": base64.encodebytes(content).decode()}},
+        {"type": "image"},
+        {"type": "text", "text": "<image>Which?"},
+    ]
+    record = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "7"}],
+        "images": ["a.png"] * 2,
+        "system": "Read.",
+    }
+    system, user, _ = read_conversations(write(folder, record))[0]
+    path = str(folder / "a.png")
+    assert system == {"role": "system", "content": "Read."}
+    found = [part.get("image", part.get("text")) for part in user["content"]]
+    assert found == [path, f"file://{folder}/a.png", content, path, path, "Which?"]
+    assert user["content"][0]["max_pixels"] == 784
+
+
+def test_files_of_other_encodings(folder):
+    path = write(folder, llava(image="a.png"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows writes them
+    assert len(read_conversations(path)) == 1
+    path.write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"data\.json is not UTF-8"):
+        read_conversations(path)
+
+
 def test_the_processor_takes_them(folder):
     """From a file to arrays: pictures are read, and only the answer is trained."""
     from liger_jax.demo.data import load_digits
@@ -118,6 +150,12 @@ BROKEN = {
     "and is no base64": llava(image="?" * 2000),  # longer than a file's name can be
     "does not exist, and is no": llava(image="a/long/path/to/a/picture/that/has/a/mistake/in/it/somewhere.png"),
     "no answer": llava([("human", "Which?")]),
+    "'role' is ['user']": {"messages": [{"role": ["user"], "content": "?"}]},
+    "no.png' does not exist": llava(image="file:///no.png"),
+    "is no file": llava(image="."),
+    "half of a surrogate pair": llava([("human", "a \ud83d"), ("gpt", "7")]),
+    "the record lists no more of them": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    "expected one of type": {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
     "expected a text or a list": {"messages": [{"role": "user", "content": 3}]},
 }
 

@@ -89,6 +89,16 @@ def test_every_conversation_comes_once_in_an_epoch(processor, config, data, layo
     assert [other.plan.batch(step) for step in range(batches)] != [dataset.plan.batch(step) for step in range(batches)]
 
 
+def test_a_picture_larger_than_a_rows_share(processor, config):
+    """Rows are packed with room for it; a numpy integer stopped this once."""
+    large = asked_about(Image.new("RGB", (224, 224), "white"))
+    dataset = make_dataset(
+        processor, config, [large, *(ask("Which? " * 9) for _ in range(20))], batch_size=2, pack_length=128
+    )
+    assert dataset.shape.patches >= (224 // 14) ** 2
+    assert dataset(0).vision is not None
+
+
 def epoch(processor, config, data, **layout):
     """-> programs compiled for an epoch's batches, and the shares of their columns and patches that are used."""
     dataset = make_dataset(processor, config, data, batch_size=4, **layout)

@@ -290,6 +290,56 @@ def test_a_run_goes_on_with_the_same_data_only(config, processor, data, whole):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_a_step_that_is_half_there_is_written_anew(config, processor, data, tmp_path, whole):
+    """A copy or a deletion that was interrupted is not taken, and does not stand in the way."""
+    run(config, processor, data, tmp_path / "run", steps=6, save_every=3)
+    (tmp_path / "run/6/default/_METADATA").unlink()
+    assert_same(run(config, processor, data, tmp_path / "run", steps=6, save_every=3), whole[1])
+
+
+def test_a_run_that_goes_on_frees_what_it_was_given(config, processor, data, tmp_path):
+    run(config, processor, data, tmp_path / "run", steps=1)
+    model = jax.tree.map(jnp.copy, start(config))
+    finetune(model, processor, data, tmp_path / "run", steps=2, **FIXED)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model))
+    with pytest.raises(ValueError, match="steps is 1, but the run in .* is at step 2 already"):
+        run(config, processor, data, tmp_path / "run", steps=1)
+
+
+REFUSED = {
+    "keep": ({"keep": 0}, "keep is 0; expected at least 1"),
+    "accumulate": ({"accumulate": 0}, "accumulate is 0; expected at least 1"),
+    "seed": ({"seed": -1}, "seed is -1; expected at least 0"),
+    "workers": ({"workers": -1}, "workers is -1; expected at least 0"),
+    "question without text": (
+        {"held_out": [[{"role": "assistant", "content": "7"}]], "eval_generate": 1},
+        "held-out conversation 0 cannot be answered",
+    ),
+    "no room for an answer": (
+        {"held_out": make_data()[:1], "eval_generate": 1, "max_new_tokens": 10**6},
+        "held-out conversation 0 cannot be answered.*reach position",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(config, processor, data, tmp_path, case):
+    options, told = REFUSED[case]
+    with pytest.raises(ValueError, match=told):
+        run(config, processor, data, tmp_path / "run", steps=1, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_token_to_train_saves_nothing(config, processor, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    content = [{"type": "image", "image": str(tmp_path / "cut.png")}, {"type": "text", "text": "Which?"}]
+    data = [[{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]]
+    options = {"length": None, "patches": None, "on_error": "skip", "batch_size": 1}
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no token to train"):
+        run(config, processor, data, tmp_path / "run", steps=1, **options)
+    assert not (tmp_path / "run/1").exists()
+
+
 def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     """`liger-jax finetune` from files to a checkpoint: pictures in base64, packed, a frozen part, bfloat16 with master
     weights, two devices, a broken record left out."""

@@ -37,6 +37,33 @@ def test_what_is_not_implemented_is_told(tmp_path):
         GenerationOptions.from_hf(tmp_path)
 
 
+def test_options_of_draws_that_are_not_made_mean_nothing(tmp_path):
+    """As in transformers; drawn from by a command line's options, they have transformers' defaults."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.0, "top_p": 0.0}))
+    assert GenerationOptions.from_hf(tmp_path) == GenerationOptions()
+    with pytest.raises(ValueError, match=r"temperature is 0\.0"):
+        GenerationOptions.from_hf(tmp_path, do_sample=True)
+    for text in ("{", "[]"):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"generation_config\.json is no JSON object"):
+            GenerationOptions.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; expected an integer"),
+        ({"temperature": None}, "temperature is None"),
+        ({"bad_words_ids": [5]}, "expected sequences of tokens each"),
+        ({"seed": 1.5}, r"seed is 1\.5"),
+        ({"seed": 2**70}, "expected an integer of 64 bits"),
+    ],
+)
+def test_values_without_a_meaning(options, told):
+    with pytest.raises(ValueError, match=told):
+        GenerationOptions(**options)
+
+
 def test_the_published_checkpoints_are_greedy(tmp_path):
     """Their top_k is 1: nothing needs to be drawn, and nothing is."""
     (tmp_path / "generation_config.json").write_text(json.dumps(STORED["defaults"][1]["file"]))

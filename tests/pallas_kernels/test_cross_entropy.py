@@ -92,6 +92,16 @@ def test_label_out_of_range():
         assert np.isnan(loss) and np.isnan(gradient[1]).all() and np.isfinite(gradient[0]).all()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
+def test_narrow_labels(dtype):
+    """Labels whose dtype cannot hold ignore_index, or the size of the vocabulary, are those numbers all the same."""
+    logits, labels = jnp.asarray(np.random.default_rng(0).normal(size=(3, 300)), jnp.float32), [0, 100, 127]
+    found = pk.cross_entropy(logits, jnp.array(labels, dtype), reduction="none")
+    np.testing.assert_array_equal(found, pk.cross_entropy(logits, jnp.array(labels), reduction="none"))
+    in_range = pk.cross_entropy(logits[:, :200], jnp.array([156], "uint8").repeat(3), reduction="none")
+    assert (in_range > 0).all()  # -100 in uint8 is 156
+
+
 def test_metrics():
     """Counted labels, the share of them that are the first largest logit, and the loss by parts."""
     logits = jnp.array([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
