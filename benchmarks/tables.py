@@ -11,6 +11,7 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "liger-jax"
+LARGE_ERROR = 2e-2  # of a norm, as in liger_jax.bench.ops
 
 
 def model_table(results: list[dict]) -> str:
@@ -119,7 +120,7 @@ def _times(op: str, result: dict | None) -> str:
     """Forward / forward + backward of one implementation, empty if it was not measured."""
     if result is None:
         return ""
-    star = "*" if any(not error <= 2e-2 for error in result.get("errors", {}).values()) else ""
+    star = "*" if any(not error <= LARGE_ERROR for error in result.get("errors", {}).values()) else ""
     if "both_us" not in result:
         return _digits(result["forward_us"]["median"]) + star
     forward, both = (result[key]["median"] for key in ("forward_us", "both_us"))

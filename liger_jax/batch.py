@@ -180,7 +180,7 @@ def prepare(
         position_ids=pad(position_ids.swapaxes(0, 1)),
         segment_ids=pad(segment_ids),
         vision=_vision(config, items, pixels, columns, patches),
-        max_segments=_power_of_two(segment_ids.max(), at_least=1),
+        max_segments=power_of_two(segment_ids.max(), at_least=1),
     )
 
 
@@ -212,10 +212,10 @@ def _vision(
         position_ids[b, :used] = vision_position_ids(grids, config.vision.spatial_merge_size)
         segment_ids[b, :used] = vision_segment_ids(grids)
         token_columns[b, : used // unit] = np.concatenate([item.columns for item in row])
-    return Vision(pixel_values, position_ids, segment_ids, token_columns, _power_of_two(segment_ids.max(), at_least=4))
+    return Vision(pixel_values, position_ids, segment_ids, token_columns, power_of_two(segment_ids.max(), at_least=4))
 
 
-def _power_of_two(count: int, *, at_least: int) -> int:
+def power_of_two(count: int, *, at_least: int) -> int:
     """Rounds a number of segments up: it is part of the bucket, and attention's cost hardly depends on it."""
     return 1 << (max(int(count), at_least) - 1).bit_length()
 

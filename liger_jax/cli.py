@@ -252,7 +252,7 @@ def generate(
 ) -> None:
     """Answer one question, with pictures or without, or all questions of a file.
 
-    A file of questions is stopped at any moment; run again with the same --output, it goes on.
+    Answering a file can be stopped at any moment; run again with the same --output, it goes on.
 
     Args:
         model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.

@@ -178,12 +178,7 @@ class Qwen2VLConfig:
     def to_hf(self) -> dict[str, Any]:
         """The configuration as transformers writes it today (nested, `rope_parameters`), ready for config.json."""
         text, vision = self.text, self.vision
-        special = {
-            "image_token_id": self.image_token_id,
-            "video_token_id": self.video_token_id,
-            "vision_start_token_id": self.vision_start_token_id,
-            "vision_end_token_id": self.vision_end_token_id,
-        }
+        special = {name: getattr(self, name) for name in _SPECIAL}
         text_config = {name: getattr(text, name) for name in _SAME_NAME_TEXT} | {
             "model_type": "qwen2_vl_text",
             "hidden_act": "silu",

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from liger_jax.batch import Batch, bucket, prepare
+from liger_jax.batch import Batch, bucket, power_of_two, prepare
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.messages import Conversation
 from liger_jax.packing import join_rows, pack
@@ -180,7 +180,8 @@ def _packed(sizes: np.ndarray, length: int, patches: int | None, unit: int, make
         "packed %d conversations into %d rows of %d tokens and %d patches, of which %s are used",
         *(len(sizes), len(rows), length, patches, " and ".join(used)),
     )
-    return Plan(rows, **make), Shape(length, patches or None, *map(_power_of_two, most, (1, 4)))
+    segments, pictures = (power_of_two(count, at_least=least) for count, least in zip(most, (1, 4), strict=True))
+    return Plan(rows, **make), Shape(length, patches or None, segments, pictures)
 
 
 def _one_a_row(
@@ -189,11 +190,7 @@ def _one_a_row(
     # by buckets of tokens, then by patches: few shapes, and in each of them little padding
     alike = np.stack([[bucket(int(n), 64) for n in sizes[:, 0]], sizes[:, 1]], axis=1)
     plan = Plan([(i,) for i in range(len(sizes))], **make, sizes=alike if group else None)
-    return plan, Shape(length, patches, 1, _power_of_two(int(sizes[:, 2].max()), 4))
-
-
-def _power_of_two(count: int, at_least: int) -> int:
-    return 1 << (max(count, at_least) - 1).bit_length()
+    return plan, Shape(length, patches, 1, power_of_two(sizes[:, 2].max(), at_least=4))
 
 
 def _leave_out(messages: list[str], on_error: OnError) -> None:

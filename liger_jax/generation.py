@@ -37,8 +37,8 @@ def generate(
     """Continues every row of a batch; -> the new tokens, [B, max_new_tokens] int32, in host memory.
 
     A row ends at its first end token; what follows in it is `pad_token_id`. The loop stops when all rows have ended.
-    Compiles once for each bucket of prompt shapes and of `max_new_tokens`; another value of an option compiles nothing,
-    switching one on does.
+    Compiles once for each bucket of prompt shapes, and the loop for each of `max_new_tokens`. Switching an option on
+    compiles anew; another value of it does not, but for no_repeat_ngram_size, logprobs and num_return_sequences.
 
     Args:
         batch: prompts, as `prepare` returns them; padded on any side, one sequence a row.

@@ -11,11 +11,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from liger_jax.batch import IGNORE
 from liger_jax.hub import local_folder
 from liger_jax.images import VisionSettings
 from liger_jax.messages import KINDS, Conversation, Item, MediaReader, Message, as_batch
 
-IGNORE_INDEX = -100
 # transformers' limits for the frames of a video, where a checkpoint has none
 VIDEO_DEFAULTS = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
 # Classes that are taken by name: AutoTokenizer imports all models, and PyTorch where it is installed, which takes seconds.
@@ -243,7 +243,7 @@ class Processor:
         for begin, end in spans:
             trained |= (starts >= begin) & (ends <= end) | special & (starts == end)
         trained &= ~np.isin(input_ids, list(self.token_ids.values()))
-        return np.where(trained, input_ids, IGNORE_INDEX)
+        return np.where(trained, input_ids, IGNORE)
 
     def _answer_spans(self, conversation: Conversation, text: str, options: dict[str, bool]) -> list[tuple[int, int]]:
         """Where in the rendered text the assistants' answers stand, found by rendering them between marks.
@@ -292,7 +292,7 @@ class Processor:
             "input_ids": self.tokenizer.pad_token_id,
             "attention_mask": 0,
             "mm_token_type_ids": 0,
-            "labels": IGNORE_INDEX,
+            "labels": IGNORE,
         }
         length = max(len(row["input_ids"]) for row in rows)
         rows = [row | {"attention_mask": np.ones(len(row["input_ids"]), np.int64)} for row in rows]

@@ -28,7 +28,7 @@ import numpy as np
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token. Values may change without a new compilation; switching one on or off (None) may not.
+    """How to choose the next token. Another value compiles nothing but for `meta_fields`; switching one on or off does.
 
     Greedy decoding takes the largest logit, which temperature, top_k, top_p and min_p never change.
     """
@@ -39,7 +39,7 @@ class Sampling:
     pad: int = 0  # what follows an end token
     do_sample: bool = False
     temperature: float = 1.0
-    top_k: int | None = None
+    top_k: np.float32 | None = None  # compared with a sum of floats
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None

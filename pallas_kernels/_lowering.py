@@ -6,6 +6,7 @@ past the end of an array does differs between JAX versions.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # a JAX that has dropped the backend
+    plgpu = None
 
 # Given when the user's jit lowers, so a filter around the launch would come too early.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
@@ -22,6 +27,7 @@ cdiv, next_power_of_2 = pl.cdiv, pl.next_power_of_2
 program_id = pl.program_id
 when = pl.when  # @when(condition): the decorated function runs where the condition holds
 span = pl.ds  # an index: start, number of elements
+LOG2_E = math.log2(math.e)  # e^x is 2^(x LOG2_E), and 2^x is an instruction of the GPU
 TRITON_CALL = "__gpu$xla.gpu.triton"  # what a launched kernel is called in StableHLO
 
 
@@ -121,10 +127,14 @@ def pick(implementation: str | None, kernel: Callable, xla: Callable, *operands:
     None decides when the program is lowered, and for the platform it is lowered for: a process without a GPU can lower
     for one, and the other way round.
     """
+    if implementation == "xla" or (implementation is None and plgpu is None):
+        return xla(*operands)
+    if plgpu is None:
+        raise NotImplementedError(
+            f"implementation {implementation!r}: JAX {jax.__version__} has no Triton backend for Pallas"
+        )
     if implementation is None:
         return jax.lax.platform_dependent(*operands, cuda=functools.partial(kernel, interpret=False), default=xla)
-    if implementation == "xla":
-        return xla(*operands)
     return kernel(*operands, interpret=implementation == "interpret")
 
 

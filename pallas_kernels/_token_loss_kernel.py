@@ -16,7 +16,6 @@ from pallas_kernels import _lowering, _token_loss, _tuning, _validate
 from pallas_kernels._token_loss import Options, Rows, Statistics
 from pallas_kernels._tuning import Blocks
 
-LOG2_E = math.log2(math.e)  # 2^x is an instruction of the GPU, e^x is not
 LOWEST = -1e38  # finite, so that a difference of two is a number
 
 
@@ -120,7 +119,7 @@ def _one_row(row: jax.Array, ref: dict[str, Any], *, options: Options, vocab: in
         return _lowering.load(ref["class_weights"], (columns,), inside, wide)
 
     def exp(x):
-        return _lowering.exp2(x * LOG2_E, interpret=interpret)
+        return _lowering.exp2(x * _lowering.LOG2_E, interpret=interpret)
 
     if "lse" not in ref:
         z_label = z_of(load(label[None], known[None]), True)[0]

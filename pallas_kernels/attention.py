@@ -28,8 +28,8 @@ def find_segments(segment_ids: jax.Array, max_segments: int) -> Segments:
 
     Args:
         segment_ids: [B, T], int; 0 is padding. The tokens of a segment lie side by side.
-        max_segments: the most segments in any row, padding aside. A row with more than that makes `attention` give NaN
-            in the tokens of the rest.
+        max_segments: the most segments in any row, padding aside. Of a row with more than that cuDNN gives NaN in the
+            tokens of the rest; XLA is right for any number.
 
     Returns:
         What `attention` takes in place of `segment_ids`.
@@ -203,7 +203,7 @@ def _forward_xla(static: _Static, q, k, v, *ids):
         lse = jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1)), jnp.inf)
         return None, (out.transpose(0, 3, 1, 2, 4), lse[..., 0].transpose(0, 3, 1, 2))
 
-    _, (out, lse) = _over_blocks(block, None, q, k, queries, *_positions(static, q, k), *ids[:1])
+    _, (out, lse) = _over_blocks(block, None, q, k, queries, _positions(q, k), *ids[:1])
     lse = lse.reshape(*q.shape[:3]).transpose(0, 2, 1)[:, None]
     slots = ids[-1].shape[1] if static.found else 1  # as many as cuDNN fills in
     return out.reshape(q.shape), jnp.pad(lse, ((0, 0), (0, slots - 1), (0, 0), (0, 0)))
@@ -229,7 +229,7 @@ def _backward_xla(static: _Static, q, k, v, out, lse, grad, *ids):
         return (dk, dv), jnp.einsum("bkgts,bskd->btkgd", ds, k, preferred_element_type=wide).astype(q.dtype)
 
     zeros = (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
-    (dk, dv), dq = _over_blocks(block, zeros, q, k, *queries, *_positions(static, q, k), *ids[:1])
+    (dk, dv), dq = _over_blocks(block, zeros, q, k, *queries, _positions(q, k), *ids[:1])
     return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -250,9 +250,9 @@ def _grouped(x, k):
     return x.reshape(*x.shape[:2], k.shape[2], x.shape[2] // k.shape[2], *x.shape[3:])
 
 
-def _positions(static: _Static, q, k):
+def _positions(q, k):
     """[1, T]: the last key that each query sees under a causal mask."""
-    return [jnp.arange(q.shape[1])[None] + k.shape[1] - q.shape[1]]
+    return jnp.arange(q.shape[1])[None] + k.shape[1] - q.shape[1]
 
 
 def _over_blocks(block, sums, q, k, *rows):

@@ -158,7 +158,7 @@ def _attend_shares(
             _lowering.store(new_keys_ref, (row, filled, head, columns), new_key, in_half)
             _lowering.store(new_values_ref, (row, filled, head, columns), new_value, in_half)
 
-    scale = 1.4426950408889634 * dim**-0.5  # scores are powers of two
+    scale = _lowering.LOG2_E * dim**-0.5  # scores are exponents of two
     exp2 = functools.partial(_lowering.exp2, interpret=interpret)
     score = scale * sum(
         jnp.sum(q.astype(wide) * k.astype(wide)[None, :], axis=1) for q, k in zip(queries, key, strict=True)

@@ -302,7 +302,7 @@ def test_a_run_that_goes_on_frees_what_it_was_given(config, processor, data, tmp
     model = jax.tree.map(jnp.copy, start(config))
     finetune(model, processor, data, tmp_path / "run", steps=2, **FIXED)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model))
-    with pytest.raises(ValueError, match="steps is 1, but the run in .* is at step 2 already"):
+    with pytest.raises(ValueError, match=r"steps is 1, but the run in .* is at step 2 already"):
         run(config, processor, data, tmp_path / "run", steps=1)
 
 

@@ -16,7 +16,7 @@ from convert import from_hf, to_hf_state
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, generate, loss_fn, make_train_step, prepare
 from liger_jax.lora import add_lora
 from liger_jax.mesh import RULES, mesh_context, mesh_of, param_shardings, put_batch
-from liger_jax.model import param_paths
+from liger_jax.tree import param_paths
 from tests import parity
 
 linear_cross_entropy = importlib.import_module("pallas_kernels.linear_cross_entropy")  # not the function of this name

@@ -278,3 +278,13 @@ def test_shipped_block_sizes_are_readable():
         for entry in json.loads(file.read_text()):
             assert entry["op"] in tune.KERNELS
             _tuning.Blocks(**entry["blocks"])
+
+
+def test_without_the_triton_backend(monkeypatch):
+    """Where JAX has dropped it, None is XLA's and a kernel asked for by name says why it cannot run."""
+    monkeypatch.setattr(_lowering, "plgpu", None)
+    x, weight = jnp.ones((2, 8)), jnp.ones(8)
+    text = jax.jit(pk.rms_norm).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+    assert _lowering.TRITON_CALL not in text
+    with pytest.raises(NotImplementedError, match="has no Triton backend"):
+        pk.rms_norm(x, weight, implementation="triton")
