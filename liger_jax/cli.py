@@ -271,7 +271,7 @@ def generate(
     given = {"--images": images, "--system": system}
     if data is None:
         given = {"--media": media, "--batch-size": batch_size, "--skip-broken": skip_broken}
-    if useless := [name for name, value in given.items() if value not in (None, False, ())]:
+    if useless := [name for name, value in given.items() if value or (value == 0 and value is not False)]:
         raise ValueError(f"{' and '.join(useless)} is not for {'a file of questions' if data else 'a single question'}")
     if data is not None and not data.is_file():
         raise FileNotFoundError(f"{data}: no such file of questions")

@@ -68,7 +68,7 @@ class Dataset:
             if (tokens := found["input_ids"].size) > (most := self.config.text.max_position_embeddings):
                 raise ValueError(f"it has {tokens} tokens, and the model {most} positions (max_position_embeddings)")
         except BROKEN as error:
-            _leave_out([f"conversation {number}: {error}"], self.on_error)
+            _leave_out([_told(number, self.conversations[number], error)], self.on_error)
             return None
         return {name: values[0] if name in ("input_ids", "labels") else values for name, values in found.items()}
 
@@ -164,7 +164,7 @@ def measure(
                     raise ValueError(f"it has {has} {name}, and a row holds {most}")
             sizes[i] = found
         except BROKEN as error:
-            broken.append(f"conversation {i}: {error}")
+            broken.append(_told(i, conversation, error))
     return sizes, broken
 
 
@@ -191,6 +191,16 @@ def _one_a_row(
     alike = np.stack([[bucket(int(n), 64) for n in sizes[:, 0]], sizes[:, 1]], axis=1)
     plan = Plan([(i,) for i in range(len(sizes))], **make, sizes=alike if group else None)
     return plan, Shape(length, patches, 1, power_of_two(sizes[:, 2].max(), at_least=4))
+
+
+def _told(number: int, conversation: Conversation, error: Exception) -> str:
+    """What is wrong with a conversation, which its number alone does not tell once others were left out."""
+    contents = [message.get("content") for message in conversation if message.get("role") == "user"]
+    parts = [
+        part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content or ())
+    ]
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return f"conversation {number}: {error}" + (f" (it asks {texts[0][:60]!r})" if texts else "")
 
 
 def _leave_out(messages: list[str], on_error: OnError) -> None:

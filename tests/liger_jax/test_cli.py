@@ -37,7 +37,7 @@ def call(monkeypatch, *arguments):
 def test_help_names_every_command():
     result = command("--help")
     assert result.returncode == 0, result.stderr
-    for name in ("demo", "generate", "chat", "convert", "env"):
+    for name in ("demo", "finetune", "generate", "chat", "convert", "tune", "bench", "env"):
         assert name in result.stdout
 
 
@@ -129,7 +129,8 @@ def test_generate_answers_a_file(checkpoint, monkeypatch, capsys, tmp_path):
     paths = ("--data", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--media", checkpoint)
     call(monkeypatch, "generate", checkpoint / "orbax", *paths, "--batch-size", "1")
     answer = expected(checkpoint, "What is this?", [checkpoint / "dog.png"])
-    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"record": 1, "answer": answer}
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    assert line == {"record": 1, "content": line["content"], "answer": answer}
     assert "1 answers in" in capsys.readouterr().out
 
 

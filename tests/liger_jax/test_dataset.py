@@ -162,7 +162,9 @@ def test_damaged_pixels(processor, config, data, broken, layout):
     and the same in every epoch."""
     bad, good = asked_about(broken), asked_about(noise(56, 84))
     options = {"batch_size": 30, "seed": 0, **LAYOUTS[layout]}
-    with pytest.raises(ValueError, match=r"conversation 10: The image '.*cut\.png' cannot be decoded"):
+    with pytest.raises(
+        ValueError, match=r"conversation 10: The image '.*cut\.png' cannot be decoded.*it asks 'Which\?'"
+    ):
         make_dataset(processor, config, [*data[:10], bad, *data[10:]], **options)(0)
     whole = make_dataset(processor, config, [*data[:10], good, *data[10:]], **options)
     skipping = make_dataset(processor, config, [*data[:10], bad, *data[10:]], on_error="skip", **options)
