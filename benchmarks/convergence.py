@@ -1,11 +1,12 @@
 """Whether training goes the way it does in transformers: the same weights, batches and AdamW, step by step.
 
-python benchmarks/convergence.py            # needs torch and transformers; writes results/convergence.json and .png
+python benchmarks/convergence.py            # needs torch and transformers; writes results/convergence_<device>.json and .png
 
 A model of four layers a tower with the real vocabulary of 151936 learns the demo's questions about pictures of several
 sizes: with this project's kernels and linear cross-entropy, and with transformers and torch.optim.AdamW, in float32 and in
-bfloat16. The curves are compared as means over WINDOW steps. Where training leaves a plateau is decided by rounding, in
-float32 too: from there on two runs differ as two runs of one program do that add up in another order.
+bfloat16. The curves are compared as means over WINDOW steps. At a learning rate
+that is too large rounding decides when training leaves a plateau, in float32 too, and from there on two runs differ as two
+runs of one program do that add up in another order.
 """
 
 import argparse
@@ -147,9 +148,11 @@ def main() -> None:
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about = {"device": jax.devices()[0].device_kind, "versions": versions, "date": datetime.date.today().isoformat()}
     args.results.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**about, "steps": args.steps, "rows": args.rows, "found": found, "losses": curves})
-    (args.results / "convergence.json").write_text(text + "\n")
-    plot(args.results / "convergence.png", curves, f"{about['device']}, {args.rows} conversations a step, AdamW")
+    work_done = {"steps": args.steps, "rows": args.rows, "adamw": ADAMW}
+    name = f"convergence_{about['device'].lower().replace(' ', '_')}"
+    text = json.dumps({**about, **work_done, "found": found, "losses": curves})
+    (args.results / f"{name}.json").write_text(text + "\n")
+    plot(args.results / f"{name}.png", curves, f"{about['device']}, {args.rows} conversations a step, AdamW")
 
 
 if __name__ == "__main__":
