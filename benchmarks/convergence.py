@@ -4,9 +4,9 @@ python benchmarks/convergence.py            # needs torch and transformers; writ
 
 A model of four layers a tower with the real vocabulary of 151936 learns the demo's questions about pictures of several
 sizes: with this project's kernels and linear cross-entropy, and with transformers and torch.optim.AdamW, in float32 and in
-bfloat16. The curves are compared as means over WINDOW steps. At a learning rate
-that is too large rounding decides when training leaves a plateau, in float32 too, and from there on two runs differ as two
-runs of one program do that add up in another order.
+bfloat16. The curves are compared as means over WINDOW steps. At a learning rate that is too large rounding decides when
+training leaves a plateau, in float32 too, and from there on two runs differ as two runs of one program do that add up in
+another order.
 """
 
 import argparse

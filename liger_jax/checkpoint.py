@@ -83,6 +83,14 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwe
     Raises:
         FileNotFoundError: no model at `path`.
         ValueError: what is stored does not fit config.json (all names are in the message), or is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(Qwen2VL.init(Qwen2VLConfig.tiny()), folder)
+        ...     str(load_model(folder, dtype="float32").head.dtype)
+        'float32'
     """
     folder = Path(path).absolute()
     items, prefix = _find_params(folder)

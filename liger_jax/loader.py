@@ -18,8 +18,17 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
         workers: processes that make them; 0 for a thread of this process. None: up to 4, leaving half of the cores free.
 
     Raises:
+        ValueError: workers below 0.
         Exception: what `make` raises, when that batch is asked for.
+
+    Example:
+        >>> import numpy as np
+        >>> from liger_jax.loader import load_batches
+        >>> [batch.tolist() for batch in load_batches(lambda step: np.array([step]), range(2, 5), workers=0)]
+        [[2], [3], [4]]
     """
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; expected at least 0")
     import grain
     from absl import flags
 
