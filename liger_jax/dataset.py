@@ -195,12 +195,12 @@ def _one_a_row(
 
 def _told(number: int, conversation: Conversation, error: Exception) -> str:
     """What is wrong with a conversation, which its number alone does not tell once others were left out."""
-    contents = [message.get("content") for message in conversation if message.get("role") == "user"]
-    parts = [
-        part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content or ())
-    ]
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    return f"conversation {number}: {error}" + (f" (it asks {texts[0][:60]!r})" if texts else "")
+    try:
+        first = next(message["content"] for message in conversation if message["role"] == "user")
+        text = first if isinstance(first, str) else next(part["text"] for part in first if "text" in part)
+    except (TypeError, KeyError, StopIteration):  # it is no conversation, or asks with pictures alone
+        return f"conversation {number}: {error}"
+    return f"conversation {number}: {error} (it asks {text[:60]!r})"
 
 
 def _leave_out(messages: list[str], on_error: OnError) -> None:

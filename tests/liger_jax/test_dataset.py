@@ -200,6 +200,7 @@ def test_what_can_be_seen_before_training(processor, config, data, tmp_path):
         "conversation 30: it has .* tokens, and a row holds 512": ask("Which? " * 600),
         r"conversation 30: The image .*no\.png.* cannot be decoded": asked_about(str(no_picture)),
         r"conversation 30: No image file at .*gone\.png": asked_about(str(gone)),
+        "conversation 30: A message must be": [{"role": "user"}, 7],
     }
     for message, conversation in strange.items():
         some = [*data, conversation]
