@@ -15,7 +15,6 @@ from liger_jax.options import GenerationOptions
 from liger_jax.positions import positions_of, vision_items
 from liger_jax.processing import Processor
 
-ITEM_KINDS = ("image", "video")
 SLOTS = 1024  # the cache grows by this at first, then by a fourth and more: few sizes, few compilations
 
 
@@ -24,7 +23,7 @@ class Chat:
 
     Each question is rendered with all that came before, as if it were asked anew; of its tokens, those that the cache has
     from earlier turns are not read again, so a picture goes through the vision tower once. Answers are those of a fresh
-    prompt.
+    prompt. Pictures stay in host memory as patches, to be read again should the cache be lost (Ctrl-C while a turn is read).
 
     Args:
         model, processor: of the same checkpoint.
@@ -114,7 +113,7 @@ class Chat:
                 known = int(item.columns[0])
         new = {}
         for kind in KINDS:
-            count = sum(kind.name == ITEM_KINDS[item.is_video] and item.columns[0] >= known for item in items[0])
+            count = sum(KINDS[item.is_video] is kind and item.columns[0] >= known for item in items[0])
             if count:
                 grid, patches = zip(*pictures[kind.name][-count:], strict=True)
                 new |= dict(zip(kind.arrays, (np.concatenate(patches), np.array(grid)), strict=True))

@@ -130,6 +130,9 @@ def finetune(
     going_on = is_model(output)
     if going_on:
         check_record(output, record)
+    start = latest_step(output) if going_on else 0
+    if start > steps:
+        raise ValueError(f"steps is {steps}, but the run in {output} is at step {start} already")
 
     def can_be_asked(number: int) -> bool:
         try:
@@ -147,9 +150,6 @@ def finetune(
     readable = (number for number in range(len(held_out)) if unseen.read(number) and can_be_asked(number))
     asked = list(itertools.islice(readable, eval_generate))
 
-    start = latest_step(output) if going_on else 0
-    if start > steps:
-        raise ValueError(f"steps is {steps}, but the run in {output} is at step {start} already")
     state = TrainState.create(model, optimizer)
     if going_on:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
