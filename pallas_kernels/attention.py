@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import _cudnn, _lowering, _sharding, _validate
+from pallas_kernels import _attention_kernel, _cudnn, _lowering, _sharding, _validate
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = (*_validate.IMPLEMENTATIONS, "cudnn")
+OF_OURS = ("triton", "interpret")  # the names of the kernel in _attention_kernel
 FEWEST_SLOTS = 2  # of segments in a row: with one, cuDNN takes the row for a single unpacked sequence
 BLOCK_BYTES = 2**28  # of scores that the XLA implementation has in memory at once
 NOTHING = -1e30  # the score of a masked key: finite, so that a row without keys is no NaN
@@ -86,8 +87,9 @@ def attention(
         kv_segment_ids: [B, S], int; None stands for segment_ids.
         scale: None for 1/sqrt(D).
         max_segments: the most segments in any row, see `find_segments`; cuDNN needs either.
-        implementation: None, "xla" or "cudnn". None is cuDNN on NVIDIA GPUs for what `cudnn_refuses` does not name, if
-            there is more than one query, else XLA.
+        implementation: None, "cudnn", "triton", "xla" or "interpret". None is cuDNN on NVIDIA GPUs for what
+            `cudnn_refuses` does not name, if there is more than one query, else XLA. "triton" is a kernel for any GPU, head
+            size and dtype; it takes no kv_segment_ids.
 
     Returns:
         [B, T, N, D] in q's dtype; the softmax is float32. Backward keeps q, k, v, the output and one float32 (for cuDNN,
@@ -95,7 +97,7 @@ def attention(
 
     Raises:
         ValueError: a shape, dtype or option that does not fit.
-        NotImplementedError: a kernel of our own, which it has not; "cudnn" for what it cannot do.
+        NotImplementedError: an implementation asked for by name for what it cannot do.
 
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Dao et al. 2022, FlashAttention,
         https://arxiv.org/abs/2205.14135
@@ -118,9 +120,13 @@ def attention(
     refusal = cudnn_refuses(q, k, causal, ids, kv_segment_ids, slots)
     if implementation == "cudnn" and refusal:
         raise NotImplementedError(f"{op}: implementation 'cudnn' cannot do this: {refusal}")
-    if refusal or (implementation is None and q.shape[1] == 1):
+    if implementation in OF_OURS:
+        found = None  # the kernel needs no slots
+        if kv_segment_ids is not None:
+            raise NotImplementedError(f"{op}: implementation {implementation!r} takes no kv_segment_ids")
+    if not q.size or not k.size or (implementation is None and (refusal or q.shape[1] == 1)):
         implementation = "xla"
-    if ids is not None and implementation != "xla" and found is None:
+    if ids is not None and implementation in (None, "cudnn") and found is None:
         found = find_segments(ids, slots)
 
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -301,11 +307,32 @@ def _cleared(x, segments: Segments | None):
     return jnp.where((ids > 0) & (ids <= segments.starts.shape[1]), x, outside)
 
 
+# ---- the kernel --------------------------------------------------------------------------------------------------------
+
+
+def _forward_kernel(static: _Static, q, k, v, *ids, interpret: bool):
+    of_queries, _ = _attention_kernel.intervals(ids[0] if static.segmented else None, q, k, static.causal)
+    out, lse = _attention_kernel.forward(q, k, v, of_queries, static.scale, interpret=interpret)
+    return out, lse[:, None]
+
+
+def _backward_kernel(static: _Static, q, k, v, out, lse, grad, *ids, interpret: bool):
+    both = _attention_kernel.intervals(ids[0] if static.segmented else None, q, k, static.causal)
+    return _attention_kernel.backward(q, k, v, out, lse[:, 0], grad, *both, static.scale, interpret=interpret)
+
+
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------
 
 
-_forward_local = _lowering.either(_forward_cudnn, _forward_xla)
-_backward_local = _lowering.either(_backward_cudnn, _backward_xla)
+def _local(cudnn, kernel, xla):
+    def local(static: _Static, *operands):
+        return _lowering.either(kernel if static.implementation in OF_OURS else cudnn, xla)(static, *operands)
+
+    return local
+
+
+_forward_local = _local(_forward_cudnn, _forward_kernel, _forward_xla)
+_backward_local = _local(_backward_cudnn, _backward_kernel, _backward_xla)
 
 _QKV = ("btnd", "bsnd", "bsnd")  # n: query heads in q, key heads in k and v, sharded alike
 

@@ -1,4 +1,10 @@
-"""The kernels of all operations as compiled for the GPU at hand, against float32; skipped without one."""
+"""The kernels of all operations as compiled for the GPU at hand, against float32; skipped without one.
+
+Several processes may share the GPU but for the tests marked "large", which are to run alone:
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/gpu -m "not large" -n 8
+    pytest tests/gpu -m large
+"""
 
 import functools
 import sys
@@ -62,7 +68,7 @@ def test_against_float32(name, rows, width, dtype):
         assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want), initial=0))
 
 
-@pytest.mark.xdist_group("most of the GPU's memory")  # with pytest -n N --dist loadgroup, one after the other
+@pytest.mark.large
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "cross_entropy none"])
 def test_more_than_two_to_the_31_elements(name):
     """Addresses past 2^31 elements: the last rows come out as they do on their own, to a unit of bfloat16."""
@@ -123,6 +129,45 @@ def test_a_step_of_generation(size, dtype, rows):
             assert (got == repeated).all()
             error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (got, other))
             assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want))), function.__name__
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "heads, key_heads, dim, causal, lengths",
+    [
+        (16, 16, 80, False, [1500, 300, 1]),
+        (12, 2, 128, True, [1000, 900]),
+        (28, 4, 128, True, []),
+        (6, 3, 100, False, []),
+        (2, 1, 256, True, [2000]),
+    ],
+)
+def test_attention(heads, key_heads, dim, causal, lengths, dtype):
+    """Forward and backward, packed and whole: at most 1.5 times as far from float32 as XLA's; the same numbers twice."""
+    keys = jax.random.split(jax.random.key(dim), 4)
+    q, k, v, grad = (
+        jax.random.normal(key, (2, 2001, n, dim)).astype(dtype)
+        for key, n in zip(keys, (heads, key_heads, key_heads, heads), strict=True)
+    )
+    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    ids = np.broadcast_to(np.pad(ids, (0, 2001 - len(ids))), (2, 2001)) if lengths else None
+
+    def run(implementation):
+        def value_and_gradients(q, k, v, grad):
+            f = functools.partial(pk.attention, causal=causal, segment_ids=ids, implementation=implementation)
+            out, pullback = jax.vjp(f, q, k, v)
+            return out, *pullback(grad)
+
+        return jax.jit(value_and_gradients)
+
+    args = q, k, v, grad
+    with jax.default_matmul_precision("highest"):
+        truth = run("xla")(*(x.astype(jnp.float32) for x in args))
+    got, again, plain = run("triton")(*args), run("triton")(*args), run("xla")(*args)
+    for found, repeated, other, want in zip(got, again, plain, truth, strict=True):
+        assert (found == repeated).all()
+        error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (found, other))
+        assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want)))
 
 
 @pytest.mark.parametrize("counted", [0, 1, 511, 512, 513, 3000, 4096])

@@ -54,16 +54,12 @@ def test_examples(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_implementations(name):
-    """xla runs; a kernel that does not exist and a name that means nothing raise, and say what there is."""
+    """xla and the interpreter run; a name that means nothing raises, and says what there is."""
     function, args = CALLS[name]
     jax.eval_shape(lambda: function(*args, implementation="xla"))
     with pytest.raises(ValueError, match=f"{name}: implementation is 'cuda'"):
         function(*args, implementation="cuda")
-    if name == "attention":
-        with pytest.raises(NotImplementedError, match="attention: there is no 'triton'"):
-            function(*args, implementation="triton")
-    else:
-        jax.eval_shape(lambda: function(*args, implementation="interpret"))
+    jax.eval_shape(lambda: function(*args, implementation="interpret"))
 
 
 WRONG = {
