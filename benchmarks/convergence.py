@@ -4,9 +4,9 @@ python benchmarks/convergence.py            # needs torch and transformers; writ
 
 A model of four layers a tower with the real vocabulary of 151936 learns the demo's questions about pictures of several
 sizes: with this project's kernels and linear cross-entropy, and with transformers and torch.optim.AdamW, in float32 and in
-bfloat16. The curves are compared as means over WINDOW steps. At a learning rate that is too large rounding decides when
-training leaves a plateau, in float32 too, and from there on two runs differ as two runs of one program do that add up in
-another order.
+bfloat16. The curves are compared as means over WINDOW steps. The learning rate rises and falls as `liger-jax finetune` has
+it: held at its peak, it lets differences of rounding grow a thousandfold every hundred steps, in float32 too, and the curves
+part as those of one program do that adds up in another order.
 """
 
 import argparse
@@ -36,9 +36,11 @@ from liger_jax import Processor, Qwen2VL, Qwen2VLConfig, TrainState, make_train_
 from liger_jax.config import TextConfig, VisionConfig
 from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.run import LENGTH, PATCHES, make_config, make_processor
+from liger_jax.optimizer import warmup_cosine
 
 WINDOW = 20
-ADAMW = {"learning_rate": 2e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+PEAK, WARMUP = 2e-4, 0.05  # learning rate, share of the steps until it is reached
+ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 RESULTS = pathlib.Path(__file__).parent / "results"
 DTYPES = ("float32", "bfloat16")
 
@@ -70,7 +72,8 @@ def batches(processor: Processor, digits: Digits, steps: int, rows: int) -> Iter
 
 
 def ours(checkpoint: str, dtype: str, work: list[dict]) -> list[float]:
-    state = TrainState.create(from_hf(checkpoint, dtype=dtype), optax.adamw(**ADAMW))
+    optimizer = optax.adamw(warmup_cosine(PEAK, len(work), WARMUP), **ADAMW)
+    state = TrainState.create(from_hf(checkpoint, dtype=dtype), optimizer)
     step, losses = make_train_step(), []
     for arrays in work:
         state, metrics = step(state, prepare(state.model.config, **arrays, length=LENGTH, patches=PATCHES))
@@ -82,10 +85,11 @@ def theirs(checkpoint: str, dtype: str, work: list[dict]) -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
     model = model.to(device).train()
-    options = {"lr": ADAMW["learning_rate"], "betas": (ADAMW["b1"], ADAMW["b2"])}
-    options |= {name: ADAMW[name] for name in ("eps", "weight_decay")}
+    options = {"betas": (ADAMW["b1"], ADAMW["b2"])} | {name: ADAMW[name] for name in ("eps", "weight_decay")}
     optimizer, losses = torch.optim.AdamW(model.parameters(), **options), []
-    for arrays in work:
+    schedule = warmup_cosine(PEAK, len(work), WARMUP)
+    for index, arrays in enumerate(work):
+        optimizer.param_groups[0]["lr"] = float(schedule(index))
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         loss = model(**tensors).loss
         loss.backward()
@@ -148,7 +152,7 @@ def main() -> None:
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about = {"device": jax.devices()[0].device_kind, "versions": versions, "date": datetime.date.today().isoformat()}
     args.results.mkdir(parents=True, exist_ok=True)
-    work_done = {"steps": args.steps, "rows": args.rows, "adamw": ADAMW}
+    work_done = {"steps": args.steps, "rows": args.rows, "peak": PEAK, "warmup": WARMUP, "adamw": ADAMW}
     name = f"convergence_{about['device'].lower().replace(' ', '_')}"
     text = json.dumps({**about, **work_done, "found": found, "losses": curves})
     (args.results / f"{name}.json").write_text(text + "\n")
