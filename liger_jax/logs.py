@@ -45,6 +45,13 @@ def step_rates(work: dict[str, float], trained: float, seconds: float, devices: 
         tokens_per_second (padding aside), trained_tokens_per_second, images_per_second; token_utilisation: share of the
         columns that are tokens; model_flops_utilisation: share of what the devices can do in bfloat16, and
         peak_memory_gib: most memory so far in use on the first, where they tell.
+
+    Example:
+        >>> import jax
+        >>> work = {"tokens": 30, "columns": 40, "images": 2, "flops": 1e9}
+        >>> rates = step_rates(work, trained=10, seconds=0.5, devices=jax.devices())
+        >>> rates["tokens_per_second"], rates["images_per_second"], rates["token_utilisation"]
+        (60.0, 4.0, 0.75)
     """
     rates = {
         "tokens_per_second": work["tokens"] / seconds,

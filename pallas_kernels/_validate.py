@@ -34,17 +34,21 @@ def rows(op: str, implementation: str | None, x: jax.Array, **vectors: jax.Array
 
 
 def floating(op: str, **arrays: jax.Array) -> None:
-    """Raises ValueError if an array is not of a floating dtype."""
-    for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{op}: {name} has dtype {array.dtype}; expected a floating dtype")
+    """Raises ValueError if an array is not of a floating dtype, TypeError if it is none."""
+    _of_kind(op, jnp.floating, "a floating", arrays)
 
 
 def integer(op: str, **arrays: jax.Array) -> None:
-    """Raises ValueError if an array is not of an integer dtype."""
+    """Raises ValueError if an array is not of an integer dtype, TypeError if it is none."""
+    _of_kind(op, jnp.integer, "an integer", arrays)
+
+
+def _of_kind(op: str, kind: type, name_of_kind: str, arrays: dict[str, jax.Array]) -> None:
     for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{op}: {name} has dtype {array.dtype}; expected an integer dtype")
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"{op}: {name} is a {type(array).__name__}; expected an array")
+        if not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}; expected {name_of_kind} dtype")
 
 
 def shape(op: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

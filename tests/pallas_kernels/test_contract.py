@@ -113,6 +113,14 @@ def test_wrong_arguments(message):
         WRONG[message]()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_lists_are_no_arrays(name):
+    """A list in place of the first array is named, as JAX's own functions do."""
+    function, (first, *others) = CALLS[name]
+    with pytest.raises(TypeError, match=f"{name}: .* is a list; expected an array"):
+        function(first.tolist(), *others)
+
+
 @pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "norm_swiglu", "linear_add"])
 def test_no_gradient(name):
     """What is for generation says so, whatever the implementation."""
