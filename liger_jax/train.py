@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import pallas_kernels as pk
 from liger_jax import compiler
@@ -151,31 +152,50 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if batch.labels is None:
             raise ValueError("The batch has no labels: give `labels` to prepare()")
-        mesh = mesh_of(state.model)
+        # once a step: modules are taken apart and put together in Python, which takes milliseconds
+        leaves, structure = jax.tree.flatten(state)
+        mesh = mesh_of(leaves)
         batch = put_batch(batch, mesh, multiple=self.accumulate)
-        leaves, structure = jax.tree.flatten((state, batch))
-        key = mesh, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = mesh, structure, jax.tree.structure(batch), _shapes(leaves), _shapes(jax.tree.leaves(batch))
         if key not in self.compiled:
-            self.compiled[key] = self.compile(state, batch)
-        return self.compiled[key](state, batch)
+            self.compiled[key] = self._compile(leaves, structure, mesh, batch)
+        leaves, metrics = self.compiled[key](leaves, batch)
+        return structure.unflatten(leaves), metrics
 
     def compile(self, state: TrainState, batch: Batch):
         """The step's executable for arrays like these; `.memory_analysis()` and `.as_text()` tell what it is."""
-        mesh = mesh_of(state.model)
-        batch = put_batch(batch, mesh, multiple=self.accumulate)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state) if mesh is not None else None
+        leaves, structure = jax.tree.flatten(state)
+        mesh = mesh_of(leaves)
+        return self._compile(leaves, structure, mesh, put_batch(batch, mesh, multiple=self.accumulate))
+
+    def _compile(self, leaves: list[jax.Array], structure, mesh: Mesh | None, batch: Batch):
+        """-> an executable (leaves of a state, batch) -> leaves of the next one, metrics."""
+        shardings = mesh and ([leaf.sharding for leaf in leaves], None)
         policies = AUTO if self.remat == "auto" else (self.remat,)
         for remat in policies:
-            how = {"remat": remat, "unroll": self.unroll}
-            step = functools.partial(train_step, accumulate=self.accumulate, **how)
+            how = {"accumulate": self.accumulate, "remat": remat, "unroll": self.unroll}
+            step = functools.partial(_flat_step, structure=structure, **how)
             with mesh_context(mesh):
-                jitted = jax.jit(step, donate_argnums=0, out_shardings=mesh and (shardings, None))
-                compiled = jitted.lower(state, batch).compile(compiler_options=compiler.OPTIONS)
+                jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+                compiled = jitted.lower(leaves, batch).compile(compiler_options=compiler.OPTIONS)
             if remat == policies[-1] or _fits(compiled):
                 break
         self.chosen = remat
         logger.info("train step compiled for %s, remat=%s", batch.shape, remat)
         return compiled
+
+
+def _shapes(leaves: list[jax.Array]) -> tuple:
+    return tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def _flat_step(leaves: list[jax.Array], batch: Batch, *, structure, **options: Any) -> tuple[list[jax.Array], Metrics]:
+    """`train_step` on the leaves of a state."""
+    state, metrics = train_step(structure.unflatten(leaves), batch, **options)
+    leaves, after = jax.tree.flatten(state)
+    if after != structure:
+        raise ValueError(f"The optimizer makes another state of its state: it was {structure} and is {after}")
+    return leaves, metrics
 
 
 def _fits(compiled) -> bool:
