@@ -192,9 +192,8 @@ def _walk(interval: Interval, size: int, step: Callable, state: tuple) -> tuple:
     first, end = interval
     start, stop = jnp.min(first), jnp.max(end)
     count = jnp.maximum(stop - start + size - 1, 0) // size
-    before = jnp.minimum(
-        (jnp.max(first) - start + size - 1) // size, count
-    )  # blocks that some see from their middle on
+    # the first blocks are cut by where some begin, then come whole ones, then those that are cut by where some end
+    before = jnp.minimum((jnp.max(first) - start + size - 1) // size, count)
     whole = jnp.clip(jnp.maximum(jnp.min(end) - start, 0) // size - before, 0, count - before)
 
     def seen(position):
