@@ -1,4 +1,4 @@
-"""Attention's kernels for any GPU: each query sees one interval of the keys, each key is seen by one of the queries.
+"""Attention's own kernels: each query sees one interval of the keys, each key is seen by one of the queries.
 
 A causal mask, packed segments and padding all come to that. A program holds a block of queries (or of keys) and walks over
 the blocks of the other side that its intervals reach; those that all of them see whole are not masked.
@@ -14,7 +14,7 @@ Heads are held in parts whose widths are powers of two, 80 as 64 + 16: no tensor
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,16 +24,16 @@ from pallas_kernels import _lowering, _validate
 from pallas_kernels._tuning import Blocks
 
 NOTHING = -1e30  # the largest score where there is none: finite, so that differences are
-# Bytes of a head at most -> queries (rows) and keys (columns) of a block. Of bfloat16 on an H200; those of float32, whose
-# exact products take no tensor cores, and of backward are small enough for registers, not measured.
+MOST_BYTES = 512  # of a head: the keys and values of more than that do not fit the memory of an SM
+# Bytes of a head at most -> queries (rows) and keys (columns) of a block; forward of 80 and 128 measured on an H200.
 FORWARD = {
     160: Blocks(rows=128, columns=64, num_warps=4, loads=3),
     256: Blocks(rows=64, columns=64, num_warps=4, loads=2),
-    2**31: Blocks(rows=32, columns=32, num_warps=4, loads=1),
+    512: Blocks(rows=32, columns=32, num_warps=4, loads=1),
 }
 BACKWARD = {
     256: Blocks(rows=64, columns=64, num_warps=4, loads=2),
-    2**31: Blocks(rows=32, columns=32, num_warps=4, loads=1),
+    512: Blocks(rows=32, columns=32, num_warps=4, loads=1),
 }
 
 
@@ -63,6 +63,17 @@ def intervals(segment_ids: jax.Array | None, q: jax.Array, k: jax.Array, causal:
         of_queries = of_queries._replace(end=jnp.minimum(of_queries.end, token + ahead + 1))
         of_keys = of_keys._replace(first=jnp.maximum(of_keys.first, source - ahead))
     return of_queries, of_keys
+
+
+def refuses(q: jax.Array, kv_segment_ids: jax.Array | None, scale: float) -> str | None:
+    """Why the kernels cannot do it, or None."""
+    size = q.shape[-1] * q.dtype.itemsize
+    reasons = {
+        "segments of keys that are not those of the queries": kv_segment_ids is not None,
+        f"a head takes {size} bytes, they take {MOST_BYTES}": size > MOST_BYTES,
+        f"scale is {scale}, it is to be above 0": scale <= 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def forward(
@@ -121,7 +132,9 @@ def backward(
 
 
 def _blocks(table: dict[int, Blocks], q: jax.Array) -> Blocks:
-    return next(blocks for most, blocks in table.items() if q.shape[-1] * q.dtype.itemsize <= most)
+    """Exact products of float32 take no tensor cores but many registers: always the smallest blocks."""
+    size = q.shape[-1] * q.dtype.itemsize if q.dtype.itemsize == 2 else MOST_BYTES
+    return next(blocks for most, blocks in table.items() if size <= most)
 
 
 # ---- what the kernels share --------------------------------------------------------------------------------------------
@@ -162,7 +175,9 @@ def _load(ref, row, head, start, size: int, inside: jax.Array | None, parts: lis
     ]
 
 
-def _store(ref, row, head, start, size: int, inside: jax.Array, parts: list[_Part], values: list[jax.Array]) -> None:
+def _store(
+    ref, row, head, start, size: int, inside: jax.Array, parts: list[_Part], values: Sequence[jax.Array]
+) -> None:
     tokens = _lowering.span(start, size)
     for part, value in zip(parts, values, strict=True):
         mask = _mask(inside, part.inside, (size, part.width))
@@ -184,10 +199,10 @@ def _zeros(size: int, parts: list[_Part], dtype: Any) -> list[jax.Array]:
 
 
 def _walk(interval: Interval, size: int, step: Callable, state: tuple) -> tuple:
-    """Runs state = step(start, stop, seen, state) over blocks of `size` of the other side, from `start`.
+    """Runs state = step(start, exists, seen, state) over blocks of `size` of the other side, from `start`.
 
-    `interval` is of a block of this side. What lies at `stop` or behind is nobody's. `seen` is a function from a block's
-    positions [size] to the mask of scores [this side, size]; None for blocks that everybody sees whole.
+    `interval` is of a block of this side. `exists` [size] is what of the other side somebody sees, `seen` [this side, size]
+    who sees it; both are None for blocks that everybody sees whole.
     """
     first, end = interval
     start, stop = jnp.min(first), jnp.max(end)
@@ -196,14 +211,14 @@ def _walk(interval: Interval, size: int, step: Callable, state: tuple) -> tuple:
     before = jnp.minimum((jnp.max(first) - start + size - 1) // size, count)
     whole = jnp.clip(jnp.maximum(jnp.min(end) - start, 0) // size - before, 0, count - before)
 
-    def seen(position):
-        return (position[None, :] >= first[:, None]) & (position[None, :] < end[:, None])
-
     def unmasked(i, state):
-        return step(start + (before + i) * size, stop, None, state)
+        return step(start + (before + i) * size, None, None, state)
 
     def masked(i, state):
-        return step(start + jnp.where(i < before, i, i + whole) * size, stop, seen, state)
+        begin = start + jnp.where(i < before, i, i + whole) * size
+        position = begin + jnp.arange(size)
+        seen = (position[None, :] >= first[:, None]) & (position[None, :] < end[:, None])
+        return step(begin, position < stop, seen, state)
 
     state = jax.lax.fori_loop(0, whole, unmasked, state)
     return jax.lax.fori_loop(0, count - whole, masked, state)
@@ -234,14 +249,12 @@ def _forward(
     scale *= _lowering.LOG2_E  # scores are exponents of two
     exp2 = functools.partial(_lowering.exp2, interpret=interpret)
 
-    def step(first_key, stop, seen, state):
+    def step(first_key, exists, seen, state):
         largest, total, *sums = state
-        position = first_key + jnp.arange(blocks.columns)
-        exists = None if seen is None else position < stop
         at = row, key_head, first_key, blocks.columns, exists, parts
         scores = _products(q, _load(k_ref, *at))
         if seen is not None:
-            scores = jnp.where(seen(position), scores, -jnp.inf)
+            scores = jnp.where(seen, scores, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=1) * scale)
         p = exp2(scores * scale - new_largest[:, None])
         shrink = exp2(largest - new_largest)
@@ -275,18 +288,16 @@ def _backward_queries(
         _lowering.load(ref, (row, head, _lowering.span(start, size)), inside)[:, None] for ref in (lse_ref, delta_ref)
     )
 
-    def step(first_key, stop, seen, dq):
-        position = first_key + jnp.arange(blocks.columns)
-        exists = None if seen is None else position < stop
+    def step(first_key, exists, seen, dq):
         k, v = (_load(ref, row, key_head, first_key, blocks.columns, exists, parts) for ref in (k_ref, v_ref))
         p = _lowering.exp2((_products(q, k) * scale - lse) * _lowering.LOG2_E, interpret=interpret)
-        ds = p * (_products(grad, v) - delta)
+        ds = p * ((_products(grad, v) - delta) * scale)  # scaled before it is rounded: float16 ends at 65504
         if seen is not None:
-            ds = jnp.where(seen(position), ds, 0)
+            ds = jnp.where(seen, ds, 0)
         return tuple(_plus(dq, ds.astype(dtype), k))
 
     dq = _walk(interval, blocks.columns, step, tuple(_zeros(size, parts, _validate.wide(dtype))))
-    _store(dq_ref, row, head, start, size, inside, parts, [x * scale for x in dq])
+    _store(dq_ref, row, head, start, size, inside, parts, dq)
 
 
 def _backward_keys(
@@ -306,22 +317,19 @@ def _backward_keys(
     def of_head(i, sums):
         head = key_head * group + i
 
-        def step(first_query, stop, seen, sums):
+        def step(first_query, exists, seen, sums):
             dk, dv = sums[: len(parts)], sums[len(parts) :]
-            position = first_query + jnp.arange(blocks.rows)
-            exists = None if seen is None else position < stop
             q, grad = (_load(ref, row, head, first_query, blocks.rows, exists, parts) for ref in (q_ref, grad_ref))
             queries = _lowering.span(first_query, blocks.rows)
             lse, delta = (_lowering.load(ref, (row, head, queries), exists)[None, :] for ref in (lse_ref, delta_ref))
             p = _lowering.exp2((_products(k, q) * scale - lse) * _lowering.LOG2_E, interpret=interpret)
-            ds = p * (_products(v, grad) - delta)
+            ds = p * ((_products(v, grad) - delta) * scale)
             if seen is not None:
-                mask = seen(position)
-                p, ds = jnp.where(mask, p, 0), jnp.where(mask, ds, 0)
+                p, ds = jnp.where(seen, p, 0), jnp.where(seen, ds, 0)
             return *_plus(dk, ds.astype(dtype), q), *_plus(dv, p.astype(dtype), grad)
 
         return _walk(interval, blocks.rows, step, sums)
 
     sums = jax.lax.fori_loop(0, group, of_head, tuple(2 * _zeros(size, parts, wide)))
-    _store(dk_ref, row, key_head, start, size, inside, parts, [x * scale for x in sums[: len(parts)]])
-    _store(dv_ref, row, key_head, start, size, inside, parts, list(sums[len(parts) :]))
+    _store(dk_ref, row, key_head, start, size, inside, parts, sums[: len(parts)])
+    _store(dv_ref, row, key_head, start, size, inside, parts, sums[len(parts) :])

@@ -195,7 +195,13 @@ def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
     if AxisType.Manual in kinds:
         rest = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
         in_specs, out_specs = (P(),) * len(op.operands), (P(),) * len(op.results)
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=rest, check_vma=False)(*operands)
+        results = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=rest, check_vma=False)(
+            *operands
+        )
+        axes = set().union(
+            *(jax.typeof(x).manual_axis_type.varying for x in operands)
+        )  # not told by what is not checked
+        return tuple(_varying_over(axes, x) for x in results)
     if AxisType.Explicit in kinds:
         layout = _layout_by_type(op, operands, mesh)
         in_specs, out_specs = op.specs(layout)

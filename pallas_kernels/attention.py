@@ -88,12 +88,13 @@ def attention(
         scale: None for 1/sqrt(D).
         max_segments: the most segments in any row, see `find_segments`; cuDNN needs either.
         implementation: None, "cudnn", "triton", "xla" or "interpret". None is cuDNN on NVIDIA GPUs for what
-            `cudnn_refuses` does not name, if there is more than one query, else XLA. "triton" is a kernel for any GPU, head
-            size and dtype; it takes no kv_segment_ids.
+            `cudnn_refuses` does not name, if there is more than one query, else XLA. "triton" is a kernel of our own, for
+            heads of up to 512 bytes, without kv_segment_ids.
 
     Returns:
-        [B, T, N, D] in q's dtype; the softmax is float32. Backward keeps q, k, v, the output and one float32 (for cuDNN,
-        one for each segment) a query and head; the last two go by the name "attention" in rematerialisation policies.
+        [B, T, N, D] in q's dtype; the softmax is float32, of float64 float64. Backward keeps q, k, v, the output and one
+        such number (for cuDNN, one for each segment) a query and head; the last two go by the name "attention" in
+        rematerialisation policies.
 
     Raises:
         ValueError: a shape, dtype or option that does not fit.
@@ -117,19 +118,19 @@ def attention(
     if found is not None and max_segments is not None:
         raise ValueError(f"{op}: max_segments is {max_segments} beside Segments, which say it; expected None")
     slots = max_segments if found is None else found.starts.shape[1]
-    refusal = cudnn_refuses(q, k, causal, ids, kv_segment_ids, slots)
-    if implementation == "cudnn" and refusal:
-        raise NotImplementedError(f"{op}: implementation 'cudnn' cannot do this: {refusal}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if implementation in OF_OURS:
         found = None  # the kernel needs no slots
-        if kv_segment_ids is not None:
-            raise NotImplementedError(f"{op}: implementation {implementation!r} takes no kv_segment_ids")
+        refusal = _attention_kernel.refuses(q, kv_segment_ids, scale)
+    else:
+        refusal = cudnn_refuses(q, k, causal, ids, kv_segment_ids, slots)
+    if refusal and implementation not in (None, "xla"):
+        raise NotImplementedError(f"{op}: implementation {implementation!r} cannot do this: {refusal}")
     if not q.size or not k.size or (implementation is None and (refusal or q.shape[1] == 1)):
         implementation = "xla"
     if ids is not None and implementation in (None, "cudnn") and found is None:
         found = find_segments(ids, slots)
 
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     static = _Static(scale, causal, ids is not None, found is not None, implementation)
     segments = () if ids is None else (ids, ids if kv_segment_ids is None else kv_segment_ids, *(found or ()))
     return _attention(static, *_sharding.agree(_forward_op(static), q, k, v, *segments))
@@ -146,6 +147,7 @@ def cudnn_refuses(
     """Why cuDNN cannot do it, or None. This is the whole rule by which cuDNN is chosen."""
     capability = _lowering.compute_capability()
     hopper = capability is None or capability >= 9.0
+    ampere = capability is None or capability >= 8.0
     widest = 256 if hopper else 128
     reasons = {
         f"q is {q.dtype}, it takes bfloat16 and float16": q.dtype not in (jnp.bfloat16, jnp.float16),
@@ -154,6 +156,7 @@ def cudnn_refuses(
         "causal, and as many queries as keys are needed then": causal and q.shape[1] != k.shape[1],
         "segment_ids without max_segments": segment_ids is not None and max_segments is None,
         "segments of keys that are not those of the queries": kv_segment_ids is not None,
+        f"a GPU of compute capability {capability}, 8.0 is needed": not ampere,
         f"segments on a GPU of compute capability {capability}, 9.0 is needed": segment_ids is not None and not hopper,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -165,6 +168,8 @@ def _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments):
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"{op}: q has shape {q.shape}, k {k.shape}; expected [B, T, N, D] and [B, S, K, D]")
     (batch, tokens, heads, dim), (_, sources, key_heads, _) = q.shape, k.shape
+    if not dim:
+        raise ValueError(f"{op}: q has shape {q.shape}; expected heads of one number at least")
     _validate.shape(op, "k", k.shape, (batch, sources, key_heads, dim))
     _validate.shape(op, "v", v.shape, k.shape)
     if key_heads == 0 or heads % key_heads:

@@ -18,6 +18,7 @@ from pallas_kernels.thin_linear import takes_kernels
 
 NOTHING = -1e30  # the largest score where there is none: finite, so that differences are
 MOST_QUERIES = 64  # heads that share one key head
+MOST_BYTES = 512  # of a head: the loads of more than that do not fit the memory of an SM
 BLOCKS = Blocks(rows=32, num_warps=4, programs=512, loads=3)  # of slots; measured on an H200 at 2048 of them
 
 
@@ -46,16 +47,17 @@ def decode_attention(
         values: as keys.
         valid: [B, S], int; 0 for slots that nobody sees. What it says of `slot` and those behind does not matter.
         slot: int, a scalar below S: how many slots are filled, and where the new token goes. What lies behind is not read.
+            One that is not below S is taken for S - 1.
         implementation: None, "triton", "xla" or "interpret". None is the Pallas kernel on an NVIDIA GPU for up to 16
-            rows and 64 query heads a key head, if they are not spread over a mesh; else XLA's, which the partitioner sees
-            into.
+            rows, 64 query heads a key head and 512 bytes a head, if they are not spread over a mesh; else XLA's, which the
+            partitioner sees into.
 
     Returns:
         out [B, N, D] in qkv's dtype, keys, values. The softmax is float32; no gradient.
 
     Raises:
         ValueError: a shape or dtype that does not fit, an odd D, or a kernel asked for by name for more than 64 query heads
-            a key head.
+            a key head or 512 bytes a head.
         NotImplementedError: when it is differentiated.
 
     Source: Dao et al. 2023, Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
@@ -89,11 +91,12 @@ def decode_attention(
     queries = heads - 2 * key_heads
     if not key_heads or queries <= 0 or queries % key_heads:
         raise ValueError(f"{op}: qkv has {heads} heads, keys has {key_heads}; expected N + 2 K where K divides N")
-    if queries // key_heads > MOST_QUERIES and implementation in ("triton", "interpret"):
-        raise ValueError(
-            f"{op}: {queries // key_heads} query heads a key head; {implementation!r} takes {MOST_QUERIES}"
-        )
-    few = takes_kernels(batch, qkv, keys, values) and queries // key_heads <= MOST_QUERIES
+    limits = {"query heads a key head": (queries // key_heads, MOST_QUERIES)}
+    limits |= {"bytes a head": (dim * qkv.dtype.itemsize, MOST_BYTES)}
+    beyond = [f"{found} {what}, it takes {most}" for what, (found, most) in limits.items() if found > most]
+    if beyond and implementation in ("triton", "interpret"):
+        raise ValueError(f"{op}: implementation {implementation!r} cannot do this: {'; '.join(beyond)}")
+    few = takes_kernels(batch, qkv, keys, values) and not beyond
     if not qkv.size or (implementation is None and not few):
         implementation = "xla"
     return _local(_Static(implementation), qkv, cos, sin, keys, values, valid, slot)
@@ -112,7 +115,7 @@ def _attend_xla(static: _Static, qkv, cos, sin, keys, values, valid, slot):
     q, k, v = jnp.split(qkv[:, None], (qkv.shape[1] - 2 * key_heads, qkv.shape[1] - key_heads), axis=2)
     q, k = rope(q, k, cos[:, None], sin[:, None], implementation="xla")
     keys, values = (jax.lax.dynamic_update_slice(old, new, (0, slot, 0, 0)) for old, new in ((keys, k), (values, v)))
-    number = jnp.arange(keys.shape[1])
+    number, slot = jnp.arange(keys.shape[1]), jnp.minimum(slot, keys.shape[1] - 1)
     seen = (((valid != 0) & (number < slot)) | (number == slot)).astype(jnp.int32)
     query = jnp.ones((len(qkv), 1), jnp.int32)
     out = attention(q, keys, values, segment_ids=query, kv_segment_ids=seen, implementation="xla")
@@ -139,7 +142,7 @@ def _attend_shares(
     in_group = jnp.arange(height) < group
     in_queries = in_group[:, None] if in_half is None else in_group[:, None] & in_half[None, :]
     in_queries = jnp.broadcast_to(in_queries, (height, half))
-    filled = _lowering.load(slot_ref, (0,), None)
+    filled = jnp.minimum(_lowering.load(slot_ref, (0,), None), keys_ref.shape[1] - 1)
 
     cos, sin = (_lowering.load(ref, (row, halves[0]), in_half, wide) for ref in (cos_ref, sin_ref))
 

@@ -188,8 +188,9 @@ def thin_kernel(static: Static, *arrays: jax.Array, interpret: bool, blocks: Blo
     given["weight"] = given["weight"].reshape(-1, depth)
     if static.eps is not None:
         given["x"] = rms_norm(given["x"], given.pop("norm_weight"), eps=static.eps, implementation=implementation)
-    # numbers of four bytes take half of the depth at once, for what is under way lies in the memory of an SM
-    blocks = blocks or dataclasses.replace(SOME_ROWS, columns=2 * SOME_ROWS.columns // given["x"].dtype.itemsize)
+    # what is under way lies in the memory of an SM: half of the depth at once for four bytes, or more than 16 rows
+    columns = 2 * SOME_ROWS.columns // given["x"].dtype.itemsize // (1 if len(given["x"]) <= FEW_ROWS else 2)
+    blocks = blocks or dataclasses.replace(SOME_ROWS, columns=columns)
     out = _launch(_some_rows, blocks, Static("linear_add", tuple(given), None, None), given, interpret)
     return out if static.parts == 1 else swiglu(*jnp.split(out, 2, axis=-1), implementation=implementation)
 

@@ -229,9 +229,27 @@ def test_kernel_lowers_at_real_shapes(device_kind):
         assert triton_calls(run, *shaped(**sizes), device_kind=device_kind) == 3
 
 
-def test_kernel_takes_no_segments_of_keys():
-    with pytest.raises(NotImplementedError, match="'triton' takes no kv_segment_ids"):
-        pk.attention(*data()[:3], segment_ids=SEGMENTS, kv_segment_ids=SEGMENTS, implementation="triton")
+def test_gradients_in_float16():
+    """A scaled loss may use all of the range: what is rounded on the way is no larger than what comes out."""
+    args = data(batch=1, tokens=32, sources=32, dim=128, dtype=jnp.float16)
+    args[-1] *= 8192
+    _, dq, dk, _ = gradients(interpreted, causal=True)(*args)
+    for found, want in zip((dq, dk), reference(*args, causal=True)[1:3], strict=True):
+        assert 10_000 < np.max(np.abs(want)) < 65_504 and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    "why, options",
+    [
+        ("segments of keys", {"segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS}),
+        ("scale is 0.0", {"scale": 0.0}),
+        ("a head takes 1024 bytes, they take 512", {}),
+    ],
+)
+def test_kernel_refuses(why, options):
+    q, k, v, _ = data(dim=8 if options else 256)
+    with pytest.raises(NotImplementedError, match=f"'triton' cannot do this: .*{why}"):
+        pk.attention(q, k, v, implementation="triton", **options)
 
 
 # ---- cuDNN ----------------------------------------------------------------------------------------------------------

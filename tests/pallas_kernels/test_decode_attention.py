@@ -99,6 +99,24 @@ def test_a_row_that_sees_only_itself(run):
     np.testing.assert_allclose(got, jnp.repeat(qkv[:, -2:], 2, axis=1), rtol=1e-6)
 
 
+def test_a_slot_behind_the_cache():
+    """Nothing is written there: it is taken for the last, by the kernel as by XLA."""
+    args = operands(2, 4, 2, 16, 40, 39)
+    for run in (kernel, xla):
+        for found, want in zip(jax.jit(run)(*args[:-1], 47), jax.jit(run)(*args), strict=True):
+            assert (found == want).all()
+
+
+def test_what_the_kernel_does_not_take():
+    """By name it says so; None leaves it to XLA."""
+    for size, message in (((65, 1, 8), "65 query heads a key head, it takes 64"), ((2, 1, 256), "1024 bytes a head")):
+        heads, key_heads, dim = size
+        args = operands(1, heads, key_heads, dim, 20, 3)
+        with pytest.raises(ValueError, match=message):
+            kernel(*args)
+        assert triton_calls(pk.decode_attention, *args) == 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("size", shapes.TEXT)
