@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import json
-import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -104,7 +104,8 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
     if is_run(Path(directory)):
         raise FileExistsError(f"{directory} holds a training run; expected a folder of its own for the hub's files")
     # an earlier checkpoint's files would be read in place of these
-    with arriving_together(Path(directory), stale=(*HUB_WEIGHTS, LORA, "params")) as folder:
+    of_orbax = ("params",) if (Path(directory) / "params" / "_METADATA").is_file() else ()
+    with arriving_together(Path(directory), stale=(*HUB_WEIGHTS, LORA, *of_orbax)) as folder:
         write_config(folder, config, _TORCH_NAMES[_NAMES[leaves["language_model/norm/weight"].dtype]])
         weight_map, total = {}, 0
         for number, tensors in enumerate(shards, 1):
@@ -195,8 +196,10 @@ def arriving_together(directory: Path, *, stale: Iterable[str] = ()) -> Iterator
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; expected a folder, or a place for one")
     directory = directory.absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    folder = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    # beside what is new, to be renamed; inside of what exists, which may be a disk of its own
+    beside = directory if directory.exists() else directory.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    folder = beside / f".{directory.name}.{secrets.token_hex(4)}.tmp"  # a killed process leaves its own behind
     folder.mkdir()
     try:
         yield folder

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from liger_jax.batch import Batch, prepare
 from liger_jax.data import conversation_of, read_records
 from liger_jax.decoding import check_prompts
+from liger_jax.files import write_whole
 from liger_jax.generation import generate
 from liger_jax.messages import Conversation
 from liger_jax.model import Qwen2VL
@@ -55,8 +56,8 @@ def answer_file(
     A record is a conversation in one of the formats of `liger_jax.data`; an answer that it ends with is left out and asked
     for anew. An answer is a line `{"record": 3, "content": "9f..", "id": ..., "answer": "..."}`: the record's number in the
     file, from 1, a short hash of what is in it, its id if it has one. Questions of like size are answered together, so lines
-    come in another order than records. Run again with the same output, it goes on where it was stopped; the same answers
-    come out, if model and options are the same.
+    come in another order than records. Run again with the same output, it goes on where it was stopped, and tries again
+    what was left out as broken; the same answers come out, if model and options are the same.
 
     Args:
         data: a .json file with a list, or a file with a JSON record a line.
@@ -175,7 +176,7 @@ def _answers(
 
 
 def _answered_before(output: Path, labels: dict[int, dict]) -> set[int]:
-    """The records that have their line in `output`; a line that was cut short while being written is taken away.
+    """The records that have their answer in `output`; lines of errors, to be tried again, and one cut short are taken away.
 
     Raises:
         ValueError: a line that is none of this file's answers.
@@ -184,8 +185,8 @@ def _answered_before(output: Path, labels: dict[int, dict]) -> set[int]:
         return set()
     written = output.read_bytes()
     whole = written[: written.rfind(b"\n") + 1]
-    done = set()
-    for number, text in enumerate(whole.splitlines(), start=1):
+    done, kept = set(), []
+    for number, text in enumerate(whole.splitlines(keepends=True), start=1):
         try:
             line = json.loads(text)
             expected = labels[line["record"]]
@@ -193,8 +194,9 @@ def _answered_before(output: Path, labels: dict[int, dict]) -> set[int]:
             raise ValueError(f"{output}, line {number} is no answer to a record of this data: {text[:80]}") from error
         if not expected.items() <= line.items() or not ({"answer", "error"} & line.keys()):
             raise ValueError(f"{output}, line {number} is {text[:80]}; expected an answer to {expected}")
-        done.add(line["record"])
-    if len(whole) < len(written):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
+        if "answer" in line:
+            done.add(line["record"])
+            kept.append(text)
+    if (answers := b"".join(kept)) != written:
+        write_whole(output, answers)
     return done

@@ -90,6 +90,8 @@ class Chat:
         return self._told(self.messages[-1], decoding, self._answer)
 
     def _told(self, message: dict, decoding: Decoding, tokens: list[int]) -> Iterator[str]:
+        if decoding is not self._decoding:  # nobody began to read before the next question
+            return
         for piece in read_pieces(decoding, self.processor, self.options.all_stop_strings, tokens):
             message["content"] += piece
             yield piece

@@ -208,7 +208,7 @@ class AnswerFlags:
     """Longest answer, in tokens; 512 where the checkpoint has none."""
     temperature: float | None = None
     """Draw answers, from a distribution so much flatter; by default as the checkpoint has it. Naming this, top_k, top_p or
-    min_p switches drawing on and those that are not named off."""
+    min_p switches drawing on and those that are not named off; 0 is the most likely token, always."""
     top_k: int | None = None
     """Draw from so many of the most likely tokens."""
     top_p: float | None = None
@@ -231,7 +231,9 @@ class AnswerFlags:
         if self.stop:
             given["stop_strings"] = given.pop("stop")
         filters = ("temperature", "top_k", "top_p", "min_p")
-        if given.keys() & filters:
+        if self.temperature == 0:
+            given = {name: value for name, value in given.items() if name not in filters} | {"do_sample": False}
+        elif given.keys() & filters:
             given = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None} | given
         return GenerationOptions.from_hf(folder, **given)
 
@@ -322,7 +324,7 @@ def chat(
                 talk.reset()
                 images = []
             elif command == "/image":
-                images.append(load_image(rest.strip()))
+                images.append(load_image(rest.strip().strip("'\"")))
             elif command.startswith("/"):
                 print("expected a question, /image PATH, /reset or /quit")
             elif line:

@@ -148,16 +148,24 @@ def _media(record: Mapping, kind: str, folder: Path) -> list[Any]:
     values = listed[0] if listed else []
     if not isinstance(values, list):
         values = [values]
-    if kind == "video" and not all(isinstance(value, list) for value in values):
-        raise ValueError(f"'video' is {values!r:.60}; expected videos as lists of their frames: [['1.png', '2.png']]")
-    return [_source(value, folder) for value in values]
+    return [_medium(kind, value, folder) for value in values]
+
+
+def _medium(kind: str, value: Any, folder: Path) -> Any:
+    """A picture's source, or those of a video's frames."""
+    frames = isinstance(value, list) and value and not any(isinstance(frame, list) for frame in value)
+    if kind == "video" and not frames:
+        raise ValueError(f"the video {value!r:.60}; expected a list of its frames: ['1.png', '2.png']")
+    if kind == "image" and isinstance(value, list):
+        raise ValueError(f"the picture {value!r:.60}; expected a path, a URL or base64")
+    return _source(value, folder)
 
 
 def _source(value: Any, folder: Path) -> Any:
     """A URL as it is, a path from the folder on, base64 as bytes; each of a list."""
     if isinstance(value, list):
         return [_source(item, folder) for item in value]
-    if isinstance(value, Mapping) and value.get("bytes") and not value.get("path"):
+    if isinstance(value, Mapping) and value.get("bytes"):  # a path beside them is where they once came from
         return _decoded(value["bytes"], "bytes")
     if isinstance(value, Mapping):
         return _source(next((value[key] for key in ("path", "url") if value.get(key)), None), folder)
@@ -216,7 +224,7 @@ def _given_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
         value = next((part[key] for key in kind.keys if part.get(key)), None)
         if value is None and not media[kind.name]:
             raise ValueError(f"a part of type {kind.name!r} without one, and the record lists no more of them")
-        source = media[kind.name].pop(0) if value is None else _source(value, folder)
+        source = media[kind.name].pop(0) if value is None else _medium(kind.name, value, folder)
         return [{**{name: part[name] for name in LIMITS & part.keys()}, "type": kind.name, kind.name: source}]
     raise ValueError(f"the part {part!r:.60}; expected one of type 'text', 'image' or 'video'")
 

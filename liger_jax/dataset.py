@@ -126,7 +126,8 @@ def make_dataset(
     if not (pack_length or group_by_length or length or patches):
         plan, shape = Plan([(int(i),) for i in numbers], **make), Shape()
     else:
-        sizes, left_out = measure(processor, conversations, length=pack_length or length, patches=patches, bar=progress)
+        longest = min(pack_length or length or np.inf, config.text.max_position_embeddings)
+        sizes, left_out = measure(processor, conversations, length=longest, patches=patches, bar=progress)
         _leave_out(left_out, on_error)
         numbers = np.flatnonzero(sizes[:, 0])
         if not len(numbers):

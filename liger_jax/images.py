@@ -189,7 +189,7 @@ def _read(source: str | Path | bytes) -> tuple[BinaryIO, str]:
     if isinstance(source, bytes):
         return io.BytesIO(source), f"({len(source)} bytes)"
     text = str(source)
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         head, comma, body = text.partition(",")
         if not comma or not head.endswith(";base64"):
             raise ValueError(f"A data URL must read data:image/<type>;base64,<data>, got {text[:60]!r}")

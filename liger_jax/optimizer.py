@@ -69,6 +69,8 @@ def make_optimizer(
         part for part, rate in (("vision", vision), ("merger", merger)) if rate is not None and part in freeze
     ]:
         raise ValueError(f"freeze has {useless}, which have learning rates of their own; expected one of the two")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}; expected above 0, or None for gradients as they are")
     keep = with_master_weights if master_weights else lambda optimizer: optimizer
     rates = {"vision": vision, "merger": merger}
     of_part = {

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.hub import local_folder
 from liger_jax.sampling import Sampling
 
 
@@ -95,11 +96,13 @@ class GenerationOptions:
     def from_hf(cls, folder: str | Path, **others: Any) -> Self:
         """A checkpoint's defaults, as transformers reads its generation_config.json; `others` are set instead of its.
 
+        `folder`: of the checkpoint, or its hub id.
+
         Without that file, and for what it leaves out, transformers' own defaults: nothing is drawn; where it says
         do_sample and no top_k, that is 50. One default differs: transformers stops at 20 tokens, the prompt among them;
         here max_new_tokens has its own.
         """
-        path = Path(folder) / "generation_config.json"
+        path = local_folder(folder, ["generation_config.json"]) / "generation_config.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             stored = {name: value for name, value in stored.items() if value is not None}

@@ -32,7 +32,11 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they differ; names all differences.
     """
-    stored, record = json.loads((folder / RECORD).read_text()), json.loads(json.dumps(record))
+    try:
+        stored = json.loads((folder / RECORD).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / RECORD} is damaged: {error}") from error
+    record = json.loads(json.dumps(record))
     names = [*record, *(name for name in stored if name not in record)]
     different = [
         f"{name} was {stored.get(name)!r} and is {record.get(name)!r}"
@@ -69,7 +73,7 @@ def _feed(digest: Any, value: Any) -> None:
         for item in value:
             _feed(digest, item)
     elif isinstance(value, bytes | str | int | float | bool | None):
-        data = value if isinstance(value, bytes) else str(value).encode()
+        data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
         digest.update(f"{type(value).__name__}{len(data)}:".encode() + data)
     else:
         array = np.asarray(value)

@@ -147,9 +147,13 @@ def test_failed_write_changes_nothing(tmp_path, model, monkeypatch):
 
 def test_replaces_an_earlier_checkpoint_and_nothing_else(tmp_path, model):
     (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "mine.txt").write_text("of something else")
     to_hf(model, tmp_path, max_shard_size="10KB")
     to_hf(model, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    files = ["config.json", "model.safetensors", "params", "tokenizer.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
+    assert (tmp_path / "params" / "mine.txt").exists()
     to_hf(model, tmp_path, max_shard_size="100KB")
     assert not (tmp_path / "model.safetensors").exists()
     assert_equal(to_hf_state(from_hf(tmp_path, dtype="float32")), hub.tensors())

@@ -118,7 +118,9 @@ def test_broken_records_are_left_out_if_asked(tmp_path):
     lines = read(tmp_path / "out.jsonl")
     for number, (_, told) in BROKEN.items():
         assert told in lines[number]["error"]
-    assert run(data, tmp_path / "out.jsonl") == 1  # they are not tried again
+    with pytest.raises(ValueError, match="line 2"):  # they are tried again, each time
+        run(data, tmp_path / "out.jsonl")
+    assert list(read(tmp_path / "out.jsonl")) == [1]
 
 
 @pytest.mark.parametrize("number", BROKEN)

@@ -121,6 +121,8 @@ def test_generate_answers_a_question(checkpoint, monkeypatch, capsys):
     call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", *flags)
     drawn = {"temperature": 2.0, "seed": 4, "max_new_tokens": 7, "top_k": None}
     assert capsys.readouterr().out == expected(checkpoint, "What is this?", **drawn) + "\n"
+    call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", "--temperature", "0", "--top-p", "0.5")
+    assert capsys.readouterr().out == expected(checkpoint, "What is this?", do_sample=False) + "\n"
 
 
 def test_generate_answers_a_file(checkpoint, monkeypatch, capsys, tmp_path):

@@ -93,7 +93,7 @@ def test_parts_with_pictures_of_their_own_or_of_the_record(folder):
     parts = [
         {"type": "image", "image": "a.png", "max_pixels": 784},
         {"type": "image_url", "image_url": {"url": f"file://{folder}/a.png"}},
-        {"type": "image", "image": {"bytes": base64.encodebytes(content).decode()}},
+        {"type": "image", "image": {"bytes": base64.encodebytes(content).decode(), "path": "gone.png"}},
         {"type": "image"},
         {"type": "text", "text": "<image>Which?"},
     ]
@@ -145,8 +145,9 @@ BROKEN = {
     "b.png does not exist": llava(image="b.png"),
     "both 'images' and 'image'": llava(image="a.png", images=["a.png"]),
     "would have to be downloaded": llava(image="https://example.com/a.png"),
-    "expected videos as lists of their frames": llava([("human", "<video>"), ("gpt", "7")], video="a.mp4"),
+    "the video 'a.mp4'; expected a list of its frames": llava([("human", "<video>"), ("gpt", "7")], video="a.mp4"),
     "is no picture": llava(image=[3]),
+    "the picture ['a.png']": llava(images=[["a.png"]]),
     "and is no base64": llava(image="?" * 2000),  # longer than a file's name can be
     "does not exist, and is no": llava(image="a/long/path/to/a/picture/that/has/a/mistake/in/it/somewhere.png"),
     "no answer": llava([("human", "Which?")]),

@@ -114,6 +114,8 @@ def test_what_cannot_be(model):
         make_optimizer(1e-3, freeze=["head"])
     with pytest.raises(ValueError, match="at least one part to train"):
         TrainState.create(model, make_optimizer(1e-3, freeze=BASE))
+    with pytest.raises(ValueError, match=r"max_grad_norm is 0\.0"):
+        make_optimizer(1e-3, max_grad_norm=0.0)
 
 
 def test_reports():

@@ -29,6 +29,8 @@ def test_defaults_of_a_checkpoint(case, tmp_path):
 
 def test_without_a_file_and_with_values_of_ones_own(tmp_path):
     assert GenerationOptions.from_hf(tmp_path, seed=3) == GenerationOptions(seed=3)
+    with pytest.raises(FileNotFoundError, match="no such folder"):  # and no hub id either
+        GenerationOptions.from_hf(tmp_path / "no such folder")
 
 
 def test_what_is_not_implemented_is_told(tmp_path):
