@@ -25,13 +25,14 @@ from pallas_kernels._tuning import Blocks
 
 NOTHING = -1e30  # the largest score where there is none: finite, so that differences are
 MOST_BYTES = 512  # of a head: the keys and values of more than that do not fit the memory of an SM
-# Bytes of a head at most -> queries (rows) and keys (columns) of a block; forward of 80 and 128 measured on an H200.
+# Bytes of a head at most -> queries (rows) and keys (columns) of a block; those of 80 and 128 measured on an H200.
 FORWARD = {
     160: Blocks(rows=128, columns=64, num_warps=4, loads=3),
     256: Blocks(rows=64, columns=64, num_warps=4, loads=2),
     512: Blocks(rows=32, columns=32, num_warps=4, loads=1),
 }
 BACKWARD = {
+    160: Blocks(rows=64, columns=64, num_warps=4, loads=3),
     256: Blocks(rows=64, columns=64, num_warps=4, loads=2),
     512: Blocks(rows=32, columns=32, num_warps=4, loads=1),
 }

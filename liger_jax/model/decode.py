@@ -40,13 +40,19 @@ class PackedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         width = layer.input_layernorm.weight.shape[0]
+        together = (
+            jnp.concatenate([p.kernel[...].reshape(width, -1) for p in projections], axis=1),
+            jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]]),
+        )
+        # put together first, then transposed: the other way round XLA does it twice as slowly
+        qkv, gate_up = jax.lax.optimization_barrier(together)
         return cls(
             input_norm=layer.input_layernorm.weight[...],
-            qkv=jnp.concatenate([p.kernel[...].reshape(width, -1).T for p in projections]),
+            qkv=qkv.T,
             qkv_bias=jnp.concatenate([p.bias[...].reshape(-1) for p in projections]),
             o=attention.o_proj.kernel[...].reshape(-1, width).T,
             mlp_norm=layer.post_attention_layernorm.weight[...],
-            gate_up=jnp.stack([mlp.gate_proj.kernel[...].T, mlp.up_proj.kernel[...].T]),
+            gate_up=gate_up.transpose(0, 2, 1),
             down=mlp.down_proj.kernel[...].T,
         )
 
