@@ -45,7 +45,8 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     """Writes the weights and the configuration of `model` to the folder `path`.
 
     Raises:
-        FileExistsError: there are files at `path` and `overwrite` is false.
+        FileExistsError: there are files at `path` and `overwrite` is false, or there is a training run, whose weights these
+            would hide.
 
     Example:
         >>> import tempfile
@@ -61,6 +62,10 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise FileExistsError(
             f"{folder} exists and is not an empty folder; overwrite=True (--overwrite) replaces what is there"
+        )
+    if steps := _steps(folder):
+        raise FileExistsError(
+            f"{folder} holds a training run, steps {steps}; expected another folder to save a model in"
         )
     folder.mkdir(parents=True, exist_ok=True)
     arrays = param_paths(model)
@@ -342,12 +347,17 @@ def latest_step(directory: str | Path) -> int:
 
 
 def _step_items(directory: Path, step: int | None) -> Path:
-    steps = sorted(int(found.name) for found in directory.glob("*") if found.name.isdigit() and _is_whole(found))
+    steps = _steps(directory)
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(
             f"No {'training state' if step is None else f'step {step}'} in {directory}: found steps {steps}"
         )
     return directory / str(steps[-1] if step is None else step) / "default"
+
+
+def _steps(directory: Path) -> list[int]:
+    """The whole checkpoints of a run, in order."""
+    return sorted(int(found.name) for found in directory.glob("*") if found.name.isdigit() and _is_whole(found))
 
 
 def _is_whole(step: Path) -> bool:
@@ -382,7 +392,9 @@ def _damage_named(items: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is missing or cut short
-        raise ValueError(f"{items} is damaged, or no Orbax checkpoint: {str(error).splitlines()[0]}") from error
+        step = items.parent
+        hint = f". Without {step} a run goes on from the step before" if step.name.isdigit() else ""
+        raise ValueError(f"{items} is damaged, or no Orbax checkpoint: {str(error).splitlines()[0]}{hint}") from error
 
 
 def _compare(items: Path, expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlparse
 
-from liger_jax.messages import KINDS, Conversation, Message, check_text
+from liger_jax.messages import KINDS, Conversation, Message, check_settings, check_text
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # What a record calls its turns, and in a turn the speaker and the text.
@@ -221,6 +221,7 @@ def _given_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
     for kind in KINDS:
         if not kind.takes(part):
             continue
+        check_settings(part)
         value = next((part[key] for key in kind.keys if part.get(key)), None)
         if value is None and not media[kind.name]:
             raise ValueError(f"a part of type {kind.name!r} without one, and the record lists no more of them")

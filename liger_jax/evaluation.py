@@ -18,7 +18,7 @@ def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
     """{"loss", "accuracy"} per trained token over all batches, and "num_tokens", how many there are.
 
     Raises:
-        ValueError: a batch has no labels.
+        ValueError: a batch has no labels, or there are no batches.
 
     Example:
         >>> import numpy as np
@@ -29,13 +29,15 @@ def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
         2
     """
     mesh = mesh_of(model)
-    sums, tokens = dict.fromkeys(("loss", "accuracy"), 0.0), 0
+    sums, counts = dict.fromkeys(("loss", "accuracy"), 0.0), []
     for batch in batches:
         with mesh_context(mesh):
             metrics = _metrics(model, put_batch(batch, mesh))
-        count = int(metrics["num_tokens"])
-        tokens += count
-        sums = {name: total + count * float(metrics[name]) for name, total in sums.items()}
+        counts.append(int(metrics["num_tokens"]))
+        sums = {name: total + counts[-1] * float(metrics[name]) for name, total in sums.items()}
+    if not counts:
+        raise ValueError("evaluate: there are no batches; expected at least one")
+    tokens = sum(counts)
     return {name: total / max(tokens, 1) for name, total in sums.items()} | {"num_tokens": tokens}
 
 

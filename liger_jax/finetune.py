@@ -18,7 +18,7 @@ from liger_jax.decoding import check_prompts
 from liger_jax.evaluation import compare_answers, evaluate, question
 from liger_jax.files import write_whole
 from liger_jax.loader import load_batches
-from liger_jax.logs import RunLog, batch_work, forget_after, step_rates
+from liger_jax.logs import HELD_OUT, RunLog, batch_work, forget_after, step_rates, was_measured
 from liger_jax.lora import adapted_parts, lora_of
 from liger_jax.messages import Conversation
 from liger_jax.model import Qwen2VL
@@ -70,7 +70,8 @@ def finetune(
     training ends.
 
     Args:
-        model: where to begin; its arrays are given away. On a mesh, training is, too.
+        model: where to begin; its arrays are given away. On a mesh, training is, too. A run that goes on has weights of its
+            own, and takes the shapes alone.
         processor: of the model; saved along, so that `load_model` and `Processor.from_pretrained` find both in `output`.
         conversations: as `read_conversations` returns them.
         output: folder of the run: checkpoints, metrics.jsonl with a line a step, tensorboard/ with the same as curves,
@@ -78,7 +79,8 @@ def finetune(
         steps: of the whole run, those before a continuation included.
         batch_size: rows in a step: conversations, or packs of them.
         optimizer: as `make_optimizer` returns it; a run must be continued with an optimizer of the same structure.
-        held_out: conversations to measure loss and accuracy on, `evaluate`, whenever the state is saved.
+        held_out: conversations to measure loss and accuracy on, `evaluate`, whenever the state is saved; first, if a run
+            goes on from such a step and was stopped before, or had no `held_out`.
         eval_generate: how many of them are also answered then, for the share of answers that are exactly right.
         max_new_tokens: longest of these answers.
         seed: of the order of the data.
@@ -140,15 +142,18 @@ def finetune(
             check_prompts(prompt, max_new_tokens, model.config.text.max_position_embeddings)
         except ValueError as error:
             if on_error == "raise":
-                raise ValueError(f"held-out conversation {number} cannot be answered: {error}") from error
+                raise ValueError(f"conversation {number} cannot be answered: {error}") from error
             return False
         return True
 
     shapes = layout | {"batch_size": batch_size, "on_error": on_error, "progress": progress}
     dataset = make_dataset(processor, model.config, conversations, seed=seed, **shapes)
-    unseen = make_dataset(processor, model.config, held_out, seed=None, **shapes) if held_out else None
-    readable = (number for number in range(len(held_out)) if unseen.read(number) and can_be_asked(number))
-    asked = list(itertools.islice(readable, eval_generate))
+    with _held_out_named():
+        unseen = make_dataset(processor, model.config, held_out, seed=None, **shapes) if held_out else None
+        readable = (number for number in range(len(held_out)) if unseen.read(number) and can_be_asked(number))
+        asked = list(itertools.islice(readable, eval_generate))
+    due = going_on and unseen is not None and (start == steps or start % save_every == 0)
+    to_measure = due and not was_measured(output / METRICS, start)
 
     state = TrainState.create(model, optimizer)
     if going_on:
@@ -157,16 +162,17 @@ def finetune(
         state = restore_state(output, like, step=start)
         for weight in jax.tree.leaves(model):
             weight.delete()  # a run that goes on has no use for it, and its step none for the memory
-    if start == steps:
+    if start == steps and not to_measure:
         return state
     write_record(output, record)
     processor.save_pretrained(output)
     if generation_config is not None and generation_config.is_file() and not (output / GENERATION).exists():
         write_whole(output / GENERATION, generation_config.read_bytes())
-    forget_after(output / ANSWERS, start)
+    forget_after(output / ANSWERS, start - to_measure)
 
     def measure(model: Qwen2VL, step: int) -> dict[str, float]:
-        found = evaluate(model, load_batches(unseen, range(unseen.plan.epoch_batches), workers=0))
+        with _held_out_named():
+            found = evaluate(model, load_batches(unseen, range(unseen.plan.epoch_batches), workers=0))
         if asked:
             questions = [held_out[number] for number in asked]
             room = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -181,6 +187,7 @@ def finetune(
     with checkpoint_manager(output, keep=keep, asynchronous=asynchronous) as manager, _sigterm() as stop:
         how = {"remat": remat, "accumulate": accumulate, "unroll": unroll, "frozen": frozen, "progress": progress}
         after = {"save": (manager, save_every), "stop": stop, "measure": measure if unseen else None}
+        after["measure_first"] = to_measure
         tensorboard = output / TENSORBOARD
         state, _ = fit(state, batches, output / METRICS, steps=steps, tensorboard=tensorboard, **after, **how)
     return state
@@ -198,6 +205,7 @@ def fit(
     save: "tuple[CheckpointManager, int] | None" = None,
     stop: Callable[[], bool] = lambda: False,
     measure: Callable[[Qwen2VL, int], dict[str, float]] | None = None,
+    measure_first: bool = False,
     tensorboard: Path | None = None,
     frozen: Collection[str] = (),
     progress: bool = True,
@@ -206,7 +214,7 @@ def fit(
 
     A step's metrics are read when the next step has been handed to the device, so that it never waits for the host.
     `save` is where to save and every how many steps; it also happens at the end, and when `stop` says so. What `measure`
-    finds of the model that is saved is a line of its own.
+    finds of the model that is saved is a line of its own; with `measure_first` also of the model as it is given.
     """
     step_fn = make_train_step(remat=remat, accumulate=accumulate, unroll=unroll)
     config, devices = state.model.config, sorted(state.step.devices(), key=lambda device: device.id)
@@ -223,6 +231,12 @@ def fit(
             log.write(step, values)
             log.advance(values)
 
+        def tell_held_out() -> None:
+            log.write(done, {f"{HELD_OUT}{name}": value for name, value in measure(state.model, done).items()})
+
+        if measure_first:
+            tell_held_out()
+        log.lap()
         for batch in batches:
             work = batch_work(config, batch, frozen=frozen, adapted=adapted)
             state, metrics = step_fn(state, batch)
@@ -237,14 +251,22 @@ def fit(
                     raise ValueError(f"Steps {history[0]['step']} to {done} had no token to train: nothing is saved")
                 save_state(save[0], state)
                 if measure and not stopping:
-                    found = measure(state.model, done)
-                    log.write(done, {f"held_out_{name}": value for name, value in found.items()})
+                    tell_held_out()
                 log.lap()
             if stopping:
                 break
         if running:
             finish(*running)
     return state, history
+
+
+@contextlib.contextmanager
+def _held_out_named() -> Iterator[None]:
+    """A ValueError from inside says that it is about the held-out conversations."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"held-out data: {error}") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
     Args:
         make: the batch of an index. Depends on nothing else, so that a run can go on from any step; can be pickled.
         indices: which batches.
-        workers: processes that make them; 0 for a thread of this process. None: up to 4, leaving half of the cores free.
+        workers: processes that make them, for which a script needs Python's `if __name__ == "__main__":`; 0 for a thread
+            of this process. None: up to 4, leaving half of the cores free.
 
     Raises:
         ValueError: workers below 0.

@@ -16,6 +16,8 @@ from liger_jax.config import Qwen2VLConfig
 from liger_jax.files import write_whole
 from liger_jax.flops import peak_flops, step_flops
 
+HELD_OUT = "held_out_"  # what names of what was measured there begin with
+
 
 def batch_work(
     config: Qwen2VLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
@@ -127,7 +129,32 @@ class RunLog:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drops lines of steps after the checkpoint that a run continues from, the last of which may have been cut short."""
+    """Drops lines of steps after the checkpoint that a run continues from, the last of which may have been cut short.
+
+    Raises:
+        ValueError: a line that is none of a log's.
+    """
     if file.exists():
-        *lines, _ = file.read_bytes().split(b"\n")  # not splitlines: an answer may hold other line ends
-        write_whole(file, b"".join(line + b"\n" for line in lines if json.loads(line)["step"] <= step))
+        write_whole(file, b"".join(line + b"\n" for line, values in _lines(file) if values["step"] <= step))
+
+
+def was_measured(file: Path, step: int) -> bool:
+    """Whether the log has what was measured on held-out data at a step."""
+    told = [values for _, values in _lines(file) if values["step"] == step] if file.exists() else []
+    return any(name.startswith(HELD_OUT) for values in told for name in values)
+
+
+def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each whole line, and what is in it."""
+    *lines, _ = file.read_bytes().split(b"\n")  # not splitlines: an answer may hold other line ends
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            values["step"] + 0  # a number
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file}, line {number} is {line[:60]!r}; expected JSON with a step, or no such line"
+            ) from error
+        found.append((line, values))
+    return found

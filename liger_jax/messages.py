@@ -46,12 +46,15 @@ KINDS = (
         name="video",
         argument="videos",
         type_id=2,
-        keys=("video",),
+        keys=("video", "video_url", "url", "path"),
         load=load_frames,
         size=lambda source: (image_size(check_frames(source)[0]), len(source)),
         arrays=("pixel_values_videos", "video_grid_thw"),
     ),
 )
+
+
+NOT_DONE = ("resized_height", "resized_width", "total_pixels", "video_start", "video_end")  # as qwen-vl-utils has them
 
 
 class Item(NamedTuple):
@@ -139,6 +142,7 @@ class MediaReader:
         )
 
     def _item(self, kind: Kind, part: Mapping[str, Any]) -> Item:
+        check_settings(part)
         values = [part[key] for key in kind.keys if part.get(key) is not None]
         source = values[0] if values else self._next(kind)
         if isinstance(source, Mapping) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
@@ -163,6 +167,14 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"The text {text[:60]!r} holds {text[error.start]!r}, half of a surrogate pair") from None
+
+
+def check_settings(part: Mapping[str, Any]) -> None:
+    """Raises ValueError for what would change a picture and is not done here."""
+    if asked := [name for name in NOT_DONE if part.get(name) is not None]:
+        raise ValueError(
+            f"A picture's part asks for {', '.join(asked)}, which is not supported; expected min_pixels and max_pixels"
+        )
 
 
 def as_list(values: Any) -> list[Any]:

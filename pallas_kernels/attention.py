@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import _attention_kernel, _cudnn, _lowering, _sharding, _validate
 
 IMPLEMENTATIONS = (*_validate.IMPLEMENTATIONS, "cudnn")
-OF_OURS = ("triton", "interpret")  # the names of the kernel in _attention_kernel
+OF_OURS = ("triton", "interpret")  # the names of the kernels in _attention_kernel
 FEWEST_SLOTS = 2  # of segments in a row: with one, cuDNN takes the row for a single unpacked sequence
 BLOCK_BYTES = 2**28  # of scores that the XLA implementation has in memory at once
 NOTHING = -1e30  # the score of a masked key: finite, so that a row without keys is no NaN
@@ -87,9 +87,8 @@ def attention(
         kv_segment_ids: [B, S], int; None stands for segment_ids.
         scale: None for 1/sqrt(D).
         max_segments: the most segments in any row, see `find_segments`; cuDNN needs either.
-        implementation: None, "cudnn", "triton", "xla" or "interpret". None is cuDNN on NVIDIA GPUs for what
-            `cudnn_refuses` does not name, if there is more than one query, else XLA. "triton" is a kernel of our own, for
-            heads of up to 512 bytes, without kv_segment_ids.
+        implementation: None, "cudnn", "triton", "xla" or "interpret". None on NVIDIA GPUs: cuDNN for what `cudnn_refuses`
+            does not name; else "triton", kernels of our own, for what `kernels_suit`; else XLA, as for a single query.
 
     Returns:
         [B, T, N, D] in q's dtype; the softmax is float32, of float64 float64. Backward keeps q, k, v, the output and one
@@ -119,19 +118,24 @@ def attention(
         raise ValueError(f"{op}: max_segments is {max_segments} beside Segments, which say it; expected None")
     slots = max_segments if found is None else found.starts.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if implementation in OF_OURS:
-        found = None  # the kernel needs no slots
-        refusal = _attention_kernel.refuses(q, kv_segment_ids, scale)
-    else:
-        refusal = cudnn_refuses(q, k, causal, ids, kv_segment_ids, slots)
-    if refusal and implementation not in (None, "xla"):
+    refusals = {
+        "cudnn": cudnn_refuses(q, k, causal, ids, kv_segment_ids, slots),
+        **dict.fromkeys(OF_OURS, _attention_kernel.refuses(q, kv_segment_ids, scale)),
+    }
+    if refusal := refusals.get(implementation):
         raise NotImplementedError(f"{op}: implementation {implementation!r} cannot do this: {refusal}")
-    if not q.size or not k.size or (implementation is None and (refusal or q.shape[1] == 1)):
+    ours = implementation in OF_OURS
+    if implementation is None:
+        ours = bool(refusals["cudnn"]) and kernels_suit(q) and not refusals["triton"]
+        implementation = "xla" if q.shape[1] == 1 or (refusals["cudnn"] and not ours) else None
+    if not q.size or not k.size:
         implementation = "xla"
-    if ids is not None and implementation in (None, "cudnn") and found is None:
+    if ours:
+        found = None  # the kernels need no slots
+    elif ids is not None and found is None and implementation != "xla":
         found = find_segments(ids, slots)
 
-    static = _Static(scale, causal, ids is not None, found is not None, implementation)
+    static = _Static(scale, causal, ids is not None, found is not None, implementation, ours)
     segments = () if ids is None else (ids, ids if kv_segment_ids is None else kv_segment_ids, *(found or ()))
     return _attention(static, *_sharding.agree(_forward_op(static), q, k, v, *segments))
 
@@ -160,6 +164,12 @@ def cudnn_refuses(
         f"segments on a GPU of compute capability {capability}, 9.0 is needed": segment_ids is not None and not hopper,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def kernels_suit(q: jax.Array) -> bool:
+    """Whether None may choose our own kernels: where tensor cores take the dtype; float32 they multiply without."""
+    capability = _lowering.compute_capability()
+    return q.dtype in (jnp.bfloat16, jnp.float16) and (capability is None or capability >= 8.0)
 
 
 def _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments):
@@ -191,6 +201,7 @@ class _Static(NamedTuple):
     segmented: bool  # ids of queries and of keys follow q, k, v
     found: bool  # and then the fields of Segments
     implementation: str | None
+    ours: bool  # the kernels of _attention_kernel rather than cuDNN's
 
 
 # ---- XLA implementation: all keys at once for a block of queries ------------------------------------------------------
@@ -331,7 +342,7 @@ def _backward_kernel(static: _Static, q, k, v, out, lse, grad, *ids, interpret: 
 
 def _local(cudnn, kernel, xla):
     def local(static: _Static, *operands):
-        return _lowering.either(kernel if static.implementation in OF_OURS else cudnn, xla)(static, *operands)
+        return _lowering.either(kernel if static.ours else cudnn, xla)(static, *operands)
 
     return local
 

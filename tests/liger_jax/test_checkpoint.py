@@ -179,6 +179,16 @@ def test_half_written_steps_are_not_taken(tmp_path, state):
     shutil.copytree(tmp_path / "12" / "default" / "d", tmp_path / "40" / "default" / "d")
     (tmp_path / "50").mkdir()
     assert int(restore_state(tmp_path, state).step) == 12
+    (tmp_path / "12/default/_METADATA").write_text("{")
+    with pytest.raises(ValueError, match=r"12/default is damaged.*Without .*12 a run goes on from the step before"):
+        restore_state(tmp_path, state)
+
+
+def test_a_model_does_not_hide_a_run(tmp_path, model, state):
+    save_state(tmp_path, state)
+    with pytest.raises(FileExistsError, match=r"holds a training run, steps \[12\]"):
+        save_model(model, tmp_path, overwrite=True)
+    assert not (tmp_path / "params").exists()
 
 
 def test_other_states_are_refused(tmp_path, state):

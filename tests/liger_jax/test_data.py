@@ -157,6 +157,9 @@ BROKEN = {
     "half of a surrogate pair": llava([("human", "a \ud83d"), ("gpt", "7")]),
     "the record lists no more of them": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
     "expected one of type": {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
+    "asks for resized_height": {
+        "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "resized_height": 280}]}]
+    },
     "expected a text or a list": {"messages": [{"role": "user", "content": 3}]},
 }
 

@@ -1,6 +1,14 @@
 """Questions and answers out of conversations; what is measured with them is tested where a run does it."""
 
-from liger_jax.evaluation import question
+import pytest
+
+from liger_jax import Qwen2VL, Qwen2VLConfig
+from liger_jax.evaluation import evaluate, question
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(ValueError, match="there are no batches"):
+        evaluate(Qwen2VL.abstract(Qwen2VLConfig.tiny()), [])
 
 
 def test_the_last_answer_is_asked_for():

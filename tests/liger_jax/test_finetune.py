@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,21 @@ def test_held_out_conversations_are_measured(config, processor, data, whole):
     assert second["held_out_num_tokens"] == int(metrics["num_tokens"])
 
 
+def test_held_out_conversations_of_a_run_that_has_ended(config, processor, data, tmp_path, whole):
+    """What a run was stopped before it could measure, or was not asked for, is measured when it goes on; once."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    before, answers = lines(whole[0], "held_out_loss"), (folder / "answers.jsonl").read_bytes()
+    text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(text[:-1]))  # killed while it measured
+    assert lines(folder, "held_out_loss") == before[:1]
+    options = {"steps": 6, "save_every": 3, "eval_generate": 2, "max_new_tokens": 4}
+    for _ in range(2):
+        run(config, processor, data, folder, **options, held_out=data[:3])
+        assert lines(folder, "held_out_loss") == before
+        assert (folder / "answers.jsonl").read_bytes() == answers
+
+
 def test_held_out_conversations_are_answered(processor, data, whole):
     """The answers, beside the right ones, are those that the model gives when it is asked."""
     folder, state = whole
@@ -314,11 +330,11 @@ REFUSED = {
     "workers": ({"workers": -1}, "workers is -1; expected at least 0"),
     "question without text": (
         {"held_out": [[{"role": "assistant", "content": "7"}]], "eval_generate": 1},
-        "held-out conversation 0 cannot be answered",
+        "held-out data: conversation 0 cannot be answered",
     ),
     "no room for an answer": (
         {"held_out": make_data()[:1], "eval_generate": 1, "max_new_tokens": 10**6},
-        "held-out conversation 0 cannot be answered.*reach position",
+        "held-out data: conversation 0 cannot be answered.*reach position",
     ),
 }
 

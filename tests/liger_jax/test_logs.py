@@ -62,3 +62,6 @@ def test_a_log_goes_on(tmp_path):
     lines = [json.loads(line) for line in file.read_bytes().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0), (2, 0), (3, 2), (3, 5)]
     assert lines[-1]["answer"] == "a\u2028b\x85c"
+    file.write_bytes(file.read_bytes() + b"[1]\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 5 is b'\[1\]'; expected JSON with a step"):
+        forget_after(file, 3)

@@ -520,6 +520,11 @@ BAD_CALLS = {
     "no videos": ([user({"type": "video"})], {"images": [IMAGE]}, "more placeholders for videos"),
     "limits": ([user(picture())], {"min_pixels": 9000, "max_pixels": 8000}, "min_pixels must not exceed max_pixels"),
     "limits of a part": ([user(picture() | {"min_pixels": 9000, "max_pixels": 8000})], {}, "9000 > 8000"),
+    "size of a part": (
+        [user(picture() | {"resized_width": 280})],
+        {},
+        "asks for resized_width, which is not supported",
+    ),
     "tiny limit": (
         [user(picture())],
         {"max_pixels": 783},

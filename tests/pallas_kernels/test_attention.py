@@ -291,11 +291,23 @@ def test_none_lowers_to_cudnn(segmented, causal):
     ],
 )
 def test_cudnn_refuses(why, sizes, options):
-    """What cuDNN cannot do goes to XLA, and raises when cuDNN was asked for by name."""
+    """What cuDNN cannot do goes to our kernels, float32 to XLA; it raises when cuDNN was asked for by name."""
     args = shaped(**sizes)
-    assert "__cudnn" not in lowered_for_cuda(gradients(pk.attention, **options), *args)
+    run = gradients(pk.attention, **options)
+    assert "__cudnn" not in lowered_for_cuda(run, *args)
+    assert triton_calls(run, *args) == (0 if why == "float32" else 3)
     with pytest.raises(NotImplementedError, match=why):
         gradients(pk.attention, implementation="cudnn", **options).trace(*args)
+
+
+@pytest.mark.parametrize("capability, kernels", [(9.0, 0), (8.0, 3), (8.9, 3), (7.5, 0)])
+def test_packed_rows_on_other_gpus(capability, kernels, monkeypatch):
+    """Before Hopper cuDNN takes no segments: our kernels do, where tensor cores take bfloat16; XLA on older GPUs."""
+    monkeypatch.setattr(module._lowering, "compute_capability", lambda: capability)
+    run = gradients(pk.attention, causal=True, max_segments=4)
+    args = shaped(segmented=True)
+    assert ("__cudnn" in lowered_for_cuda(run, *args)) == (capability == 9.0)
+    assert triton_calls(run, *args, device_kind="NVIDIA A100-SXM4-80GB") == kernels
 
 
 def test_one_query_is_left_to_xla():
