@@ -47,7 +47,7 @@ def read_conversations(
 
     Returns:
         Conversations for `Processor(conversations, labels=True)`: messages whose content is a text, or a list of parts in
-        which each picture is a path, a URL or the bytes of a file.
+        which each picture is an absolute path, a URL or the bytes of a file.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -67,7 +67,7 @@ def read_conversations(
     path = Path(path)
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
-    folder = path.parent if media is None else Path(media)
+    folder = (path.parent if media is None else Path(media)).absolute()  # a run goes on from any working directory
     found: list[Conversation] = []
     broken: list[str] = []
     for name, record in read_records(path):

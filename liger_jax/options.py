@@ -169,7 +169,9 @@ class GenerationOptions:
             seeds = np.zeros(rows, np.int64)
             seeds[: prompts * samples] = np.repeat(np.asarray(self.seed).astype(np.int64), samples)
             streams = np.arange(rows) % samples
-        return (seeds & 0xFFFFFFFF).astype(np.uint32), streams.astype(np.int32)
+        low, high = (seeds.view(np.uint64) >> np.uint64(shift) & np.uint64(0xFFFFFFFF) for shift in (0, 32))
+        mixed = low ^ high * np.uint64(0x9E3779B1)  # a seed below 2^32 is itself
+        return mixed.astype(np.uint32), streams.astype(np.int32)
 
 
 _OF_DRAWS = ("temperature", "top_k", "top_p", "min_p")

@@ -110,6 +110,13 @@ def test_parts_with_pictures_of_their_own_or_of_the_record(folder):
     assert user["content"][0]["max_pixels"] == 784
 
 
+def test_the_working_directory_does_not_matter(folder, monkeypatch):
+    """A run that was begun elsewhere goes on: its data, by a relative name or an absolute one, is the same."""
+    path = write(folder, llava(image="a.png"))
+    monkeypatch.chdir(folder.parent)
+    assert read_conversations(f"{folder.name}/data.json") == read_conversations(path)
+
+
 def test_files_of_other_encodings(folder):
     path = write(folder, llava(image="a.png"))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows writes them

@@ -71,3 +71,11 @@ def test_the_published_checkpoints_are_greedy(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(STORED["defaults"][1]["file"]))
     options = GenerationOptions.from_hf(tmp_path)
     assert options.do_sample and not options.sampling(Qwen2VLConfig.qwen2_vl_2b(), 1, 1).do_sample
+
+
+def test_all_of_a_seed_counts():
+    """Seeds of 64 bits are all different ones; a small one is passed on as it is."""
+    config, seeds = Qwen2VLConfig.tiny(), [0, 7, 2**32, -1, 2**32 - 1, 2**63 - 1, -(2**63)]
+    alone = [GenerationOptions(seed=seed).sampling(config, 1, 1).seeds.item() for seed in seeds]
+    assert len(set(alone)) == len(seeds) and alone[:2] == seeds[:2]
+    assert GenerationOptions(seed=seeds).sampling(config, len(seeds), len(seeds)).seeds.tolist() == alone
