@@ -57,9 +57,8 @@ class ParallelOp:
 
         An axis that does not divide evenly in every operand, such as few key heads over many devices, is taken whole.
         """
-        spec = tuple(
-            getattr(sharding, "spec", None) or ()
-        )  # an operand on no mesh may come with a sharding without one
+        # an operand on no mesh may come with a sharding without one
+        spec = tuple(getattr(sharding, "spec", None) or ())
         spec += (None,) * (len(shapes[0]) - len(spec))
         layout = dict.fromkeys(self.parallel, ())
         for letter, entry in zip(self._letters(self.operands[0], shapes), spec, strict=True):
@@ -194,14 +193,11 @@ def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(local(*operands))
     if AxisType.Manual in kinds:
         rest = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
-        in_specs, out_specs = (P(),) * len(op.operands), (P(),) * len(op.results)
-        results = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=rest, check_vma=False)(
-            *operands
-        )
-        axes = set().union(
-            *(jax.typeof(x).manual_axis_type.varying for x in operands)
-        )  # not told by what is not checked
-        return tuple(_varying_over(axes, x) for x in results)
+        specs = {"in_specs": (P(),) * len(op.operands), "out_specs": (P(),) * len(op.results)}
+        results = jax.shard_map(local, **specs, axis_names=rest, check_vma=False)(*operands)
+        # what is not checked does not say over which axes its results vary
+        varying = set().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+        return tuple(_varying_over(varying, x) for x in results)
     if AxisType.Explicit in kinds:
         layout = _layout_by_type(op, operands, mesh)
         in_specs, out_specs = op.specs(layout)
