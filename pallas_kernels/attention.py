@@ -88,7 +88,8 @@ def attention(
         scale: None for 1/sqrt(D).
         max_segments: the most segments in any row, see `find_segments`; cuDNN needs either.
         implementation: None, "cudnn", "triton", "xla" or "interpret". None on NVIDIA GPUs: cuDNN for what `cudnn_refuses`
-            does not name; else "triton", kernels of our own, for what `kernels_suit`; else XLA, as for a single query.
+            does not name; else "triton", kernels of our own, where `kernels_suit`; else XLA, as for a single query.
+            "triton" takes heads of up to 512 bytes, without kv_segment_ids, with a scale above 0.
 
     Returns:
         [B, T, N, D] in q's dtype; the softmax is float32, of float64 float64. Backward keeps q, k, v, the output and one

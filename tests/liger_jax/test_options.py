@@ -74,7 +74,7 @@ def test_the_published_checkpoints_are_greedy(tmp_path):
 
 
 def test_all_of_a_seed_counts():
-    """Seeds of 64 bits are all different ones; a small one is passed on as it is."""
+    """The upper 32 bits and the sign of a seed make a difference; a small one is passed on as it is."""
     config, seeds = Qwen2VLConfig.tiny(), [0, 7, 2**32, -1, 2**32 - 1, 2**63 - 1, -(2**63)]
     alone = [GenerationOptions(seed=seed).sampling(config, 1, 1).seeds.item() for seed in seeds]
     assert len(set(alone)) == len(seeds) and alone[:2] == seeds[:2]
