@@ -36,7 +36,7 @@ from liger_jax import Processor, Qwen2VL, Qwen2VLConfig, TrainState, make_train_
 from liger_jax.config import TextConfig, VisionConfig
 from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.run import LENGTH, PATCHES, make_config, make_processor
-from liger_jax.optimizer import warmup_cosine
+from liger_jax.train.optimizer import warmup_cosine
 
 WINDOW = 20
 PEAK, WARMUP = 2e-4, 0.05  # learning rate, share of the steps until it is reached

@@ -11,7 +11,7 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "liger-jax"
-LARGE_ERROR = 2e-2  # of a norm, as in liger_jax.bench.ops
+LARGE_ERROR = 2e-2  # of a norm, as in benchmarks.ops
 
 
 def model_table(results: list[dict]) -> str:

@@ -65,7 +65,7 @@ def convert(
     from convert.reader import from_hf
     from convert.writer import to_hf
     from liger_jax.checkpoint import is_model, load_model, save_model
-    from liger_jax.lora import lora_of, merge_lora
+    from liger_jax.model.lora import lora_config, merge_lora
 
     if is_model(source):
         kind, folder = "orbax", Path(source)
@@ -75,7 +75,7 @@ def convert(
         model = from_hf(folder, dtype=dtype or "bfloat16", allow_pickle=allow_pickle)
     to = to or {"orbax": "hf", "hf": "orbax"}[kind]
     if to == "hf":
-        model = model if lora_of(model) is None else merge_lora(model)
+        model = model if lora_config(model) is None else merge_lora(model)
         to_hf(model, target, max_shard_size=max_shard_size)
     else:
         save_model(model, target, overwrite=overwrite)

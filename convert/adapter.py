@@ -19,10 +19,10 @@ from convert.table import TABLE, Row, current_name, hub_tensors, original_name, 
 from convert.weights import list_file, read_json
 from convert.writer import arriving_together, write_safetensors
 from liger_jax.checkpoint import float_dtype
-from liger_jax.lora import TARGETS, add_lora, lora_leaves, lora_of
-from liger_jax.mesh import mesh_of
 from liger_jax.model import Qwen2VL
-from liger_jax.tree import param_paths
+from liger_jax.model.lora import TARGETS, add_lora, lora_config, lora_leaves
+from liger_jax.model.params import param_paths
+from liger_jax.model.sharding import get_mesh
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -84,7 +84,7 @@ def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | Non
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    told = lora_of(model)
+    told = lora_config(model)
     if told is None:
         raise ValueError("The model has no LoRA to save; to_hf writes its weights")
     leaves = lora_leaves(model)
@@ -151,7 +151,7 @@ def load_adapter(
     complaint = f"The tensors in {folder / WEIGHTS} do not fit its {CONFIG} and the model"
     stored = match(expected, list_file(folder / WEIGHTS), complaint, rename=_current)
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
-    values = param_paths(model) | fill(leaves, mesh_of(model), pairs, sizes)
+    values = param_paths(model) | fill(leaves, get_mesh(model), pairs, sizes)
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[path] for path in param_paths(abstract)])
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from liger_jax.hub import local_folder
+from liger_jax.files import local_folder
 
 # Pickles are left on the server unless they are asked for.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")

@@ -23,9 +23,9 @@ from convert.table import (
 from convert.weights import FLOATS, Stored, list_tensors, open_weights, read_json
 from liger_jax.checkpoint import float_dtype
 from liger_jax.config import Qwen2VLConfig, VisionConfig
-from liger_jax.mesh import param_shardings
 from liger_jax.model import Qwen2VL
-from liger_jax.tree import param_paths
+from liger_jax.model.params import param_paths
+from liger_jax.model.sharding import param_shardings
 
 
 def from_hf(
@@ -46,7 +46,7 @@ def from_hf(
     Args:
         path_or_repo_id: the folder (config.json, model.safetensors or shards with an index), or a hub id.
         dtype: the floating point type of the weights; what is stored in another one is converted.
-        mesh: where the weights go, cut as `liger_jax.mesh` says; None: the default device.
+        mesh: where the weights go, cut as `liger_jax.model.sharding` says; None: the default device.
         revision: branch, tag or commit on the hub.
         cache_dir: where downloads are kept, if not in huggingface_hub's own cache.
         allow_pickle: also take pytorch_model.bin, which needs torch, and trust in whoever made it.

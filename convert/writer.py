@@ -20,10 +20,10 @@ from convert.table import LM_HEAD, TABLE, HubTensor, from_stack, hub_tensors, re
 from convert.weights import FLOATS, INDEX, SINGLE
 from liger_jax.checkpoint import HUB_WEIGHTS, LORA, write_config
 from liger_jax.config import Qwen2VLConfig, VisionConfig
-from liger_jax.lora import lora_leaves
 from liger_jax.model import Qwen2VL
-from liger_jax.run_record import is_run
-from liger_jax.tree import param_paths
+from liger_jax.model.lora import lora_leaves
+from liger_jax.model.params import param_paths
+from liger_jax.train.run import is_run
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

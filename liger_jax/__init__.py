@@ -4,46 +4,54 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from liger_jax.batch import Batch, prepare
-    from liger_jax.chat import Chat
-    from liger_jax.config import Qwen2VLConfig
-    from liger_jax.generation import generate, stream
-    from liger_jax.model import Qwen2VL
-    from liger_jax.processing import Processor
-    from liger_jax.train import TrainState, loss_fn, make_train_step
+    from liger_jax.checkpoint import load_model as load_model
+    from liger_jax.checkpoint import save_model as save_model
+    from liger_jax.config import Qwen2VLConfig as Qwen2VLConfig
+    from liger_jax.data.records import read_conversations as read_conversations
+    from liger_jax.generation.chat import Chat as Chat
+    from liger_jax.generation.generate import generate as generate
+    from liger_jax.generation.generate import stream as stream
+    from liger_jax.generation.options import GenerationOptions as GenerationOptions
+    from liger_jax.inputs.batch import Batch as Batch
+    from liger_jax.inputs.batch import prepare as prepare
+    from liger_jax.inputs.processor import Processor as Processor
+    from liger_jax.model import Qwen2VL as Qwen2VL
+    from liger_jax.model.lora import add_lora as add_lora
+    from liger_jax.model.lora import merge_lora as merge_lora
+    from liger_jax.train.finetune import finetune as finetune
+    from liger_jax.train.optimizer import make_optimizer as make_optimizer
+    from liger_jax.train.step import TrainState as TrainState
+    from liger_jax.train.step import loss_fn as loss_fn
+    from liger_jax.train.step import make_train_step as make_train_step
 
 __version__ = "0.1.0"
-__all__ = [
-    "Batch",
-    "Chat",
-    "Processor",
-    "Qwen2VL",
-    "Qwen2VLConfig",
-    "TrainState",
-    "generate",
-    "loss_fn",
-    "make_train_step",
-    "prepare",
-    "stream",
-]
 
-# Imported when first used: JAX takes a second, transformers two, and `liger-jax --help` needs neither.
-_HOMES = {
-    "Batch": "batch",
-    "prepare": "batch",
-    "Chat": "chat",
-    "Qwen2VLConfig": "config",
-    "generate": "generation",
-    "stream": "generation",
+# name -> module. Imported on first use: JAX takes a second, transformers two, and `liger-jax --help` needs neither.
+_MODULES = {
+    "Batch": "inputs.batch",
+    "Chat": "generation.chat",
+    "GenerationOptions": "generation.options",
+    "Processor": "inputs.processor",
     "Qwen2VL": "model",
-    "Processor": "processing",
-    "TrainState": "train",
-    "loss_fn": "train",
-    "make_train_step": "train",
+    "Qwen2VLConfig": "config",
+    "TrainState": "train.step",
+    "add_lora": "model.lora",
+    "finetune": "train.finetune",
+    "generate": "generation.generate",
+    "load_model": "checkpoint",
+    "loss_fn": "train.step",
+    "make_optimizer": "train.optimizer",
+    "make_train_step": "train.step",
+    "merge_lora": "model.lora",
+    "prepare": "inputs.batch",
+    "read_conversations": "data.records",
+    "save_model": "checkpoint",
+    "stream": "generation.generate",
 }
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"liger_jax.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"liger_jax.{_MODULES[name]}"), name)

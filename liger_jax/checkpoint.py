@@ -24,16 +24,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from liger_jax.config import Qwen2VLConfig
-from liger_jax.files import write_whole
-from liger_jax.lora import add_lora, lora_of
-from liger_jax.mesh import param_shardings
+from liger_jax.files import atomic_write
 from liger_jax.model import Qwen2VL
-from liger_jax.tree import param_paths, path_name
+from liger_jax.model.lora import add_lora, lora_config
+from liger_jax.model.params import param_paths, path_name
+from liger_jax.model.sharding import param_shardings
 
 if TYPE_CHECKING:  # Orbax takes half a second to import
     from orbax.checkpoint import CheckpointManager
 
-    from liger_jax.train import TrainState
+    from liger_jax.train.step import TrainState
 
 LORA = "lora.json"
 GENERATION = "generation_config.json"
@@ -141,21 +141,21 @@ def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, keep: bool 
     """
     # transformers reads `dtype` since 4.56, `torch_dtype` before
     hub = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
-    write_whole(folder / "config.json", json.dumps(hub, indent=2) + "\n")
+    atomic_write(folder / "config.json", json.dumps(hub, indent=2) + "\n")
     ids = {"eos_token_id": list(config.eos_token_ids) or None, "pad_token_id": config.pad_token_id}
     generation = {name: value for name, value in ids.items() if value is not None}
     if keep and (folder / GENERATION).is_file():
         generation = json.loads((folder / GENERATION).read_text()) | generation
     if generation:
-        write_whole(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
+        atomic_write(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
 
 
 def _write_lora(folder: Path, model: Qwen2VL) -> None:
-    told = lora_of(model)
+    told = lora_config(model)
     if told is None:
         (folder / LORA).unlink(missing_ok=True)  # of a model that was here before
     else:
-        write_whole(folder / LORA, json.dumps(told, indent=2) + "\n")
+        atomic_write(folder / LORA, json.dumps(told, indent=2) + "\n")
 
 
 def _with_stored_lora(abstract: Qwen2VL, folder: Path) -> Qwen2VL:

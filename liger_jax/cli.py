@@ -1,4 +1,4 @@
-"""The command line: `liger-jax demo | finetune | generate | chat | convert | tune | bench | env`.
+"""The command line: `liger-jax demo | finetune | generate | chat | convert | tune | env`.
 
 A command imports what it needs.
 """
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from liger_jax import runtime
+
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from liger_jax import Processor, Qwen2VL
-    from liger_jax.options import GenerationOptions
+    from liger_jax.generation.options import GenerationOptions
 
-RESULTS = Path("benchmarks/results")
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
 
 app = tyro.extras.SubcommandApp()
@@ -51,7 +50,7 @@ def demo(
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     from liger_jax.demo.run import run_demo
 
-    keep_compilations()
+    runtime.enable_compilation_cache()
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     report = run_demo(output, **options, held_out=held_out)
     print(f"{report.accuracy:.1%} of {held_out} questions about unseen digits answered exactly, {report.seconds:.0f} s")
@@ -134,15 +133,15 @@ def finetune(
         tensor: devices that split heads and MLPs.
         seed: of the order of the data.
     """
-    from convert import save_adapter
+    from convert import open_model, save_adapter
     from liger_jax import Processor
     from liger_jax.checkpoint import GENERATION
-    from liger_jax.data import read_conversations
-    from liger_jax.finetune import finetune as run
-    from liger_jax.hub import local_folder
-    from liger_jax.lora import TEXT_TARGETS, add_lora
-    from liger_jax.mesh import make_mesh
-    from liger_jax.optimizer import BASE, make_optimizer, warmup_cosine
+    from liger_jax.data.records import read_conversations
+    from liger_jax.files import local_folder
+    from liger_jax.model.lora import TEXT_TARGETS, add_lora
+    from liger_jax.model.sharding import make_mesh
+    from liger_jax.train.finetune import finetune as run
+    from liger_jax.train.optimizer import BASE, make_optimizer, warmup_cosine
 
     if lora is None and (lora_alpha is not None or lora_targets):
         raise ValueError("lora_alpha and lora_targets are of --lora RANK, which is missing")
@@ -150,7 +149,7 @@ def finetune(
         raise ValueError("with --lora nothing else is trained; expected no --freeze and no learning rate of a part")
     if lora is not None and master_weights:
         raise ValueError("--lora trains float32 matrices, which need no --master-weights; expected one of the two")
-    keep_compilations()
+    runtime.enable_compilation_cache()
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     on_error = "skip" if skip_broken else "raise"
     how = {"media": media, "on_error": on_error}
@@ -225,7 +224,7 @@ class AnswerFlags:
     """Of what is drawn."""
 
     def options(self, folder: Path) -> "GenerationOptions":
-        from liger_jax.options import GenerationOptions
+        from liger_jax.generation.options import GenerationOptions
 
         given = {name: value for name, value in vars(self).items() if value not in (None, ())}
         if self.stop:
@@ -280,7 +279,7 @@ def generate(
     if missing := [str(path) for path in images if not path.is_file()]:
         raise FileNotFoundError(f"{', '.join(missing)}: no such picture")
     from liger_jax import Chat
-    from liger_jax.answers import answer_file
+    from liger_jax.generation.answer_file import answer_file
 
     *both, options = open_for_answers(model, answers, max_pixels)
     if data is not None:
@@ -307,7 +306,7 @@ def chat(
         max_pixels: largest number of pixels of a picture; by default the model's.
     """
     from liger_jax import Chat
-    from liger_jax.images import load_image
+    from liger_jax.inputs.images import load_image
 
     *both, options = open_for_answers(model, answers, max_pixels)
     talk, images = Chat(*both, system=system, **vars(options)), []
@@ -343,40 +342,18 @@ def print_pieces(pieces: Generator[str]) -> None:
     print()
 
 
-def open_model(name: str, *, mesh: "Mesh | None" = None, dtype: str | None = None) -> "Qwen2VL":
-    """The model of an Orbax folder, a Hugging Face folder or a hub id."""
-    from convert import from_hf
-    from liger_jax.checkpoint import is_model, load_model
-
-    if is_model(name):
-        return load_model(name, mesh=mesh, dtype=dtype)
-    return from_hf(name, mesh=mesh, dtype=dtype or "bfloat16")
-
-
 def open_for_answers(
     name: str, flags: AnswerFlags, max_pixels: int | None
 ) -> tuple["Qwen2VL", "Processor", "GenerationOptions"]:
+    from convert import open_model
     from liger_jax import Processor
-    from liger_jax.hub import local_folder
+    from liger_jax.files import local_folder
 
-    keep_compilations()
+    runtime.enable_compilation_cache()
     options = flags.options(local_folder(name, ["generation_config.json"]))
     processor = Processor.from_pretrained(name)
     processor.image = processor.image.with_limits(None, max_pixels)
     return open_model(name), processor, options
-
-
-def keep_compilations() -> None:
-    """Keeps compiled programs in ~/.cache/liger-jax, so that the next process need not compile them.
-
-    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
-    """
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "liger-jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # by default 1: many small ones add up
 
 
 @app.command
@@ -418,123 +395,6 @@ def tune(*only: str) -> None:
     from pallas_kernels.tune import main as tune_kernels
 
     tune_kernels(only)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ops:
-    """The operations of pallas_kernels, beside jitted jnp, cuDNN and other packages.
-
-    Takes kernel times, memory and errors, and writes ops_<device>.json anew after each case. A case that is in there
-    already is replaced, so that a bench can be run in parts.
-
-    Args:
-        only: operations, or single cases by name; by default all.
-        peers: also measure other packages: Liger-Kernel, torch and cut-cross-entropy in a process of their own, tokamax.
-        sweep: from few rows to many instead, against jitted jnp only; writes ops_sweep_<device>.json and a plot of it.
-        results: folder of the files.
-    """
-
-    only: tuple[str, ...] = ()
-    peers: bool = True
-    sweep: bool = False
-    results: Path = RESULTS
-
-    def run(self) -> Path:
-        from liger_jax.bench import ops
-
-        return ops.run(self.only, peers=self.peers, sweep=self.sweep, directory=self.results)
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-    """A training step: rows of 2048 tokens, each with an image of 64 x 64 patches, AdamW, bfloat16; into model.json.
-
-    Args:
-        size: of the model; its weights are random.
-        rows: rows in a step, one measurement each.
-        peers: also measure transformers with Liger's kernels, on the same weights and rows, if torch is installed and
-            there is something to compare: not with mixed, lora or master_weights.
-        mixed: rows packed from conversations with pictures of 224 to 1344 pixels a side; a token counts if it is no padding.
-        lora: train matrices of this rank beside the weights, and nothing else.
-        master_weights: keep weights and moments in float32 too.
-        remat: what the backward pass computes again; auto takes the fastest that fits the memory.
-        unroll: a faster step for a longer compilation.
-        fsdp: GPUs to split weights and rows over.
-        profile: also write the kernels of a step by name and time, to profile_<size>_<what was asked>_x<rows>.md.
-        results: folder of the files.
-    """
-
-    size: Literal["2b", "7b"] = "2b"
-    rows: tuple[int, ...] = (4,)
-    peers: bool = True
-    mixed: bool = False
-    lora: int | None = None
-    master_weights: bool = False
-    remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "auto"
-    unroll: bool = False
-    fsdp: int | None = None
-    profile: bool = False
-    results: Path = RESULTS
-
-    def run(self) -> Path:
-        from convert import from_hf
-        from liger_jax.bench import model
-
-        options = {name: value for name, value in vars(self).items() if name != "results"}
-        return model.run_train(directory=self.results, from_hf=from_hf, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """128 new tokens after a prompt of 2048 tokens with an image of 64 x 64 patches, bfloat16; into model.json.
-
-    Args:
-        size: of the model; its weights are random.
-        rows: prompts at once, one measurement each.
-        peers: also measure transformers, with a dynamic and a static cache, on the same weights and rows, if torch is
-            installed; not with a length of one's own.
-        length: tokens of prompt and answer together, instead of a prompt of 2048; at most the model's 32768 positions.
-        results: folder of the files.
-    """
-
-    size: Literal["2b", "7b"] = "2b"
-    rows: tuple[int, ...] = (1, 16)
-    peers: bool = True
-    length: int | None = None
-    results: Path = RESULTS
-
-    def run(self) -> Path:
-        from convert import from_hf
-        from liger_jax.bench import model
-
-        options = {name: value for name, value in vars(self).items() if name != "results"}
-        return model.run_generate(directory=self.results, from_hf=from_hf, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """From the start of a process to the first token about a picture, with an empty and a full compilation cache.
-
-    Weights are read from an Orbax checkpoint and from Hugging Face's files; what each part takes is told; into model.json.
-
-    Args:
-        size: of the model; its weights are random.
-        results: folder of the files.
-    """
-
-    size: Literal["2b", "7b"] = "2b"
-    results: Path = RESULTS
-
-    def run(self) -> Path:
-        from liger_jax.bench import start
-
-        return start.run(self.size, self.results)
-
-
-@app.command
-def bench(what: Annotated[Ops | Train | Generate | Start, tyro.conf.arg(name="")]) -> None:
-    """Measure on the GPU at hand, beside other packages in the same run."""
-    print(what.run())
 
 
 @app.command

@@ -6,16 +6,16 @@ interpreter (any platform, slow, for tests), "xla" plain JAX. For `attention` it
 cannot run raises.
 """
 
+from pallas_kernels.activations import geglu, quick_gelu, swiglu
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.attention import Segments, attention, find_segments
 from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.gated import geglu, quick_gelu, swiglu
+from pallas_kernels.decode_linear import linear_add, norm_linear, norm_swiglu
 from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope import mrope, rope
-from pallas_kernels.thin_linear import linear_add, norm_linear, norm_swiglu
 
 __all__ = [
     "Segments",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _lowering, _tuning, _validate
+from pallas_kernels import _pallas, _tuning, _validate
 from pallas_kernels._tuning import Blocks
 
 
@@ -18,10 +18,10 @@ def whole_width(ref: Any, width: int) -> tuple[slice, jax.Array]:
 
 def tile(rows: int, width: int, blocks: Blocks) -> tuple[tuple, jax.Array]:
     """For grid (blocks of rows, blocks of columns): -> the index of a program's tile; which of its numbers exist."""
-    first_row, first_column = (_lowering.program_id(i) * n for i, n in enumerate((blocks.rows, blocks.columns)))
+    first_row, first_column = (_pallas.program_id(i) * n for i, n in enumerate((blocks.rows, blocks.columns)))
     in_rows = first_row + jnp.arange(blocks.rows) < rows
     in_columns = first_column + jnp.arange(blocks.columns) < width
-    index = _lowering.span(first_row, blocks.rows), _lowering.span(first_column, blocks.columns)
+    index = _pallas.span(first_row, blocks.rows), _pallas.span(first_column, blocks.columns)
     return index, in_rows[:, None] & in_columns[None, :]
 
 
@@ -44,9 +44,9 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, rows: int, groups: int, blocks: Blocks) -> Self:
         """One block for each program, unless the blocks say how many programs there are."""
-        count = _lowering.cdiv(rows, blocks.rows)
-        programs = min(_lowering.cdiv(blocks.programs, groups) or count, count)
-        return cls(blocks.rows, programs, _lowering.cdiv(count, programs))
+        count = _pallas.cdiv(rows, blocks.rows)
+        programs = min(_pallas.cdiv(blocks.programs, groups) or count, count)
+        return cls(blocks.rows, programs, _pallas.cdiv(count, programs))
 
 
 def walk(
@@ -58,18 +58,18 @@ def walk(
     The next block is loaded before a step works on its own, so that the memory is never idle. Programs take turns: those
     that run at the same time work on rows that lie side by side.
     """
-    group, program = _lowering.program_id(0), _lowering.program_id(1)
+    group, program = _pallas.program_id(0), _pallas.program_id(1)
     columns, in_width = whole_width(refs[0], width)
 
     def block(i) -> Block:
         first = (program + i * split.programs) * split.rows
-        some, in_rows = _lowering.span(group * rows + first, split.rows), first + jnp.arange(split.rows) < rows
+        some, in_rows = _pallas.span(group * rows + first, split.rows), first + jnp.arange(split.rows) < rows
         return Block((some,), in_rows, (some, columns), in_rows[:, None] & in_width[None, :])
 
     def load(i):
         here = block(i)
-        full = [_lowering.load(ref, here.index, here.inside) for ref in refs]
-        return full + [_lowering.load(ref, here.rows, here.in_rows) for ref in per_row]
+        full = [_pallas.load(ref, here.index, here.inside) for ref in refs]
+        return full + [_pallas.load(ref, here.rows, here.in_rows) for ref in per_row]
 
     def work(i, sums, values):
         return step(sums, block(i), [x.astype(_validate.wide(x.dtype)) for x in values])
@@ -104,7 +104,7 @@ def launch(
     split = Split.of(rows, groups, blocks)
     flat = {".d": (groups * rows, width), ".": (groups * rows,), "pd": (groups, split.programs, width)}
     shaped = {".d": first.shape, ".": first.shape[:-1], "pd": flat["pd"]}
-    found = _lowering.launch(
+    found = _pallas.launch(
         functools.partial(kernel, static=static, rows=rows, width=width, split=split),
         [*(x.reshape(flat[".d"]) for x in full), *vectors, *(x.reshape(flat["."]) for x in per_row)],
         [(flat[axes], dtype) for axes, dtype in results],

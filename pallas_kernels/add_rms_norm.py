@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _lowering, _rows, _sharding, _validate
+from pallas_kernels import _pallas, _rows, _sharding, _validate
 from pallas_kernels._rows import Split
 from pallas_kernels._tuning import Blocks
 from pallas_kernels.rms_norm import CASTING, Static, backward_xla, forward_xla, normalise, pull_back
@@ -96,15 +96,15 @@ def _add_rms_norm_forward(
     """Grid (groups, programs)."""
     dtype, wide = x_ref.dtype, _validate.wide(x_ref.dtype)
     columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _lowering.load(weight_ref, (_lowering.program_id(0), columns), in_width, wide)
+    weight = _pallas.load(weight_ref, (_pallas.program_id(0), columns), in_width, wide)
 
     def step(nothing, block, values):
         x, residual = values
         total = (x + residual).astype(dtype)
-        _lowering.store(total_ref, block.index, total, block.inside)
+        _pallas.store(total_ref, block.index, total, block.inside)
         normed, inverse_rms = normalise(static, total.astype(wide), weight, width, dtype)
-        _lowering.store(normed_ref, block.index, normed, block.inside)
-        _lowering.store(inverse_rms_ref, block.rows, inverse_rms, block.in_rows)
+        _pallas.store(normed_ref, block.index, normed, block.inside)
+        _pallas.store(inverse_rms_ref, block.rows, inverse_rms, block.in_rows)
         return nothing
 
     _rows.walk(step, (), [x_ref, residual_ref], [], rows=rows, width=width, split=split)
@@ -125,20 +125,20 @@ def _add_rms_norm_backward(
     split: Split,
 ):
     """Grid (groups, programs). Each program leaves one partial sum of dweight."""
-    group, program = _lowering.program_id(0), _lowering.program_id(1)
+    group, program = _pallas.program_id(0), _pallas.program_id(1)
     columns, in_width = _rows.whole_width(total_ref, width)
-    weight = _lowering.load(weight_ref, (group, columns), in_width, _validate.wide(total_ref.dtype))
+    weight = _pallas.load(weight_ref, (group, columns), in_width, _validate.wide(total_ref.dtype))
 
     def step(dweight, block, values):
         total, grad, grad_total, inverse_rms = values
         dx, dweights = pull_back(static, total, grad, weight, inverse_rms, width)
-        _lowering.store(dx_ref, block.index, dx + grad_total, block.inside)
+        _pallas.store(dx_ref, block.index, dx + grad_total, block.inside)
         return dweight + dweights
 
     zeros = jnp.zeros((split.rows, weight.size), weight.dtype)
     refs = [total_ref, grad_ref, grad_total_ref]
     dweight = _rows.walk(step, zeros, refs, [inverse_rms_ref], rows=rows, width=width, split=split)
-    _lowering.store(dweight_ref, (group, program, columns), jnp.sum(dweight, axis=0), in_width)
+    _pallas.store(dweight_ref, (group, program, columns), jnp.sum(dweight, axis=0), in_width)
 
 
 def forward_kernel(static: Static, x, residual, weight, *, interpret: bool, blocks: Blocks | None = None):
@@ -160,8 +160,8 @@ def backward_kernel(
 # ---- gradient and mesh -----------------------------------------------------------------------------------------------
 
 
-_forward_local = _lowering.either(forward_kernel, _forward_xla)
-_backward_local = _lowering.either(backward_kernel, _backward_xla)
+_forward_local = _pallas.either(forward_kernel, _forward_xla)
+_backward_local = _pallas.either(backward_kernel, _backward_xla)
 
 
 def _forward_op(static: Static) -> _sharding.ParallelOp:

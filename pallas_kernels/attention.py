@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import _attention_kernel, _cudnn, _lowering, _sharding, _validate
+from pallas_kernels import _cudnn, _flash_attention, _pallas, _sharding, _validate
 
 IMPLEMENTATIONS = (*_validate.IMPLEMENTATIONS, "cudnn")
-OF_OURS = ("triton", "interpret")  # the names of the kernels in _attention_kernel
+OF_OURS = ("triton", "interpret")  # the names of the kernels in _flash_attention
 FEWEST_SLOTS = 2  # of segments in a row: with one, cuDNN takes the row for a single unpacked sequence
 BLOCK_BYTES = 2**28  # of scores that the XLA implementation has in memory at once
 NOTHING = -1e30  # the score of a masked key: finite, so that a row without keys is no NaN
@@ -87,8 +87,8 @@ def attention(
         kv_segment_ids: [B, S], int; None stands for segment_ids.
         scale: None for 1/sqrt(D).
         max_segments: the most segments in any row, see `find_segments`; cuDNN needs either.
-        implementation: None, "cudnn", "triton", "xla" or "interpret". None on NVIDIA GPUs: cuDNN for what `cudnn_refuses`
-            does not name; else "triton", kernels of our own, where `kernels_suit`; else XLA, as for a single query.
+        implementation: None, "cudnn", "triton", "xla" or "interpret". None on NVIDIA GPUs: cuDNN for what `cudnn_unsupported_reason`
+            does not name; else "triton", kernels of our own, where `pallas_preferred`; else XLA, as for a single query.
             "triton" takes heads of up to 512 bytes, without kv_segment_ids, with a scale above 0.
 
     Returns:
@@ -120,14 +120,14 @@ def attention(
     slots = max_segments if found is None else found.starts.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     refusals = {
-        "cudnn": cudnn_refuses(q, k, causal, ids, kv_segment_ids, slots),
-        **dict.fromkeys(OF_OURS, _attention_kernel.refuses(q, kv_segment_ids, scale)),
+        "cudnn": cudnn_unsupported_reason(q, k, causal, ids, kv_segment_ids, slots),
+        **dict.fromkeys(OF_OURS, _flash_attention.refuses(q, kv_segment_ids, scale)),
     }
     if refusal := refusals.get(implementation):
         raise NotImplementedError(f"{op}: implementation {implementation!r} cannot do this: {refusal}")
     ours = implementation in OF_OURS
     if implementation is None:
-        ours = bool(refusals["cudnn"]) and kernels_suit(q) and not refusals["triton"]
+        ours = bool(refusals["cudnn"]) and pallas_preferred(q) and not refusals["triton"]
         implementation = "xla" if q.shape[1] == 1 or (refusals["cudnn"] and not ours) else None
     if not q.size or not k.size:
         implementation = "xla"
@@ -141,7 +141,7 @@ def attention(
     return _attention(static, *_sharding.agree(_forward_op(static), q, k, v, *segments))
 
 
-def cudnn_refuses(
+def cudnn_unsupported_reason(
     q: jax.Array,
     k: jax.Array,
     causal: bool,
@@ -150,7 +150,7 @@ def cudnn_refuses(
     max_segments: int | None,
 ) -> str | None:
     """Why cuDNN cannot do it, or None. This is the whole rule by which cuDNN is chosen."""
-    capability = _lowering.compute_capability()
+    capability = _pallas.compute_capability()
     hopper = capability is None or capability >= 9.0
     ampere = capability is None or capability >= 8.0
     widest = 256 if hopper else 128
@@ -167,9 +167,9 @@ def cudnn_refuses(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def kernels_suit(q: jax.Array) -> bool:
+def pallas_preferred(q: jax.Array) -> bool:
     """Whether None may choose our own kernels: where tensor cores take the dtype; float32 they multiply without."""
-    capability = _lowering.compute_capability()
+    capability = _pallas.compute_capability()
     return q.dtype in (jnp.bfloat16, jnp.float16) and (capability is None or capability >= 8.0)
 
 
@@ -202,7 +202,7 @@ class _Static(NamedTuple):
     segmented: bool  # ids of queries and of keys follow q, k, v
     found: bool  # and then the fields of Segments
     implementation: str | None
-    ours: bool  # the kernels of _attention_kernel rather than cuDNN's
+    ours: bool  # the kernels of _flash_attention rather than cuDNN's
 
 
 # ---- XLA implementation: all keys at once for a block of queries ------------------------------------------------------
@@ -328,14 +328,14 @@ def _cleared(x, segments: Segments | None):
 
 
 def _forward_kernel(static: _Static, q, k, v, *ids, interpret: bool):
-    of_queries, _ = _attention_kernel.intervals(ids[0] if static.segmented else None, q, k, static.causal)
-    out, lse = _attention_kernel.forward(q, k, v, of_queries, static.scale, interpret=interpret)
+    of_queries, _ = _flash_attention.intervals(ids[0] if static.segmented else None, q, k, static.causal)
+    out, lse = _flash_attention.forward(q, k, v, of_queries, static.scale, interpret=interpret)
     return out, lse[:, None]
 
 
 def _backward_kernel(static: _Static, q, k, v, out, lse, grad, *ids, interpret: bool):
-    both = _attention_kernel.intervals(ids[0] if static.segmented else None, q, k, static.causal)
-    return _attention_kernel.backward(q, k, v, out, lse[:, 0], grad, *both, static.scale, interpret=interpret)
+    both = _flash_attention.intervals(ids[0] if static.segmented else None, q, k, static.causal)
+    return _flash_attention.backward(q, k, v, out, lse[:, 0], grad, *both, static.scale, interpret=interpret)
 
 
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def _backward_kernel(static: _Static, q, k, v, out, lse, grad, *ids, interpret: 
 
 def _local(cudnn, kernel, xla):
     def local(static: _Static, *operands):
-        return _lowering.either(kernel if static.ours else cudnn, xla)(static, *operands)
+        return _pallas.either(kernel if static.ours else cudnn, xla)(static, *operands)
 
     return local
 

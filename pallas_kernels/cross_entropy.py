@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _sharding, _token_loss, _validate
-from pallas_kernels import _token_loss_kernel as _kernel
-from pallas_kernels._token_loss import Options, Rows
+from pallas_kernels import _cross_entropy_kernel as _kernel
+from pallas_kernels import _cross_entropy_math, _sharding, _validate
+from pallas_kernels._cross_entropy_math import Options, Rows
 
 
 def cross_entropy(
@@ -75,17 +75,21 @@ def cross_entropy(
         raise ValueError(f"{op}: logits has shape (); expected [..., V]")
     options = Options.checked(op, ignore_index, label_smoothing, z_loss, softcap)
     *leading, vocab = logits.shape
-    labels = _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
+    labels = _cross_entropy_math.check_rows(
+        op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer
+    )
 
     static = _Static(options, class_weights is not None, implementation)
     wide = _validate.wide(logits.dtype)
-    scale = _token_loss.scale_of_rows(options, labels, class_weights, token_weights, reduction, normalizer, wide)
+    scale = _cross_entropy_math.scale_of_rows(
+        options, labels, class_weights, token_weights, reduction, normalizer, wide
+    )
     weights = () if class_weights is None else (class_weights,)
     logits, labels, *weights = _sharding.agree(_rows_op(static), logits, labels, *weights)
     rows = _rows(static, logits, labels, *weights)
     loss = scale * rows.loss
     loss = loss if reduction == "none" else jnp.sum(loss)
-    return (loss, _token_loss.metrics_of_rows(options, rows, labels, scale)) if return_metrics else loss
+    return (loss, _cross_entropy_math.metrics_of_rows(options, rows, labels, scale)) if return_metrics else loss
 
 
 class _Static(NamedTuple):
@@ -94,7 +98,7 @@ class _Static(NamedTuple):
     implementation: str | None
 
 
-# ---- on one device: logits [..., V], labels [...], class weights [V] if there are any; see _token_loss for the formula
+# ---- on one device: logits [..., V], labels [...], class weights [V] if there are any; see _cross_entropy_math for the formula
 
 
 def _rows_local(static: _Static, logits, labels, *weights):

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _lowering, _validate
+from pallas_kernels import _pallas, _validate
 from pallas_kernels._tuning import Blocks
 from pallas_kernels.attention import attention
+from pallas_kernels.decode_linear import takes_kernels
 from pallas_kernels.rope import rope
-from pallas_kernels.thin_linear import takes_kernels
 
 NOTHING = -1e30  # the largest score where there is none: finite, so that differences are
 MOST_QUERIES = 64  # heads that share one key head
@@ -134,35 +134,35 @@ def _attend_shares(
 
     The first share holds the new token, from registers: nobody reads a slot that somebody writes.
     """
-    row, head, share = (_lowering.program_id(i) for i in range(3))
+    row, head, share = (_pallas.program_id(i) for i in range(3))
     key_heads, dtype, wide = keys_ref.shape[2], qkv_ref.dtype, _validate.wide(qkv_ref.dtype)
-    half, height = max(16, _lowering.next_power_of_2(dim // 2)), max(16, _lowering.next_power_of_2(group))
+    half, height = max(16, _pallas.next_power_of_2(dim // 2)), max(16, _pallas.next_power_of_2(group))
     in_half = None if half == dim // 2 else jnp.arange(half) < dim // 2
-    halves = [_lowering.overhanging(i * (dim // 2), half) for i in range(2)]
+    halves = [_pallas.overhanging(i * (dim // 2), half) for i in range(2)]
     in_group = jnp.arange(height) < group
     in_queries = in_group[:, None] if in_half is None else in_group[:, None] & in_half[None, :]
     in_queries = jnp.broadcast_to(in_queries, (height, half))
-    filled = jnp.minimum(_lowering.load(slot_ref, (0,), None), keys_ref.shape[1] - 1)
+    filled = jnp.minimum(_pallas.load(slot_ref, (0,), None), keys_ref.shape[1] - 1)
 
-    cos, sin = (_lowering.load(ref, (row, halves[0]), in_half, wide) for ref in (cos_ref, sin_ref))
+    cos, sin = (_pallas.load(ref, (row, halves[0]), in_half, wide) for ref in (cos_ref, sin_ref))
 
     def rotated(index, inside):
-        first, second = (_lowering.load(qkv_ref, (row, index, columns), inside, wide) for columns in halves)
+        first, second = (_pallas.load(qkv_ref, (row, index, columns), inside, wide) for columns in halves)
         turned = first * cos - second * sin, second * cos + first * sin
         return [x.astype(dtype) for x in turned]
 
-    queries = rotated(_lowering.span(head * group, height), in_queries)
+    queries = rotated(_pallas.span(head * group, height), in_queries)
     key = rotated(key_heads * group + head, in_half)
-    value = [_lowering.load(qkv_ref, (row, key_heads * (group + 1) + head, i), in_half) for i in halves]
+    value = [_pallas.load(qkv_ref, (row, key_heads * (group + 1) + head, i), in_half) for i in halves]
 
-    @_lowering.when(share == 0)
+    @_pallas.when(share == 0)
     def _():
         for columns, new_key, new_value in zip(halves, key, value, strict=True):
-            _lowering.store(new_keys_ref, (row, filled, head, columns), new_key, in_half)
-            _lowering.store(new_values_ref, (row, filled, head, columns), new_value, in_half)
+            _pallas.store(new_keys_ref, (row, filled, head, columns), new_key, in_half)
+            _pallas.store(new_values_ref, (row, filled, head, columns), new_value, in_half)
 
-    scale = _lowering.LOG2_E * dim**-0.5  # scores are exponents of two
-    exp2 = functools.partial(_lowering.exp2, interpret=interpret)
+    scale = _pallas.LOG2_E * dim**-0.5  # scores are exponents of two
+    exp2 = functools.partial(_pallas.exp2, interpret=interpret)
     score = scale * sum(
         jnp.sum(q.astype(wide) * k.astype(wide)[None, :], axis=1) for q, k in zip(queries, key, strict=True)
     )
@@ -174,46 +174,46 @@ def _attend_shares(
     def step(block, state):
         largest, total, *sums = state
         first = block * blocks.rows
-        slots = _lowering.span(first, blocks.rows)
+        slots = _pallas.span(first, blocks.rows)
         inside = first + jnp.arange(blocks.rows) < filled
         every = inside[:, None] if in_half is None else inside[:, None] & in_half[None, :]
         every = jnp.broadcast_to(every, (blocks.rows, half))
-        seen = inside & (_lowering.load(valid_ref, (row, slots), inside) != 0)
+        seen = inside & (_pallas.load(valid_ref, (row, slots), inside) != 0)
         ks, vs = (
-            [_lowering.load(ref, (row, slots, head, columns), every) for columns in halves]
+            [_pallas.load(ref, (row, slots, head, columns), every) for columns in halves]
             for ref in (keys_ref, values_ref)
         )
-        scores = scale * sum(_lowering.dot(q, k, transposed=True) for q, k in zip(queries, ks, strict=True))
+        scores = scale * sum(_pallas.dot(q, k, transposed=True) for q, k in zip(queries, ks, strict=True))
         scores = jnp.where(seen[None, :], scores, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
         p = exp2(scores - new_largest[:, None])
         shrink = exp2(largest - new_largest)
         total = total * shrink + jnp.sum(p, axis=1)
-        sums = [s * shrink[:, None] + _lowering.dot(p.astype(dtype), v) for s, v in zip(sums, vs, strict=True)]
+        sums = [s * shrink[:, None] + _pallas.dot(p.astype(dtype), v) for s, v in zip(sums, vs, strict=True)]
         return new_largest, total, *sums
 
     count = (filled + blocks.rows - 1) // blocks.rows
     each = (count + shares - 1) // shares
     stop = jnp.minimum((share + 1) * each, count)
     largest, total, *sums = jax.lax.fori_loop(share * each, stop, step, (largest, total, *sums))
-    some = _lowering.span(head * group, height)
-    _lowering.store(largest_ref, (row, share, some), largest, in_group)
-    _lowering.store(total_ref, (row, share, some), total, in_group)
+    some = _pallas.span(head * group, height)
+    _pallas.store(largest_ref, (row, share, some), largest, in_group)
+    _pallas.store(total_ref, (row, share, some), total, in_group)
     for columns, part in zip(halves, sums, strict=True):
-        _lowering.store(out_ref, (row, share, some, columns), part, in_queries)
+        _pallas.store(out_ref, (row, share, some, columns), part, in_queries)
 
 
 def _join_shares(sums_ref, largest_ref, total_ref, out_ref, *, dim: int, interpret: bool):
     """Grid (rows, query heads)."""
-    row, head = (_lowering.program_id(i) for i in range(2))
+    row, head = (_pallas.program_id(i) for i in range(2))
     shares, width = sums_ref.shape[1], sums_ref.shape[-1]
     inside = None if width == dim else jnp.arange(width) < dim
-    largest, total = (_lowering.load(ref, (row, slice(None), head), None) for ref in (largest_ref, total_ref))
-    weight = _lowering.exp2(largest - jnp.max(largest, axis=0), interpret=interpret)
+    largest, total = (_pallas.load(ref, (row, slice(None), head), None) for ref in (largest_ref, total_ref))
+    weight = _pallas.exp2(largest - jnp.max(largest, axis=0), interpret=interpret)
     every = None if inside is None else jnp.broadcast_to(inside[None, :], (shares, width))
-    sums = _lowering.load(sums_ref, (row, slice(None), head, slice(None)), every)
+    sums = _pallas.load(sums_ref, (row, slice(None), head, slice(None)), every)
     out = jnp.sum(sums * weight[:, None], axis=0) / jnp.sum(total * weight, axis=0)
-    _lowering.store(out_ref, (row, head, slice(None)), out, inside)
+    _pallas.store(out_ref, (row, head, slice(None)), out, inside)
 
 
 def attend_kernel(
@@ -222,10 +222,10 @@ def attend_kernel(
     """As _attend_xla."""
     (batch, heads, dim), (_, slots, key_heads, _) = qkv.shape, keys.shape
     heads -= 2 * key_heads
-    shares = _shares(blocks.programs // (batch * key_heads), _lowering.cdiv(slots, blocks.rows))
+    shares = _shares(blocks.programs // (batch * key_heads), _pallas.cdiv(slots, blocks.rows))
     wide = _validate.wide(qkv.dtype)
     per_head = ((batch, shares, heads), wide)
-    sums, largest, total, keys, values = _lowering.launch(
+    sums, largest, total, keys, values = _pallas.launch(
         functools.partial(
             _attend_shares, dim=dim, group=heads // key_heads, shares=shares, blocks=blocks, interpret=interpret
         ),
@@ -243,7 +243,7 @@ def attend_kernel(
         interpret=interpret,
         in_place={3: 3, 4: 4},
     )
-    (out,) = _lowering.launch(
+    (out,) = _pallas.launch(
         functools.partial(_join_shares, dim=dim, interpret=interpret),
         (sums, largest, total),
         [((batch, heads, dim), qkv.dtype)],
@@ -259,4 +259,4 @@ def _shares(wanted: int, most: int) -> int:
     return 1 << (max(min(wanted, most), 1) - 1).bit_length()
 
 
-_local = _lowering.forward_only("decode_attention", _lowering.either(attend_kernel, _attend_xla))
+_local = _pallas.forward_only("decode_attention", _pallas.either(attend_kernel, _attend_xla))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _lowering, _rows, _sharding, _validate
+from pallas_kernels import _pallas, _rows, _sharding, _validate
 from pallas_kernels._rows import Split
 from pallas_kernels._tuning import Blocks
 
@@ -84,18 +84,18 @@ def _layer_norm_forward(
     x_ref, weight_ref, bias_ref, out_ref, mean_ref, inverse_ref, *, static: _Static, rows: int, width: int, split: Split
 ):
     """Grid (groups, programs)."""
-    group, wide = _lowering.program_id(0), _validate.wide(x_ref.dtype)
+    group, wide = _pallas.program_id(0), _validate.wide(x_ref.dtype)
     columns, in_width = _rows.whole_width(x_ref, width)
-    weight, bias = (_lowering.load(ref, (group, columns), in_width, wide)[None, :] for ref in (weight_ref, bias_ref))
+    weight, bias = (_pallas.load(ref, (group, columns), in_width, wide)[None, :] for ref in (weight_ref, bias_ref))
 
     def step(nothing, block, values):
         (x,) = values
         mean = jnp.sum(x, axis=1) / width
         centred = jnp.where(block.inside, x - mean[:, None], 0)
         inverse = jax.lax.rsqrt(jnp.sum(centred * centred, axis=1) / width + static.eps)
-        _lowering.store(out_ref, block.index, centred * inverse[:, None] * weight + bias, block.inside)
-        _lowering.store(mean_ref, block.rows, mean, block.in_rows)
-        _lowering.store(inverse_ref, block.rows, inverse, block.in_rows)
+        _pallas.store(out_ref, block.index, centred * inverse[:, None] * weight + bias, block.inside)
+        _pallas.store(mean_ref, block.rows, mean, block.in_rows)
+        _pallas.store(inverse_ref, block.rows, inverse, block.in_rows)
         return nothing
 
     _rows.walk(step, (), [x_ref], [], rows=rows, width=width, split=split)
@@ -117,9 +117,9 @@ def _layer_norm_backward(
     split: Split,
 ):
     """Grid (groups, programs). Each program leaves one partial sum of dweight and of dbias."""
-    group, program = _lowering.program_id(0), _lowering.program_id(1)
+    group, program = _pallas.program_id(0), _pallas.program_id(1)
     columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _lowering.load(weight_ref, (group, columns), in_width, _validate.wide(x_ref.dtype))[None, :]
+    weight = _pallas.load(weight_ref, (group, columns), in_width, _validate.wide(x_ref.dtype))[None, :]
 
     def step(sums, block, values):
         x, grad, mean, inverse = values
@@ -128,14 +128,14 @@ def _layer_norm_backward(
         x_hat = (x - mean[:, None]) * inverse
         g = grad * weight  # zero past the width, and so are both products below
         mean_g, mean_gx = (jnp.sum(value, axis=1)[:, None] / width for value in (g, g * x_hat))
-        _lowering.store(dx_ref, block.index, inverse * (g - mean_g - x_hat * mean_gx), block.inside)
+        _pallas.store(dx_ref, block.index, inverse * (g - mean_g - x_hat * mean_gx), block.inside)
         return dweight + grad * x_hat, dbias + grad
 
     zeros = jnp.zeros((split.rows, weight.size), weight.dtype)
     full, per_row = [x_ref, grad_ref], [mean_ref, inverse_ref]
     sums = _rows.walk(step, (zeros, zeros), full, per_row, rows=rows, width=width, split=split)
     for ref, total in zip((dweight_ref, dbias_ref), sums, strict=True):
-        _lowering.store(ref, (group, program, columns), jnp.sum(total, axis=0), in_width)
+        _pallas.store(ref, (group, program, columns), jnp.sum(total, axis=0), in_width)
 
 
 def forward_kernel(static: _Static, x, weight, bias, *, interpret: bool, blocks: Blocks | None = None):
@@ -157,8 +157,8 @@ def backward_kernel(static: _Static, x, grad, weight, mean, inverse, *, interpre
 # ---- gradient and mesh -----------------------------------------------------------------------------------------------
 
 
-_forward_local = _lowering.either(forward_kernel, _forward_xla)
-_backward_local = _lowering.either(backward_kernel, _backward_xla)
+_forward_local = _pallas.either(forward_kernel, _forward_xla)
+_backward_local = _pallas.either(backward_kernel, _backward_xla)
 
 
 def _forward_op(static: _Static) -> _sharding.ParallelOp:

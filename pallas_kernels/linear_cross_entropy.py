@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _sharding, _token_loss, _validate
-from pallas_kernels import _token_loss_kernel as _kernel
-from pallas_kernels._token_loss import Options, Rows
+from pallas_kernels import _cross_entropy_kernel as _kernel
+from pallas_kernels import _cross_entropy_math, _sharding, _validate
+from pallas_kernels._cross_entropy_math import Options, Rows
 
 MOST_CHUNKS = 6  # each chunk reads the weight twice, and reads and writes its gradient in float32
 SMALLEST_PART = 256  # rows of a chunk's quarter that are still worth a matrix product of their own
@@ -82,10 +82,12 @@ def linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows is {chunk_rows}; expected chunk_rows >= 1 or None")
     options = Options.checked(op, ignore_index, label_smoothing, z_loss, softcap)
-    labels = _token_loss.check_rows(op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer)
+    labels = _cross_entropy_math.check_rows(
+        op, leading, vocab, labels, class_weights, token_weights, reduction, normalizer
+    )
 
     static = _Static(options, chunk_rows, bias is not None, class_weights is not None, implementation)
-    scale = _token_loss.scale_of_rows(
+    scale = _cross_entropy_math.scale_of_rows(
         options, labels, class_weights, token_weights, reduction, normalizer, _validate.wide(x.dtype)
     )
     x, labels, scale, weight, bias, class_weights = _agree(static, x, labels, scale, weight, bias, class_weights)
@@ -94,7 +96,7 @@ def linear_cross_entropy(
         loss = scale * rows.loss
     else:
         loss, rows = _total(static, x, weight, bias, scale, labels, class_weights)
-    return (loss, _token_loss.metrics_of_rows(options, rows, labels, scale)) if return_metrics else loss
+    return (loss, _cross_entropy_math.metrics_of_rows(options, rows, labels, scale)) if return_metrics else loss
 
 
 class _Static(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _lowering, _rows, _sharding, _validate
+from pallas_kernels import _pallas, _rows, _sharding, _validate
 from pallas_kernels._rows import Split
 from pallas_kernels._tuning import Blocks
 
@@ -126,12 +126,12 @@ def _rms_norm_forward(
 ):
     """Grid (groups, programs)."""
     columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _lowering.load(weight_ref, (_lowering.program_id(0), columns), in_width, _validate.wide(x_ref.dtype))
+    weight = _pallas.load(weight_ref, (_pallas.program_id(0), columns), in_width, _validate.wide(x_ref.dtype))
 
     def step(nothing, block, values):
         out, inverse_rms = normalise(static, *values, weight, width, x_ref.dtype)
-        _lowering.store(out_ref, block.index, out, block.inside)
-        _lowering.store(inverse_rms_ref, block.rows, inverse_rms, block.in_rows)
+        _pallas.store(out_ref, block.index, out, block.inside)
+        _pallas.store(inverse_rms_ref, block.rows, inverse_rms, block.in_rows)
         return nothing
 
     _rows.walk(step, (), [x_ref], [], rows=rows, width=width, split=split)
@@ -151,19 +151,19 @@ def _rms_norm_backward(
     split: Split,
 ):
     """Grid (groups, programs). Each program leaves one partial sum of dweight."""
-    group, program = _lowering.program_id(0), _lowering.program_id(1)
+    group, program = _pallas.program_id(0), _pallas.program_id(1)
     columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _lowering.load(weight_ref, (group, columns), in_width, _validate.wide(x_ref.dtype))
+    weight = _pallas.load(weight_ref, (group, columns), in_width, _validate.wide(x_ref.dtype))
 
     def step(dweight, block, values):
         x, grad, inverse_rms = values
         dx, dweights = pull_back(static, x, grad, weight, inverse_rms, width)
-        _lowering.store(dx_ref, block.index, dx, block.inside)
+        _pallas.store(dx_ref, block.index, dx, block.inside)
         return dweight + dweights
 
     zeros = jnp.zeros((split.rows, weight.size), weight.dtype)
     dweight = _rows.walk(step, zeros, [x_ref, grad_ref], [inverse_rms_ref], rows=rows, width=width, split=split)
-    _lowering.store(dweight_ref, (group, program, columns), jnp.sum(dweight, axis=0), in_width)
+    _pallas.store(dweight_ref, (group, program, columns), jnp.sum(dweight, axis=0), in_width)
 
 
 def forward_kernel(static: Static, x, weight, *, interpret: bool, blocks: Blocks | None = None):
@@ -183,8 +183,8 @@ def backward_kernel(static: Static, x, grad, weight, inverse_rms, *, interpret: 
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------
 
 
-_forward_local = _lowering.either(forward_kernel, forward_xla)
-_backward_local = _lowering.either(backward_kernel, backward_xla)
+_forward_local = _pallas.either(forward_kernel, forward_xla)
+_backward_local = _pallas.either(backward_kernel, backward_xla)
 
 
 def _forward_op(static: Static) -> _sharding.ParallelOp:

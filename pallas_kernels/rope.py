@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _lowering, _sharding, _tuning, _validate
+from pallas_kernels import _pallas, _sharding, _tuning, _validate
 from pallas_kernels._tuning import Blocks
 
 
@@ -148,15 +148,15 @@ def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _rope(q_ref, k_ref, cos_ref, sin_ref, q_out_ref, k_out_ref, *, static: _Static, half: int, blocks: Blocks):
     """Refs q [tokens N, D], k [tokens K, D], cos and sin [(3,) tokens, D/2]; grid (blocks of q, then blocks of k)."""
     tokens, wide = cos_ref.shape[-2], jnp.promote_types(_validate.wide(q_ref.dtype), cos_ref.dtype)
-    program, blocks_of_q = _lowering.program_id(0), _lowering.cdiv(q_ref.shape[0], blocks.rows)
+    program, blocks_of_q = _pallas.program_id(0), _pallas.cdiv(q_ref.shape[0], blocks.rows)
     frequency = jnp.arange(cos_ref.shape[-1])
 
     def turn(x_ref, out_ref, block):
         rows, first_row = x_ref.shape[0], block * blocks.rows
         row = first_row + jnp.arange(blocks.rows)
         inside = (row < rows)[:, None] & (frequency < half)[None, :]
-        halves = [(_lowering.span(first_row, blocks.rows), _lowering.span(i * half, frequency.size)) for i in range(2)]
-        first, second = (_lowering.load(x_ref, index, inside, wide) for index in halves)
+        halves = [(_pallas.span(first_row, blocks.rows), _pallas.span(i * half, frequency.size)) for i in range(2)]
+        first, second = (_pallas.load(x_ref, index, inside, wide) for index in halves)
 
         angle = (row // (rows // tokens))[:, None], frequency[None, :]
         if static.sections:
@@ -164,16 +164,16 @@ def _rope(q_ref, k_ref, cos_ref, sin_ref, q_out_ref, k_out_ref, *, static: _Stat
             axis = (frequency >= time).astype(jnp.int32) + (frequency >= time + height).astype(jnp.int32)
             angle = axis[None, :], *angle
         angle = tuple(jnp.broadcast_to(index, inside.shape) for index in angle)
-        cos, sin = (_lowering.load(ref, angle, inside, wide) for ref in (cos_ref, sin_ref))
+        cos, sin = (_pallas.load(ref, angle, inside, wide) for ref in (cos_ref, sin_ref))
         sin = static.sign * sin
-        _lowering.store(out_ref, halves[0], first * cos - second * sin, inside)
-        _lowering.store(out_ref, halves[1], second * cos + first * sin, inside)
+        _pallas.store(out_ref, halves[0], first * cos - second * sin, inside)
+        _pallas.store(out_ref, halves[1], second * cos + first * sin, inside)
 
-    @_lowering.when(program < blocks_of_q)
+    @_pallas.when(program < blocks_of_q)
     def _():
         turn(q_ref, q_out_ref, program)
 
-    @_lowering.when(program >= blocks_of_q)
+    @_pallas.when(program >= blocks_of_q)
     def _():
         turn(k_ref, k_out_ref, program - blocks_of_q)
 
@@ -184,11 +184,11 @@ def rotate_kernel(static: _Static, q, k, cos, sin, *, interpret: bool, blocks: B
     rows = [x.size // dim for x in (q, k)]
     blocks = blocks or _tuning.blocks("rope", rows=rows[0], width=dim)
     tables = [table.reshape(*table.shape[:-3], -1, dim // 2) for table in (cos, sin)]
-    q_out, k_out = _lowering.launch(
+    q_out, k_out = _pallas.launch(
         functools.partial(_rope, static=static, half=dim // 2, blocks=blocks),
         (q.reshape(-1, dim), k.reshape(-1, dim), *tables),
         [((rows[0], dim), q.dtype), ((rows[1], dim), k.dtype)],
-        grid=(sum(_lowering.cdiv(n, blocks.rows) for n in rows),),
+        grid=(sum(_pallas.cdiv(n, blocks.rows) for n in rows),),
         num_warps=blocks.num_warps,
         interpret=interpret,
     )
@@ -198,7 +198,7 @@ def rotate_kernel(static: _Static, q, k, cos, sin, *, interpret: bool, blocks: B
 # ---- gradient and mesh: batch, tokens and heads may be sharded -------------------------------------------------------
 
 
-_local = _lowering.either(rotate_kernel, _rotate_xla)
+_local = _pallas.either(rotate_kernel, _rotate_xla)
 
 
 def _op(static: _Static) -> _sharding.ParallelOp:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _token_loss, _token_loss_kernel, _tuning, shapes
+from pallas_kernels import _cross_entropy_kernel, _cross_entropy_math, _tuning, shapes
 
 REPEATS = 5
 PAST_ALL_CACHES = 200_000_000  # bytes
@@ -26,7 +26,7 @@ TEXT, VISION = shapes.TEXT.values(), shapes.VISION
 # the modules: the package exports functions of the same names
 _rms, _add, _layer, _gated, _rope, _thin = (
     importlib.import_module(f"pallas_kernels.{name}")
-    for name in ("rms_norm", "add_rms_norm", "layer_norm", "gated", "rope", "thin_linear")
+    for name in ("rms_norm", "add_rms_norm", "layer_norm", "activations", "rope", "decode_linear")
 )
 _RMS = _rms.Static(eps=1e-6, offset=0.0, casting="llama", implementation="triton")
 _LAYER, _SILU = _layer._Static(1e-6, "triton"), _gated._Static("silu", "triton")
@@ -48,7 +48,7 @@ class Kernel:
 
 
 def _logits(logits, labels, lse=None, cotangent=None, **how):
-    return _token_loss_kernel._launch(_token_loss.Options(), logits, labels, None, lse, cotangent, **how)
+    return _cross_entropy_kernel._launch(_cross_entropy_math.Options(), logits, labels, None, lse, cotangent, **how)
 
 
 def _one_row(op, names, x, beside, weights, **how):

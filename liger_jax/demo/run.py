@@ -14,13 +14,13 @@ import optax
 from liger_jax import Batch, Processor, Qwen2VL, Qwen2VLConfig, TrainState, prepare
 from liger_jax.checkpoint import load_model, save_state
 from liger_jax.config import TextConfig, VisionConfig
+from liger_jax.data.loader import load_batches
 from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.plots import plot_answers, plot_loss
 from liger_jax.demo.tokenizer import train_tokenizer
-from liger_jax.evaluation import answer
-from liger_jax.finetune import METRICS, fit
-from liger_jax.images import VisionSettings
-from liger_jax.loader import load_batches
+from liger_jax.inputs.images import VisionSettings
+from liger_jax.train.evaluation import answer
+from liger_jax.train.finetune import METRICS, fit
 
 # Every batch gets these shapes, tokens and patches of a conversation, so that one program trains on all of them.
 LENGTH, PATCHES = 48, 48

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from liger_jax.processing import default_chat_template
+from liger_jax.inputs.processor import default_chat_template
 
 # In this order at the end of the vocabulary, as in Qwen2-VL's.
 SPECIAL_TOKENS = [

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels as pk
 
 
-class Init:
+class Initializer:
     """Makes weights: a fresh random key for each, normal with the configuration's `initializer_range`."""
 
     def __init__(self, seed: int | jax.Array, dtype, scale: float):
@@ -64,10 +64,12 @@ class Linear(nnx.Module):
     """y = x @ kernel + bias; kernel [*stack, *in_shape, *out_shape], x [..., *in_shape] -> y [..., *out_shape].
 
     Heads are axes of their own, so that a mesh can split them and no activation is ever reshaped. `lora`: what
-    `liger_jax.lora.add_lora` adds to y.
+    `liger_jax.model.lora.add_lora` adds to y.
     """
 
-    def __init__(self, init: Init, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, stack=(), bias: bool):
+    def __init__(
+        self, init: Initializer, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, stack=(), bias: bool
+    ):
         self.kernel = init.normal(*stack, *in_shape, *out_shape)
         self.bias = init.full(0.0, *stack, *out_shape) if bias else None
         self.lora: LoRA | None = nnx.data(None)  # part of the pytree, so that weights can come later
@@ -95,7 +97,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, init: Init, features: int, *, stack=(), eps: float):
+    def __init__(self, init: Initializer, features: int, *, stack=(), eps: float):
         self.weight = init.full(1.0, *stack, features)
         self.eps = eps
 
@@ -104,7 +106,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    def __init__(self, init: Init, features: int, *, stack=()):
+    def __init__(self, init: Initializer, features: int, *, stack=()):
         self.weight = init.full(1.0, *stack, features)
         self.bias = init.full(0.0, *stack, features)
 
@@ -112,10 +114,10 @@ class LayerNorm(nnx.Module):
         return pk.layer_norm(x, self.weight[...], self.bias[...], eps=1e-6)
 
 
-class Table(nnx.Module):
+class Embedding(nnx.Module):
     """One vector a token: weight [vocab, features]. As input embedding it is looked up, as output head multiplied."""
 
-    def __init__(self, init: Init, rows: int, features: int):
+    def __init__(self, init: Initializer, rows: int, features: int):
         self.weight = init.normal(rows, features)
 
 

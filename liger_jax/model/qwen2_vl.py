@@ -11,11 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import pallas_kernels as pk
-from liger_jax.batch import Batch
 from liger_jax.config import Qwen2VLConfig
-from liger_jax.mesh import copy_whole, param_shardings, split_rows
-from liger_jax.model.layers import Init, Table
-from liger_jax.model.scan import PLAIN, Loop
+from liger_jax.inputs.batch import Batch
+from liger_jax.model.layers import Embedding, Initializer
+from liger_jax.model.remat import DEFAULT_EXECUTION, LayerExecution
+from liger_jax.model.sharding import constrain_batch, param_shardings, replicate
 from liger_jax.model.text import LanguageModel
 from liger_jax.model.vision import VisionTower
 
@@ -32,12 +32,12 @@ class Qwen2VL(nnx.Module):
         (1, 64, 320)
     """
 
-    def __init__(self, init: Init, config: Qwen2VLConfig):
+    def __init__(self, init: Initializer, config: Qwen2VLConfig):
         self.config = config
         self.visual = VisionTower(init, config.vision)
         self.language_model = LanguageModel(init, config.text)
         text = config.text
-        self.lm_head = None if config.tie_word_embeddings else Table(init, text.vocab_size, text.hidden_size)
+        self.lm_head = None if config.tie_word_embeddings else Embedding(init, text.vocab_size, text.hidden_size)
 
     @classmethod
     def init(cls, config: Qwen2VLConfig, *, seed: int = 0, dtype="bfloat16", mesh: Mesh | None = None) -> Self:
@@ -47,16 +47,16 @@ class Qwen2VL(nnx.Module):
     @classmethod
     def abstract(cls, config: Qwen2VLConfig, *, dtype="bfloat16") -> Self:
         """The model with `jax.ShapeDtypeStruct` in place of weights: shapes without memory."""
-        return jax.eval_shape(lambda: cls(Init(0, dtype, 1.0), config))
+        return jax.eval_shape(lambda: cls(Initializer(0, dtype, 1.0), config))
 
     @property
     def head(self) -> jax.Array:
         """The output weights [V, H]; of a tied model, the embedding."""
         return (self.lm_head or self.language_model.embed_tokens).weight[...]
 
-    def embed(self, batch: Batch, *, loop: Loop = PLAIN, keep: dict | None = None) -> jax.Array:
+    def embed(self, batch: Batch, *, loop: LayerExecution = DEFAULT_EXECUTION, keep: dict | None = None) -> jax.Array:
         """-> [B, L, H]: the tokens' embeddings, with the vision tower's vectors in the placeholders' columns."""
-        x = split_rows(copy_whole(self.language_model.embed_tokens.weight[...])[batch.input_ids])
+        x = constrain_batch(replicate(self.language_model.embed_tokens.weight[...])[batch.input_ids])
         if batch.vision is not None:
             features = self.visual(batch.vision, loop=loop, keep=keep)
             x = jax.vmap(_place)(x, batch.vision.token_columns, features)
@@ -64,7 +64,9 @@ class Qwen2VL(nnx.Module):
             keep["inputs_embeds"] = x
         return x
 
-    def hidden_states(self, batch: Batch, *, loop: Loop = PLAIN, keep: dict | None = None) -> jax.Array:
+    def hidden_states(
+        self, batch: Batch, *, loop: LayerExecution = DEFAULT_EXECUTION, keep: dict | None = None
+    ) -> jax.Array:
         """-> [B, L, H]: what the output head reads. `loop`: how the layers run."""
         x = self.embed(batch, loop=loop, keep=keep)
         attend = functools.partial(attend_row, pk.find_segments(batch.segment_ids, batch.max_segments))
@@ -104,4 +106,4 @@ def _initialiser(cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Me
     """seed -> a model with random weights; compiled once."""
     shardings = None if mesh is None else param_shardings(cls.abstract(config, dtype=dtype), mesh)
     scale = config.text.initializer_range
-    return jax.jit(lambda seed: cls(Init(seed, dtype, scale), config), out_shardings=shardings)
+    return jax.jit(lambda seed: cls(Initializer(seed, dtype, scale), config), out_shardings=shardings)

@@ -14,15 +14,15 @@ from flax import nnx
 
 import pallas_kernels as pk
 from liger_jax.config import TextConfig
-from liger_jax.model.layers import Init, Linear, RMSNorm, Table, inverse_frequencies
-from liger_jax.model.scan import PLAIN, Loop, scan_layers
+from liger_jax.model.layers import Embedding, Initializer, Linear, RMSNorm, inverse_frequencies
+from liger_jax.model.remat import DEFAULT_EXECUTION, LayerExecution, scan_layers
 
 # attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], whatever else the caller wants back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, init: Init, config: TextConfig, stack):
+    def __init__(self, init: Initializer, config: TextConfig, stack):
         width, heads = (config.hidden_size,), (config.num_attention_heads, config.head_dim)
         kv_heads = (config.num_key_value_heads, config.head_dim)
         self.q_proj = Linear(init, width, heads, stack=stack, bias=True)
@@ -37,7 +37,7 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, init: Init, config: TextConfig, stack):
+    def __init__(self, init: Initializer, config: TextConfig, stack):
         width, wide = (config.hidden_size,), (config.intermediate_size,)
         self.gate_proj = Linear(init, width, wide, stack=stack, bias=False)
         self.up_proj = Linear(init, width, wide, stack=stack, bias=False)
@@ -48,7 +48,7 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, init: Init, config: TextConfig):
+    def __init__(self, init: Initializer, config: TextConfig):
         stack = (config.num_hidden_layers,)
         self.input_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
         self.self_attn = SelfAttention(init, config, stack)
@@ -64,9 +64,9 @@ class DecoderLayer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    def __init__(self, init: Init, config: TextConfig):
+    def __init__(self, init: Initializer, config: TextConfig):
         self.config = config
-        self.embed_tokens = Table(init, config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(init, config.vocab_size, config.hidden_size)
         self.layers = DecoderLayer(init, config)
         self.norm = RMSNorm(init, config.hidden_size, eps=config.rms_norm_eps)
 
@@ -88,7 +88,7 @@ class LanguageModel(nnx.Module):
         position_ids: jax.Array,
         attend: Attend,
         *,
-        loop: Loop = PLAIN,
+        loop: LayerExecution = DEFAULT_EXECUTION,
         keep: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         """x [B, T, H] embeddings -> normed hidden states [B, T, H], and attend's extra results, stacked over layers."""

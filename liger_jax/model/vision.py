@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 import pallas_kernels as pk
-from liger_jax.batch import Vision
 from liger_jax.config import VisionConfig
-from liger_jax.mesh import split_rows
-from liger_jax.model.layers import Init, LayerNorm, Linear, inverse_frequencies
-from liger_jax.model.scan import PLAIN, Loop, scan_layers
+from liger_jax.inputs.batch import Vision
+from liger_jax.model.layers import Initializer, LayerNorm, Linear, inverse_frequencies
+from liger_jax.model.remat import DEFAULT_EXECUTION, LayerExecution, scan_layers
+from liger_jax.model.sharding import constrain_batch
 
 
 class VisionAttention(nnx.Module):
-    def __init__(self, init: Init, config: VisionConfig, stack):
+    def __init__(self, init: Initializer, config: VisionConfig, stack):
         heads, width = (config.num_heads, config.head_dim), (config.embed_dim,)
         self.qkv = Linear(init, width, (3, *heads), stack=stack, bias=True)
         self.proj = Linear(init, heads, width, stack=stack, bias=True)
@@ -29,7 +29,7 @@ class VisionAttention(nnx.Module):
 
 
 class VisionMLP(nnx.Module):
-    def __init__(self, init: Init, config: VisionConfig, stack):
+    def __init__(self, init: Initializer, config: VisionConfig, stack):
         width, wide = (config.embed_dim,), (config.intermediate_size,)
         self.fc1 = Linear(init, width, wide, stack=stack, bias=True)
         self.fc2 = Linear(init, wide, width, stack=stack, bias=True)
@@ -39,7 +39,7 @@ class VisionMLP(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, init: Init, config: VisionConfig):
+    def __init__(self, init: Initializer, config: VisionConfig):
         stack = (config.depth,)
         self.norm1 = LayerNorm(init, config.embed_dim, stack=stack)
         self.attn = VisionAttention(init, config, stack)
@@ -54,7 +54,7 @@ class VisionBlock(nnx.Module):
 class PatchMerger(nnx.Module):
     """Four neighbouring patches become one vector of the text model's width; their rows stand one after the other."""
 
-    def __init__(self, init: Init, config: VisionConfig):
+    def __init__(self, init: Initializer, config: VisionConfig):
         merged = (config.embed_dim * config.merge_unit,)
         self.ln_q = LayerNorm(init, config.embed_dim)
         self.fc1 = Linear(init, merged, merged, bias=True)
@@ -62,12 +62,12 @@ class PatchMerger(nnx.Module):
 
     def __call__(self, x):
         x = self.ln_q(x)
-        x = split_rows(x.reshape(x.shape[0], -1, self.fc1.kernel.shape[0]))
+        x = constrain_batch(x.reshape(x.shape[0], -1, self.fc1.kernel.shape[0]))
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, init: Init, config: VisionConfig):
+    def __init__(self, init: Initializer, config: VisionConfig):
         self.config = config
         self.patch_embed = Linear(init, (config.patch_values,), (config.embed_dim,), bias=False)
         self.blocks = VisionBlock(init, config)
@@ -80,7 +80,9 @@ class VisionTower(nnx.Module):
         angle = angle.reshape(*position_ids.shape[:-1], -1)
         return jnp.cos(angle), jnp.sin(angle)
 
-    def __call__(self, vision: Vision, *, loop: Loop = PLAIN, keep: dict[str, jax.Array] | None = None) -> jax.Array:
+    def __call__(
+        self, vision: Vision, *, loop: LayerExecution = DEFAULT_EXECUTION, keep: dict[str, jax.Array] | None = None
+    ) -> jax.Array:
         """-> features [B, P/4, hidden_size]. `keep`, if given, receives the outputs of all layers."""
         patches = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
         cos, sin = self.rotary(vision.position_ids)

@@ -14,10 +14,10 @@ from convert import from_hf, load_adapter, save_adapter, to_hf, to_hf_state
 from convert.adapter import ADAPTED, ADAPTER, read_adapter_config
 from convert.table import TABLE
 from liger_jax import loss_fn
-from liger_jax.lora import TARGETS, TEXT_TARGETS, add_lora, lora_leaves, lora_of, merge_lora
-from liger_jax.mesh import param_shardings
-from liger_jax.tree import param_paths
-from tests import parity
+from liger_jax.model.lora import TARGETS, TEXT_TARGETS, add_lora, lora_config, lora_leaves, merge_lora
+from liger_jax.model.params import param_paths
+from liger_jax.model.sharding import param_shardings
+from tests._support import parity
 
 PEFT = parity.REFERENCES / "adapter"  # written by PEFT 0.21: make_adapter.py
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -69,7 +69,7 @@ def test_every_adapted_weight_is_in_the_table():
 def test_logits_loss_and_gradients_are_those_of_peft(tmp_path):
     """An adapter of all linear layers that PEFT wrote, on one picture, to 2e-4."""
     model = from_peft()
-    assert lora_of(model) == {"rank": 3, "alpha": 6, "targets": list(TARGETS), "rslora": False}
+    assert lora_config(model) == {"rank": 3, "alpha": 6, "targets": list(TARGETS), "rslora": False}
     batch, tokens, wanted = parity.common(parity.batch("image")), parity.tokens("image"), parity.stored("adapter")
     logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))
     logits = logits[: tokens.shape[0], : tokens.shape[1]]

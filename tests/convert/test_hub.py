@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.convert import hub_layout as hub
+from tests._support import hub_layout as hub
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}  # v1 has a head of its own, main is tied
 

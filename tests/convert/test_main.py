@@ -8,7 +8,7 @@ import pytest
 from convert import from_hf, to_hf_state
 from convert.__main__ import main
 from liger_jax.checkpoint import load_model
-from tests.convert import hub_layout as hub
+from tests._support import hub_layout as hub
 from tests.convert.test_writer import assert_equal
 
 

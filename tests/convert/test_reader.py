@@ -13,9 +13,9 @@ import pytest
 import convert.assemble
 from convert import from_hf
 from liger_jax import Qwen2VL
-from liger_jax.tree import param_paths
-from tests import parity
-from tests.convert import hub_layout as hub
+from liger_jax.model.params import param_paths
+from tests._support import parity
+from tests._support import hub_layout as hub
 
 
 def parameters(model: Qwen2VL) -> dict[str, np.ndarray]:
@@ -113,7 +113,7 @@ def test_mesh(tmp_path):
         import jax, numpy as np
         import convert.assemble
         from convert import from_hf
-        from liger_jax.mesh import param_shardings
+        from liger_jax.model.sharding import param_shardings
         mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
         one = from_hf(sys.argv[1])
         expected = jax.tree.leaves(param_shardings(one, mesh))

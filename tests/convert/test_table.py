@@ -14,8 +14,8 @@ from convert.table import (
     to_parameter,
 )
 from liger_jax import Qwen2VL, Qwen2VLConfig
-from liger_jax.tree import param_paths
-from tests.convert import hub_layout as hub
+from liger_jax.model.params import param_paths
+from tests._support import hub_layout as hub
 
 
 def shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 import convert.writer
 from convert import from_hf, to_hf, to_hf_state
 from liger_jax import Qwen2VL, Qwen2VLConfig
-from liger_jax.tree import param_paths
-from tests import parity
-from tests.convert import hub_layout as hub
+from liger_jax.model.params import param_paths
+from tests._support import parity
+from tests._support import hub_layout as hub
 
 
 @pytest.fixture(scope="module")

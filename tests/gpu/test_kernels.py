@@ -7,8 +7,6 @@ Several processes may share the GPU but for the tests marked "large", which are 
 """
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +15,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import shapes
-
-sys.path.append(str(Path(__file__).parents[1] / "pallas_kernels"))
-from ops import OPS, REAL
+from tests._support.ops import OPS, REAL
 
 
 def has_gpu():

@@ -15,7 +15,7 @@ import pytest
 
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
 from liger_jax.checkpoint import checkpoint_manager, is_model, load_model, restore_state, save_model, save_state
-from liger_jax.tree import param_paths
+from liger_jax.model.params import param_paths
 
 CONFIG = dataclasses.replace(Qwen2VLConfig.tiny(), eos_token_ids=(7, 8), pad_token_id=8)
 
@@ -218,7 +218,7 @@ def test_meshes(tmp_path, model, state):
         import jax, jax.numpy as jnp, numpy as np, optax
         from liger_jax import Qwen2VL, TrainState
         from liger_jax.checkpoint import load_model, restore_state, save_model
-        from liger_jax.mesh import param_shardings
+        from liger_jax.model.sharding import param_shardings
         folder = sys.argv[1]
         mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
         one, four = load_model(folder + "/model"), load_model(folder + "/model", mesh=mesh)

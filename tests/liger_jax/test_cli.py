@@ -14,7 +14,7 @@ from liger_jax import Chat, Processor, Qwen2VL, Qwen2VLConfig
 from liger_jax.checkpoint import load_model, save_model
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
-from liger_jax.options import GenerationOptions
+from liger_jax.generation.options import GenerationOptions
 
 ROOT = Path(__file__).parents[2]
 CALL = "import sys; from liger_jax.cli import main; sys.argv[0] = 'liger-jax'; main()"
@@ -173,7 +173,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(checkpoint, monkeypatch, capsys)
 
 def test_compiled_programs_are_kept(checkpoint, tmp_path):
     """In the user's cache folder, where a second process finds them; in another, or nowhere, if the user says so."""
-    code = "import jax, sys; from liger_jax.cli import keep_compilations; keep_compilations(); print(jax.config.{})"
+    code = "import jax; from liger_jax import runtime; runtime.enable_compilation_cache(); print(jax.config.{})"
 
     def told(setting, **more):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"PYTHONPATH": str(ROOT)}

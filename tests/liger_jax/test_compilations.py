@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from liger_jax import TrainState, decoding, generate, make_train_step, prepare
-from tests import parity
+from liger_jax import TrainState, generate, make_train_step, prepare
+from liger_jax.generation import loop as decoding
+from tests._support import parity
 
 CONFIG = parity.config()
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -109,7 +110,7 @@ def test_sampling():
 def test_fifty_requests():
     """Other lengths, pictures, padding, values of options: of each function at most a program a bucket and batch size."""
     rng = np.random.default_rng(0)
-    functions = ("prefill", "start_of", "cache_of", "begin", "decode")
+    functions = ("prefill", "first_token_logits", "init_cache", "begin", "decode")
     buckets = {function: set() for function in functions} | {"_packed": {parity.model}}
     requests = []
     for _ in range(50):

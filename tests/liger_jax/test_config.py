@@ -7,7 +7,7 @@ import json
 import pytest
 
 from liger_jax import Qwen2VLConfig
-from tests.parity import REFERENCES
+from tests._support.parity import REFERENCES
 
 LAYOUTS = json.loads((REFERENCES / "configs.json").read_text())
 PRESETS = {"2b": Qwen2VLConfig.qwen2_vl_2b(), "7b": Qwen2VLConfig.qwen2_vl_7b()}

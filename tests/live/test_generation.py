@@ -6,9 +6,9 @@ import pytest
 
 from convert import from_hf
 from liger_jax import generate
-from liger_jax.options import GenerationOptions
-from liger_jax.sampling import History, constrain, process_logits
-from tests import parity
+from liger_jax.generation.options import GenerationOptions
+from liger_jax.generation.sampling import History, constrain, process_logits
+from tests._support import parity
 
 pytest.importorskip("torch", reason="needs torch, see the extra `parity`")
 

@@ -8,7 +8,7 @@ from liger_jax import Qwen2VLConfig
 
 pytest.importorskip("torch", reason="needs torch, see the extra `parity`")
 
-from liger_jax.bench import peer_model
+from benchmarks import peer_model
 
 pytestmark = pytest.mark.live
 

@@ -8,8 +8,8 @@ import pytest
 
 from convert import from_hf, to_hf, to_hf_state
 from liger_jax import generate, loss_fn, prepare
-from tests import parity
-from tests.parity import assert_near
+from tests._support import parity
+from tests._support.parity import assert_near
 
 pytest.importorskip("torch", reason="needs torch, see the extra `parity`")
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -15,9 +14,7 @@ from convert import to_hf
 from liger_jax import Qwen2VL
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
-
-sys.path.append(str(Path(__file__).parent))
-from execute import ROOT, execute
+from tests._support.execute_notebook import ROOT, execute
 
 QUICKSTART = ROOT / "notebooks" / "01_quickstart.ipynb"
 

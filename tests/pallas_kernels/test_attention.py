@@ -3,8 +3,6 @@
 import functools
 import importlib
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-
-sys.path.append(str(Path(__file__).parent))
-from lowered import triton_calls
+from tests._support.lowered import triton_calls
 
 module = importlib.import_module("pallas_kernels.attention")
 
@@ -303,7 +299,7 @@ def test_cudnn_refuses(why, sizes, options):
 @pytest.mark.parametrize("capability, kernels", [(9.0, 0), (8.0, 3), (8.9, 3), (7.5, 0)])
 def test_packed_rows_on_other_gpus(capability, kernels, monkeypatch):
     """Before Hopper cuDNN takes no segments: our kernels do, where tensor cores take bfloat16; XLA on older GPUs."""
-    monkeypatch.setattr(module._lowering, "compute_capability", lambda: capability)
+    monkeypatch.setattr(module._pallas, "compute_capability", lambda: capability)
     run = gradients(pk.attention, causal=True, max_segments=4)
     args = shaped(segmented=True)
     assert ("__cudnn" in lowered_for_cuda(run, *args)) == (capability == 9.0)

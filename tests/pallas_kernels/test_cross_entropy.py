@@ -1,8 +1,6 @@
 """cross_entropy against float64 numpy: every option, every edge, the vocabulary of Qwen2-VL."""
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import shapes
-
-sys.path.append(str(Path(__file__).parent))
-from losses import OPTIONS, filled, reference
+from tests._support.losses import OPTIONS, filled, reference
 
 
 @pytest.fixture(params=["xla", "interpret"], autouse=True)

@@ -2,8 +2,6 @@
 
 import functools
 import importlib
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,7 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels import shapes
 from pallas_kernels._tuning import Blocks
-
-sys.path.append(str(Path(__file__).parent))
-from lowered import triton_calls
+from tests._support.lowered import triton_calls
 
 module = importlib.import_module("pallas_kernels.decode_attention")
 kernel, xla = (functools.partial(pk.decode_attention, implementation=how) for how in ("interpret", "xla"))

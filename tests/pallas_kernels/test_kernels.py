@@ -3,8 +3,6 @@
 import functools
 import json
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-from pallas_kernels import _lowering, _rows, _token_loss, _token_loss_kernel, _tuning, tune
-
-sys.path.append(str(Path(__file__).parent))
-from lowered import triton_calls
-from ops import OPS, REAL, SECTIONS, close, random_like
+from pallas_kernels import _cross_entropy_kernel, _cross_entropy_math, _pallas, _rows, _tuning, tune
+from tests._support.lowered import triton_calls
+from tests._support.ops import OPS, REAL, SECTIONS, close, random_like
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -74,12 +70,12 @@ def test_first_largest_logit_across_tiles(label):
     blocks = _tuning.Blocks(rows=2, num_warps=4, programs=2, columns=8)
     logits = jnp.zeros((4, 100)).at[:, label].set(3.0).at[1, max(label - 1, 0)].set(3.0).at[2, 99].set(3.0)
     logits = logits.at[3, 50].set(4.0)
-    labels, options = jnp.full(4, label), _token_loss.Options()
-    launch = functools.partial(_token_loss_kernel._launch, options, interpret=True, blocks=blocks)
+    labels, options = jnp.full(4, label), _cross_entropy_math.Options()
+    launch = functools.partial(_cross_entropy_kernel._launch, options, interpret=True, blocks=blocks)
     found, gradient = jax.jit(lambda x: launch(x, labels, None, None, jnp.ones(4)))(logits)
-    want = _token_loss.statistics_xla(options, logits, labels, None)
+    want = _cross_entropy_math.statistics_xla(options, logits, labels, None)
     close(found, want)
-    close(gradient, _token_loss.gradient_xla(options, logits, labels, None, want.lse, jnp.ones(4)))
+    close(gradient, _cross_entropy_math.gradient_xla(options, logits, labels, None, want.lse, jnp.ones(4)))
 
 
 def test_exact_gelu_keeps_float32():
@@ -231,7 +227,7 @@ def test_lowers_at_odd_widths(name, dtype):
 
 
 def test_none_takes_the_kernels_of_norms_and_losses_on_a_gpu():
-    """And XLA's gates and rotations, which fuse with their neighbours: measured in the model, see gated.py and rope.py."""
+    """And XLA's gates and rotations, which fuse with their neighbours: measured in the model, see activations.py and rope.py."""
     for name, kernels in {"rms_norm": 1, "layer_norm": 1, "cross_entropy": 1, "swiglu": 0, "mrope": 0}.items():
         op = OPS[name]
         assert triton_calls(op.run, *op.make((2, 4), 128, "bfloat16")) == kernels
@@ -242,7 +238,7 @@ def test_cpu_program_has_no_kernel(name):
     """The same call lowered for a CPU is plain XLA; asking for the kernel by name there raises."""
     op = OPS[name]
     args = op.make((2, 4), 32)
-    assert _lowering.TRITON_CALL not in jax.jit(op.run).lower(*args).as_text()
+    assert _pallas.TRITON_CALL not in jax.jit(op.run).lower(*args).as_text()
     with pytest.raises(ValueError, match="interpret"):
         jax.jit(functools.partial(op.run, implementation="triton")).lower(*args)
 
@@ -282,9 +278,9 @@ def test_shipped_block_sizes_are_readable():
 
 def test_without_the_triton_backend(monkeypatch):
     """Where JAX has dropped it, None is XLA's and a kernel asked for by name says why it cannot run."""
-    monkeypatch.setattr(_lowering, "plgpu", None)
+    monkeypatch.setattr(_pallas, "plgpu", None)
     x, weight = jnp.ones((2, 8)), jnp.ones(8)
     text = jax.jit(pk.rms_norm).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
-    assert _lowering.TRITON_CALL not in text
+    assert _pallas.TRITON_CALL not in text
     with pytest.raises(NotImplementedError, match="has no Triton backend"):
         pk.rms_norm(x, weight, implementation="triton")

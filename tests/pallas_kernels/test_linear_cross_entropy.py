@@ -3,8 +3,6 @@
 import functools
 import importlib
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-
-sys.path.append(str(Path(__file__).parent))
-from losses import OPTIONS, filled, reference
+from tests._support.losses import OPTIONS, filled, reference
 
 linear = importlib.import_module("pallas_kernels.linear_cross_entropy")  # the module, not the function
 

@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-from pallas_kernels import _lowering
+from pallas_kernels import _pallas
 
 kernel = functools.partial(pk.rms_norm, implementation="interpret")
 xla = functools.partial(pk.rms_norm, implementation="xla")
@@ -107,4 +107,4 @@ def test_lowers_inside_a_checked_shard_map():
 
     x, weight = ((64, 100), jnp.bfloat16), ((100,), jnp.bfloat16)
     text = lowered_for_cuda(pk.rms_norm, x, weight, x, mesh_shape=(4,), wrap=wrap)
-    assert text.count(_lowering.TRITON_CALL) == 2
+    assert text.count(_pallas.TRITON_CALL) == 2

@@ -1,0 +1,135 @@
+"""A training step and generation by transformers, with or without Liger's kernels: the peer of `benchmarks.model`.
+
+python -m benchmarks.peer_model write 2b FOLDER           # a checkpoint with random weights, as the hub has it
+python -m benchmarks.peer_model train FOLDER 4 --liger    # prints a line of JSON for each number of rows
+python -m benchmarks.peer_model generate FOLDER 1 16 --cache static
+"""
+
+import argparse
+import json
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks import work
+from liger_jax import Qwen2VLConfig
+
+try:
+    import torch
+    import transformers
+except ModuleNotFoundError:  # the module can be imported without, to read what it has
+    torch = None
+
+GIB = 2**30
+
+
+def write(size: str, directory: str) -> None:
+    """A Qwen2-VL of real size with random weights, in sharded safetensors."""
+    preset = getattr(Qwen2VLConfig, f"qwen2_vl_{size}")()
+    config = transformers.Qwen2VLConfig.from_dict(preset.to_hf())
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    ends = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
+    model.generation_config = transformers.GenerationConfig(**ends)
+    model.save_pretrained(directory, max_shard_size="4GB")
+
+
+def inputs(config: dict, rows: int) -> dict:
+    arrays = {name: torch.from_numpy(value).cuda() for name, value in work.rows(config, rows).items()}
+    arrays["pixel_values"] = arrays["pixel_values"].bfloat16()
+    arrays["mm_token_type_ids"] = (arrays["input_ids"] == config["image_token_id"]).int()
+    return arrays
+
+
+def train(model, arrays) -> dict:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work.LEARNING_RATE, weight_decay=1e-4, fused=True)
+    model.train()
+    seconds, losses = [], []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(work.WARM + work.TIMED):
+        start = time.perf_counter()
+        loss = model(**arrays).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    step_s = sorted(seconds[work.WARM :])[work.TIMED // 2]
+    return {
+        "step_ms": step_s * 1e3,
+        "tokens_per_s": arrays["input_ids"].numel() / step_s,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "losses": losses[:3],
+    }
+
+
+def generate(model, arrays, cache: str) -> dict:
+    model.eval()
+    arrays = {name: value for name, value in arrays.items() if name != "labels"}
+    options = {"do_sample": False, "cache_implementation": "static"} if cache == "static" else {"do_sample": False}
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            model.generate(**arrays, **options, max_new_tokens=count, min_new_tokens=count)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        seconds(work.NEW_TOKENS), seconds(1)
+    prefill, whole = seconds(1), seconds(work.NEW_TOKENS)
+    return {"prefill_ms": prefill * 1e3, "ms_per_token": (whole - prefill) / (work.NEW_TOKENS - 1) * 1e3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    command = commands.add_parser("write")
+    command.add_argument("size", choices=("2b", "7b"))
+    command.add_argument("checkpoint")
+    for what in ("train", "generate"):
+        command = commands.add_parser(what)
+        command.add_argument("checkpoint")
+        command.add_argument("rows", type=int, nargs="+")
+        command.add_argument("--liger", action="store_true")
+        command.add_argument("--checkpointing", action="store_true", help="layers are computed again, in training")
+        command.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
+    args = parser.parse_args()
+    if torch is None:
+        sys.exit("benchmarks.peer_model: torch is not installed")
+    if args.what == "write":
+        return write(args.size, args.checkpoint)
+
+    config = json.loads((Path(args.checkpoint) / "config.json").read_text())
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if args.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl
+
+        apply_liger_kernel_to_qwen2_vl()
+        versions["liger-kernel"] = metadata.version("liger-kernel")
+    common = {
+        "package": "transformers + Liger" if args.liger else "transformers",
+        "model": Path(args.checkpoint).name,
+        "device": torch.cuda.get_device_name(),
+        "versions": versions,
+        "what": args.what,
+    }
+    options = {"remat": "full" if args.checkpointing else "none"} if args.what == "train" else {"cache": args.cache}
+    loaded = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, **loaded)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for rows in args.rows:
+        arrays = inputs(config, rows)
+        try:
+            result = train(model, arrays) if args.what == "train" else generate(model, arrays, args.cache)
+        except torch.OutOfMemoryError as error:
+            result = {"error": str(error).split(". ")[0]}
+        print(json.dumps({**common, "rows": rows, **options, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

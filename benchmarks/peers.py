@@ -1,0 +1,337 @@
+"""The cases of `liger-jax bench ops` on torch: Liger-Kernel, torch eager and compiled, cut-cross-entropy.
+
+python -m benchmarks.peers [CASE ...]        # prints a line of JSON for each case, as soon as it is measured
+
+Kernel times, as in `ops`. Every run gets copies of its inputs, made before the clock starts, since some of these functions
+overwrite them. Values are compared with the same formula in float32.
+"""
+
+import functools
+import gc
+import json
+import sys
+from collections.abc import Callable
+
+from benchmarks import cases, ops
+from benchmarks.cases import EPS, Case
+
+try:
+    import torch
+    import torch.nn.functional as F
+except ModuleNotFoundError:  # the module can be imported without, to read what it has
+    torch = None
+
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+
+
+# ---- torch's own; arrays are [B, T, N, D] and the heads looked at second, as in transformers --------------------------
+
+
+def rms_norm(x, weight):
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
+def add_rms_norm(x, residual, weight):
+    total = x + residual
+    return rms_norm(total, weight), total
+
+
+def layer_norm(x, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def rope(q, k, cos, sin):
+    def rotated(x):
+        x = x.transpose(1, 2)
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]).transpose(1, 2)
+
+    return rotated(q), rotated(k)
+
+
+def mrope(q, k, cos, sin, sections):
+    def chosen(tables):
+        parts = tables.split([*sections, *sections], dim=-1)
+        return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+    return rope(q, k, chosen(cos), chosen(sin))
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def geglu(gate, up):
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def cross_entropy(logits, labels):
+    return F.cross_entropy(logits.float(), labels)
+
+
+def linear_cross_entropy(x, weight, labels):
+    return cross_entropy(x @ weight.t(), labels)
+
+
+def attention(q, k, v, *, causal=False, lengths=None, backend="CUDNN_ATTENTION", **_):
+    """Images of one size all at once, others one after another, as transformers does it."""
+
+    def images(x):
+        if len(set(lengths or ())) > 1:
+            return x.split(lengths, dim=1)
+        return [x.reshape(-1, lengths[0], *x.shape[2:]) if lengths else x]
+
+    attend = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+    with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+        parts = [attend(*(x.transpose(1, 2) for x in qkv)) for qkv in zip(*map(images, (q, k, v)), strict=True)]
+    parts = [part.transpose(1, 2) for part in parts]
+    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).reshape(q.shape)
+
+
+_OF_TORCH = (rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu)
+FORMULAS = {f.__name__: f for f in (*_OF_TORCH, cross_entropy, linear_cross_entropy, attention)}
+LOSSES = ("cross_entropy", "linear_cross_entropy")
+REFERENCES = FORMULAS | {"attention": functools.partial(attention, backend="MATH")}
+
+
+# ---- other packages, imported when called: what is missing is the error of its cases -------------------------------------
+
+
+def liger_rms_norm(x, weight):
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False)
+
+
+def liger_add_rms_norm(x, residual, weight):
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, EPS, 0.0, "llama", False)
+
+
+def liger_layer_norm(x, weight, bias):
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return LigerLayerNormFunction.apply(x, weight, bias, EPS)
+
+
+def liger_rope(q, k, cos, sin):
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    rotated = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return tuple(x.transpose(1, 2) for x in rotated)
+
+
+def liger_mrope(q, k, cos, sin, sections):
+    from liger_kernel.ops.qwen2vl_mrope import LigerQwen2VLMRopeFunction
+
+    rotated = LigerQwen2VLMRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin, list(sections))
+    return tuple(x.transpose(1, 2) for x in rotated)
+
+
+def liger_swiglu(gate, up):
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return LigerSiLUMulFunction.apply(gate, up)
+
+
+def liger_geglu(gate, up):
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+
+    return LigerGELUMulFunction.apply(gate, up)
+
+
+def liger_cross_entropy(logits, labels):
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    return LigerCrossEntropyFunction.apply(logits, labels, None)[0]
+
+
+def liger_linear_cross_entropy(x, weight, labels, accumulate=None):
+    """`accumulate`: the name of the dtype that the gradient of the weight is summed in; None for the weight's own."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    # x, weight, labels, bias, class weights, ignore_index, z-loss, smoothing, reduction, softcap, return_z_loss, accum_dtype
+    plain = (None, None, -100, 0.0, 0.0, "mean", None, False)
+    dtype = accumulate and getattr(torch, accumulate)
+    return LigerFusedLinearCrossEntropyFunction.apply(x, weight, labels, *plain, dtype)[0]
+
+
+def cut_cross_entropy(x, weight, labels):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x, weight, labels)
+
+
+OTHERS = {
+    "rms_norm": {"liger": liger_rms_norm},
+    "add_rms_norm": {"liger": liger_add_rms_norm},
+    "layer_norm": {"liger": liger_layer_norm},
+    "rope": {"liger": liger_rope},
+    "mrope": {"liger": liger_mrope},
+    "swiglu": {"liger": liger_swiglu},
+    "geglu": {"liger": liger_geglu},
+    "cross_entropy": {"liger": liger_cross_entropy},
+    "linear_cross_entropy": {
+        "liger": liger_linear_cross_entropy,
+        "liger, float32 sums": functools.partial(liger_linear_cross_entropy, accumulate="float32"),
+        "cut-cross-entropy": cut_cross_entropy,
+    },
+}
+
+
+def peers(case: Case) -> dict[str, Callable]:
+    """Name -> f(**arrays, **constants), of everything that computes this case on torch."""
+    formula = FORMULAS[case.op]
+    if case.op == "attention":
+        own = {"cudnn in torch": formula}
+    else:
+        own = {"torch": formula, "torch.compile": torch.compile(formula, dynamic=False)}
+    found = OTHERS.get(case.op, {}) | own
+    return {name: functools.partial(f, **case.options) for name, f in found.items() if name not in case.without}
+
+
+# ---- inputs and values -------------------------------------------------------------------------------------------------
+
+
+def inputs(case: Case, device: str) -> tuple[dict, dict]:
+    """-> arrays, and constants as transformers has them: int64 labels, tables of whole heads in bfloat16."""
+    generator = torch.Generator(device).manual_seed(case.seed)
+
+    def draw(normal):
+        numbers = torch.randn(normal.shape, generator=generator, device=device)
+        return numbers.mul_(normal.scale).add_(normal.mean).bfloat16()
+
+    def constant(value):
+        tensor = torch.from_numpy(value).to(device)
+        return torch.cat([tensor, tensor], dim=-1).bfloat16() if tensor.is_floating_point() else tensor.long()
+
+    arrays = {name: draw(normal) for name, normal in case.arrays.items()}
+    return arrays, {name: constant(value) for name, value in case.constants().items()}
+
+
+def _tuple(results) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def both(function: Callable, arrays: dict, constants: dict, cotangents: tuple | None) -> dict:
+    """-> results and gradients by name."""
+    out = _tuple(function(**arrays, **constants))
+    gradients = torch.autograd.grad(out, list(arrays.values()), cotangents)
+    names = ["out"] if len(out) == 1 else [f"out{i}" for i in range(len(out))]
+    named = dict(zip(names, out, strict=True)) | dict(zip((f"d{name}" for name in arrays), gradients, strict=True))
+    return {name: value.detach() for name, value in named.items()}
+
+
+def reference(case: Case, arrays: dict, constants: dict, cotangents: tuple | None) -> dict:
+    """Results and gradients of the formula in float32, for the same rounded inputs."""
+    function = functools.partial(REFERENCES[case.op], **case.options)
+    constants = {name: value.float() if value.is_floating_point() else value for name, value in constants.items()}
+    wide = {name: value.float().requires_grad_() for name, value in arrays.items()}
+    return both(function, wide, constants, cotangents and tuple(c.float() for c in cotangents))
+
+
+def errors(found: dict, expected: dict) -> dict[str, float]:
+    """|found - expected| / |expected| of every result and gradient."""
+    distances = {name: (found[name].float() - e).norm() / e.norm() for name, e in expected.items()}
+    return {name: float(f"{value.item():.2e}") for name, value in distances.items()}
+
+
+# ---- measurement -------------------------------------------------------------------------------------------------------
+
+
+def kernel_us(calls: list[Callable]) -> list[float]:
+    """Summed time of the kernels of each call, in microseconds; their mean, once, if they are not of the same kernels."""
+    torch.cuda.synchronize()  # what came before, the copies, does not count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [e for e in profile.events() if e.device_type == on_device and not e.is_user_annotation]
+    us = [event.time_range.elapsed_us() for event in sorted(events, key=lambda event: event.time_range.start)]
+    if not us:
+        raise RuntimeError("the profiler saw no kernel")
+    each, rest = divmod(len(us), len(calls))
+    return [sum(us) / len(calls)] if rest else [sum(us[i : i + each]) for i in range(0, len(us), each)]
+
+
+def measure_one(case: Case, function: Callable, arrays: dict, constants: dict, cotangents, expected: dict) -> dict:
+    """-> {"forward_us", "both_us", "errors", "temp_bytes"} of one implementation."""
+
+    @torch.no_grad()
+    def forward(arrays):
+        function(**arrays, **constants)
+
+    def forward_and_backward(arrays, cotangents):
+        return both(function, arrays, constants, cotangents)
+
+    def fresh(tensors, gradient=False):
+        return {name: tensor.clone().requires_grad_(gradient) for name, tensor in tensors.items()}
+
+    def fresh_both():
+        return fresh(arrays, gradient=True), cotangents and tuple(c.clone() for c in cotangents)
+
+    forward(fresh(arrays))  # compiles, and tunes itself
+    copies = [fresh(arrays) for _ in range(ops.REPEATS)]
+    result = {"forward_us": ops.spread(kernel_us([functools.partial(forward, copy) for copy in copies]))}
+    del copies
+    forward_and_backward(*fresh_both())
+
+    copy = fresh_both()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    values = forward_and_backward(*copy)
+    above = torch.cuda.max_memory_allocated() - before
+    found_errors = errors(values, expected)
+    if case.op == "linear_cross_entropy":
+        result["temp_bytes"] = max(0, above - sum(value.nbytes for value in values.values()))
+    del copy, values
+
+    copies = [fresh_both() for _ in range(ops.REPEATS)]
+    calls = [functools.partial(forward_and_backward, *copy) for copy in copies]
+    return result | {"both_us": ops.spread(kernel_us(calls)), "errors": found_errors}
+
+
+def measure(case: Case, device: str = "cuda") -> dict[str, dict]:
+    """-> for each peer what `measure_one` finds, or {"error"}."""
+    arrays, constants = inputs(case, device)
+    cotangents = None  # of a loss they are 1
+    if case.op not in LOSSES:
+        torch.manual_seed(case.seed)
+        with torch.no_grad():
+            results = _tuple(REFERENCES[case.op](**arrays, **constants, **case.options))
+        cotangents = tuple(torch.randn(out.shape, device=device).bfloat16() for out in results)
+        del results
+    expected = reference(case, arrays, constants, cotangents)
+    found = {}
+    for name, function in peers(case).items():
+        torch._dynamo.reset()  # each shape gets a program of its own
+        try:
+            found[name] = measure_one(case, function, arrays, constants, cotangents, expected)
+        except Exception as error:  # whatever one peer cannot do, the others are measured
+            found[name] = {"error": ops.first_line(error)}
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def main(names: list[str]) -> None:
+    if torch is None or not torch.cuda.is_available():
+        sys.exit("benchmarks.peers: torch sees no GPU")
+    versions = ops.versions_of(PACKAGES)
+    for case in cases.choose(names, [case for case in cases.CASES if not case.in_turns]):
+        told = {"case": case.name, "device": torch.cuda.get_device_name(), "versions": versions}
+        try:
+            told["results"] = measure(case)
+        except Exception as error:  # of the reference
+            told["results"] = {"torch": {"error": ops.first_line(error)}}
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Conversation files become a stream of batches."""

@@ -1,0 +1,1 @@
+"""Host side, in numpy: messages and images become one Batch."""

@@ -1,0 +1,373 @@
+"""`prepare`: what fits is put into buckets without losing a number; what does not fit is refused by name."""
+
+import jax
+import numpy as np
+import pytest
+
+from liger_jax import prepare
+from liger_jax.inputs.batch import bucket
+from tests._support import parity
+
+CONFIG = parity.config()
+IMAGE, VIDEO = CONFIG.image_token_id, CONFIG.video_token_id
+PATCH_VALUES = 1176
+
+
+def row(*parts):
+    """Token ids from numbers (as they are) and tuples (placeholder, count)."""
+    return [token for part in parts for token in ([part[0]] * part[1] if isinstance(part, tuple) else [part])]
+
+
+def pixels(*grids, seed=0):
+    count = sum(int(np.prod(grid)) for grid in grids)
+    return np.random.default_rng(seed).normal(size=(count, PATCH_VALUES)).astype(np.float32)
+
+
+def two_rows():
+    """A row with two images (1 and 4 tokens) beside one with another (2 tokens)."""
+    grids = [[1, 2, 2], [1, 4, 4], [1, 2, 4]]
+    return {
+        "input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 4), 7), row(5, (IMAGE, 2), 6, 7, 8, 9, 10)]),
+        "image_grid_thw": np.array(grids),
+        "pixel_values": pixels(*grids),
+    }
+
+
+def one_video():
+    return {
+        "input_ids": np.array([row(5, (VIDEO, 2), 6)]),
+        "video_grid_thw": np.array([[2, 2, 2]]),
+        "pixel_values_videos": pixels([2, 2, 2]),
+    }
+
+
+# ---- what comes out
+
+
+@pytest.mark.parametrize(("smallest", "top"), [(1, 300), (64, 5000)])
+def test_buckets(smallest, top):
+    """Never too small, at most a quarter of padding from 4 units on, and few: four sizes an octave."""
+    sizes = [bucket(n, smallest) for n in range(1, top)]
+    assert all(size >= n and size % smallest == 0 for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.25 * n + smallest for n, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    octave = [size for size in set(sizes) if 8 * smallest < size <= 16 * smallest]
+    assert len(octave) == 4
+
+
+def test_shapes_and_dtypes():
+    batch = prepare(CONFIG, **two_rows(), labels=two_rows()["input_ids"])
+    assert batch.shape == batch.labels.shape == batch.segment_ids.shape == (2, 64)
+    assert batch.position_ids.shape == (2, 3, 64)
+    patches = batch.vision.pixel_values.shape[1]
+    assert patches == 64
+    assert batch.vision.pixel_values.shape == (2, patches, PATCH_VALUES)
+    assert batch.vision.position_ids.shape == (2, patches, 2)
+    assert batch.vision.token_columns.shape == (2, patches // 4)
+    arrays = jax.tree.leaves(batch)
+    assert {array.dtype.name for array in arrays} == {"int32", "float32"}
+    assert sum(array.dtype == np.float32 for array in arrays) == 1
+
+
+def one_image(*grid, before=(5,), after=(7,)):
+    ids = row(*before, (IMAGE, int(np.prod(grid)) // 4), *after)
+    return {"input_ids": np.array([ids]), "image_grid_thw": np.array([grid]), "pixel_values": pixels(grid)}
+
+
+def test_bucket_hides_the_sizes():
+    """Other images and lengths in the same bucket have the same shapes and static fields: one program serves them."""
+    first = prepare(CONFIG, **one_image(1, 4, 4))
+    second = prepare(CONFIG, **one_image(1, 4, 6, before=range(20), after=range(30)))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert [a.shape for a in jax.tree.leaves(first)] == [a.shape for a in jax.tree.leaves(second)]
+
+
+def test_patches_stay_with_their_row():
+    """Pixels of a row's images stand in that row, in order, one segment each; the rest is empty and belongs nowhere."""
+    arrays = two_rows()
+    vision = prepare(CONFIG, **arrays).vision
+    np.testing.assert_array_equal(vision.pixel_values[0, :20], arrays["pixel_values"][:20])
+    np.testing.assert_array_equal(vision.pixel_values[1, :8], arrays["pixel_values"][20:])
+    assert not vision.pixel_values[0, 20:].any()
+    assert not vision.pixel_values[1, 8:].any()
+    assert vision.segment_ids[0, :20].tolist() == [1] * 4 + [2] * 16
+    assert vision.segment_ids[1, :8].tolist() == [1] * 8
+    assert not vision.segment_ids[0, 20:].any()
+    assert not vision.segment_ids[1, 8:].any()
+    assert vision.token_columns[0, :5].tolist() == [1, 3, 4, 5, 6]
+    assert vision.token_columns[1, :2].tolist() == [1, 2]
+    assert vision.token_columns[0, 5:].min() >= 64
+    assert vision.token_columns[1, 2:].min() >= 64
+    assert len(set(vision.token_columns[0].tolist())) == len(vision.token_columns[0])
+    assert vision.max_segments >= 2
+
+
+def test_images_and_videos_of_a_row_in_order_of_appearance():
+    """Each kind has its own pixel array; in the row they stand as in the text. A video has a segment for each frame."""
+    arrays = {
+        "input_ids": np.array([row(5, (IMAGE, 1), 6, (VIDEO, 2), 7, (IMAGE, 2), 8)]),
+        "image_grid_thw": np.array([[1, 2, 2], [1, 4, 2]]),
+        "pixel_values": pixels([1, 2, 2], [1, 4, 2]),
+        "video_grid_thw": np.array([[2, 2, 2]]),
+        "pixel_values_videos": pixels([2, 2, 2], seed=1),
+    }
+    vision = prepare(CONFIG, **arrays).vision
+    images, video = arrays["pixel_values"], arrays["pixel_values_videos"]
+    np.testing.assert_array_equal(vision.pixel_values[0, :20], np.concatenate([images[:4], video, images[4:]]))
+    assert vision.segment_ids[0, :20].tolist() == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 8
+    assert vision.token_columns[0, :5].tolist() == [1, 3, 4, 6, 7]
+
+
+def test_text_rows_beside_image_rows():
+    arrays = two_rows()
+    arrays["input_ids"] = np.concatenate([np.full((1, 8), 9), arrays["input_ids"]])
+    batch = prepare(CONFIG, **arrays)
+    assert not batch.vision.segment_ids[0].any()
+    assert batch.vision.token_columns[0].min() >= 64
+    assert batch.position_ids[0, :, :8].tolist() == [list(range(8))] * 3
+
+
+def test_text_only_has_no_vision():
+    assert prepare(CONFIG, input_ids=np.array([[5, 6]])).vision is None
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0]])
+def test_any_padding_side(mask):
+    """Tokens stay in their columns; padding has segment and position 0, wherever it stands."""
+    ids = np.array([[5, 6, 7, 8, 9]])
+    batch = prepare(CONFIG, input_ids=ids, attention_mask=np.array([mask]))
+    assert batch.input_ids[0, :5].tolist() == ids[0].tolist()
+    assert batch.segment_ids[0].tolist() == mask + [0] * 59
+    expected = np.where(mask, np.cumsum(mask) - 1, 0)
+    assert batch.position_ids[0, :, :5].tolist() == [expected.tolist()] * 3
+
+
+def test_placeholders_under_padding_are_no_placeholders():
+    ids = np.array([row((IMAGE, 3), 5, 6)])
+    assert prepare(CONFIG, input_ids=ids, attention_mask=np.array([[0, 0, 0, 1, 1]])).vision is None
+
+
+def test_packed_rows():
+    """Sequences are numbered from 1 whatever the caller calls them; images belong to the sequence they stand in."""
+    arrays = {
+        "input_ids": np.array([row(5, (IMAGE, 1), 6, 7, 8, (IMAGE, 2), 9)]),
+        "image_grid_thw": np.array([[1, 2, 2], [1, 2, 4]]),
+        "pixel_values": pixels([1, 2, 2], [1, 2, 4]),
+        "segment_ids": np.array([[7] * 3 + [3] * 5]),
+    }
+    batch = prepare(CONFIG, **arrays)
+    assert batch.segment_ids[0, :8].tolist() == [1] * 3 + [2] * 5
+    assert batch.position_ids[0, 0, :8].tolist() == [0, 1, 2, 0, 1, 2, 2, 4]
+    assert batch.max_segments == 2
+
+
+def test_given_positions_are_used():
+    positions = np.arange(6).reshape(3, 1, 2)
+    assert prepare(CONFIG, input_ids=np.array([[5, 6]]), position_ids=positions).position_ids[0, :, :2].tolist() == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+    ]
+
+
+def test_length_and_patches_on_demand():
+    """For runs whose batches shall all have one shape."""
+    batch = prepare(CONFIG, **two_rows(), length=100, patches=32)
+    assert batch.shape == (2, 100)
+    assert batch.vision.pixel_values.shape == (2, 32, PATCH_VALUES)
+    assert batch.vision.token_columns[0, 5:].min() >= 100
+    text = prepare(CONFIG, input_ids=np.array([[5, 6]]), patches=32)
+    assert text.vision.pixel_values.shape == (1, 32, PATCH_VALUES)
+
+
+def test_pad_rows():
+    """Empty rows belong to no sequence, train nothing and receive no picture."""
+    batch = prepare(CONFIG, **two_rows(), labels=two_rows()["input_ids"])
+    padded = batch.pad_rows(4)
+    assert jax.tree.map(lambda a: a[:2].tolist(), padded) == jax.tree.map(lambda a: a.tolist(), batch)
+    assert padded.shape == (4, 64)
+    assert not padded.segment_ids[2:].any()
+    assert (padded.labels[2:] == -100).all()
+    assert not padded.vision.segment_ids[2:].any()
+    assert padded.vision.token_columns[2:].min() >= 64
+    assert batch.pad_rows(2) is batch
+
+
+def test_a_batch_is_a_pytree():
+    """Goes through jit as it is, static fields apart."""
+    batch = prepare(CONFIG, **two_rows())
+    again = jax.jit(lambda b: b)(batch)
+    assert again.shape == batch.shape
+    np.testing.assert_array_equal(again.vision.pixel_values, batch.vision.pixel_values)
+
+
+def test_integers_of_any_width_and_masks_of_bools():
+    arrays = two_rows()
+    narrow = {**arrays, "input_ids": arrays["input_ids"].astype(np.uint8), "attention_mask": np.ones((2, 8), bool)}
+    expected, found = prepare(CONFIG, **arrays), prepare(CONFIG, **narrow)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_tokens_types_of_the_processor_are_checked():
+    arrays = two_rows()
+    types = (arrays["input_ids"] == IMAGE).astype(int)
+    prepare(CONFIG, **arrays, mm_token_type_ids=types)
+    with pytest.raises(ValueError, match=r"mm_token_type_ids\[0, 1\] is 2"):
+        prepare(CONFIG, **arrays, mm_token_type_ids=2 * types)
+
+
+# ---- what is refused
+
+TEXT = {"input_ids": np.array([[5, 6, 7]])}
+BAD = {
+    # placeholders against features, row by row: the totals may well agree
+    "one placeholder too few": (
+        two_rows()
+        | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 3), 7, 8), row(5, (IMAGE, 2), 6, 7, 8, 9, 10)])},
+        r"Row 0: image 1 .*4 tokens.* end after 3",
+    ),
+    "one placeholder too many": (
+        two_rows() | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 4), 7), row(5, (IMAGE, 3), 6, 7, 8, 9)])},
+        r"Row 1.*image 3.*describes only 3",
+    ),
+    "placeholders in the wrong row": (
+        two_rows() | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 2), 7, 8, 9), row(5, (IMAGE, 4), 6, 7, 8)])},
+        r"Row 0: image 1 .*4 tokens.* end after 2",
+    ),
+    "an image split by text": (
+        one_image(1, 4, 4) | {"input_ids": np.array([row(5, (IMAGE, 2), 6, (IMAGE, 2), 7)])},
+        r"Row 0: image 0 .*4 tokens.* end after 2",
+    ),
+    "one grid too many": (
+        one_image(1, 4, 4) | {"image_grid_thw": np.array([[1, 4, 4]] * 2), "pixel_values": pixels(*[[1, 4, 4]] * 2)},
+        r"image_grid_thw describes 2 images.* 1",
+    ),
+    "placeholders without pictures": (
+        {"input_ids": np.array([row(5, (IMAGE, 1), 6)])},
+        r"Row 0.*image 0.*describes only 0",
+    ),
+    "images in place of videos": (
+        {
+            "input_ids": one_video()["input_ids"],
+            "image_grid_thw": one_video()["video_grid_thw"],
+            "pixel_values": one_video()["pixel_values_videos"],
+        },
+        r"Row 0.*video 0.*video_grid_thw describes only 0",
+    ),
+    "videos in place of images": (
+        {
+            "input_ids": one_image(1, 4, 4)["input_ids"],
+            "video_grid_thw": one_image(1, 4, 4)["image_grid_thw"],
+            "pixel_values_videos": one_image(1, 4, 4)["pixel_values"],
+        },
+        r"Row 0.*image 0.*image_grid_thw describes only 0",
+    ),
+    # pixels against grids
+    "patch rows": (
+        one_image(1, 4, 4) | {"pixel_values": pixels([1, 4, 4])[:-1]},
+        r"pixel_values .*\[15, 1176\].*\[16, 1176\]",
+    ),
+    "video patch rows": (
+        one_video() | {"pixel_values_videos": pixels([1, 2, 2])},
+        r"pixel_values_videos .*\[4, 1176\].*\[8, 1176\]",
+    ),
+    "patch columns": (
+        one_image(1, 4, 4) | {"pixel_values": pixels([1, 4, 4])[:, :588]},
+        r"pixel_values .*\[16, 588\].*\[16, 1176\]",
+    ),
+    "an image tensor": (
+        one_image(1, 4, 4) | {"pixel_values": np.zeros((1, 3, 56, 56), np.float32)},
+        r"pixel_values .*\[1, 3, 56, 56\]",
+    ),
+    "integer pixels": (
+        one_image(1, 4, 4) | {"pixel_values": np.zeros((16, 1176), np.uint8)},
+        r"pixel_values has dtype uint8",
+    ),
+    "odd height": (
+        one_image(1, 4, 4) | {"image_grid_thw": np.array([[1, 1, 16]])},
+        r"image_grid_thw\[0\].*\(1, 1, 16\).*multiples of 2",
+    ),
+    "odd width": (one_image(1, 4, 4) | {"image_grid_thw": np.array([[1, 2, 5]])}, r"image_grid_thw\[0\].*\(1, 2, 5\)"),
+    "negative grid": (one_image(1, 4, 4) | {"image_grid_thw": np.array([[1, -4, -4]])}, r"image_grid_thw\[0\]"),
+    "no frames": (one_video() | {"video_grid_thw": np.array([[0, 4, 4]])}, r"video_grid_thw\[0\]"),
+    "grid of two numbers": (
+        one_image(1, 4, 4) | {"image_grid_thw": np.array([[4, 4]])},
+        r"image_grid_thw has shape \[1, 2\]",
+    ),
+    "flat grid": (one_image(1, 4, 4) | {"image_grid_thw": np.array([1, 4, 4])}, r"image_grid_thw has shape \[3\]"),
+    "float grid": (one_image(1, 4, 4) | {"image_grid_thw": np.array([[1.0, 4, 4]])}, r"image_grid_thw.*float64"),
+    "pixels without grid": (
+        one_image(1, 4, 4) | {"image_grid_thw": None},
+        r"pixel_values is given without image_grid_thw",
+    ),
+    "grid without pixels": (
+        one_image(1, 4, 4) | {"pixel_values": None},
+        r"image_grid_thw is given without pixel_values",
+    ),
+    "video without grid": (
+        one_video() | {"video_grid_thw": None},
+        r"pixel_values_videos is given without video_grid_thw",
+    ),
+    "video grid without pixels": (one_video() | {"pixel_values_videos": None}, r"video_grid_thw is given without"),
+    # ids, mask, labels
+    "no rows": ({"input_ids": np.zeros((0, 4), int)}, r"input_ids has shape \[0, 4\]"),
+    "no columns": ({"input_ids": np.zeros((2, 0), int)}, r"input_ids has shape \[2, 0\]"),
+    "one axis": ({"input_ids": np.array([5, 6])}, r"input_ids has shape \[2\]; expected 2 axes"),
+    "float ids": ({"input_ids": np.array([[5.0, 6.0]])}, r"input_ids has dtype float64"),
+    "id above the vocabulary": ({"input_ids": np.array([[5, 160]])}, r"input_ids\[0, 1\] is 160.*\[0, 160\)"),
+    "negative id": ({"input_ids": np.array([[-1, 5]])}, r"input_ids\[0, 0\] is -1"),
+    "mask of another length": (
+        TEXT | {"attention_mask": np.ones((1, 2), int)},
+        r"attention_mask has shape \[1, 2\].*\[1, 3\]",
+    ),
+    "mask of other rows": (TEXT | {"attention_mask": np.ones((2, 3), int)}, r"attention_mask has shape \[2, 3\]"),
+    "mask of one axis": (TEXT | {"attention_mask": np.ones(3, int)}, r"attention_mask has shape \[3\]"),
+    "additive mask": (TEXT | {"attention_mask": np.array([[0.0, -1e9, 0.0]])}, r"attention_mask has dtype float64"),
+    "mask with a hole": (
+        TEXT | {"attention_mask": np.array([[1, 0, 1]])},
+        "attention_mask of row 0 has padding between tokens, at column 1",
+    ),
+    "mask of other numbers": (TEXT | {"attention_mask": np.array([[1, 2, 1]])}, r"attention_mask holds \[1, 2\]"),
+    "labels of another shape": (TEXT | {"labels": np.array([[5, 6]])}, r"labels has shape \[1, 2\].*\[1, 3\]"),
+    "float labels": (TEXT | {"labels": np.array([[5.0, 6, 7]])}, r"labels has dtype float64"),
+    "label above the vocabulary": (TEXT | {"labels": np.array([[5, 6, 160]])}, r"labels\[0, 2\] is 160.*or -100"),
+    "another ignored label": (TEXT | {"labels": np.array([[-1, 6, 7]])}, r"labels\[0, 0\] is -1.*or -100"),
+    "segments of another shape": (TEXT | {"segment_ids": np.ones((1, 2), int)}, r"segment_ids has shape \[1, 2\]"),
+    "negative segments": (TEXT | {"segment_ids": np.array([[1, 1, -1]])}, r"segment_ids holds -1"),
+    "segments that return": (TEXT | {"segment_ids": np.array([[1, 2, 1]])}, r"segment_ids of row 0 return"),
+    "segments against mask": (
+        TEXT | {"segment_ids": np.array([[1, 1, 0]]), "attention_mask": np.ones((1, 3), int)},
+        r"segment_ids and attention_mask disagree",
+    ),
+    "an image across sequences": (
+        one_image(1, 4, 4) | {"segment_ids": np.array([[1, 1, 1, 2, 2, 2]])},
+        r"Row 0: image 0 .* end after 2",
+    ),
+    "positions of another shape": (TEXT | {"position_ids": np.zeros((1, 3), int)}, r"position_ids has shape \[1, 3\]"),
+    "negative positions": (TEXT | {"position_ids": np.full((3, 1, 3), -1)}, r"position_ids"),
+    "a position beyond the model's": (
+        TEXT | {"position_ids": np.full((3, 1, 3), 512)},
+        r"position 512.*position_ids in \[0, 512\)",
+    ),
+    "longer than the model": ({"input_ids": np.full((1, 513), 5)}, r"position 512.*max_position_embeddings"),
+    "unknown rule": (TEXT | {"video_positions": "paper"}, r"video_positions is 'paper'"),
+    "length too small": (TEXT | {"length": 2}, r"length is 2.* 3"),
+    "patches too few": (one_image(1, 4, 4) | {"patches": 12}, r"patches is 12.* 16"),
+    "patches of half a token": (one_image(1, 4, 4) | {"patches": 18}, r"patches is 18.*multiple of 4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(case):
+    """A ValueError that names the argument, what was found and what was expected."""
+    arguments, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        prepare(CONFIG, **arguments)
+
+
+def test_nothing_is_changed_in_place():
+    arrays = two_rows()
+    before = {key: value.copy() for key, value in arrays.items()}
+    prepare(CONFIG, **arrays)
+    for key, value in before.items():
+        np.testing.assert_array_equal(arrays[key], value)

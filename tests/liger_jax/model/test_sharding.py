@@ -1,0 +1,211 @@
+"""On four (simulated) devices: the losses, weights and tokens of one device, and only weights travel between them."""
+
+import functools
+import importlib
+import math
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from convert import from_hf, to_hf_state
+from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, generate, loss_fn, make_train_step, prepare
+from liger_jax.model.lora import add_lora
+from liger_jax.model.params import param_paths
+from liger_jax.model.sharding import RULES, get_mesh, mesh_context, param_shardings, shard_batch
+from tests._support import parity
+
+linear_cross_entropy = importlib.import_module("pallas_kernels.linear_cross_entropy")  # not the function of this name
+MESHES = {
+    "data": {"data": 4},
+    "fsdp": {"fsdp": 4},
+    "tensor": {"tensor": 4},  # more than there are key heads
+    "data-tensor": {"data": 2, "tensor": 2},
+    "data-fsdp-tensor": {"data": 1, "fsdp": 2, "tensor": 2},
+}
+TRAINED = ("fsdp", "data-fsdp-tensor")
+OPTIMIZER = optax.sgd(0.25, momentum=0.5)
+SCENARIOS = ("batch_left", "image_video")  # two rows and one: a fourth, empty one has to be added on four devices
+NEW = 8
+
+
+def mesh(name):
+    return jax.make_mesh(tuple(MESHES[name].values()), tuple(MESHES[name]))
+
+
+@functools.cache
+def model(name):
+    """Weights on the mesh, or on one device."""
+    return (
+        parity.model()
+        if name is None
+        else from_hf(parity.REFERENCES / "model_untied", dtype="float32", mesh=mesh(name))
+    )
+
+
+@functools.cache
+def batch(*, prompt=False):
+    """The rows of several scenarios in one batch, padded on the left."""
+    parts = [parity.inputs(scenario, prompt=prompt) for scenario in SCENARIOS]
+    length = max(part["input_ids"].shape[1] for part in parts)
+    fillers = {"input_ids": 150, "labels": -100, "attention_mask": 0}
+    arrays = {}
+    for key in dict.fromkeys(key for part in parts for key in part):
+        rows = [part[key] for part in parts if key in part]
+        if key in fillers:
+            pad = [((0, 0), (length - row.shape[1], 0)) for row in rows]
+            rows = [np.pad(row, width, constant_values=fillers[key]) for row, width in zip(rows, pad, strict=True)]
+        arrays[key] = np.concatenate(rows)
+    return prepare(parity.config(), **arrays, video_positions="hf5")
+
+
+step = functools.cache(lambda name: make_train_step(remat="dots"))
+
+
+@functools.cache
+def trained(name):
+    """-> the state after one step, and its metrics."""
+    state = TrainState.create(jax.tree.map(jax.numpy.copy, model(name)), OPTIMIZER)
+    return step(name)(state, batch())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_step(name):
+    """Metrics and updated weights to 1e-5 of one device's; the state stays split as it was."""
+    (state, metrics), (one_state, one_metrics) = trained(name), trained(None)
+    for key, value in one_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
+    found, wanted = to_hf_state(state.model), to_hf_state(one_state.model)
+    for key, value in wanted.items():
+        parity.assert_near(found[key], value, tolerance=1e-5, what=key)
+    for tree in (state.model, state.opt_state):
+        shardings = param_paths(param_shardings(tree, mesh(name)))
+        for path, leaf in param_paths(tree).items():
+            assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), path
+
+
+def test_a_step_takes_states_of_any_mesh(monkeypatch):
+    """One after the other: each mesh has a program of its own."""
+    step, meshes = make_train_step(), []
+    monkeypatch.setattr(step, "_compile", lambda *args: meshes.append(args[2]) or (lambda leaves, batch: (leaves, {})))
+    for name in (None, "fsdp", None):
+        step(TrainState.create(model(name), OPTIMIZER), batch())
+    assert [found and found.axis_names for found in meshes] == [None, ("fsdp",)]
+
+
+def test_one_device_agrees_with_transformers():
+    """What the meshes are compared with is itself the mean over the scenarios' tokens, seven in each row."""
+    losses = [parity.expected(scenario, "loss") for scenario in SCENARIOS]
+    parity.assert_near(trained(None)[1]["loss"], np.average(losses, weights=[2, 1]))
+
+
+@pytest.mark.parametrize("name", ["data", "tensor", "data-tensor"])
+def test_logits(name):
+    """A jitted forward pass of a model on a mesh, with a batch as `prepare` returns it."""
+    logits = jax.jit(lambda m, b: m(b))(model(name), batch())
+    found = np.asarray(logits)[batch().segment_ids > 0]
+    wanted = [parity.expected(scenario, "logits")[parity.tokens(scenario)] for scenario in SCENARIOS]
+    parity.assert_near(found, np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "data-tensor"])
+def test_tokens(name):
+    """Greedy tokens, the caller's rows only."""
+    tokens = generate(model(name), batch(prompt=True), max_new_tokens=NEW, eos_token_id=())
+    wanted = np.concatenate([parity.expected(scenario, "greedy") for scenario in SCENARIOS])
+    np.testing.assert_array_equal(tokens, wanted)
+
+
+def gathered(hlo):
+    """Shapes of the floats that collectives put together from several devices' parts: [(4, 64, 32), ...]."""
+    results = re.findall(r"= (.*) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", hlo)
+    shapes = [shape for result in results for shape in re.findall(r"\bb?f\d+\[([\d,]*)\]", result)]
+    return [tuple(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+
+def in_any_order(shape):
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_only_weights_are_gathered(name):
+    """No collective of the compiled step puts activations together: what is gathered is a weight of one layer.
+
+    But for one, where there is a `tensor` axis: the gradient of what the loss reads, whose tokens are split over it.
+    """
+    state, _ = trained(name)
+    [compiled] = step(name).compiled.values()
+    allowed, heads = set(), MESHES[name].get("tensor", 1)
+    for path, leaf in param_paths(state.model).items():
+        shape = leaf.shape[1:] if "/layers/" in path or "/blocks/" in path else leaf.shape
+        allowed.add(in_any_order(shape))
+        # of a weight split over `tensor` as well, a device gathers its part
+        allowed |= {in_any_order((*shape[:i], n // heads, *shape[i + 1 :])) for i, n in enumerate(shape)}
+    shapes = gathered(compiled.as_text())
+    assert len(shapes) > 10
+    others = [shape for shape in shapes if in_any_order(shape) not in allowed]
+    config = state.model.config.text
+    assert others == [(2, batch().shape[1], config.hidden_size)] * (heads > 1)  # of the two rows of a device
+
+
+def test_the_loss_is_split_over_all_devices(monkeypatch):
+    """Along `tensor` too: there every device computed the loss of the same tokens once."""
+    shapes, local = [], linear_cross_entropy._gradient_local
+
+    def spy(static, x, *operands):
+        shapes.append(x.shape)
+        return local(static, x, *operands)
+
+    monkeypatch.setattr(linear_cross_entropy, "_gradient_local", spy)
+    of_mesh = model("data-fsdp-tensor")
+    placed = shard_batch(batch(), get_mesh(of_mesh))
+    with mesh_context(get_mesh(of_mesh)):
+        jax.jit(jax.grad(lambda m, b: loss_fn(m, b)[0])).lower(of_mesh, placed).compile()
+    assert math.prod(shapes[0][:2]) == 4 * math.prod(shapes[-1][:2])
+
+
+def test_data_parallel_gathers_nothing():
+    """With copies of the weights on every device, a forward pass needs no word from the others."""
+    placed = shard_batch(batch(), get_mesh(model("data")))
+    compiled = jax.jit(lambda m, b: m(b)).lower(model("data"), placed).compile()
+    assert not re.findall(r"\b(all-\w+|collective-permute|reduce-scatter)\(", compiled.as_text())
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_weights_are_split(name):
+    """Every rule names a weight and splits it; sizes that do not divide are left whole."""
+    shape = MESHES[name]
+    config = Qwen2VLConfig.qwen2_vl_7b()
+    model = jax.eval_shape(functools.partial(add_lora, targets="all-linear"), Qwen2VL.abstract(config))
+    weights, shardings = param_paths(model), param_paths(param_shardings(model, mesh(name)))
+    for path, weight in weights.items():
+        spec = next((spec for pattern, spec in RULES if re.search(pattern + "$", path)), P())
+        ways = math.prod(shape.get(axis, 1) for axis in spec if axis)
+        assert math.prod(shardings[path].shard_shape(weight.shape)) * ways == weight.size, path
+    assert all(any(re.search(pattern + "$", path) for path in weights) for pattern, _ in RULES)
+    # two key heads cannot be split over four devices
+    tiny = param_paths(param_shardings(Qwen2VL.abstract(parity.config()), mesh(name)))
+    spec = tiny["language_model/layers/self_attn/k_proj/bias"].spec
+    assert spec[1] == ("tensor" if shape.get("tensor") == 2 else None)
+
+
+def test_init_gives_the_same_weights():
+    config = parity.config()
+    found = param_paths(Qwen2VL.init(config, dtype="float32", mesh=mesh("data-fsdp-tensor"), seed=2**32 - 1))
+    for path, weight in param_paths(Qwen2VL.init(config, dtype="float32", seed=2**32 - 1)).items():
+        np.testing.assert_array_equal(found[path], weight, err_msg=path)
+
+
+def test_weights_of_a_checkpoint_arrive_split():
+    weight = model("fsdp").language_model.layers.mlp.up_proj.kernel[...]
+    assert isinstance(weight.sharding, NamedSharding)
+    assert weight.addressable_shards[0].data.shape == (2, 8, 48)
+
+
+def test_unknown_axes():
+    with pytest.raises(ValueError, match="expert"):
+        Qwen2VL.init(parity.config(), mesh=Mesh(np.array(jax.devices()[:2]), ("expert",)))

@@ -1,0 +1,99 @@
+"""Operations of a step: those that a compiler counts in products written out, and the figures of known models."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
+from liger_jax.train.flops import peak_flops, step_flops
+
+CONFIG = Qwen2VLConfig.qwen2_vl_2b()
+
+
+def batch(config, tokens, side, rows=2, pad=0, labels=True):
+    """Rows with one picture of side x side patches, and `pad` columns of padding."""
+    placeholders = side * side // 4
+    ids = np.full((rows, tokens + pad), 7)
+    ids[:, 1 : 1 + placeholders] = config.image_token_id
+    pixels = np.zeros((rows * side * side, config.vision.patch_values), np.float32)
+    grid = np.array([[1, side, side]] * rows)
+    mask = np.tile(np.arange(tokens + pad) < tokens, (rows, 1)).astype(int)
+    trained = np.where(mask, 7, -100) if labels else np.full_like(ids, -100)
+    return prepare(config, input_ids=ids, attention_mask=mask, labels=trained, pixel_values=pixels, image_grid_thw=grid)
+
+
+def test_forward_pass_is_what_the_compiler_counts():
+    """Without any gradient: XLA's own count, but for norms and the like, and for the half of causal attention that it
+    computes and masks. One layer of each kind, as XLA counts the body of a loop once."""
+    tiny = Qwen2VLConfig.tiny()
+    text = dataclasses.replace(
+        tiny.text, num_hidden_layers=1, hidden_size=256, intermediate_size=768, head_dim=64, mrope_section=(8, 12, 12)
+    )
+    vision = dataclasses.replace(tiny.vision, depth=1, embed_dim=128, hidden_size=256)
+    config = dataclasses.replace(tiny, text=text, vision=vision)
+    example = batch(config, 64, 8)
+    model = Qwen2VL.abstract(config, dtype="float32")
+    cost = jax.jit(lambda model, batch: model(batch)).lower(model, example).compile().cost_analysis()
+    pairs = text.num_hidden_layers * text.num_attention_heads * text.head_dim * 2 * 64**2 / 2
+    found = step_flops(config, example, frozen=["vision", "merger", "text"]) + 4 * pairs
+    assert found == pytest.approx(cost["flops"], rel=0.05)
+
+
+def test_a_step_is_three_forward_passes():
+    """And six operations for each weight and token, which is what is usually quoted, plus attention's."""
+    text = prepare(CONFIG, input_ids=np.ones((1, 512), int), labels=np.ones((1, 512), int))
+    everything = step_flops(CONFIG, text)
+    assert everything == pytest.approx(3 * step_flops(CONFIG, text, frozen=["vision", "merger", "text"]))
+    weights = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960) + 151936 * 1536
+    assert everything == pytest.approx(6 * 512 * weights + 6 * 28 * 1536 * 512**2)
+
+
+def test_what_is_not_needed_is_not_counted():
+    """Padding, logits of what is not trained, gradients of frozen parts."""
+    whole = step_flops(CONFIG, batch(CONFIG, 400, 32))
+    assert step_flops(CONFIG, batch(CONFIG, 400, 32, pad=300)) == whole
+    untrained = step_flops(CONFIG, batch(CONFIG, 400, 32, labels=False))
+    assert whole - untrained == pytest.approx(6 * 2 * 400 * 151936 * 1536)
+    ways = ([], ["vision"], ["vision", "merger"], ["vision", "merger", "text"])
+    counts = [step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=frozen) for frozen in ways]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 4
+    below = step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=["text"])  # its gradient goes on to the vision tower
+    nothing_below = step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int)), frozen=["text"])
+    assert nothing_below == pytest.approx(
+        2 / 3 * step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int))), rel=0.1
+    )
+    assert counts[2] < below < whole
+
+
+def test_packed_rows_attend_within_themselves():
+    ids = np.ones((1, 512), int)
+    apart = prepare(CONFIG, input_ids=ids, labels=ids, segment_ids=np.repeat([[1, 2]], 256, axis=1))
+    together = prepare(CONFIG, input_ids=ids, labels=ids)
+    assert step_flops(CONFIG, together) - step_flops(CONFIG, apart) == pytest.approx(6 * 28 * 1536 * 2 * 256**2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind, peak):
+    assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
+
+
+def test_lora_saves_the_gradients_of_weights_alone():
+    """With all of the model frozen under adapters in the text: its inputs' gradients remain, a third of the products go."""
+    example = batch(CONFIG, 64, 8, labels=True)
+    every, frozen = step_flops(CONFIG, example), {"frozen": ("vision", "merger", "text")}
+    nothing, lora = (step_flops(CONFIG, example, **frozen, adapted=parts) for parts in ((), ("text",)))
+    whole = step_flops(CONFIG, example, **frozen, adapted=("vision", "text"))
+    assert nothing < lora < whole < every and whole / every == pytest.approx(2 / 3, rel=0.02)

@@ -1,0 +1,163 @@
+"""norm_linear, norm_swiglu and linear_add: the kernels and XLA's against numpy in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels as pk
+from pallas_kernels import shapes
+from tests._support.lowered import triton_calls
+
+OPS = {
+    "norm_linear": (pk.norm_linear, ("x", "norm_weight", "weight", "bias")),
+    "norm_linear without bias": (pk.norm_linear, ("x", "norm_weight", "weight")),
+    "norm_swiglu": (pk.norm_swiglu, ("x", "norm_weight", "weights")),
+    "linear_add": (pk.linear_add, ("x", "weight", "residual")),
+}
+
+
+def operands(names, rows, depth, width, dtype="float32"):
+    rng = np.random.default_rng(0)
+    made = {
+        "x": 3 * rng.normal(size=(rows, depth)),
+        "norm_weight": 1 + 0.3 * rng.normal(size=depth),
+        "weight": rng.normal(size=(width, depth)) / depth**0.5,
+        "weights": rng.normal(size=(2, width, depth)) / depth**0.5,
+        "bias": rng.normal(size=width),
+        "residual": rng.normal(size=(rows, width)),
+    }
+    return [jnp.asarray(made[name], dtype) for name in names]
+
+
+def truth(names, *arrays):
+    """In float64, with nothing rounded in between."""
+    given = {name: np.asarray(array, np.float64) for name, array in zip(names, arrays, strict=True)}
+    x = given["x"]
+    if "norm_weight" in given:
+        x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * given["norm_weight"]
+    if "weights" in given:
+        gate, up = x @ given["weights"].swapaxes(1, 2)
+        return gate / (1 + np.exp(-gate)) * up
+    return x @ given["weight"].T + given.get("bias", 0) + given.get("residual", 0)
+
+
+def distance(got, want):
+    return np.max(np.abs(np.asarray(got, np.float64) - want)) / max(np.max(np.abs(want)), 1)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "rows, depth, width, dtype",
+    [
+        (1, 100, 33, "float32"),
+        (1, 2000, 33, "bfloat16"),
+        (1, 512, 1, "float16"),
+        (2, 128, 64, "bfloat16"),
+        (3, 64, 50, "float16"),
+        (8, 70, 90, "bfloat16"),
+        (16, 128, 64, "float16"),
+        (17, 300, 34, "float32"),
+    ],
+)
+def test_against_float64(op, rows, depth, width, dtype):
+    """Even and odd widths, one turn and several, one row and many, every dtype."""
+    function, names = OPS[op]
+    args = operands(names, rows, depth, width, dtype)
+    want = truth(names, *args)
+    tolerance = 1e-5 if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps)
+    for how in ("xla", "interpret"):
+        got = jax.jit(functools.partial(function, implementation=how))(*args)
+        assert got.dtype == dtype and distance(got, want) < tolerance
+
+
+def test_large_float16():
+    """x * norm_weight past the largest float16, before the norm's factor brings it back."""
+    names = "x", "norm_weight", "weight"
+    for rows in (1, 5):
+        x, norm_weight, weight = operands(names, rows, 64, 32, "float16")
+        args = 1000 * x, 100 * norm_weight, weight / 100
+        got = jax.jit(functools.partial(pk.norm_linear, implementation="interpret"))(*args)
+        assert distance(got, truth(names, *args)) < 4e-3
+
+
+# ---- choice and lowering ---------------------------------------------------------------------------------------------
+
+
+def abstract(names, rows, depth, width, dtype="bfloat16"):
+    """As `operands`, shapes alone."""
+    sizes = {
+        "x": (rows, depth),
+        "norm_weight": (depth,),
+        "weight": (width, depth),
+        "weights": (2, width, depth),
+        "bias": (width,),
+        "residual": (rows, width),
+    }
+    return [jax.ShapeDtypeStruct(sizes[name], dtype) for name in names]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_none_takes(op):
+    """One kernel for a single row; for up to 16 rows one for the product of a small weight, and those of norm and gate."""
+    function, names = OPS[op]
+    norm, gate = "norm_weight" in names, "weights" in names
+    for rows, depth, width, kernels in (
+        (1, 8960, 1536, 1),
+        (1, 128, 64, 1),
+        (16, 128, 64, 1 + norm + gate),
+        (16, 8960, 1536, norm),
+        (17, 128, 64, norm),
+    ):
+        args = abstract(names, rows, depth, width)
+        assert triton_calls(function, *args) == kernels, (rows, depth, width)
+        assert "triton" not in jax.jit(function).lower(*args).as_text()  # for a CPU
+
+
+@pytest.mark.parametrize(
+    "rows, dtype", [(1, "bfloat16"), (1, "float32"), (16, "bfloat16"), (16, "float16"), (16, "float32")]
+)
+@pytest.mark.parametrize("size", shapes.TEXT)
+def test_lowers_at_real_shapes(size, rows, dtype):
+    """A single row takes one launch, several a norm, a product and a gate, at the models' shapes."""
+    text = shapes.TEXT[size]
+    heads, pairs = text.heads * text.head_dim, 2 * text.kv_heads * text.head_dim
+    for op, depth, width, launches in (
+        ("norm_linear", text.hidden, heads + pairs, 2),
+        ("norm_linear without bias", text.hidden, text.vocab, 2),
+        ("norm_swiglu", text.hidden, text.intermediate, 3),
+        ("linear_add", heads, text.hidden, 1),
+        ("linear_add", text.intermediate, text.hidden, 1),
+    ):
+        function, names = OPS[op]
+        args = abstract(names, rows, depth, width, dtype)
+        found = triton_calls(functools.partial(function, implementation="triton"), *args)
+        assert found == (1 if rows == 1 else launches)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("op", OPS)
+def test_on_explicit_meshes(op, devices):
+    """A kernel would gather the weight; XLA's product leaves its outputs where they are, whatever the platform."""
+    function, names = OPS[op]
+    assert "one_row" in str(jax.make_jaxpr(function)(*operands(names, 1, 16, 8)))  # for a GPU
+    mesh = jax.make_mesh((devices,), ("tensor",), (AxisType.Explicit,), devices=jax.devices("cpu")[:devices])
+    with jax.set_mesh(mesh):
+        args = operands(names, 1, 16, 8)
+        outputs = {"weight": P("tensor", None), "weights": P(None, "tensor", None), "bias": P("tensor")}
+        outputs["residual"] = P(None, "tensor")
+        spread = [jax.device_put(x, NamedSharding(mesh, outputs.get(n, P()))) for n, x in zip(names, args, strict=True)]
+        found = jax.jit(function)(*spread)
+        assert jax.typeof(found).sharding.spec == P(None, "tensor")
+        assert distance(found, truth(names, *args)) < 1e-5
+        assert "one_row" not in str(jax.make_jaxpr(function)(*spread))
+
+
+def test_nothing_to_sum():
+    """A depth of zero gives what is added."""
+    added = pk.linear_add(jnp.zeros((1, 0)), jnp.zeros((3, 0)), jnp.ones((1, 3)))
+    assert added.tolist() == [[1, 1, 1]]
