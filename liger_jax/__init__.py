@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from liger_jax.checkpoint import save_model as save_model
     from liger_jax.config import Qwen2VLConfig as Qwen2VLConfig
     from liger_jax.data.records import read_conversations as read_conversations
+    from liger_jax.errors import UserError as UserError
     from liger_jax.generation.chat import Chat as Chat
     from liger_jax.generation.generate import generate as generate
     from liger_jax.generation.generate import stream as stream
@@ -35,6 +36,7 @@ _MODULES = {
     "Qwen2VL": "model",
     "Qwen2VLConfig": "config",
     "TrainState": "train.step",
+    "UserError": "errors",
     "add_lora": "model.lora",
     "finetune": "train.finetune",
     "generate": "generation.generate",

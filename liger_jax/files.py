@@ -1,28 +1,16 @@
-"""Files: local or downloaded checkpoint folders, atomic writes, content fingerprints."""
+"""Files: checkpoint folders from the disk or the hub, JSON, atomic writes, and content fingerprints."""
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from liger_jax.errors import NotFoundError, UserError
 
-
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes a file, or replaces it, all of it or nothing. Text as UTF-8.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     atomic_write(Path(folder) / "a.txt", "whole")
-        ...     (Path(folder) / "a.txt").read_text()
-        'whole'
-    """
-    half = path.with_name(f"{path.name}.tmp")
-    half.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(half, path)
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"  # a checkpoint's settings, as the hub names them
+HUB_ID = "a hub id such as Qwen/Qwen2-VL-2B-Instruct"
 
 
 def local_folder(
@@ -32,60 +20,153 @@ def local_folder(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The folder itself, or the files of a hub repository that match `patterns`, downloaded to the local cache.
+    """Returns a checkpoint's local folder, after downloading a hub repository to the cache if necessary.
 
-    What is in the cache already is not downloaded again. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE=1`
-    work as they do for every program that uses huggingface_hub.
+    Files that are already in the cache are not downloaded again. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and
+    `HF_HUB_OFFLINE=1` work as in every program that uses huggingface_hub.
+
+    Args:
+        path_or_repo_id: a folder, which is returned unchanged, or a hub id.
+        patterns: file name patterns of the files to download.
+        revision: branch, tag or commit of the hub repository.
+        cache_dir: download cache; None: huggingface_hub's own.
 
     Raises:
-        FileNotFoundError: neither a folder nor something the hub (or, offline, the cache) has.
+        NotFoundError: neither a folder nor a repository in the hub (or, offline, in the cache).
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
         return path
     if path.exists():
-        raise FileNotFoundError(
-            f"{path} is a file; expected the folder of a checkpoint, or a hub id such as Qwen/Qwen2-VL-2B-Instruct"
-        )
+        raise NotFoundError(f"{path} is a file; expected the folder of a checkpoint, or {HUB_ID}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     repo_id = str(path_or_repo_id)
     try:
         return Path(snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns)))
-    except HFValidationError:
-        raise FileNotFoundError(f"{repo_id}: no such folder, and not a hub id (owner/name)") from None
-    except OSError as error:  # what the hub answers, what the cache lacks, no connection: all are OSErrors
+    except HFValidationError as error:
+        raise NotFoundError(
+            f"{repo_id} is neither a folder nor a hub id; expected the folder of a checkpoint, or {HUB_ID}"
+        ) from error
+    except OSError as error:  # the hub's errors, a cache without the files, no connection: all are OSErrors
         reason = str(error).strip().replace("\n", " ")
-        at = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(f"{repo_id}: no such folder, and the hub does not give it{at}: {reason}") from error
+        at_revision = f" at revision {revision!r}" if revision else ""
+        raise NotFoundError(
+            f"{repo_id} is not a folder, and could not be downloaded from the hub{at_revision} ({reason}); expected the "
+            f"folder of a checkpoint, or {HUB_ID}"
+        ) from error
+
+
+def make_folder(path: Path) -> Path:
+    """Creates a folder and its parents if they do not exist, and returns it.
+
+    Raises:
+        UserError: the path is a file, or the folder cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if path.is_file():
+            raise UserError(f"{path} is a file; expected a folder, or a path for a new one") from error
+        raise UserError(
+            f"{path} cannot be created ({error.strerror}); expected a writable place for a folder"
+        ) from error
+    return path
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Creates or replaces a file in one step: a reader sees the old content or all of the new. Text is UTF-8.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     atomic_write(Path(folder) / "a.txt", "complete")
+        ...     (Path(folder) / "a.txt").read_text()
+        'complete'
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    atomic_write(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Returns the value in a JSON file.
+
+    Raises:
+        NotFoundError: the file does not exist.
+        UserError: the file is not JSON; the message says if it is a Git LFS pointer or a web page instead.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder) / "a.json", {"eos_token_id": 7})
+        ...     read_json(Path(folder) / "a.json")
+        {'eos_token_id': 7}
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path} does not exist; expected a JSON file") from error
+    except ValueError as error:  # JSON or UTF-8
+        raise UserError(f"{path} is {wrong_content(path) or f'malformed ({error})'}; expected valid JSON") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises as `read_json` does, and for JSON that is not an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {value!r:.60}; expected a JSON object")
+    return value
+
+
+def wrong_content(path: Path) -> str | None:
+    """Returns a description of a file that holds something other than its name says, as far as its first bytes show."""
+    with path.open("rb") as stream:
+        head = stream.read(64)
+    if not head:
+        return "empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (`git lfs pull` fetches the file itself)"
+    if head.lstrip().startswith((b"<!", b"<html", b"<?xml")):
+        return "a web page that was saved in place of the file"
+    return None
 
 
 def fingerprint(value: Any) -> str:
-    """A short hash of conversations: of texts, names of files, and pictures that are in memory.
+    """Returns a short hash of conversations: of their texts, their file names, and the images that are in memory.
 
-    >>> fingerprint([{"role": "user", "content": "Hi"}])
-    '7e4f4a41b7e8a0a8'
+    Example:
+        >>> fingerprint([{"role": "user", "content": "Hi"}])
+        '7e4f4a41b7e8a0a8'
     """
+    import numpy as np
+    from PIL import Image
+
     digest = hashlib.sha256()
-    _feed(digest, value)
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Mapping):
+            value = list(value.items())
+        if isinstance(value, Image.Image):  # an image opened from a file has a name, and may not have its pixels yet
+            value = getattr(value, "filename", None) or (value.mode, np.asarray(value))
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            digest.update(f"{len(value)}[".encode())
+            for item in value:
+                feed(item)
+        elif isinstance(value, bytes | str | int | float | bool | None):
+            data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+            digest.update(f"{type(value).__name__}{len(data)}:".encode() + data)
+        else:
+            array = np.asarray(value)
+            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+
+    feed(value)
     return digest.hexdigest()[:16]
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Mapping):
-        value = list(value.items())
-    if isinstance(value, Image.Image):  # one that was opened from a file has its name, and perhaps no pixels yet
-        value = getattr(value, "filename", None) or (value.mode, np.asarray(value))
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        digest.update(f"{len(value)}[".encode())
-        for item in value:
-            _feed(digest, item)
-    elif isinstance(value, bytes | str | int | float | bool | None):
-        data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
-        digest.update(f"{type(value).__name__}{len(data)}:".encode() + data)
-    else:
-        array = np.asarray(value)
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())

@@ -1,7 +1,7 @@
-"""From Hugging Face's arrays to what the model is compiled for: one pytree whose shapes come from few buckets.
+"""`prepare`: Hugging Face's arrays become a `Batch`, one pytree whose shapes come from a few buckets.
 
-Everything that depends on an image's size happens here, on the host, in numpy. Under `jax.jit` a batch is a handful of
-arrays of fixed shape, and pictures of any size fit the same compiled program.
+Everything that depends on the size of an image happens here, on the host, in numpy. Under `jax.jit` a batch is a few
+arrays of fixed shape, and images of any size run through the same compiled program.
 """
 
 import dataclasses
@@ -12,30 +12,35 @@ import jax
 import numpy as np
 
 from liger_jax.config import Qwen2VLConfig
-from liger_jax.inputs.positions import VisionItem, positions_of, vision_items, vision_position_ids, vision_segment_ids
+from liger_jax.errors import UserError
+from liger_jax.inputs.positions import (
+    VisionItem,
+    rope_positions,
+    vision_items,
+    vision_position_ids,
+    vision_segment_ids,
+)
 
 IGNORE = -100  # label of a token that is not trained
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pixel_values", "position_ids", "segment_ids", "token_columns"],
+    data_fields=["pixel_values", "position_ids", "segment_ids", "token_positions"],
     meta_fields=["max_segments"],
 )
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The patches of B rows, P of them each: a row's images and videos one after the other, then padding.
+    """The patches of a batch: for each of B rows, P patches of its images and videos in order, then padding.
 
-    They stand with the row of text they belong to, so a mesh that splits the rows never moves them.
+    Patches are stored with the row of text they belong to, so a mesh that splits the batch never moves them.
     """
 
     pixel_values: Any  # [B, P, patch_values] float32
     position_ids: Any  # [B, P, 2] int32: (h, w) in the frame
     segment_ids: Any  # [B, P] int32: the frame, from 1 in each row; 0 is padding
-    token_columns: (
-        Any  # [B, P / merge_unit] int32: the column of input_ids that a merged token goes to; >= L is nowhere
-    )
-    max_segments: int  # frames in a row, at most
+    token_positions: Any  # [B, P / merge_unit] int32: position in the sequence of each merged token; >= T is dropped
+    max_segments: int  # largest number of frames in a row
 
 
 @functools.partial(
@@ -45,21 +50,24 @@ class Vision:
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B rows of L tokens, ready for the model. The caller's rows and columns come first; what is beyond is padding."""
+    """B sequences (or rows of packed sequences) of T tokens, ready for the model.
 
-    input_ids: Any  # [B, L] int32
-    labels: Any  # [B, L] int32, -100 where nothing is trained; or None
-    position_ids: Any  # [B, 3, L] int32: (t, h, w)
-    segment_ids: Any  # [B, L] int32: the packed sequence, from 1 in each row; 0 is padding
+    The arrays that `prepare` was called with come first on each axis; padding to the bucket follows.
+    """
+
+    input_ids: Any  # [B, T] int32
+    labels: Any  # [B, T] int32, -100 for tokens that are not trained; or None
+    position_ids: Any  # [B, 3, T] int32: (t, h, w)
+    segment_ids: Any  # [B, T] int32: the packed sequence, from 1 in each row; 0 is padding
     vision: Vision | None
-    max_segments: int  # sequences packed in a row, at most
+    max_segments: int  # largest number of sequences packed in a row
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.input_ids.shape
 
     def pad_rows(self, multiple: int) -> Self:
-        """The batch with empty rows added, so that a mesh or an accumulation loop can split it evenly."""
+        """Returns the batch with empty rows appended, so that a mesh or gradient accumulation can split it evenly."""
         missing = -len(self.input_ids) % multiple
         if not missing:
             return self
@@ -69,29 +77,37 @@ class Batch:
 
         vision = self.vision
         if vision is not None:
-            nowhere = _nowhere(missing, self.input_ids.shape[1], vision.token_columns.shape[1])
-            columns = np.concatenate([vision.token_columns, nowhere])
-            vision = dataclasses.replace(jax.tree.map(pad, vision), token_columns=columns)
+            dropped = _dropped_positions(missing, self.input_ids.shape[1], vision.token_positions.shape[1])
+            token_positions = np.concatenate([vision.token_positions, dropped])
+            vision = dataclasses.replace(jax.tree.map(pad, vision), token_positions=token_positions)
         labels = None if self.labels is None else pad(self.labels, IGNORE)
-        rest = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
-        return dataclasses.replace(self, labels=labels, vision=vision, **rest)
+        padded = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
+        return dataclasses.replace(self, labels=labels, vision=vision, **padded)
 
 
-def _nowhere(rows: int, length: int, tokens: int) -> np.ndarray:
-    """Columns behind the row, each another one: what is scattered there is dropped."""
+def _dropped_positions(rows: int, length: int, tokens: int) -> np.ndarray:
+    """Returns distinct positions past the end of the sequence: tokens that are scattered to them are dropped."""
     return np.tile(length + np.arange(tokens, dtype=np.int32), (rows, 1))
 
 
 def bucket(count: int, smallest: int) -> int:
-    """The next of smallest * (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...): four sizes an octave, <= 25 % is padding.
+    """Returns the next of smallest * (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...).
 
-    >>> [bucket(n, 64) for n in (1, 65, 500, 513, 2048)]
-    [64, 128, 512, 640, 2048]
+    These are four sizes per octave; at most 25 % is padding.
+
+    Example:
+        >>> [bucket(n, 64) for n in (1, 65, 500, 513, 2048)]
+        [64, 128, 512, 640, 2048]
     """
     units = -(-max(int(count), 1) // smallest)
     step = 1 << max(units.bit_length() - 3, 0)
     step = step if -(-units // step) <= 8 else 2 * step
     return -(-units // step) * step * smallest
+
+
+def power_of_two(count: int, *, at_least: int) -> int:
+    """Rounds a number of segments up: it is part of the bucket, and the cost of attention hardly depends on it."""
+    return 1 << (max(int(count), at_least) - 1).bit_length()
 
 
 def prepare(
@@ -111,26 +127,28 @@ def prepare(
     length: int | None = None,
     patches: int | None = None,
 ) -> Batch:
-    """Checks a batch in Hugging Face's layout and puts it into the nearest bucket.
+    """Checks a batch in Hugging Face's layout and pads it to the nearest bucket.
 
     Args:
-        input_ids: [B, L] integers, padded on any side.
-        attention_mask: [B, L], 1 for tokens and 0 for padding; without it every column is a token.
-        labels: [B, L], the token itself where it is trained and -100 elsewhere; shifted later, by the loss.
+        input_ids: [B, T] integers, padded on any side.
+        attention_mask: [B, T], 1 for tokens and 0 for padding; None: no padding.
+        labels: [B, T], the token itself where it is trained and -100 elsewhere. The loss shifts them.
         pixel_values: [patches, patch_values] floats of all images, in order of appearance over the flattened batch.
         image_grid_thw: [images, 3], (t, h, w) in patches.
         pixel_values_videos, video_grid_thw: the same for videos.
         video_positions: "max" or "hf5", see `liger_jax.inputs.positions.rope_index`.
-        segment_ids: [B, L] for packed rows: 1, 2, ... for the sequences of a row, each contiguous, 0 for padding.
-        position_ids: [3, B, L], used instead of the computed ones.
-        mm_token_type_ids: what Hugging Face's processor adds; the ids say the same, so it is only checked.
-        length, patches: columns and patches a row, where all batches shall have the same; by default the next bucket.
+        segment_ids: [B, T] for packed rows: 1, 2, ... for the sequences of a row, each contiguous, 0 for padding.
+        position_ids: [3, B, T], used instead of the computed ones.
+        mm_token_type_ids: [B, T], as Hugging Face's processor returns them. Only checked, since the ids imply them.
+        length: tokens per row, for batches that must have the same shape; None: the next bucket.
+        patches: patches per row, likewise.
 
     Returns:
         A `Batch` of numpy arrays.
 
     Raises:
-        ValueError: anything that does not fit together. Names the argument, what was found and what was expected.
+        UserError: arguments that contradict each other or the configuration. Names the argument, its value, and the
+            expected one.
 
     Example:
         >>> import numpy as np
@@ -140,12 +158,12 @@ def prepare(
     """
     input_ids = _integers("input_ids", input_ids, 2)
     if not input_ids.size:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected at least one row and one column")
-    _within("input_ids", input_ids, config.text.vocab_size)
+        raise UserError(f"input_ids has shape {list(input_ids.shape)}; expected at least one sequence and one token")
+    _check_ids("input_ids", input_ids, config.text.vocab_size)
     segment_ids = _segments(input_ids, attention_mask, segment_ids)
     if labels is not None:
         labels = _integers("labels", labels, 2, input_ids.shape)
-        _within("labels", labels, config.text.vocab_size, or_else=IGNORE)
+        _check_ids("labels", labels, config.text.vocab_size, ignored=IGNORE)
     image_grid_thw = _grid("image_grid_thw", image_grid_thw, config)
     video_grid_thw = _grid("video_grid_thw", video_grid_thw, config)
     pixels = (
@@ -154,52 +172,45 @@ def prepare(
     )
     items = vision_items(config, input_ids, segment_ids, image_grid_thw, video_grid_thw)
     if mm_token_type_ids is not None:
-        _check_token_types(
-            config, input_ids, segment_ids, _integers("mm_token_type_ids", mm_token_type_ids, 2, input_ids.shape)
-        )
+        types = _integers("mm_token_type_ids", mm_token_type_ids, 2, input_ids.shape)
+        _check_token_types(config, input_ids, segment_ids, types)
     if position_ids is None:
-        position_ids = positions_of(config, segment_ids, items, video_positions)
+        position_ids = rope_positions(config, segment_ids, items, video_positions)
     else:
         position_ids = _integers("position_ids", position_ids, 3, (3, *input_ids.shape))
-    for found in (position_ids.min(), position_ids.max()):
-        if not 0 <= found < config.text.max_position_embeddings:
-            raise ValueError(
-                f"The batch has a token at position {found}; expected position_ids in "
-                f"[0, {config.text.max_position_embeddings}), the model's max_position_embeddings"
-            )
-
-    columns = _size("length", length, input_ids.shape[1], bucket(input_ids.shape[1], 64))
+    _check_positions(position_ids, config.text.max_position_embeddings)
+    length = _bucket_size("length", length, input_ids.shape[1], bucket(input_ids.shape[1], 64))
 
     def pad(array, value=0):
-        extra = columns - array.shape[-1]
-        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)], constant_values=value).astype(np.int32)
+        missing = length - array.shape[-1]
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)], constant_values=value).astype(np.int32)
 
     return Batch(
         input_ids=pad(input_ids),
         labels=None if labels is None else pad(labels, IGNORE),
         position_ids=pad(position_ids.swapaxes(0, 1)),
         segment_ids=pad(segment_ids),
-        vision=_vision(config, items, pixels, columns, patches),
+        vision=_vision(config, items, pixels, length, patches),
         max_segments=power_of_two(segment_ids.max(), at_least=1),
     )
 
 
 def _vision(
-    config: Qwen2VLConfig, items: list[list[VisionItem]], pixels, columns: int, patches: int | None
+    config: Qwen2VLConfig, items: list[list[VisionItem]], pixels, length: int, patches: int | None
 ) -> Vision | None:
-    """Gathers the patches of each row behind one another."""
+    """Gathers the patches of each row, in order of appearance. Returns None for a batch without images and videos."""
     needed = max(sum(item.patches for item in row) for row in items)
     if not needed and patches is None:
         return None
     unit = config.vision.merge_unit
-    width = _size("patches", patches, needed, bucket(needed, 16 * unit))
-    if width % unit:
-        raise ValueError(f"patches is {width}; expected a multiple of {unit}, the patches of one merged token")
+    size = _bucket_size("patches", patches, needed, bucket(needed, 16 * unit))
+    if size % unit:
+        raise UserError(f"patches is {size}; expected a multiple of {unit}, the patches of one merged token")
     rows = len(items)
-    pixel_values = np.zeros((rows, width, config.vision.patch_values), np.float32)
-    position_ids = np.zeros((rows, width, 2), np.int32)
-    segment_ids = np.zeros((rows, width), np.int32)
-    token_columns = _nowhere(rows, columns, width // unit)
+    pixel_values = np.zeros((rows, size, config.vision.patch_values), np.float32)
+    position_ids = np.zeros((rows, size, 2), np.int32)
+    segment_ids = np.zeros((rows, size), np.int32)
+    token_positions = _dropped_positions(rows, length, size // unit)
     for b, row in enumerate(items):
         if not row:
             continue
@@ -211,74 +222,85 @@ def _vision(
         )
         position_ids[b, :used] = vision_position_ids(grids, config.vision.spatial_merge_size)
         segment_ids[b, :used] = vision_segment_ids(grids)
-        token_columns[b, : used // unit] = np.concatenate([item.columns for item in row])
-    return Vision(pixel_values, position_ids, segment_ids, token_columns, power_of_two(segment_ids.max(), at_least=4))
+        token_positions[b, : used // unit] = np.concatenate([item.positions for item in row])
+    return Vision(pixel_values, position_ids, segment_ids, token_positions, power_of_two(segment_ids.max(), at_least=4))
 
 
-def power_of_two(count: int, *, at_least: int) -> int:
-    """Rounds a number of segments up: it is part of the bucket, and attention's cost hardly depends on it."""
-    return 1 << (max(int(count), at_least) - 1).bit_length()
-
-
-def _size(name: str, asked: int | None, needed: int, default: int) -> int:
-    if asked is None:
+def _bucket_size(name: str, requested: int | None, needed: int, default: int) -> int:
+    if requested is None:
         return default
-    if asked < needed:
-        raise ValueError(f"{name} is {asked}, but the batch has {needed} in a row")
-    return asked
+    if requested < needed:
+        raise UserError(f"{name} is {requested}; expected at least {needed}, as the longest row of the batch has")
+    return requested
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _integers(name: str, values, ndim: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
     values = np.asarray(values)
     if not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
-        raise ValueError(f"{name} has dtype {values.dtype}; expected integers")
+        raise UserError(f"{name} has dtype {values.dtype}; expected integers")
     if values.ndim != ndim or (shape is not None and values.shape != shape):
         expected = f"{ndim} axes" if shape is None else f"shape {list(shape)}, from input_ids"
-        raise ValueError(f"{name} has shape {list(values.shape)}; expected {expected}")
+        raise UserError(f"{name} has shape {list(values.shape)}; expected {expected}")
     return values.astype(np.int64)
 
 
-def _within(name: str, ids: np.ndarray, vocab_size: int, or_else: int | None = None) -> None:
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int, ignored: int | None = None) -> None:
     outside = (ids < 0) | (ids >= vocab_size)
-    if or_else is not None:
-        outside &= ids != or_else
+    if ignored is not None:
+        outside &= ids != ignored
     if outside.any():
-        row, column = np.argwhere(outside)[0]
-        also = "" if or_else is None else f" or {or_else}"
-        raise ValueError(f"{name}[{row}, {column}] is {ids[row, column]}; expected an id in [0, {vocab_size}){also}")
+        b, t = np.argwhere(outside)[0]
+        alternative = "" if ignored is None else f" or {ignored}"
+        raise UserError(f"{name}[{b}, {t}] is {ids[b, t]}; expected an id in [0, {vocab_size}){alternative}")
+
+
+def _check_positions(position_ids: np.ndarray, limit: int) -> None:
+    for position in (position_ids.min(), position_ids.max()):
+        if not 0 <= position < limit:
+            raise UserError(
+                f"a token of the batch is at position {position}; expected position_ids in [0, {limit}), the model's "
+                "max_position_embeddings"
+            )
 
 
 def _segments(input_ids: np.ndarray, attention_mask, segment_ids) -> np.ndarray:
+    """Returns segment ids [B, T], numbered 1, 2, ... in the order of each row."""
     mask = None
     if attention_mask is not None:
         mask = _integers("attention_mask", attention_mask, 2, input_ids.shape)
         if not np.isin(mask, (0, 1)).all():
-            raise ValueError(f"attention_mask holds {np.unique(mask)[:5].tolist()}; expected 0 and 1")
+            raise UserError(f"attention_mask holds {np.unique(mask)[:5].tolist()}; expected 0 and 1")
     if segment_ids is None:
-        return np.ones_like(input_ids) if mask is None else _without_holes(mask)
+        return np.ones_like(input_ids) if mask is None else _single_segments(mask)
     segment_ids = _integers("segment_ids", segment_ids, 2, input_ids.shape)
     if segment_ids.min() < 0:
-        raise ValueError(f"segment_ids holds {segment_ids.min()}; expected 0 for padding and 1, 2, ... for sequences")
+        raise UserError(f"segment_ids holds {segment_ids.min()}; expected 0 for padding and 1, 2, ... for sequences")
     if mask is not None and ((segment_ids > 0) != (mask > 0)).any():
-        raise ValueError("segment_ids and attention_mask disagree about what is padding")
+        raise UserError(
+            "segment_ids and attention_mask differ in their padding; expected 0 in both for the same tokens"
+        )
     renumbered = np.zeros_like(segment_ids)
     for b, row in enumerate(segment_ids):
         starts = np.flatnonzero((row != np.concatenate([[0], row[:-1]])) & (row > 0))
         if len(np.unique(row[starts])) < len(starts):
-            raise ValueError(f"segment_ids of row {b} return to an earlier sequence; expected each to be contiguous")
+            raise UserError(f"segment_ids of row {b} return to an earlier sequence; expected each to be contiguous")
         for number, start in enumerate(starts, 1):
             renumbered[b, row == row[start]] = number
     return renumbered
 
 
-def _without_holes(mask: np.ndarray) -> np.ndarray:
-    """The mask, as segment ids of one sequence a row."""
+def _single_segments(mask: np.ndarray) -> np.ndarray:
+    """Returns the mask, as segment ids of one sequence per row, after checking that it has no holes."""
     for b, row in enumerate(mask):
         tokens = np.flatnonzero(row)
         if len(tokens) and tokens[-1] - tokens[0] >= len(tokens):
             hole = tokens[0] + np.argmin(row[tokens[0] :])
-            raise ValueError(
-                f"attention_mask of row {b} has padding between tokens, at column {hole}; expected it outside"
+            raise UserError(
+                f"attention_mask of row {b} has padding between tokens, at position {hole}; expected padding only before "
+                "or after them"
             )
     return mask
 
@@ -290,11 +312,11 @@ def _grid(name: str, grid, config: Qwen2VLConfig) -> np.ndarray | None:
     if grid.size == 0:
         return None
     if not np.issubdtype(grid.dtype, np.integer) or grid.ndim != 2 or grid.shape[1] != 3:
-        raise ValueError(f"{name} has shape {list(grid.shape)} and dtype {grid.dtype}; expected integers [items, 3]")
+        raise UserError(f"{name} has shape {list(grid.shape)} and dtype {grid.dtype}; expected integers [items, 3]")
     merge = config.vision.spatial_merge_size
     for i, (t, h, w) in enumerate(grid):
         if t < 1 or h < 1 or w < 1 or h % merge or w % merge:
-            raise ValueError(
+            raise UserError(
                 f"{name}[{i}] is {(int(t), int(h), int(w))}; expected at least one frame, and a height and width in "
                 f"patches that are multiples of {merge}"
             )
@@ -304,17 +326,17 @@ def _grid(name: str, grid, config: Qwen2VLConfig) -> np.ndarray | None:
 def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: Qwen2VLConfig) -> np.ndarray | None:
     if pixels is None or np.size(pixels) == 0:
         if grid is not None:
-            raise ValueError(f"{grid_name} is given without {name}")
+            raise UserError(f"{grid_name} is given without {name}; expected both or neither")
         return None
     if grid is None:
-        raise ValueError(f"{name} is given without {grid_name}")
+        raise UserError(f"{name} is given without {grid_name}; expected both or neither")
     pixels = np.asarray(pixels)
     if not (np.issubdtype(pixels.dtype, np.floating) or pixels.dtype.name == "bfloat16"):
-        raise ValueError(f"{name} has dtype {pixels.dtype}; expected normalised floats, as the processor makes them")
+        raise UserError(f"{name} has dtype {pixels.dtype}; expected normalised floats, as the processor makes them")
     expected = (int(grid.prod(axis=1).sum()), config.vision.patch_values)
     if pixels.shape != expected:
-        raise ValueError(
-            f"{name} has shape {list(pixels.shape)}; expected {list(expected)}: one row for each patch of {grid_name}"
+        raise UserError(
+            f"{name} has shape {list(pixels.shape)}; expected {list(expected)}, with all patches of {grid_name} on axis 0"
         )
     return pixels.astype(np.float32, copy=False)
 
@@ -323,8 +345,8 @@ def _check_token_types(config: Qwen2VLConfig, input_ids, segment_ids, types) -> 
     expected = np.where(input_ids == config.image_token_id, 1, np.where(input_ids == config.video_token_id, 2, 0))
     wrong = (types != expected) & (segment_ids > 0)
     if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"mm_token_type_ids[{row}, {column}] is {types[row, column]}, but input_ids has {input_ids[row, column]} "
-            f"there, which is {expected[row, column]} (0 text, 1 image, 2 video)"
+        b, t = np.argwhere(wrong)[0]
+        raise UserError(
+            f"mm_token_type_ids[{b}, {t}] is {types[b, t]}; expected {expected[b, t]} for the id {input_ids[b, t]} in "
+            "input_ids (0 text, 1 image, 2 video)"
         )

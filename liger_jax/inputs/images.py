@@ -1,31 +1,27 @@
-"""Pictures to patches: numpy and Pillow, equal to transformers' `Qwen2VLImageProcessorPil` to the last bit."""
+"""Images to patches: numpy and Pillow, bit for bit equal to transformers' `Qwen2VLImageProcessorPil`."""
 
-import base64
-import binascii
 import contextlib
 import dataclasses
-import io
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self
-from urllib.parse import unquote, urlparse
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from liger_jax.errors import UserError
+from liger_jax.inputs.sources import ENCODED, open_encoded
+
 MAX_ASPECT_RATIO = 200
-OTHER_SCHEMES = ("http", "https", "s3", "gs")
-# What is computed here and cannot be switched off: a checkpoint that asks for something else is refused.
+# Steps that always run and cannot be changed: a checkpoint that asks for other ones is refused.
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
-ENCODED = (str, Path, bytes)  # sources of pictures that are files
 LIMIT_KEYS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionSettings:
-    """How pictures (or the frames of a video) become patches. Defaults are transformers' for images."""
+    """How images (or the frames of a video) become patches. The defaults are transformers' for images."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
@@ -37,44 +33,50 @@ class VisionSettings:
 
     @property
     def factor(self) -> int:
-        """Both sides of a resized picture are multiples of this: a patch times the patches merged into one token."""
+        """The sides of a resized image are multiples of this: the side of a patch times the patches of a merged token."""
         return self.patch_size * self.merge_size
 
     def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> Self:
-        """The same with other size limits. If only one is given, the other one follows where it would contradict it.
+        """Returns the settings with other size limits. A limit that is not given moves if it would contradict the other.
 
         Raises:
-            ValueError: a limit is not a positive whole number, `min_pixels > max_pixels`, or `max_pixels` is less than
-                one token's picture.
+            UserError: a limit is not a positive integer, `min_pixels > max_pixels`, or `max_pixels` is less than the
+                image of one token.
         """
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+                raise UserError(f"{name} is {value!r}; expected a positive integer")
         if min_pixels is None:
             min_pixels = self.min_pixels if max_pixels is None else min(self.min_pixels, max_pixels)
         if max_pixels is None:
             max_pixels = max(self.max_pixels, min_pixels)
         if min_pixels > max_pixels:
-            raise ValueError(f"min_pixels must not exceed max_pixels, got {min_pixels} > {max_pixels}")
+            raise UserError(f"min_pixels is {min_pixels}; expected at most max_pixels, {max_pixels}")
         if max_pixels < self.factor**2:
-            raise ValueError(
-                f"max_pixels must hold at least one token's {self.factor}x{self.factor} picture "
-                f"({self.factor**2} pixels), got {max_pixels}"
+            raise UserError(
+                f"max_pixels is {max_pixels}; expected at least {self.factor**2}, the pixels of one token's "
+                f"{self.factor}x{self.factor} image"
             )
         return dataclasses.replace(self, min_pixels=int(min_pixels), max_pixels=int(max_pixels))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **defaults: Any) -> Self:
-        """Reads transformers' JSON: limits as min_pixels / max_pixels (which win) or in `size`, under either name."""
-        broken = [
-            f"{key} = {config[key]!r}, not {step!r}"
+        """Returns the settings in transformers' JSON.
+
+        Limits are read from min_pixels and max_pixels, which win, or from `size`, where they have either of two names.
+
+        Raises:
+            UserError: the JSON asks for other preprocessing steps.
+        """
+        unsupported = [
+            f"{key} is {config[key]!r} (expected {step!r})"
             for key, step in FIXED_STEPS.items()
             if config.get(key, step) != step
         ]
         if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255):
-            broken.append(f"rescale_factor = {config['rescale_factor']!r}, not 1/255")
-        if broken:
-            raise ValueError("This preprocessing is not supported: " + "; ".join(broken))
+            unsupported.append(f"rescale_factor is {config['rescale_factor']!r} (expected 1/255)")
+        if unsupported:
+            raise UserError("unsupported preprocessing: " + ", ".join(unsupported))
         names = {field.name for field in dataclasses.fields(cls)}
         values = defaults | {key: value for key, value in config.items() if key in names and value is not None}
         size = config.get("size") or {}
@@ -88,7 +90,7 @@ class VisionSettings:
         return cls(**values).with_limits(**limits)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as JSON values, in the layout every transformers version with Qwen2-VL reads."""
+        """Returns the settings as JSON values, in the layout that every transformers version with Qwen2-VL reads."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         size = {edge: values[name] for name, edge in LIMIT_KEYS}
         return values | {"size": size, "rescale_factor": 1 / 255} | FIXED_STEPS
@@ -97,25 +99,26 @@ class VisionSettings:
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
 ) -> tuple[int, int]:
-    """The size a picture is resized to: multiples of `factor`, area within the limits, shape kept as well as possible.
+    """Returns the (height, width) that an image is resized to.
 
+    Both sides are multiples of `factor`, the area is within the limits, and the aspect ratio is kept as far as possible.
     Each side is rounded (half to even) to a multiple of `factor`. If the area is then too large, both sides are divided
-    by sqrt(height * width / max_pixels) and rounded down (not below `factor`); if too small, they are multiplied by
-    sqrt(min_pixels / (height * width)) and rounded up. The same as transformers' function of this name.
+    by sqrt(height * width / max_pixels) and rounded down (not below `factor`). If it is too small, they are multiplied
+    by sqrt(min_pixels / (height * width)) and rounded up. The result equals that of transformers' `smart_resize`.
 
     Raises:
-        ValueError: a side is zero, or one side is more than 200 times the other.
+        UserError: a side is zero, or one side is more than 200 times the other.
 
     Example:
         >>> smart_resize(561, 278)
         (560, 280)
     """
     if min(height, width) < 1:
-        raise ValueError(f"A picture must have at least one pixel, got {width}x{height} (width x height)")
+        raise UserError(f"image is {width}x{height} (width x height); expected at least one pixel")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"One side of a picture may be at most {MAX_ASPECT_RATIO} times the other, got {width}x{height} "
-            f"(width x height)"
+        raise UserError(
+            f"image is {width}x{height} (width x height); expected one side to be at most {MAX_ASPECT_RATIO} times the "
+            f"other"
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -129,141 +132,128 @@ def smart_resize(
     return new_height, new_width
 
 
-def load_image(source: Any) -> Image.Image:
-    """A picture in RGB, from a PIL image, a uint8 array [H, W, 3], a path, a `file://` or `data:` URL, or file bytes.
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
-    Files, URLs and bytes are turned upright by their EXIF tag; transparency is dropped. As in transformers.
+
+def load_image(source: Any) -> Image.Image:
+    """Returns an RGB image.
+
+    Encoded images are turned upright as their EXIF tag says, and transparency is dropped, as in transformers.
+
+    Args:
+        source: a PIL image, a uint8 array [H, W, 3], a path, a `file://` or base64 `data:` URL, or the bytes of a file.
 
     Raises:
-        FileNotFoundError: the path does not exist.
-        ValueError: the source is of another kind, has no pixels, or cannot be decoded; the message names it.
+        NotFoundError: the path does not exist.
+        UserError: a source of another kind, without pixels, or that cannot be decoded; the message names it.
     """
-    with _opened(source) as image:
+    with _open_image(source) as image:
         return (ImageOps.exif_transpose(image) if isinstance(source, ENCODED) else image).convert("RGB")
 
 
 def image_size(source: Any) -> tuple[int, int]:
-    """(width, height) of a picture as it is stored, from the head of its file: nothing is decoded, or turned upright.
+    """Returns the stored (width, height) of an image, before it is turned upright. Only the file's header is read.
 
     Raises:
-        FileNotFoundError, ValueError: as in `load_image`, but for pixels that are damaged.
+        NotFoundError, UserError: as in `load_image`, except for damaged pixels.
     """
-    with _opened(source) as image:
+    with _open_image(source) as image:
         return image.size
 
 
 @contextlib.contextmanager
-def _opened(source: Any) -> Iterator[Image.Image]:
-    """The picture, of a file perhaps only the head; what goes wrong while it is used is told with its name."""
+def _open_image(source: Any) -> Iterator[Image.Image]:
+    """Opens an image, whose pixels may not be decoded yet; errors in the `with` block name the source."""
     file: Any = contextlib.nullcontext()
     if isinstance(source, ENCODED):
-        file, name = _read(source)
+        file, name = open_encoded(source)
     elif isinstance(source, Image.Image):
-        # Image.open reads lazily: what was opened from a broken file fails only when it is used
+        # Image.open reads lazily: an image from a damaged file fails only when its pixels are used
         image, name = source, repr(getattr(source, "filename", "(PIL)"))
         if 0 in image.size:
-            raise ValueError(f"A picture must have at least one pixel, got an image {name} of size {image.size}")
+            raise UserError(f"image {name} is of size {image.size}; expected at least one pixel")
     elif isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[-1] != 3 or source.dtype != np.uint8:
-            raise ValueError(
-                f"A picture given as an array must be uint8 of shape [height, width, 3], got {source.dtype} "
-                f"{list(source.shape)}"
+            raise UserError(
+                f"image is an array of {source.dtype} {list(source.shape)}; expected uint8 of shape [height, width, 3]"
             )
         if source.size == 0:
-            raise ValueError(f"A picture must have at least one pixel, got an array of shape {list(source.shape)}")
+            raise UserError(f"image is an array of shape {list(source.shape)}; expected at least one pixel")
         image, name = Image.fromarray(source), "(array)"
     else:
-        raise ValueError(
-            "A picture must be a PIL image, a uint8 array [height, width, 3], a path, a file:// or data: URL, or "
-            f"encoded bytes, got {type(source).__name__}"
+        raise UserError(
+            f"image is of type {type(source).__name__}; expected a PIL image, a uint8 array [height, width, 3], a path, "
+            "a file:// or data: URL, or encoded bytes"
         )
     with file:
         try:
             yield Image.open(file) if isinstance(source, ENCODED) else image
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"The image {name} cannot be decoded: {error}") from error
-
-
-def _read(source: str | Path | bytes) -> tuple[BinaryIO, str]:
-    """The encoded picture as a file, and how to name it in a message."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source), f"({len(source)} bytes)"
-    text = str(source)
-    if text[:5].lower() == "data:":
-        head, comma, body = text.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise ValueError(f"A data URL must read data:image/<type>;base64,<data>, got {text[:60]!r}")
-        try:
-            return io.BytesIO(base64.b64decode(body, validate=True)), f"({head} URL)"
-        except binascii.Error as error:
-            raise ValueError(f"The image ({head} URL) cannot be decoded: {error}") from error
-    url = urlparse(text)
-    if url.scheme in OTHER_SCHEMES:
-        raise ValueError(f"Images are not downloaded; save it and give its path instead: {text!r}")
-    path = Path(unquote(url.path)) if url.scheme == "file" else Path(text)
-    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
-        raise FileNotFoundError(f"No image file at {text[:300]!r}")
-    return path.open("rb"), repr(str(path))
+            raise UserError(f"image {name} cannot be decoded ({error}); expected a format that Pillow reads") from error
 
 
 def load_frames(source: Any) -> list[Image.Image]:
-    """The frames of a video in RGB, from an array [T, H, W, 3] or a sequence of pictures of one size.
+    """Returns the RGB frames of a video, given as an array [T, H, W, 3] or a sequence of images of one size.
 
     Raises:
-        ValueError: no frames, frames of different sizes, or a video file (which is not decoded here).
+        UserError: no frames, frames of different sizes, or a video file, which is not decoded here.
     """
     frames = [load_image(frame) for frame in check_frames(source)]
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:
-        raise ValueError(f"The frames of a video must have one size, got (width, height) {sizes}")
+        raise UserError(f"video has frames of the sizes (width, height) {sizes}; expected one size")
     return frames
 
 
 def check_frames(source: Any) -> np.ndarray | Sequence[Any]:
-    """The frames of a video, not opened yet; a ValueError for what is none."""
+    """Returns the unopened frames of a video. Raises UserError for anything that is not a sequence of frames."""
     if isinstance(source, str | Path | bytes) or not isinstance(source, np.ndarray | Sequence):
-        raise ValueError(
-            "A video must be given as its frames, an array [frames, height, width, 3] or a list of pictures, got "
-            f"{source if isinstance(source, str | Path) else type(source).__name__!r}; video files are not decoded here"
+        raise UserError(
+            f"video is {source if isinstance(source, str | Path) else type(source).__name__!r}; expected its frames, as an "
+            "array [frames, height, width, 3] or a list of images (video files are not decoded here)"
         )
     if len(source) == 0:
-        raise ValueError("A video must have at least one frame, got none")
+        raise UserError("video has no frames; expected at least one frame")
     return source
 
 
-def patchify(frames: Sequence[Image.Image], settings: VisionSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """One picture ([image]) or the frames of one video as rows of numbers, with their grid.
+# ---- patches ---------------------------------------------------------------------------------------------------------
 
-    Resizes with bicubic filtering on bytes, pads the frames to a multiple of `temporal_patch_size` by repeating the
-    last one, rescales and normalises, and orders the patches so that each `merge_size**2` rows become one token:
-    rows (t, h / merge, w / merge, merge, merge), columns (channel, frame, y, x).
+
+def patchify(frames: Sequence[Image.Image], settings: VisionSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Returns the patches of one image (`[image]`) or of the frames of one video, and their grid.
+
+    Frames are resized with bicubic filtering on bytes, padded to a multiple of `temporal_patch_size` by repeating the
+    last one, rescaled and normalised. The patches are ordered so that each `merge_size**2` of them become one token:
+    axis 0 is (t, h / merge, w / merge, merge, merge), axis 1 is (channel, frame, y, x).
 
     Returns:
         pixel_values float32 [t * h * w, 3 * temporal_patch_size * patch_size**2], and the grid (t, h, w) in patches.
 
     Raises:
-        ValueError: one side is more than 200 times the other.
+        UserError: one side is more than 200 times the other.
     """
-    t, h, w = grid_of(frames[0].size, len(frames), settings)
+    t, h, w = patch_grid(frames[0].size, len(frames), settings)
     width, height = w * settings.patch_size, h * settings.patch_size
     video = np.stack([np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in frames])
     missing = -len(video) % settings.temporal_patch_size
     video = np.concatenate([video, np.repeat(video[-1:], missing, axis=0)])
 
-    patch, merge, frames_of_patch = settings.patch_size, settings.merge_size, settings.temporal_patch_size
-    blocks = video.reshape(t, frames_of_patch, h // merge, merge, patch, w // merge, merge, patch, 3)
-    #                      0  1                2           3      4      5           6      7      8
+    patch, merge, patch_frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    blocks = video.reshape(t, patch_frames, h // merge, merge, patch, w // merge, merge, patch, 3)
+    #                      0  1             2           3      4      5           6      7      8
     patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, -1)
     levels = _normalised_levels(settings)
     pixel_values = np.stack([levels[channel][patches[:, channel]] for channel in range(3)], axis=1)
     return pixel_values.reshape(t * h * w, -1), (t, h, w)
 
 
-def grid_of(size: tuple[int, int], frames: int, settings: VisionSettings) -> tuple[int, int, int]:
-    """The grid (t, h, w) of patches that `patchify` makes of frames of a size (width, height).
+def patch_grid(size: tuple[int, int], frames: int, settings: VisionSettings) -> tuple[int, int, int]:
+    """Returns the grid (t, h, w) that `patchify` makes of frames of one (width, height).
 
-    >>> grid_of((278, 561), 1, VisionSettings())
-    (1, 40, 20)
+    Example:
+        >>> patch_grid((278, 561), 1, VisionSettings())
+        (1, 40, 20)
     """
     width, height = size
     height, width = smart_resize(height, width, settings.factor, settings.min_pixels, settings.max_pixels)
@@ -271,7 +261,7 @@ def grid_of(size: tuple[int, int], frames: int, settings: VisionSettings) -> tup
 
 
 def _normalised_levels(settings: VisionSettings) -> np.ndarray:
-    """float32 [3, 256]: what each byte becomes in each channel, rounded at the same steps as in transformers."""
+    """Returns float32 [3, 256]: the normalised value of each byte in each channel, rounded as in transformers."""
     rescaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(values, np.float32)[:, None] for values in (settings.image_mean, settings.image_std))
     return (rescaled - mean) / std

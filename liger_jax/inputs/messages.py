@@ -1,4 +1,4 @@
-"""Messages in the chat format: checked, and their pictures and videos taken out."""
+"""Chat messages: checks them and takes their images and videos out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,29 +6,38 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from liger_jax.inputs.images import VisionSettings, check_frames, grid_of, image_size, load_frames, load_image, patchify
+from liger_jax.errors import UserError
+from liger_jax.inputs.images import (
+    VisionSettings,
+    check_frames,
+    image_size,
+    load_frames,
+    load_image,
+    patch_grid,
+    patchify,
+)
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 
 class Kind(NamedTuple):
-    """A kind of vision input: how it is named in messages, arguments and arrays, and how it is read."""
+    """A kind of vision input: its names in messages, arguments and arrays, and the functions that read it."""
 
     name: str
     argument: str
     type_id: int  # in mm_token_type_ids
-    keys: tuple[str, ...]  # of a part, that hold its value
+    keys: tuple[str, ...]  # of a message part, that may hold its source
     load: Callable[[Any], list[Image.Image]]
-    size: Callable[[Any], tuple[tuple[int, int], int]]  # (width, height) and number of frames, without decoding any
+    size: Callable[[Any], tuple[tuple[int, int], int]]  # (width, height) and number of frames, without decoding
     arrays: tuple[str, str]
 
     @property
     def token(self) -> str:
         return f"<|{self.name}_pad|>"
 
-    def takes(self, part: Mapping[str, Any]) -> bool:
-        """Whether a part of a message is of this kind."""
+    def matches(self, part: Mapping[str, Any]) -> bool:
+        """Returns whether a message part is of this kind."""
         return part.get("type") in (self.name, f"{self.name}_url") or ("type" not in part and self.keys[0] in part)
 
 
@@ -53,132 +62,137 @@ KINDS = (
     ),
 )
 
+# Settings of a message part that qwen-vl-utils knows and this package does not implement.
+UNSUPPORTED_SETTINGS = ("resized_height", "resized_width", "total_pixels", "video_start", "video_end")
 
-NOT_DONE = ("resized_height", "resized_width", "total_pixels", "video_start", "video_end")  # as qwen-vl-utils has them
 
-
-class Item(NamedTuple):
-    """A picture or a video, not opened yet."""
+class MediaItem(NamedTuple):
+    """An image or a video that has not been opened yet."""
 
     kind: Kind
     source: Any
     settings: VisionSettings
 
     def patches(self) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Its patches and their grid, see `patchify`."""
+        """Returns its patches and their grid, see `patchify`."""
         return patchify(self.kind.load(self.source), self.settings)
 
     def grid(self) -> tuple[int, int, int]:
-        """The grid alone, for which nothing is decoded; height and width change places if the picture is to be turned."""
-        return grid_of(*self.kind.size(self.source), self.settings)
+        """Returns its grid without decoding it. Height and width are swapped if EXIF says that the image lies sideways."""
+        return patch_grid(*self.kind.size(self.source), self.settings)
 
 
-def as_batch(messages: Any) -> list[Conversation]:
-    """One conversation or several as a list of conversations; every message checked.
+def as_conversations(messages: Any) -> list[Conversation]:
+    """Returns one conversation or several as a list of conversations, after checking the form of every message.
 
     Raises:
-        ValueError: not a list of messages or of such lists, something empty, or a message without role or content.
+        UserError: not a list of messages or of such lists, an empty list, or a message without role or content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r:.100}")
+        raise UserError(f"messages is {messages!r:.100}; expected a list of messages, or a list of such lists")
     conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
     for conversation in conversations:
         if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
-            raise ValueError(f"A conversation must be a non-empty list of messages, got {conversation!r:.100}")
+            raise UserError(f"conversation is {conversation!r:.100}; expected a non-empty list of messages")
         for message in conversation:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {message!r:.100}')
+                raise UserError(f'message is {message!r:.100}; expected {{"role": ..., "content": ...}}')
     return conversations
 
 
 class MediaReader:
-    """Reads conversations one after the other, handing out `images` and `videos` in order to parts without a value."""
+    """Reads conversations in order, and assigns `images` and `videos` in order to the parts without a source."""
 
     def __init__(self, images: Any, videos: Any, settings: Mapping[str, VisionSettings]):
         self.settings = settings
-        self.given = {"image": as_list(images), "video": as_list(videos)}
-        self.used = dict.fromkeys(self.given, 0)
+        self.arguments = {"image": as_list(images), "video": as_list(videos)}
+        self.used = dict.fromkeys(self.arguments, 0)
 
-    def read(self, conversation: Conversation) -> tuple[list[Message], dict[str, list[Item]]]:
-        """The conversation as a chat template wants it, without the pictures, and the pictures by kind, in order."""
-        items: dict[str, list[Item]] = {kind.name: [] for kind in KINDS}
+    def read(self, conversation: Conversation) -> tuple[list[Message], dict[str, list[MediaItem]]]:
+        """Returns the conversation without its media, as a chat template expects it, and the media by kind, in order."""
+        items: dict[str, list[MediaItem]] = {kind.name: [] for kind in KINDS}
         return [self._message(message, items) for message in conversation], items
 
     def check_all_used(self) -> None:
+        """Raises UserError if there were more images or videos than placeholders for them."""
         for kind in KINDS:
-            given, used = len(self.given[kind.name]), self.used[kind.name]
-            if used < given:
-                raise ValueError(
-                    f"{given} {kind.argument} were given, but the messages have {used} placeholders for them"
+            count, used = len(self.arguments[kind.name]), self.used[kind.name]
+            if used < count:
+                raise UserError(
+                    f"{kind.argument} has length {count}; expected {used}, one for each placeholder in the messages"
                 )
 
-    def _message(self, message: Message, items: dict[str, list[Item]]) -> Message:
+    def _message(self, message: Message, items: dict[str, list[MediaItem]]) -> Message:
         content = message["content"]
         if isinstance(content, str):
             return {**message, "content": self._text(content, items)}
         if not isinstance(content, Sequence):
-            raise ValueError(f"A message's content must be a string or a list of parts, got {content!r:.100}")
+            raise UserError(f"content is {content!r:.100}; expected a string or a list of parts")
         return {**message, "content": [self._part(part, items) for part in content]}
 
-    def _text(self, text: str, items: dict[str, list[Item]]) -> str:
-        """Placeholders written out in a text stand for given pictures, too."""
+    def _text(self, text: str, items: dict[str, list[MediaItem]]) -> str:
+        """Returns the text unchanged, and assigns an image or video to each placeholder that is written out in it."""
         check_text(text)
         for kind in KINDS:
             for _ in range(text.count(kind.token)):
-                items[kind.name].append(Item(kind, self._next(kind), self.settings[kind.name]))
+                items[kind.name].append(MediaItem(kind, self._next(kind), self.settings[kind.name]))
         return text
 
-    def _part(self, part: Any, items: dict[str, list[Item]]) -> dict[str, Any]:
+    def _part(self, part: Any, items: dict[str, list[MediaItem]]) -> dict[str, Any]:
         if not isinstance(part, Mapping):
-            raise ValueError(f'A part of a message must be like {{"type": "text", "text": ...}}, got {part!r:.100}')
+            raise UserError(
+                f'part of a message is {part!r:.100}; expected {{"type": "text", "text": ...}} or a media part'
+            )
         if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
             return {"type": "text", "text": self._text(part["text"], items)}
         for kind in KINDS:
-            if kind.takes(part):
+            if kind.matches(part):
                 items[kind.name].append(self._item(kind, part))
                 return {"type": kind.name}
-        raise ValueError(
-            f'A part of a message must be of type "text", "image" or "video" and hold it, got {part!r:.100}'
+        raise UserError(
+            f'part of a message is {part!r:.100}; expected the type "text", "image" or "video", and its value'
         )
 
-    def _item(self, kind: Kind, part: Mapping[str, Any]) -> Item:
-        check_settings(part)
+    def _item(self, kind: Kind, part: Mapping[str, Any]) -> MediaItem:
+        check_part_settings(part)
         values = [part[key] for key in kind.keys if part.get(key) is not None]
         source = values[0] if values else self._next(kind)
         if isinstance(source, Mapping) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
             source = source["url"]
         settings = self.settings[kind.name].with_limits(part.get("min_pixels"), part.get("max_pixels"))
-        return Item(kind, source, settings)
+        return MediaItem(kind, source, settings)
 
     def _next(self, kind: Kind) -> Any:
-        given, used = self.given[kind.name], self.used[kind.name]
-        if used == len(given):
-            raise ValueError(
-                f"The messages have more placeholders for {kind.argument} than {kind.argument}= holds ({len(given)}); "
-                f"number {used + 1} has neither a value of its own nor one there"
+        entries, used = self.arguments[kind.name], self.used[kind.name]
+        if used == len(entries):
+            raise UserError(
+                f"{kind.argument} has length {len(entries)}; expected one for each placeholder without a value of its "
+                f"own, and the messages have more than {used} of these"
             )
         self.used[kind.name] += 1
-        return given[used]
+        return entries[used]
 
 
 def check_text(text: str) -> None:
-    """Raises ValueError for half of a character, as JSON may hold one, which no tokenizer takes."""
+    """Raises UserError for half of a surrogate pair, which JSON may hold and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"The text {text[:60]!r} holds {text[error.start]!r}, half of a surrogate pair") from None
+        raise UserError(
+            f"text is {text[:60]!r}, in which {text[error.start]!r} is half of a surrogate pair; expected valid Unicode"
+        ) from error
 
 
-def check_settings(part: Mapping[str, Any]) -> None:
-    """Raises ValueError for what would change a picture and is not done here."""
-    if asked := [name for name in NOT_DONE if part.get(name) is not None]:
-        raise ValueError(
-            f"A picture's part asks for {', '.join(asked)}, which is not supported; expected min_pixels and max_pixels"
+def check_part_settings(part: Mapping[str, Any]) -> None:
+    """Raises UserError for settings of a media part that would change the image and are not implemented."""
+    if unsupported := [name for name in UNSUPPORTED_SETTINGS if part.get(name) is not None]:
+        raise UserError(
+            f"part sets {', '.join(unsupported)}, which is not supported; expected min_pixels and max_pixels"
         )
 
 
 def as_list(values: Any) -> list[Any]:
-    """`images=` or `videos=` as a list; one that is not in a list counts as one."""
+    """Returns `images=` or `videos=` as a list; a single value counts as a list of one."""
     if values is None:
         return []
     return list(values) if isinstance(values, list | tuple) else [values]

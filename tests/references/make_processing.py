@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What Hugging Face transformers makes of pictures, videos and conversations: the reference values of the processor.
+"""Writes the processor's reference values: Hugging Face transformers' results for images, videos and conversations.
 
     pip install torch==2.13.0 torchvision==0.28.0 transformers==5.17.0 pillow==13.0.0   # the CPU builds
     pip install -e . && python tests/references/make_processing.py                      # 10 s; writes processing.npz
@@ -7,11 +7,11 @@
 Arrays
   smart_resize             [840, 6]: height, width, min_pixels, max_pixels, new height, new width (-1: ValueError)
   image/<name>             uint8 [H, W, 3]
-  default|small/<name>/... pixel_values and image_grid_thw of the PIL backend with the hub's limits, and with a small one
+  default|small/<name>/... pixel_values and image_grid_thw of the PIL backend, with the hub's limits and with small ones
   mode/<PIL mode>/...      input_png (the encoded file, bytes) and pixel_values
   video/<name>/...         frames uint8 [T, H, W, 3], pixel_values_videos, video_grid_thw (torchvision backend)
-  chat/<name>/...          the outputs of Qwen2VLProcessor for the conversations in `CONVERSATIONS`, as token ids of the
-                           tokenizer without merges, `train_tokenizer([])`; chat/<name>/text the rendered text, as bytes
+  chat/<name>/...          outputs of Qwen2VLProcessor for the conversations in `CONVERSATIONS`, with the tokenizer without
+                           merges, `train_tokenizer([])`; chat/<name>/text is the rendered text, as bytes
 """
 
 import io
@@ -35,7 +35,7 @@ def _turn(role, *content):
     return {"role": role, "content": content[0] if isinstance(content[0], str) else list(content)}
 
 
-# Pictures and videos are taken in order from PICTURES and VIDEOS.
+# Images and videos are taken in order from IMAGE_NAMES and VIDEO_NAMES.
 CONVERSATIONS = {
     "text": [[_turn("user", "Hello, what's 12345?\n\nTwo lines.")]],
     "image": [[_turn("user", IMAGE, _text("What is this?")), _turn("assistant", "A wave.")]],
@@ -46,12 +46,12 @@ CONVERSATIONS = {
         [_turn("user", VIDEO, IMAGE, _text("Both?")), _turn("assistant", "Yes."), _turn("user", VIDEO)],
     ],
 }
-PICTURES = ("up30x40", "exact56x84", "thin28x280")
-VIDEOS = ("odd", "one")
+IMAGE_NAMES = ("up30x40", "exact56x84", "thin28x280")
+VIDEO_NAMES = ("odd", "one")
 
 
-def picture(rng, height, width):
-    """Gradients and a little noise, uint8 [height, width, 3]."""
+def make_image(rng, height, width):
+    """Returns gradients with a little noise, uint8 [height, width, 3]."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [127 + 90 * np.sin(x / 9 + i) + 35 * np.cos(y / (5 + i)) for i in range(3)]
     values = np.stack(channels, -1) + rng.normal(0, 6, (height, width, 3))
@@ -91,13 +91,13 @@ def main():
     rng = np.random.default_rng(0)
     arrays = {"smart_resize": smart_resize_table(smart_resize)}
     images = {
-        "exact56x84": picture(rng, 56, 84),
-        "up30x40": picture(rng, 30, 40),
-        "down150x200": picture(rng, 150, 200),
-        "odd101x67": picture(rng, 101, 67),
-        "thin28x280": picture(rng, 28, 280),
+        "exact56x84": make_image(rng, 56, 84),
+        "up30x40": make_image(rng, 30, 40),
+        "down150x200": make_image(rng, 150, 200),
+        "odd101x67": make_image(rng, 101, 67),
+        "thin28x280": make_image(rng, 28, 280),
         "noise64x64": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
-        "tiny5x5": picture(rng, 5, 5),
+        "tiny5x5": make_image(rng, 5, 5),
     }
     for name, image in images.items():
         arrays[f"image/{name}"] = image
@@ -107,7 +107,7 @@ def main():
 
     for mode in MODES:
         file = io.BytesIO()
-        image = in_mode(Image.fromarray(picture(rng, 56, 56)), mode)
+        image = in_mode(Image.fromarray(make_image(rng, 56, 56)), mode)
         image.save(file, "TIFF" if mode == "CMYK" else "PNG")
         result = Qwen2VLImageProcessorPil(size=dict(HUB_LIMITS))(images=Image.open(file), return_tensors="np")
         arrays[f"mode/{mode}/file"] = np.frombuffer(file.getvalue(), np.uint8)
@@ -116,7 +116,7 @@ def main():
     videos = {"even": (4, 56, 56), "odd": (5, 60, 90), "one": (1, 84, 56)}
     video_processor = Qwen2VLVideoProcessor(size=dict(HUB_LIMITS), cap_pixels_per_frame=False)
     for name, (frames, height, width) in videos.items():
-        arrays[f"video/{name}/frames"] = np.stack([picture(rng, height, width) for _ in range(frames)])
+        arrays[f"video/{name}/frames"] = np.stack([make_image(rng, height, width) for _ in range(frames)])
         result = video_processor(videos=[arrays[f"video/{name}/frames"]], return_tensors="pt")
         arrays |= {f"video/{name}/{key}": value.numpy() for key, value in result.items()}
 
@@ -127,10 +127,10 @@ def main():
     for name, conversations in CONVERSATIONS.items():
         texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
         joined = "".join(texts)
-        pictures = [Image.fromarray(images[name]) for name in PICTURES[: joined.count("<|image_pad|>")]]
-        clips = [arrays[f"video/{name}/frames"] for name in VIDEOS[: joined.count("<|video_pad|>")]]
+        pil_images = [Image.fromarray(images[name]) for name in IMAGE_NAMES[: joined.count("<|image_pad|>")]]
+        clips = [arrays[f"video/{name}/frames"] for name in VIDEO_NAMES[: joined.count("<|video_pad|>")]]
         result = processor(
-            text=texts, images=pictures or None, videos=clips or None, padding=True, do_sample_frames=False
+            text=texts, images=pil_images or None, videos=clips or None, padding=True, do_sample_frames=False
         )
         keys = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
         arrays |= {f"chat/{name}/{key}": np.asarray(result[key], np.int32) for key in keys if key in result}

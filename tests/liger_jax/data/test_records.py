@@ -1,4 +1,4 @@
-"""Files of conversations: every format becomes the same messages, every broken record is named."""
+"""Files of conversations: every format gives the same messages, and errors name the broken record."""
 
 import base64
 import io
@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from liger_jax.data.records import read_conversations
+from liger_jax.errors import NotFoundError, UserError
 
 TURNS = [("human", "<image>\nWhich digit?"), ("gpt", "7")]
 
 
-def picture(size=(28, 28)):
+def image_bytes(size=(28, 28)):
     file = io.BytesIO()
     Image.effect_noise(size, 60).save(file, "PNG")
     return file.getvalue()
@@ -21,17 +22,17 @@ def picture(size=(28, 28)):
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image_bytes())
     return tmp_path
 
 
-def llava(turns=TURNS, **more):
-    return {"conversations": [{"from": who, "value": text} for who, text in turns], **more}
+def llava(turns=TURNS, **keys):
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **keys}
 
 
-def chat(turns=TURNS, **more):
+def chat(turns=TURNS, **keys):
     roles = {"human": "user", "gpt": "assistant"}
-    return {"messages": [{"role": roles.get(who, who), "content": text} for who, text in turns], **more}
+    return {"messages": [{"role": roles.get(role, role), "content": text} for role, text in turns], **keys}
 
 
 def write(folder, *records, lines=False):
@@ -47,9 +48,9 @@ def write(folder, *records, lines=False):
     ids=["LLaVA", "LLaVA list", "ShareGPT", "messages"],
 )
 def test_formats(folder, record, lines):
-    """A JSON list or a record a line, in any format: the same messages."""
-    (found,) = read_conversations(write(folder, record, lines=lines))
-    assert found == [
+    """A JSON list and JSON lines give the same messages in every format."""
+    (conversation,) = read_conversations(write(folder, record, lines=lines))
+    assert conversation == [
         {
             "role": "user",
             "content": [{"type": "image", "image": str(folder / "a.png")}, {"type": "text", "text": "Which digit?"}],
@@ -58,20 +59,20 @@ def test_formats(folder, record, lines):
     ]
 
 
-def test_several_pictures_videos_and_texts(folder):
-    """Markers are filled in order, wherever they stand; frames make a video; parts go through; texts stay texts."""
+def test_markers_are_filled_in_order(folder):
+    """Markers may be anywhere in a text; a video is a list of frames; lists of parts and plain texts stay the same."""
     turns = [
         ("system", "Read."),
         ("human", "A <image> and <image>\nthen <video>, equal?"),
         ("gpt", "No."),
         ("human", "Why?"),
     ]
-    url = "data:image/png;base64," + base64.b64encode(picture()).decode()
-    raw = base64.b64encode(picture((1, 1))).decode()
+    url = "data:image/png;base64," + base64.b64encode(image_bytes()).decode()
+    raw = base64.b64encode(image_bytes((1, 1))).decode()
     record = llava([*turns, ("gpt", "Look.")], image=[url, raw], video=[["a.png", "a.png"]])
-    (found,) = read_conversations(write(folder, record))
-    assert [message["role"] for message in found] == ["system", "user", "assistant", "user", "assistant"]
-    kinds = [(part["type"], part[part["type"]]) for part in found[1]["content"]]
+    (conversation,) = read_conversations(write(folder, record))
+    assert [message["role"] for message in conversation] == ["system", "user", "assistant", "user", "assistant"]
+    kinds = [(part["type"], part[part["type"]]) for part in conversation[1]["content"]]
     frames = [str(folder / "a.png")] * 2
     assert kinds == [
         ("text", "A "),
@@ -87,9 +88,9 @@ def test_several_pictures_videos_and_texts(folder):
     assert read_conversations(write(folder, record))[0][0]["content"] == parts
 
 
-def test_parts_with_pictures_of_their_own_or_of_the_record(folder):
-    """A content that is a list: paths from the data's folder on, the record's next picture, a marker in a text part."""
-    content = picture()
+def test_parts_take_their_own_image_or_the_next_of_the_record(folder):
+    """A list of parts may hold paths relative to the file, parts without an image, and markers in its texts."""
+    content = image_bytes()
     parts = [
         {"type": "image", "image": "a.png", "max_pixels": 784},
         {"type": "image_url", "image_url": {"url": f"file://{folder}/a.png"}},
@@ -105,29 +106,29 @@ def test_parts_with_pictures_of_their_own_or_of_the_record(folder):
     system, user, _ = read_conversations(write(folder, record))[0]
     path = str(folder / "a.png")
     assert system == {"role": "system", "content": "Read."}
-    found = [part.get("image", part.get("text")) for part in user["content"]]
-    assert found == [path, f"file://{folder}/a.png", content, path, path, "Which?"]
+    values = [part.get("image", part.get("text")) for part in user["content"]]
+    assert values == [path, f"file://{folder}/a.png", content, path, path, "Which?"]
     assert user["content"][0]["max_pixels"] == 784
 
 
-def test_the_working_directory_does_not_matter(folder, monkeypatch):
-    """A run that was begun elsewhere goes on: its data, by a relative name or an absolute one, is the same."""
+def test_conversations_do_not_depend_on_the_working_directory(folder, monkeypatch):
+    """A run can be resumed from anywhere: a relative and an absolute path give the same data."""
     path = write(folder, llava(image="a.png"))
     monkeypatch.chdir(folder.parent)
     assert read_conversations(f"{folder.name}/data.json") == read_conversations(path)
 
 
-def test_files_of_other_encodings(folder):
+def test_byte_order_mark_and_other_encodings(folder):
     path = write(folder, llava(image="a.png"))
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows writes them
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as written on Windows
     assert len(read_conversations(path)) == 1
     path.write_bytes("é".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"data\.json is not UTF-8"):
+    with pytest.raises(ValueError, match=r"data\.json is not readable as UTF-8"):
         read_conversations(path)
 
 
-def test_the_processor_takes_them(folder):
-    """From a file to arrays: pictures are read, and only the answer is trained."""
+def test_processor_accepts_conversations(folder):
+    """From a file to arrays: images are read, and only the answer is trained."""
     from liger_jax.demo.data import load_digits
     from liger_jax.demo.run import make_processor
 
@@ -142,29 +143,29 @@ def test_the_processor_takes_them(folder):
 
 BROKEN = {
     "expected a record with one of": {"text": "hello"},
-    "found list": [],
+    "the record is a list": [],
     "expected a list of turns": {"messages": []},
     "'from' is 'robot'": llava([("robot", "?")]),
-    "expected {'role'": {"messages": [{"role": "user"}]},
-    "1 images, but 0 markers": llava([("human", "Which?"), ("gpt", "7")], image="a.png"),
+    "turn is {'role': 'user'}; expected {'role'": {"messages": [{"role": "user"}]},
+    "has 1 images, but 0 markers": llava([("human", "Which?"), ("gpt", "7")], image="a.png"),
     "more markers <image> than images": llava([("human", "<image><image>"), ("gpt", "7")], image="a.png"),
     "more markers <video>": llava([("human", "<video>"), ("gpt", "7")]),
-    "b.png does not exist": llava(image="b.png"),
+    "b.png', which does not exist": llava(image="b.png"),
     "both 'images' and 'image'": llava(image="a.png", images=["a.png"]),
     "would have to be downloaded": llava(image="https://example.com/a.png"),
-    "the video 'a.mp4'; expected a list of its frames": llava([("human", "<video>"), ("gpt", "7")], video="a.mp4"),
-    "is no picture": llava(image=[3]),
-    "the picture ['a.png']": llava(images=[["a.png"]]),
-    "and is no base64": llava(image="?" * 2000),  # longer than a file's name can be
-    "does not exist, and is no": llava(image="a/long/path/to/a/picture/that/has/a/mistake/in/it/somewhere.png"),
+    "video is 'a.mp4'; expected a list of its frames": llava([("human", "<video>"), ("gpt", "7")], video="a.mp4"),
+    "image is 3; expected a path": llava(image=[3]),
+    "image is ['a.png']; expected a path": llava(images=[["a.png"]]),
+    "and is not valid base64": llava(image="?" * 2000),  # longer than a file's name can be
+    "does not exist and is not": llava(image="a/long/path/to/an/image/that/has/a/mistake/in/it/somewhere.png"),
     "no answer": llava([("human", "Which?")]),
     "'role' is ['user']": {"messages": [{"role": ["user"], "content": "?"}]},
-    "no.png' does not exist": llava(image="file:///no.png"),
-    "is no file": llava(image="."),
+    "no.png', which does not exist": llava(image="file:///no.png"),
+    "which is not a file": llava(image="."),
     "half of a surrogate pair": llava([("human", "a \ud83d"), ("gpt", "7")]),
-    "the record lists no more of them": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    "the record lists no more images": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
     "expected one of type": {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
-    "asks for resized_height": {
+    "sets resized_height": {
         "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "resized_height": 280}]}]
     },
     "expected a text or a list": {"messages": [{"role": "user", "content": 3}]},
@@ -172,13 +173,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_broken_records_are_named_or_left_out(folder, message):
-    """The file, the record's place and id, what was found; or the others, with a warning that says the same."""
+def test_broken_records_are_named_or_skipped(folder, message):
+    """The error names the file, the record's number and id, and the problem; with "skip", a warning does."""
     record = BROKEN[message]
     if isinstance(record, dict):
         record = {"id": "x7", **record}
     path = write(folder, llava(image="a.png"), record)
-    with pytest.raises(ValueError, match="record 2") as error:
+    with pytest.raises(UserError, match="record 2") as error:
         read_conversations(path)
     assert message in str(error.value) and str(path) in str(error.value)
     assert ("(id 'x7')" in str(error.value)) == isinstance(record, dict)
@@ -187,11 +188,15 @@ def test_broken_records_are_named_or_left_out(folder, message):
 
 
 def test_broken_files(folder):
-    """No file, no JSON, nothing in it, nothing usable in it, an option that means nothing."""
-    with pytest.raises(FileNotFoundError):
+    """No file, not JSON, empty, without usable records; and an unknown option."""
+    with pytest.raises(NotFoundError, match=r"none\.json does not exist"):
         read_conversations(folder / "none.json")
     bad = folder / "bad.json"
-    for text, message in {"[1, 2": "not a JSON list", "": "no usable record", "{oops\n": "line 1: not JSON"}.items():
+    for text, message in {
+        "[1, 2": "expected a JSON list",
+        "": "no usable record",
+        "{oops\n": "line 1: the line is not JSON",
+    }.items():
         bad.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_conversations(bad)
@@ -200,7 +205,7 @@ def test_broken_files(folder):
 
 
 def test_media_folder(folder, tmp_path_factory):
-    """Relative paths start at `media`, or else at the file."""
+    """Relative paths start from `media`, or from the folder of the file."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     path = write(elsewhere, llava(image="a.png"))
     assert read_conversations(path, media=folder)[0][0]["content"][0]["image"] == str(folder / "a.png")

@@ -1,10 +1,11 @@
-"""`prepare`: what fits is put into buckets without losing a number; what does not fit is refused by name."""
+"""`prepare`: valid batches are padded to buckets without losing a number; invalid ones are refused by name."""
 
 import jax
 import numpy as np
 import pytest
 
 from liger_jax import prepare
+from liger_jax.errors import UserError
 from liger_jax.inputs.batch import bucket
 from tests._support import parity
 
@@ -14,7 +15,7 @@ PATCH_VALUES = 1176
 
 
 def row(*parts):
-    """Token ids from numbers (as they are) and tuples (placeholder, count)."""
+    """Returns token ids, given as numbers and as tuples (placeholder, count)."""
     return [token for part in parts for token in ([part[0]] * part[1] if isinstance(part, tuple) else [part])]
 
 
@@ -24,7 +25,7 @@ def pixels(*grids, seed=0):
 
 
 def two_rows():
-    """A row with two images (1 and 4 tokens) beside one with another (2 tokens)."""
+    """Returns one row with two images (1 and 4 tokens), and one row with another (2 tokens)."""
     grids = [[1, 2, 2], [1, 4, 4], [1, 2, 4]]
     return {
         "input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 4), 7), row(5, (IMAGE, 2), 6, 7, 8, 9, 10)]),
@@ -41,12 +42,12 @@ def one_video():
     }
 
 
-# ---- what comes out
+# ---- valid batches
 
 
 @pytest.mark.parametrize(("smallest", "top"), [(1, 300), (64, 5000)])
 def test_buckets(smallest, top):
-    """Never too small, at most a quarter of padding from 4 units on, and few: four sizes an octave."""
+    """Never too small, at most 25 % padding from 4 units on, and four sizes per octave."""
     sizes = [bucket(n, smallest) for n in range(1, top)]
     assert all(size >= n and size % smallest == 0 for n, size in enumerate(sizes, 1))
     assert all(size <= 1.25 * n + smallest for n, size in enumerate(sizes, 1))
@@ -63,7 +64,7 @@ def test_shapes_and_dtypes():
     assert patches == 64
     assert batch.vision.pixel_values.shape == (2, patches, PATCH_VALUES)
     assert batch.vision.position_ids.shape == (2, patches, 2)
-    assert batch.vision.token_columns.shape == (2, patches // 4)
+    assert batch.vision.token_positions.shape == (2, patches // 4)
     arrays = jax.tree.leaves(batch)
     assert {array.dtype.name for array in arrays} == {"int32", "float32"}
     assert sum(array.dtype == np.float32 for array in arrays) == 1
@@ -74,8 +75,8 @@ def one_image(*grid, before=(5,), after=(7,)):
     return {"input_ids": np.array([ids]), "image_grid_thw": np.array([grid]), "pixel_values": pixels(grid)}
 
 
-def test_bucket_hides_the_sizes():
-    """Other images and lengths in the same bucket have the same shapes and static fields: one program serves them."""
+def test_sizes_in_one_bucket_share_a_program():
+    """Other images and lengths in the same bucket have the same shapes and static fields."""
     first = prepare(CONFIG, **one_image(1, 4, 4))
     second = prepare(CONFIG, **one_image(1, 4, 6, before=range(20), after=range(30)))
     assert jax.tree.structure(first) == jax.tree.structure(second)
@@ -83,7 +84,7 @@ def test_bucket_hides_the_sizes():
 
 
 def test_patches_stay_with_their_row():
-    """Pixels of a row's images stand in that row, in order, one segment each; the rest is empty and belongs nowhere."""
+    """A row's patches are stored in that row, in order, with one segment per image, followed by padding."""
     arrays = two_rows()
     vision = prepare(CONFIG, **arrays).vision
     np.testing.assert_array_equal(vision.pixel_values[0, :20], arrays["pixel_values"][:20])
@@ -94,16 +95,16 @@ def test_patches_stay_with_their_row():
     assert vision.segment_ids[1, :8].tolist() == [1] * 8
     assert not vision.segment_ids[0, 20:].any()
     assert not vision.segment_ids[1, 8:].any()
-    assert vision.token_columns[0, :5].tolist() == [1, 3, 4, 5, 6]
-    assert vision.token_columns[1, :2].tolist() == [1, 2]
-    assert vision.token_columns[0, 5:].min() >= 64
-    assert vision.token_columns[1, 2:].min() >= 64
-    assert len(set(vision.token_columns[0].tolist())) == len(vision.token_columns[0])
+    assert vision.token_positions[0, :5].tolist() == [1, 3, 4, 5, 6]
+    assert vision.token_positions[1, :2].tolist() == [1, 2]
+    assert vision.token_positions[0, 5:].min() >= 64
+    assert vision.token_positions[1, 2:].min() >= 64
+    assert len(set(vision.token_positions[0].tolist())) == len(vision.token_positions[0])
     assert vision.max_segments >= 2
 
 
-def test_images_and_videos_of_a_row_in_order_of_appearance():
-    """Each kind has its own pixel array; in the row they stand as in the text. A video has a segment for each frame."""
+def test_images_and_videos_keep_the_order_of_the_text():
+    """They arrive in two pixel arrays and are merged in order. A video has one segment per frame."""
     arrays = {
         "input_ids": np.array([row(5, (IMAGE, 1), 6, (VIDEO, 2), 7, (IMAGE, 2), 8)]),
         "image_grid_thw": np.array([[1, 2, 2], [1, 4, 2]]),
@@ -115,15 +116,15 @@ def test_images_and_videos_of_a_row_in_order_of_appearance():
     images, video = arrays["pixel_values"], arrays["pixel_values_videos"]
     np.testing.assert_array_equal(vision.pixel_values[0, :20], np.concatenate([images[:4], video, images[4:]]))
     assert vision.segment_ids[0, :20].tolist() == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 8
-    assert vision.token_columns[0, :5].tolist() == [1, 3, 4, 6, 7]
+    assert vision.token_positions[0, :5].tolist() == [1, 3, 4, 6, 7]
 
 
-def test_text_rows_beside_image_rows():
+def test_text_rows_and_image_rows_in_one_batch():
     arrays = two_rows()
     arrays["input_ids"] = np.concatenate([np.full((1, 8), 9), arrays["input_ids"]])
     batch = prepare(CONFIG, **arrays)
     assert not batch.vision.segment_ids[0].any()
-    assert batch.vision.token_columns[0].min() >= 64
+    assert batch.vision.token_positions[0].min() >= 64
     assert batch.position_ids[0, :, :8].tolist() == [list(range(8))] * 3
 
 
@@ -133,7 +134,7 @@ def test_text_only_has_no_vision():
 
 @pytest.mark.parametrize("mask", [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0]])
 def test_any_padding_side(mask):
-    """Tokens stay in their columns; padding has segment and position 0, wherever it stands."""
+    """Tokens keep their positions in the array; padding on any side has segment and position 0."""
     ids = np.array([[5, 6, 7, 8, 9]])
     batch = prepare(CONFIG, input_ids=ids, attention_mask=np.array([mask]))
     assert batch.input_ids[0, :5].tolist() == ids[0].tolist()
@@ -142,13 +143,13 @@ def test_any_padding_side(mask):
     assert batch.position_ids[0, :, :5].tolist() == [expected.tolist()] * 3
 
 
-def test_placeholders_under_padding_are_no_placeholders():
+def test_placeholders_in_padding_are_ignored():
     ids = np.array([row((IMAGE, 3), 5, 6)])
     assert prepare(CONFIG, input_ids=ids, attention_mask=np.array([[0, 0, 0, 1, 1]])).vision is None
 
 
 def test_packed_rows():
-    """Sequences are numbered from 1 whatever the caller calls them; images belong to the sequence they stand in."""
+    """Sequences are renumbered from 1; an image belongs to the sequence that contains its placeholders."""
     arrays = {
         "input_ids": np.array([row(5, (IMAGE, 1), 6, 7, 8, (IMAGE, 2), 9)]),
         "image_grid_thw": np.array([[1, 2, 2], [1, 2, 4]]),
@@ -161,7 +162,7 @@ def test_packed_rows():
     assert batch.max_segments == 2
 
 
-def test_given_positions_are_used():
+def test_explicit_position_ids_are_used():
     positions = np.arange(6).reshape(3, 1, 2)
     assert prepare(CONFIG, input_ids=np.array([[5, 6]]), position_ids=positions).position_ids[0, :, :2].tolist() == [
         [0, 1],
@@ -170,18 +171,18 @@ def test_given_positions_are_used():
     ]
 
 
-def test_length_and_patches_on_demand():
-    """For runs whose batches shall all have one shape."""
+def test_explicit_length_and_patches():
+    """For runs whose batches all need the same shape."""
     batch = prepare(CONFIG, **two_rows(), length=100, patches=32)
     assert batch.shape == (2, 100)
     assert batch.vision.pixel_values.shape == (2, 32, PATCH_VALUES)
-    assert batch.vision.token_columns[0, 5:].min() >= 100
+    assert batch.vision.token_positions[0, 5:].min() >= 100
     text = prepare(CONFIG, input_ids=np.array([[5, 6]]), patches=32)
     assert text.vision.pixel_values.shape == (1, 32, PATCH_VALUES)
 
 
 def test_pad_rows():
-    """Empty rows belong to no sequence, train nothing and receive no picture."""
+    """Empty rows belong to no sequence, train nothing and receive no image."""
     batch = prepare(CONFIG, **two_rows(), labels=two_rows()["input_ids"])
     padded = batch.pad_rows(4)
     assert jax.tree.map(lambda a: a[:2].tolist(), padded) == jax.tree.map(lambda a: a.tolist(), batch)
@@ -189,26 +190,24 @@ def test_pad_rows():
     assert not padded.segment_ids[2:].any()
     assert (padded.labels[2:] == -100).all()
     assert not padded.vision.segment_ids[2:].any()
-    assert padded.vision.token_columns[2:].min() >= 64
+    assert padded.vision.token_positions[2:].min() >= 64
     assert batch.pad_rows(2) is batch
 
 
-def test_a_batch_is_a_pytree():
-    """Goes through jit as it is, static fields apart."""
+def test_batch_passes_through_jit():
     batch = prepare(CONFIG, **two_rows())
     again = jax.jit(lambda b: b)(batch)
     assert again.shape == batch.shape
     np.testing.assert_array_equal(again.vision.pixel_values, batch.vision.pixel_values)
 
 
-def test_integers_of_any_width_and_masks_of_bools():
+def test_any_integer_width_and_boolean_masks():
     arrays = two_rows()
     narrow = {**arrays, "input_ids": arrays["input_ids"].astype(np.uint8), "attention_mask": np.ones((2, 8), bool)}
-    expected, found = prepare(CONFIG, **arrays), prepare(CONFIG, **narrow)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, prepare(CONFIG, **narrow), prepare(CONFIG, **arrays))
 
 
-def test_tokens_types_of_the_processor_are_checked():
+def test_token_types_are_checked():
     arrays = two_rows()
     types = (arrays["input_ids"] == IMAGE).astype(int)
     prepare(CONFIG, **arrays, mm_token_type_ids=types)
@@ -216,35 +215,35 @@ def test_tokens_types_of_the_processor_are_checked():
         prepare(CONFIG, **arrays, mm_token_type_ids=2 * types)
 
 
-# ---- what is refused
+# ---- invalid batches
 
 TEXT = {"input_ids": np.array([[5, 6, 7]])}
 BAD = {
-    # placeholders against features, row by row: the totals may well agree
+    # placeholders and features are compared per row, since the totals may agree
     "one placeholder too few": (
         two_rows()
         | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 3), 7, 8), row(5, (IMAGE, 2), 6, 7, 8, 9, 10)])},
-        r"Row 0: image 1 .*4 tokens.* end after 3",
+        r"row 0: image 1 has 3 placeholders.*expected 4",
     ),
     "one placeholder too many": (
         two_rows() | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 4), 7), row(5, (IMAGE, 3), 6, 7, 8, 9)])},
-        r"Row 1.*image 3.*describes only 3",
+        r"row 1: image_grid_thw has 3 grids.*image 3",
     ),
     "placeholders in the wrong row": (
         two_rows() | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 2), 7, 8, 9), row(5, (IMAGE, 4), 6, 7, 8)])},
-        r"Row 0: image 1 .*4 tokens.* end after 2",
+        r"row 0: image 1 has 2 placeholders.*expected 4",
     ),
     "an image split by text": (
         one_image(1, 4, 4) | {"input_ids": np.array([row(5, (IMAGE, 2), 6, (IMAGE, 2), 7)])},
-        r"Row 0: image 0 .*4 tokens.* end after 2",
+        r"row 0: image 0 has 2 placeholders.*expected 4",
     ),
     "one grid too many": (
         one_image(1, 4, 4) | {"image_grid_thw": np.array([[1, 4, 4]] * 2), "pixel_values": pixels(*[[1, 4, 4]] * 2)},
-        r"image_grid_thw describes 2 images.* 1",
+        r"image_grid_thw has 2 grids; expected 1",
     ),
-    "placeholders without pictures": (
+    "placeholders without images": (
         {"input_ids": np.array([row(5, (IMAGE, 1), 6)])},
-        r"Row 0.*image 0.*describes only 0",
+        r"row 0: image_grid_thw has 0 grids.*image 0",
     ),
     "images in place of videos": (
         {
@@ -252,7 +251,7 @@ BAD = {
             "image_grid_thw": one_video()["video_grid_thw"],
             "pixel_values": one_video()["pixel_values_videos"],
         },
-        r"Row 0.*video 0.*video_grid_thw describes only 0",
+        r"row 0: video_grid_thw has 0 grids.*video 0",
     ),
     "videos in place of images": (
         {
@@ -260,18 +259,18 @@ BAD = {
             "video_grid_thw": one_image(1, 4, 4)["image_grid_thw"],
             "pixel_values_videos": one_image(1, 4, 4)["pixel_values"],
         },
-        r"Row 0.*image 0.*image_grid_thw describes only 0",
+        r"row 0: image_grid_thw has 0 grids.*image 0",
     ),
-    # pixels against grids
-    "patch rows": (
+    # pixels and grids
+    "patches": (
         one_image(1, 4, 4) | {"pixel_values": pixels([1, 4, 4])[:-1]},
         r"pixel_values .*\[15, 1176\].*\[16, 1176\]",
     ),
-    "video patch rows": (
+    "video patches": (
         one_video() | {"pixel_values_videos": pixels([1, 2, 2])},
         r"pixel_values_videos .*\[4, 1176\].*\[8, 1176\]",
     ),
-    "patch columns": (
+    "patch values": (
         one_image(1, 4, 4) | {"pixel_values": pixels([1, 4, 4])[:, :588]},
         r"pixel_values .*\[16, 588\].*\[16, 1176\]",
     ),
@@ -310,8 +309,8 @@ BAD = {
     ),
     "video grid without pixels": (one_video() | {"pixel_values_videos": None}, r"video_grid_thw is given without"),
     # ids, mask, labels
-    "no rows": ({"input_ids": np.zeros((0, 4), int)}, r"input_ids has shape \[0, 4\]"),
-    "no columns": ({"input_ids": np.zeros((2, 0), int)}, r"input_ids has shape \[2, 0\]"),
+    "no sequences": ({"input_ids": np.zeros((0, 4), int)}, r"input_ids has shape \[0, 4\]"),
+    "no tokens": ({"input_ids": np.zeros((2, 0), int)}, r"input_ids has shape \[2, 0\]"),
     "one axis": ({"input_ids": np.array([5, 6])}, r"input_ids has shape \[2\]; expected 2 axes"),
     "float ids": ({"input_ids": np.array([[5.0, 6.0]])}, r"input_ids has dtype float64"),
     "id above the vocabulary": ({"input_ids": np.array([[5, 160]])}, r"input_ids\[0, 1\] is 160.*\[0, 160\)"),
@@ -320,12 +319,15 @@ BAD = {
         TEXT | {"attention_mask": np.ones((1, 2), int)},
         r"attention_mask has shape \[1, 2\].*\[1, 3\]",
     ),
-    "mask of other rows": (TEXT | {"attention_mask": np.ones((2, 3), int)}, r"attention_mask has shape \[2, 3\]"),
+    "mask of another batch size": (
+        TEXT | {"attention_mask": np.ones((2, 3), int)},
+        r"attention_mask has shape \[2, 3\]",
+    ),
     "mask of one axis": (TEXT | {"attention_mask": np.ones(3, int)}, r"attention_mask has shape \[3\]"),
     "additive mask": (TEXT | {"attention_mask": np.array([[0.0, -1e9, 0.0]])}, r"attention_mask has dtype float64"),
     "mask with a hole": (
         TEXT | {"attention_mask": np.array([[1, 0, 1]])},
-        "attention_mask of row 0 has padding between tokens, at column 1",
+        "attention_mask of row 0 has padding between tokens, at position 1",
     ),
     "mask of other numbers": (TEXT | {"attention_mask": np.array([[1, 2, 1]])}, r"attention_mask holds \[1, 2\]"),
     "labels of another shape": (TEXT | {"labels": np.array([[5, 6]])}, r"labels has shape \[1, 2\].*\[1, 3\]"),
@@ -337,11 +339,11 @@ BAD = {
     "segments that return": (TEXT | {"segment_ids": np.array([[1, 2, 1]])}, r"segment_ids of row 0 return"),
     "segments against mask": (
         TEXT | {"segment_ids": np.array([[1, 1, 0]]), "attention_mask": np.ones((1, 3), int)},
-        r"segment_ids and attention_mask disagree",
+        r"segment_ids and attention_mask differ",
     ),
     "an image across sequences": (
         one_image(1, 4, 4) | {"segment_ids": np.array([[1, 1, 1, 2, 2, 2]])},
-        r"Row 0: image 0 .* end after 2",
+        r"row 0: image 0 has 2 placeholders",
     ),
     "positions of another shape": (TEXT | {"position_ids": np.zeros((1, 3), int)}, r"position_ids has shape \[1, 3\]"),
     "negative positions": (TEXT | {"position_ids": np.full((3, 1, 3), -1)}, r"position_ids"),
@@ -358,14 +360,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refused(case):
-    """A ValueError that names the argument, what was found and what was expected."""
+def test_invalid_arguments_are_refused(case):
+    """The UserError names the argument, its value and the expected one."""
     arguments, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare(CONFIG, **arguments)
 
 
-def test_nothing_is_changed_in_place():
+def test_arguments_are_not_changed_in_place():
     arrays = two_rows()
     before = {key: value.copy() for key, value in arrays.items()}
     prepare(CONFIG, **arrays)

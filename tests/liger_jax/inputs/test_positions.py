@@ -1,4 +1,4 @@
-"""Positions of tokens and patches: equal to transformers', in both rules for what follows a video."""
+"""Positions of tokens and patches equal those of transformers, by both rules for the text after a video."""
 
 import dataclasses
 
@@ -21,13 +21,13 @@ def grids(scenario):
 @pytest.mark.parametrize("rule", ["max", "hf5"])
 @pytest.mark.parametrize("scenario", parity.SCENARIOS)
 def test_equal_to_transformers(scenario, rule):
-    """Every index of every scenario, and from them the offset that transformers calls rope_deltas."""
+    """Every index of every scenario, and the offset derived from them that transformers calls rope_deltas."""
     arrays = parity.inputs(scenario)
     ids, mask = arrays["input_ids"], arrays["attention_mask"]
-    found = rope_index(CONFIG, ids, mask, **grids(scenario), video_positions=rule)
-    assert found.dtype == np.int32
-    np.testing.assert_array_equal(found, parity.stored("scenarios")[f"{scenario}/position_ids_{rule}"])
-    deltas = found.max(axis=(0, 2)) + 1 - mask.sum(axis=1)
+    positions = rope_index(CONFIG, ids, mask, **grids(scenario), video_positions=rule)
+    assert positions.dtype == np.int32
+    np.testing.assert_array_equal(positions, parity.stored("scenarios")[f"{scenario}/position_ids_{rule}"])
+    deltas = positions.max(axis=(0, 2)) + 1 - mask.sum(axis=1)
     np.testing.assert_array_equal(deltas[:, None], parity.stored("scenarios")[f"{scenario}/rope_deltas_{rule}"])
 
 
@@ -38,24 +38,24 @@ def test_rules_differ_for_long_videos_only():
 
 
 def test_back_to_back_images():
-    """Two images with no token between them: transformers 5.x raises, 4.x and this project count on by the grids."""
+    """Two images without a token between them: transformers 5.x raises; 4.x and this project use the grids."""
     scenario = parity.inputs("back_to_back")
-    found = rope_index(CONFIG, scenario["input_ids"], scenario["attention_mask"], scenario["image_grid_thw"])
-    np.testing.assert_array_equal(found, parity.stored("scenarios")["back_to_back/position_ids_max"])
+    positions = rope_index(CONFIG, scenario["input_ids"], scenario["attention_mask"], scenario["image_grid_thw"])
+    np.testing.assert_array_equal(positions, parity.stored("scenarios")["back_to_back/position_ids_max"])
 
     ids = np.array([[7, *[IMAGE] * 2, *[IMAGE], 8]])
-    found = rope_index(CONFIG, ids, image_grid_thw=np.array([[1, 2, 4], [1, 2, 2]]))
-    assert found[:, 0].tolist() == [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
+    positions = rope_index(CONFIG, ids, image_grid_thw=np.array([[1, 2, 4], [1, 2, 2]]))
+    assert positions[:, 0].tolist() == [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("scenario", parity.PACKED)
-def test_packed_rows_start_anew(scenario):
-    """In a packed row, each sequence has the positions it has alone."""
+def test_positions_restart_in_packed_sequences(scenario):
+    """Each sequence of a packed row has the same positions as alone."""
     arrays = parity.inputs(scenario)
     unpacked = scenario.removeprefix("packed_")
     alone = parity.stored("scenarios")[f"{unpacked}/position_ids_hf5"][:, parity.tokens(unpacked)]
-    found = rope_index(CONFIG, arrays["input_ids"], segment_ids=arrays["segment_ids"], **grids(scenario))
-    np.testing.assert_array_equal(found[:, 0], alone)
+    positions = rope_index(CONFIG, arrays["input_ids"], segment_ids=arrays["segment_ids"], **grids(scenario))
+    np.testing.assert_array_equal(positions[:, 0], alone)
 
 
 # The vectors of transformers' own test_vision_position_ids; its model merges no patches.
@@ -63,8 +63,8 @@ def test_packed_rows_start_anew(scenario):
 
 def test_transformers_image_vector():
     ids = np.array([[5, *[IMAGE] * 12, 5]])
-    found = rope_index(MERGE_1, ids, image_grid_thw=np.array([[1, 4, 3]]), video_positions="hf5")
-    assert found[:, 0].tolist() == [
+    positions = rope_index(MERGE_1, ids, image_grid_thw=np.array([[1, 4, 3]]), video_positions="hf5")
+    assert positions[:, 0].tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5],
         [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5],
         [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 5],
@@ -74,20 +74,20 @@ def test_transformers_image_vector():
 @pytest.mark.parametrize("rule", ["max", "hf5"])
 def test_transformers_video_vector(rule):
     ids = np.array([[5, *[VIDEO] * 24, 5]])
-    found = rope_index(MERGE_1, ids, video_grid_thw=np.array([[2, 4, 3]]), video_positions=rule)
-    assert found[0, 0].tolist() == [0, *[1] * 12, *[2] * 12, 5]
-    assert found[1, 0].tolist() == [0, *[1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4] * 2, 5]
-    assert found[2, 0].tolist() == [0, *[1, 2, 3] * 8, 5]
+    positions = rope_index(MERGE_1, ids, video_grid_thw=np.array([[2, 4, 3]]), video_positions=rule)
+    assert positions[0, 0].tolist() == [0, *[1] * 12, *[2] * 12, 5]
+    assert positions[1, 0].tolist() == [0, *[1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4] * 2, 5]
+    assert positions[2, 0].tolist() == [0, *[1, 2, 3] * 8, 5]
 
 
 def test_transformers_vector_of_one_token_images():
     ids = np.array([[5, IMAGE, 6] * 13])
-    found = rope_index(MERGE_1, ids, image_grid_thw=np.ones((13, 3), int))
-    np.testing.assert_array_equal(found, np.tile(np.arange(39), (3, 1, 1)))
+    positions = rope_index(MERGE_1, ids, image_grid_thw=np.ones((13, 3), int))
+    np.testing.assert_array_equal(positions, np.tile(np.arange(39), (3, 1, 1)))
 
 
 def test_long_video():
-    """Grid [3, 4, 4]: 3 frames of 2 x 2 tokens. The text goes on behind the last frame, or at its index in rule hf5."""
+    """Grid [3, 4, 4] has 3 frames of 2 x 2 tokens. Text continues after the last frame ("max") or at its index ("hf5")."""
     ids = np.array([[5, *[VIDEO] * 12, 6, 7]])
     follow = {
         rule: rope_index(CONFIG, ids, video_grid_thw=np.array([[3, 4, 4]]), video_positions=rule)[:, 0, -2:].tolist()
@@ -102,17 +102,17 @@ def test_unknown_rule():
 
 
 def test_vision_position_ids():
-    """Blocks of 2 x 2 patches, each frame of a video alike; as transformers lays them out."""
+    """In blocks of 2 x 2 patches, the same for each frame of a video, as in transformers."""
     four_by_six = "00 01 10 11 02 03 12 13 04 05 14 15 20 21 30 31 22 23 32 33 24 25 34 35"
     expected = [[int(h), int(w)] for h, w in four_by_six.split()]
-    found = vision_position_ids(np.array([[1, 4, 6], [2, 2, 2]]), 2)
-    assert found.tolist() == expected + [[0, 0], [0, 1], [1, 0], [1, 1]] * 2
+    positions = vision_position_ids(np.array([[1, 4, 6], [2, 2, 2]]), 2)
+    assert positions.tolist() == expected + [[0, 0], [0, 1], [1, 0], [1, 1]] * 2
 
 
 def test_vision_segment_ids():
-    """One segment a frame: an image has one, a video as many as its grid has frames."""
-    found = vision_segment_ids(np.array([[1, 2, 4], [3, 2, 2]]))
-    assert found.tolist() == [1] * 8 + [2] * 4 + [3] * 4 + [4] * 4
+    """An image is one segment; a video has one segment per frame of its grid."""
+    positions = vision_segment_ids(np.array([[1, 2, 4], [3, 2, 2]]))
+    assert positions.tolist() == [1] * 8 + [2] * 4 + [3] * 4 + [4] * 4
 
 
 def test_no_grids():

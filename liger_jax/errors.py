@@ -1,0 +1,44 @@
+"""The errors that a user can mend: bad arguments, bad input files, missing or conflicting folders.
+
+The command line prints a `UserError` as one line. Any other exception is a bug of ours and keeps its traceback.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+
+class UserError(ValueError):
+    """Raised for a user's mistake. The message names the thing, its value, and what was expected.
+
+    Example:
+        >>> from liger_jax.errors import UserError
+        >>> issubclass(UserError, ValueError)
+        True
+    """
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """Raised for a file, folder, or hub repository that does not exist."""
+
+    __str__ = Exception.__str__
+
+
+class AlreadyExistsError(UserError, FileExistsError):
+    """Raised for an output path that already holds something else."""
+
+    __str__ = Exception.__str__
+
+
+def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) -> None:
+    """Warns once about items that were skipped, listing the first ten. Does nothing if there are none.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warn_skipped("data.json: skipped 2 of 9 records", ["record 3: no answer", "record 7: no image"])
+        >>> str(caught[0].message)
+        'data.json: skipped 2 of 9 records: record 3: no answer; record 7: no image'
+    """
+    if messages:
+        listed = "; ".join(messages[:10]) + ("; ..." if len(messages) > 10 else "")
+        warnings.warn(f"{summary}: {listed}", stacklevel=stacklevel)
