@@ -1,4 +1,4 @@
-"""Orbax: what is saved comes back to the last bit, and nothing half-written or foreign is taken for it."""
+"""Orbax checkpoints: a saved state is restored bit for bit, and incomplete or foreign files are refused."""
 
 import dataclasses
 import json
@@ -15,20 +15,21 @@ import pytest
 
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
 from liger_jax.checkpoint import checkpoint_manager, is_model, load_model, restore_state, save_model, save_state
+from liger_jax.errors import AlreadyExistsError
 from liger_jax.model.params import param_paths
 
 CONFIG = dataclasses.replace(Qwen2VLConfig.tiny(), eos_token_ids=(7, 8), pad_token_id=8)
 
 
-def filled(abstract, seed: int = 0):
-    """The tree with random numbers in place of shapes; made on the host, since `init` takes long to compile."""
+def random_like(abstract, seed: int = 0):
+    """Returns the tree with random numbers, made on the host, since `init` takes long to compile."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(10 * rng.normal(size=leaf.shape), leaf.dtype), abstract)
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen2VL:
-    return filled(Qwen2VL.abstract(CONFIG, dtype="bfloat16"))
+    return random_like(Qwen2VL.abstract(CONFIG, dtype="bfloat16"))
 
 
 def abstract_state(model, optimizer) -> TrainState:
@@ -37,18 +38,18 @@ def abstract_state(model, optimizer) -> TrainState:
 
 @pytest.fixture(scope="module")
 def state(model) -> TrainState:
-    """As after 12 steps: every array of the optimizer has numbers of its own."""
-    state = filled(abstract_state(model, optax.adamw(1e-3, mu_dtype=jnp.float32)))
+    """Resembles a state after 12 steps: all arrays of the optimizer differ."""
+    state = random_like(abstract_state(model, optax.adamw(1e-3, mu_dtype=jnp.float32)))
     return dataclasses.replace(state, step=jnp.int32(12), model=model)
 
 
-def assert_same(found, expected) -> None:
-    """The same structure, dtypes and bits."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    found = param_paths(found)
+def assert_same(actual, expected) -> None:
+    """Asserts equal structures, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    actual = param_paths(actual)
     for path, leaf in param_paths(expected).items():
-        assert found[path].dtype == leaf.dtype, path
-        assert np.asarray(found[path]).tobytes() == np.asarray(leaf).tobytes(), path
+        assert actual[path].dtype == leaf.dtype, path
+        assert np.asarray(actual[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_model_round_trip(tmp_path, model):
 
 
 def test_tied_model_without_token_ids(tmp_path):
-    tied = filled(
+    tied = random_like(
         Qwen2VL.abstract(dataclasses.replace(Qwen2VLConfig.tiny(), tie_word_embeddings=True), dtype="float32")
     )
     save_model(tied, tmp_path)
@@ -74,9 +75,9 @@ def test_tied_model_without_token_ids(tmp_path):
     assert load_model(tmp_path).config == tied.config
 
 
-def test_saving_over_something(tmp_path, model):
+def test_saving_to_a_folder_with_files(tmp_path, model):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not an empty folder"):
+    with pytest.raises(AlreadyExistsError, match="not an empty folder"):
         save_model(model, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     save_model(model, tmp_path, overwrite=True)
@@ -86,15 +87,15 @@ def test_saving_over_something(tmp_path, model):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_what_is_not_a_model(tmp_path, model):
-    with pytest.raises(FileNotFoundError, match=r"No model at .*expected config\.json and params/"):
+def test_incomplete_and_mismatched_models_are_refused(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match=r"has no model; expected config\.json with params/"):
         load_model(tmp_path / "nothing")
     save_model(model, tmp_path / "model")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         load_model(tmp_path / "model", dtype="int8")
     shutil.copytree(tmp_path / "model", tmp_path / "half")
     (tmp_path / "half" / "params").rename(tmp_path / "half" / "params.orbax-checkpoint-tmp-1")
-    with pytest.raises(FileNotFoundError, match="No model at"):
+    with pytest.raises(FileNotFoundError, match="has no model"):
         load_model(tmp_path / "half")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["text_config"]["intermediate_size"] += 1
@@ -107,31 +108,31 @@ def test_what_is_not_a_model(tmp_path, model):
 
 
 def run(script: str, *arguments) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
-def test_names_what_is_damaged(tmp_path, model):
+def test_error_names_damaged_files(tmp_path, model):
     save_model(model, tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "cut")
     for file in (tmp_path / "cut" / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:10])
     (tmp_path / "model" / "params" / "_METADATA").write_text("{")
-    with pytest.raises(ValueError, match="params is damaged, or no Orbax checkpoint"):
+    with pytest.raises(ValueError, match="params is damaged"):
         load_model(tmp_path / "model")
-    # in a process of its own, because of what Orbax's other reads print when the first one fails
+    # in a separate process, because Orbax's other reads print errors when the first one fails
     script = """
         import sys
         from liger_jax.checkpoint import load_model
         try:
             load_model(sys.argv[1])
         except ValueError as error:
-            assert "params is damaged, or no Orbax checkpoint" in str(error)
+            assert "params is damaged" in str(error)
         else:
             raise AssertionError("loaded")
     """
@@ -147,32 +148,32 @@ def test_state_round_trip(tmp_path, state, asynchronous):
     with checkpoint_manager(tmp_path, asynchronous=asynchronous) as manager:
         training = jax.tree.map(lambda leaf: jnp.array(np.array(leaf)), state)
         assert save_state(manager, training) == 12
-        overwrite(training)  # as the next step does, perhaps before the writing has ended
+        overwrite(training)  # as the next step does, perhaps before the writing has finished
         assert_same(restore_state(manager, state), state)
-    restored = restore_state(tmp_path, filled(state, seed=1))
+    restored = restore_state(tmp_path, random_like(state, seed=1))
     assert_same(restored, state)
     assert restored.optimizer is state.optimizer
     assert_same(restore_state(str(tmp_path), jax.eval_shape(lambda: state), step=12), state)
 
 
-def test_keeps_the_latest(tmp_path, state):
-    with checkpoint_manager(tmp_path, keep=2) as manager:
+def test_latest_steps_are_kept(tmp_path, state):
+    with checkpoint_manager(tmp_path, max_to_keep=2) as manager:
         for step in (1, 5, 20):
             save_state(manager, dataclasses.replace(state, step=jnp.int32(step)))
-        with pytest.raises(ValueError, match="holds step 20 already"):
+        with pytest.raises(AlreadyExistsError, match="already holds step 20"):
             save_state(manager, dataclasses.replace(state, step=jnp.int32(20)))
     assert int(restore_state(tmp_path, state).step) == 20
     assert int(restore_state(tmp_path, state, step=5).step) == 5
-    with pytest.raises(FileNotFoundError, match=r"No step 1 in .*found steps \[5, 20\]"):
+    with pytest.raises(FileNotFoundError, match=r"has no step 1; expected one of its steps \[5, 20\]"):
         restore_state(tmp_path, state, step=1)
-    # the weights of a run are a model, too
+    # a run is also a model, with the weights of its latest step
     assert_same(load_model(tmp_path), state.model)
     assert load_model(tmp_path).config == CONFIG
 
 
-def test_half_written_steps_are_not_taken(tmp_path, state):
-    """What a killed process leaves: a step under Orbax's temporary name, or a folder without the end of a copy."""
-    with pytest.raises(FileNotFoundError, match=r"No training state in .*found steps \[\]"):
+def test_incomplete_steps_are_ignored(tmp_path, state):
+    """A killed process leaves a step under Orbax's temporary name, or an incomplete copy of a step."""
+    with pytest.raises(FileNotFoundError, match=r"has no training state; expected one of its steps \[\]"):
         restore_state(tmp_path, state)
     save_state(tmp_path, state)
     shutil.copytree(tmp_path / "12", tmp_path / "30.orbax-checkpoint-tmp-1")
@@ -180,19 +181,19 @@ def test_half_written_steps_are_not_taken(tmp_path, state):
     (tmp_path / "50").mkdir()
     assert int(restore_state(tmp_path, state).step) == 12
     (tmp_path / "12/default/_METADATA").write_text("{")
-    with pytest.raises(ValueError, match=r"12/default is damaged.*Without .*12 a run goes on from the step before"):
+    with pytest.raises(ValueError, match=r"12/default is damaged.*without .*12, the run resumes from the step before"):
         restore_state(tmp_path, state)
 
 
-def test_a_model_does_not_hide_a_run(tmp_path, model, state):
+def test_model_cannot_be_saved_into_a_run(tmp_path, model, state):
     save_state(tmp_path, state)
-    with pytest.raises(FileExistsError, match=r"holds a training run, steps \[12\]"):
+    with pytest.raises(AlreadyExistsError, match=r"holds a training run, steps \[12\]"):
         save_model(model, tmp_path, overwrite=True)
     assert not (tmp_path / "params").exists()
 
 
-def test_other_states_are_refused(tmp_path, state):
-    """Another optimizer, another size, another dtype: all differences in one message."""
+def test_mismatched_states_are_refused(tmp_path, state):
+    """Another optimizer, model size or dtype: one error lists all differences."""
     save_state(tmp_path, state)
     with pytest.raises(ValueError) as raised:
         restore_state(tmp_path, abstract_state(state.model, optax.sgd(1e-3, momentum=0.9)))
@@ -208,7 +209,7 @@ def test_other_states_are_refused(tmp_path, state):
 
 
 def test_meshes(tmp_path, model, state):
-    """Saved on one device, read on four, and back: the arrays go where the template's are."""
+    """Saved on one device, loaded on four, and back: the arrays are placed like the template's."""
     save_model(model, tmp_path / "model")
     save_state(tmp_path / "run", state)
     script = """
@@ -227,7 +228,7 @@ def test_meshes(tmp_path, model, state):
         assert sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(four)) > 10
         optimizer = optax.adamw(1e-3, mu_dtype=jnp.float32)
         like = jax.eval_shape(lambda model: TrainState.create(model, optimizer), one)
-        like = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), like, param_shardings(like, mesh))
+        like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, param_shardings(like, mesh))
         state = restore_state(folder + "/run", like)
         for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(state), strict=True):
             assert b.sharding.is_equivalent_to(a.sharding, a.ndim)
