@@ -1,21 +1,23 @@
-"""The configuration of a Qwen2-VL, read from any layout found on the hub."""
+"""The configuration of a Qwen2-VL, read from every layout found on the hub."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from liger_jax.errors import NotFoundError, UserError
+from liger_jax.files import CONFIG, GENERATION_CONFIG, read_json_object
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. Defaults are those of every published checkpoint; hub files leave out what equals them."""
+    """The vision tower. The defaults are those of every published checkpoint; hub files may omit equal values."""
 
     depth: int = 32
     embed_dim: int = 1280
     num_heads: int = 16
     mlp_ratio: int = 4
-    hidden_size: int = 3584  # what the merger puts out: the text model's width
+    hidden_size: int = 3584  # the merger's output width, equal to the text model's
     patch_size: int = 14
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
@@ -32,18 +34,18 @@ class VisionConfig:
 
     @property
     def patch_values(self) -> int:
-        """Numbers in one row of `pixel_values`: channels x frames x patch x patch."""
+        """The row width of `pixel_values`: channels x frames x patch x patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def merge_unit(self) -> int:
-        """Patches that become one token of text."""
+        """The number of patches that are merged into one token."""
         return self.spatial_merge_size**2
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The language model. Defaults are the 2B's."""
+    """The language model. The defaults are those of the 2B."""
 
     vocab_size: int = 151_936
     hidden_size: int = 1536
@@ -56,15 +58,17 @@ class TextConfig:
     rope_theta: float = 1_000_000.0
     mrope_section: tuple[int, ...] = (16, 24, 24)
     max_position_embeddings: int = 32_768
-    initializer_range: float = 0.02  # width of random weights, where no checkpoint fills them
+    initializer_range: float = 0.02  # standard deviation of random weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2VLConfig:
-    """Everything that shapes a Qwen2-VL; hashable, so that it can be a static argument of `jax.jit`.
+    """The configuration of a Qwen2-VL. It is hashable, so that it can be a static argument of `jax.jit`.
 
-    `eos_token_ids` and `pad_token_id` come from the checkpoint's generation_config.json; a config that was not read from a
-    checkpoint has none.
+    `eos_token_ids` and `pad_token_id` come from the checkpoint's generation_config.json; other configurations have none.
+
+    Raises:
+        UserError: Values contradict each other.
 
     Example:
         >>> from liger_jax import Qwen2VLConfig
@@ -84,23 +88,26 @@ class Qwen2VLConfig:
 
     def __post_init__(self):
         text, vision = self.text, self.vision
-        demands = {
-            f"text.num_attention_heads {text.num_attention_heads} is a multiple of num_key_value_heads "
-            f"{text.num_key_value_heads}": text.num_attention_heads % text.num_key_value_heads == 0,
-            f"text.mrope_section {text.mrope_section} sums to half of head_dim {text.head_dim}": 2
-            * sum(text.mrope_section)
-            == text.head_dim,
-            f"vision.embed_dim {vision.embed_dim} is a multiple of num_heads {vision.num_heads}": vision.embed_dim
-            % vision.num_heads
-            == 0,
-            f"vision head size {vision.head_dim} is a multiple of 4 (two axes, rotated in pairs)": vision.head_dim % 4
-            == 0,
-            f"vision.hidden_size {vision.hidden_size} equals text.hidden_size {text.hidden_size}": vision.hidden_size
-            == text.hidden_size,
-        }
-        broken = [demand for demand, holds in demands.items() if not holds]
-        if broken:
-            raise ValueError("Not a Qwen2-VL configuration. It must hold that " + "; ".join(broken))
+        heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+        errors = []
+        if heads % kv_heads:
+            errors.append(f"text.num_attention_heads is {heads}; expected a multiple of num_key_value_heads {kv_heads}")
+        if 2 * sum(text.mrope_section) != text.head_dim:
+            errors.append(
+                f"text.mrope_section is {text.mrope_section}; expected a sum of half of head_dim {text.head_dim}"
+            )
+        if vision.embed_dim % vision.num_heads:
+            errors.append(
+                f"vision.embed_dim is {vision.embed_dim}; expected a multiple of num_heads {vision.num_heads}"
+            )
+        if vision.head_dim % 4:
+            errors.append(
+                f"vision head size is {vision.head_dim}; expected a multiple of 4 (two axes, rotated in pairs)"
+            )
+        if vision.hidden_size != text.hidden_size:
+            errors.append(f"vision.hidden_size is {vision.hidden_size}; expected text.hidden_size {text.hidden_size}")
+        if errors:
+            raise UserError("Not a Qwen2-VL configuration: " + "; and ".join(errors))
 
     @classmethod
     def qwen2_vl_2b(cls) -> Self:
@@ -131,7 +138,7 @@ class Qwen2VLConfig:
 
     @classmethod
     def tiny(cls, vocab_size: int = 320) -> Self:
-        """Small enough for a test on a CPU: 2 + 2 layers. Special tokens are the last ids of the vocabulary."""
+        """Returns a configuration for tests on a CPU: 2 + 2 layers. Special tokens have the last ids of the vocabulary."""
         text = TextConfig(
             vocab_size=vocab_size,
             hidden_size=64,
@@ -155,28 +162,41 @@ class Qwen2VLConfig:
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> Self:
-        """Reads a Hugging Face configuration: a dict, a config.json, or a folder that holds one.
+        """Reads a Hugging Face configuration.
 
-        Understands the flat layout of the hub (transformers 4.41), the same with defaults left out (4.45 to 4.51), the
-        nested one (4.52 and later) and the one with `rope_parameters` (5.x). Beside a config.json, the end and padding
-        tokens are taken from generation_config.json if that is there.
+        Understands the flat layout of the hub (transformers 4.41), the same with defaults omitted (4.45 to 4.51), the nested
+        one (4.52 and later) and the one with `rope_parameters` (5.x). The end and padding tokens come from the
+        generation_config.json in the same folder, if there is one.
+
+        Args:
+            source: a dict, a config.json, or a folder that contains one.
 
         Raises:
-            FileNotFoundError: there is no config.json.
-            ValueError: not a Qwen2-VL, a value that does not fit, or a rope scaling that is not implemented.
+            NotFoundError: There is no config.json.
+            UserError: It does not describe a Qwen2-VL, values contradict each other, or an option is not implemented, such
+                as a RoPE scaling.
+
+        Example:
+            >>> from liger_jax import Qwen2VLConfig
+            >>> Qwen2VLConfig.from_hf(Qwen2VLConfig.qwen2_vl_7b().to_hf()) == Qwen2VLConfig.qwen2_vl_7b()
+            True
         """
         if isinstance(source, Mapping):
             return _from_dict(cls, source, {})
         path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
+        path = path / CONFIG if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"No configuration at {path}: expected a config.json, or a folder with one")
-        beside = path.with_name("generation_config.json")
-        generation = json.loads(beside.read_text()) if beside.is_file() else {}
-        return _from_dict(cls, json.loads(path.read_text()), generation)
+            raise NotFoundError(f"{path} does not exist; expected a {CONFIG}, or a folder with one")
+        generation_path = path.with_name(GENERATION_CONFIG)
+        generation = read_json_object(generation_path) if generation_path.is_file() else {}
+        hub = read_json_object(path)
+        try:
+            return _from_dict(cls, hub, generation)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
-        """The configuration as transformers writes it today (nested, `rope_parameters`), ready for config.json."""
+        """Returns the configuration as transformers 5 writes it to config.json (nested, with `rope_parameters`)."""
         text, vision = self.text, self.vision
         special = {name: getattr(self, name) for name in _SPECIAL}
         text_config = {name: getattr(text, name) for name in _SAME_NAME_TEXT} | {
@@ -208,7 +228,7 @@ class Qwen2VLConfig:
         }
 
 
-# Keys that mean the same in a hub file and here.
+# Keys that have the same name in a hub file and here.
 _SAME_NAME_TEXT = (
     "vocab_size",
     "hidden_size",
@@ -234,30 +254,30 @@ _SAME_NAME_VISION = (
 )
 _SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _OPTIONAL_TEXT = ("head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range")
-_NEEDED_TEXT = tuple(n for n in _SAME_NAME_TEXT if n not in _OPTIONAL_TEXT)
+_REQUIRED_TEXT = tuple(n for n in _SAME_NAME_TEXT if n not in _OPTIONAL_TEXT)
 
 
 def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2VLConfig:
     if hub.get("model_type") != "qwen2_vl":
-        raise ValueError(f"Expected a configuration with model_type 'qwen2_vl', found {hub.get('model_type')!r}")
-    # transformers nests the text keys since 4.52; before, they stand at the root
+        raise UserError(f"model_type is {hub.get('model_type')!r}; expected 'qwen2_vl'")
+    # nested since transformers 4.52, at the top level before
     text = hub.get("text_config") or hub
     vision = hub.get("vision_config") or {}
-    missing = [name for name in _NEEDED_TEXT if name not in text]
+    missing = [name for name in _REQUIRED_TEXT if name not in text]
     if missing:
-        raise ValueError(f"The configuration lacks {missing} (looked at the root and in text_config)")
-    for where, name, found, expected in (
+        raise UserError(f"The configuration lacks {missing}; expected them at the top level or in text_config")
+    for tower, name, value, expected in (
         ("text", "hidden_act", text.get("hidden_act", "silu"), "silu"),
         ("vision", "hidden_act", vision.get("hidden_act", "quick_gelu"), "quick_gelu"),
         ("text", "use_sliding_window", text.get("use_sliding_window") or False, False),
     ):
-        if found != expected:
-            raise ValueError(f"{where} {name} is {found!r}; only {expected!r} is implemented")
+        if value != expected:
+            raise UserError(f"{tower} {name} is {value!r}; expected {expected!r}, others are not implemented")
 
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    kinds = {rope.get("rope_type", "default"), rope.get("type", "mrope")}
-    if not kinds <= {"default", "mrope"} or "mrope_section" not in rope:
-        raise ValueError(
+    rope_types = {rope.get("rope_type", "default"), rope.get("type", "mrope")}
+    if not rope_types <= {"default", "mrope"} or "mrope_section" not in rope:
+        raise UserError(
             f"rope_scaling / rope_parameters is {rope}; expected type 'mrope' with an mrope_section "
             "(YaRN and other long-context scalings are not implemented)"
         )

@@ -1,3 +1,3 @@
-"""Device side: a Batch becomes hidden states and logits."""
+"""The device side: turns a Batch into hidden states and logits."""
 
 from liger_jax.model.qwen2_vl import Qwen2VL as Qwen2VL

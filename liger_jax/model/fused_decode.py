@@ -1,8 +1,9 @@
-"""One step of generation: the language model's layers for a single new token a row.
+"""The fused decoding step: runs the language model's layers for a single new token per row.
 
-What `LanguageModel` with a cache computes, but for roundings, for one row in six launches a layer: launches are what a
-step's time goes to beside its weights. Those that are read together lie in one array, and what stands beside a product or
-the cache is done in the same pass; see pallas_kernels.decode_linear and decode_attention.
+It computes the same as `LanguageModel` with a KV cache, up to rounding, with six kernel launches per layer for one row:
+apart from reading the weights, a step spends its time on launches. Weights that are read together are packed into one
+array, and adjacent norms, gates, residual adds and cache updates are fused into the matmuls and the attention; see
+pallas_kernels.decode_linear and decode_attention.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
-from liger_jax.model.kv_cache import Cache
+from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.text import DecoderLayer, LanguageModel
 
 
@@ -24,28 +25,28 @@ from liger_jax.model.text import DecoderLayer, LanguageModel
 )
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """The weights of a layer, as decoding reads them: [out, in]."""
+    """The weights of one layer, packed for decoding; matrices are [out, in]."""
 
     input_norm: jax.Array  # [H]
     qkv: jax.Array  # [(N + 2 K) D, H]
     qkv_bias: jax.Array  # [(N + 2 K) D]
     o: jax.Array  # [H, N D]
     mlp_norm: jax.Array  # [H]
-    gate_up: jax.Array  # [2, I, H]
-    down: jax.Array  # [H, I]
+    gate_up: jax.Array  # [2, F, H]
+    down: jax.Array  # [H, F]
 
     @classmethod
-    def of(cls, layer: DecoderLayer) -> Self:
-        """The weights of a single layer, without a leading axis and without LoRA."""
+    def from_layer(cls, layer: DecoderLayer) -> Self:
+        """Packs the weights of a single layer, which have no leading layer axis and no LoRA."""
         attention, mlp = layer.self_attn, layer.mlp
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         width = layer.input_layernorm.weight.shape[0]
-        together = (
+        packed = (
             jnp.concatenate([p.kernel[...].reshape(width, -1) for p in projections], axis=1),
             jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]]),
         )
-        # put together first, then transposed: the other way round XLA does it twice as slowly
-        qkv, gate_up = jax.lax.optimization_barrier(together)
+        # concatenated first and transposed afterwards; XLA takes twice as long for the reverse
+        qkv, gate_up = jax.lax.optimization_barrier(packed)
         return cls(
             input_norm=layer.input_layernorm.weight[...],
             qkv=qkv.T,
@@ -60,9 +61,9 @@ class PackedLayer:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "norm", "head"], meta_fields=["eps"])
 @dataclasses.dataclass(frozen=True)
 class PackedModel:
-    """What `decode_step` reads of a model: arrays of their own for each layer, in the order they are read.
+    """The weights that `decode_step` reads, with separate arrays for each layer.
 
-    A loop that slices a stack of layers would copy the slice in each step.
+    A loop that slices stacked layers would copy the slices in every step.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -71,17 +72,17 @@ class PackedModel:
     eps: float
 
     @classmethod
-    def of(cls, text: LanguageModel, head: jax.Array) -> Self:
-        """Copies all weights of the layers once, before decoding."""
-        layers = tuple(_packed(text.layers, i) for i in range(text.config.num_hidden_layers))
+    def from_model(cls, text: LanguageModel, head: jax.Array) -> Self:
+        """Packs the weights of all layers, once, before decoding. This copies them."""
+        layers = tuple(_pack_layer(text.layers, i) for i in range(text.config.num_hidden_layers))
         return cls(layers, text.norm.weight[...], head, text.norm.eps)
 
 
 @jax.jit
-def _packed(layers: DecoderLayer, i: jax.Array) -> PackedLayer:
-    """Layer i of the stack: a small program that runs for each of them, rather than a large one for all."""
-    one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers)
-    return PackedLayer.of(one)
+def _pack_layer(layers: DecoderLayer, i: jax.Array) -> PackedLayer:
+    """Packs layer i of the stack. This is one small program that runs for each layer, not a large one for all."""
+    layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers)
+    return PackedLayer.from_layer(layer)
 
 
 def decode_step(
@@ -89,41 +90,42 @@ def decode_step(
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    cache: Cache,
+    cache: KVCache,
     slot: jax.Array,
     *,
     implementation: str | None = None,
-) -> tuple[jax.Array, Cache]:
-    """A new token of each row goes through all layers, and into a slot of the cache.
+) -> tuple[jax.Array, KVCache]:
+    """Runs all layers for one new token per row, and writes its keys and values to the cache.
 
     Args:
-        x: [B, H], the tokens' embeddings.
-        cos: [B, D/2], of their positions; see `LanguageModel.rotary`.
+        model: the packed weights.
+        x: [B, H], the embeddings of the tokens.
+        cos: [B, D/2], RoPE table of their positions; see `LanguageModel.rotary`.
         sin: as cos.
-        cache: filled up to the slot. Updated in place where it is a loop's carry.
-        slot: int, a scalar: where the token goes.
+        cache: the KV cache, filled up to `slot`. As the carry of a loop it is updated in place.
+        slot: int scalar, the slot of the new token.
         implementation: of the operations, see pallas_kernels.
 
     Returns:
-        Logits [B, V], and the cache with the slot filled and open.
+        Logits [B, V], and the cache with the slot filled and marked valid.
     """
     all_keys, all_values = [], []
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        x, keys, values = _layer(layer, x, cos, sin, keys, values, cache.valid, slot, model.eps, implementation)
+        x, keys, values = _decode_layer(layer, x, cos, sin, keys, values, cache.valid, slot, model.eps, implementation)
         all_keys.append(keys)
         all_values.append(values)
-    cache = cache.open_slots(slot, jnp.ones((len(x), 1), jnp.int32))
+    cache = cache.mark_valid(slot, jnp.ones((len(x), 1), jnp.int32))
     cache = dataclasses.replace(cache, keys=tuple(all_keys), values=tuple(all_values))
     return pk.norm_linear(x, model.norm, model.head, eps=model.eps, implementation=implementation), cache
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "implementation"))  # traced and lowered once for all layers
-def _layer(layer: PackedLayer, x, cos, sin, keys, values, valid, slot, eps, implementation):
-    """x [B, H] -> x, and the layer's keys and values with those of the new token."""
-    run = {"implementation": implementation}
-    qkv = pk.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps, **run)
+def _decode_layer(layer: PackedLayer, x, cos, sin, keys, values, valid, slot, eps, implementation):
+    """Returns the layer's output for x [B, H], and its keys and values including those of the new token."""
+    options = {"implementation": implementation}
+    qkv = pk.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps, **options)
     qkv = qkv.reshape(len(x), -1, keys.shape[-1])
-    out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, valid, slot, **run)
-    x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **run)
-    gated = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=eps, **run)
-    return pk.linear_add(gated, layer.down, x, **run), keys, values
+    out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, valid, slot, **options)
+    x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **options)
+    gated = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=eps, **options)
+    return pk.linear_add(gated, layer.down, x, **options), keys, values

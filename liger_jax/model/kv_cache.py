@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, with room for those to come."""
+"""The KV cache: rotated keys and values of the tokens so far, with room for more."""
 
 import dataclasses
 import functools
@@ -12,51 +12,64 @@ import pallas_kernels as pk
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "valid"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class Cache:
-    """One array a layer: small updates in place, where a single stacked array would be copied.
+class KVCache:
+    """Keys and values of all layers, in one array per layer.
 
-    A prompt's columns stand in the first slots, wherever its padding is; new tokens follow in slots that all rows share.
-    Keys are rotated already, so the order of slots means nothing and `valid` says all.
+    Separate arrays are updated in place, where a single stacked array would be copied.
+
+    The positions of a prompt occupy the first slots, including its padding. New tokens follow in slots that all rows share.
+    Keys are stored after RoPE, so the order of the slots has no meaning; `valid` alone decides which are attended to.
     """
 
-    keys: tuple[jax.Array, ...]  # a layer: [B, S, K, D]
-    values: tuple[jax.Array, ...]  # a layer: [B, S, K, D]
-    valid: jax.Array  # [B, S] int32: 1 where there is a token
+    keys: tuple[jax.Array, ...]  # per layer: [B, S, K, D]
+    values: tuple[jax.Array, ...]  # per layer: [B, S, K, D]
+    valid: jax.Array  # [B, S] int32: 1 where a slot holds a token
 
     @classmethod
-    def of_prompt(cls, keys: jax.Array, values: jax.Array, segment_ids: jax.Array, room: int) -> Self:
-        """keys, values [layers, B, T, K, D] of a prompt -> a cache of T + room slots."""
+    def from_prompt(cls, keys: jax.Array, values: jax.Array, segment_ids: jax.Array, room: int) -> Self:
+        """Returns a cache of T + room slots from a prompt's keys and values [L, B, T, K, D] and segment_ids [B, T]."""
         layers = range(len(keys))
         valid = (segment_ids > 0).astype(jnp.int32)
         return cls(tuple(keys[i] for i in layers), tuple(values[i] for i in layers), valid).grow(room)
 
     def grow(self, room: int) -> Self:
-        """The same with `room` more slots."""
+        """Returns a cache with `room` additional slots."""
         return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)), self)
 
-    def keep(self, slots: jax.Array) -> Self:
-        """Forgets all but the first `slots` slots."""
+    def truncate(self, slots: jax.Array) -> Self:
+        """Returns a cache in which only the first `slots` slots are valid."""
         return dataclasses.replace(self, valid=jnp.where(jnp.arange(self.valid.shape[1]) < slots, self.valid, 0))
 
-    def open_slots(self, slot: jax.Array, segment_ids: jax.Array) -> Self:
-        """Makes the slots from `slot` on visible for tokens with segment_ids [B, T]: 1, or 0 for padding."""
+    def mark_valid(self, slot: jax.Array, segment_ids: jax.Array) -> Self:
+        """Returns a cache in which the T slots from `slot` on are valid where segment_ids [B, T] is 1, not where it is 0."""
         return dataclasses.replace(self, valid=jax.lax.dynamic_update_slice(self.valid, segment_ids, (0, slot)))
 
     def attend(self, layer: int, slot: jax.Array, q, k, v):
-        """Writes k, v [B, 1, K, D] to the open slot; -> what q [B, 1, N, D] sees, and the layer's keys and values."""
-        keys, values = self._write(layer, slot, k, v)
-        query = jnp.ones(q.shape[:2], jnp.int32)
-        return pk.attention(q, keys, values, segment_ids=query, kv_segment_ids=self.valid), (keys, values)
+        """Attends with one token per row: q [B, 1, N, D], k and v [B, 1, K, D]. Its slot must have been marked valid.
 
-    def attend_many(self, layer: int, slot: jax.Array, segment_ids: jax.Array, q, k, v):
-        """`attend` for T tokens, before their slots are open: they see what is valid, and of each other what came before."""
-        seen = jnp.concatenate([self.valid, segment_ids], axis=1)
-        keys, values = (jnp.concatenate([old[layer], new], axis=1) for old, new in ((self.keys, k), (self.values, v)))
-        out = pk.attention(q, keys, values, causal=True, segment_ids=segment_ids, kv_segment_ids=seen)
+        Returns:
+            The attention output [B, 1, N, D], and the layer's (keys, values) with k and v written to the slot.
+        """
+        keys, values = self._write(layer, slot, k, v)
+        query_segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+        return pk.attention(q, keys, values, segment_ids=query_segment_ids, kv_segment_ids=self.valid), (keys, values)
+
+    def attend_chunk(self, layer: int, slot: jax.Array, segment_ids: jax.Array, q, k, v):
+        """Attends with T tokens per row, whose slots are not marked valid yet.
+
+        They attend to all valid slots, and causally to each other. Returns the same as `attend`.
+        """
+        kv_segment_ids = jnp.concatenate([self.valid, segment_ids], axis=1)
+        keys, values = (
+            jnp.concatenate([cached[layer], new], axis=1) for cached, new in ((self.keys, k), (self.values, v))
+        )
+        out = pk.attention(q, keys, values, causal=True, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
         return out, self._write(layer, slot, k, v)
 
-    def _write(self, layer: int, slot: jax.Array, k, v):
+    def _write(self, layer: int, slot: jax.Array, k, v) -> tuple[jax.Array, ...]:
+        """Returns the layer's keys and values with k and v in the slots from `slot` on."""
         start = (0, slot, 0, 0)
         return tuple(
-            jax.lax.dynamic_update_slice(old[layer], new, start) for old, new in ((self.keys, k), (self.values, v))
+            jax.lax.dynamic_update_slice(cached[layer], new, start)
+            for cached, new in ((self.keys, k), (self.values, v))
         )

@@ -1,8 +1,8 @@
-"""The layers that both towers are built of.
+"""The layers that both towers are made of.
 
-A `kernel` is [*in, *out], as a matrix product takes it; a `weight` has the shape it has in the hub's files. The layers of
-a tower are one module whose weights carry a leading axis, one entry a layer: `jax.lax.scan` over the module takes that
-axis away, so each `__call__` here sees the weights of a single layer.
+A `kernel` has shape [*in, *out], as a matmul takes it; a `weight` has the shape that it has in the hub's files. The layers
+of a tower are one module whose weights have a leading layer axis. `jax.lax.scan` over the module removes that axis, so each
+`__call__` here sees the weights of a single layer.
 """
 
 import math
@@ -17,7 +17,7 @@ import pallas_kernels as pk
 
 
 class Initializer:
-    """Makes weights: a fresh random key for each, normal with the configuration's `initializer_range`."""
+    """Creates parameters: normal with the configuration's `initializer_range` and a new random key each, or constant."""
 
     def __init__(self, seed: int | jax.Array, dtype, scale: float):
         self.key = jax.random.key(seed)
@@ -33,9 +33,9 @@ class Initializer:
 
 
 class LoRA(nnx.Module):
-    """What a `Linear` learns beside its kernel: scale x A B, with A [*stack, *in_shape, r] and B [*stack, r, *out_shape].
+    """The low-rank update of a `Linear`: scale x A B, with A [*stack, *in_shape, r] and B [*stack, r, *out_shape].
 
-    Two thin products, in the dtype of x, whatever that of A and B. scale: alpha / r, or alpha / sqrt(r) (rsLoRA).
+    Two low-rank matmuls, always in the dtype of x. The scale is alpha / r, or alpha / sqrt(r) (rsLoRA).
 
     Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, rsLoRA,
     https://arxiv.org/abs/2312.03732
@@ -56,14 +56,14 @@ class LoRA(nnx.Module):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def __call__(self, x: jax.Array, in_axes: int) -> jax.Array:
-        thin = self.scale * jnp.tensordot(x, self.a[...].astype(x.dtype), axes=in_axes)
-        return jnp.tensordot(thin, self.b[...].astype(x.dtype), axes=1)
+        low_rank = self.scale * jnp.tensordot(x, self.a[...].astype(x.dtype), axes=in_axes)
+        return jnp.tensordot(low_rank, self.b[...].astype(x.dtype), axes=1)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias; kernel [*stack, *in_shape, *out_shape], x [..., *in_shape] -> y [..., *out_shape].
+    """y = x @ kernel + bias; kernel [*stack, *in_shape, *out_shape], x [..., *in_shape], y [..., *out_shape].
 
-    Heads are axes of their own, so that a mesh can split them and no activation is ever reshaped. `lora`: what
+    Heads are separate axes, so that a mesh can split them and no activation is ever reshaped. `lora` is the update that
     `liger_jax.model.lora.add_lora` adds to y.
     """
 
@@ -72,7 +72,7 @@ class Linear(nnx.Module):
     ):
         self.kernel = init.normal(*stack, *in_shape, *out_shape)
         self.bias = init.full(0.0, *stack, *out_shape) if bias else None
-        self.lora: LoRA | None = nnx.data(None)  # part of the pytree, so that weights can come later
+        self.lora: LoRA | None = nnx.data(None)  # part of the pytree, so that its weights can be added later
         self.in_axes, self.out_axes = len(in_shape), len(out_shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -83,17 +83,19 @@ class Linear(nnx.Module):
             y = checkpoint_name(y + self.lora(x, self.in_axes), "adapted")
         return y
 
-    def parts(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """y[..., i, *rest] for each i of the first of out_shape, with a product each: neither y nor its gradient is ever
-        in memory as a whole, to be taken apart or put together."""
+    def unstacked(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns y[..., i, *out_shape[1:]] for each i, from a separate matmul each.
+
+        Neither y nor its gradient ever exists as a whole, so nothing is copied to split or join them.
+        """
         kernels = jnp.unstack(self.kernel[...], axis=self.in_axes)
-        parts = [jnp.tensordot(x, kernel, axes=self.in_axes) for kernel in kernels]
+        outputs = [jnp.tensordot(x, kernel, axes=self.in_axes) for kernel in kernels]
         if self.bias is not None:
-            parts = [part + bias for part, bias in zip(parts, self.bias[...], strict=True)]
+            outputs = [y + bias for y, bias in zip(outputs, self.bias[...], strict=True)]
         if self.lora is not None:
-            added = jnp.unstack(self.lora(x, self.in_axes), axis=x.ndim - self.in_axes)
-            parts = [checkpoint_name(part + more, "adapted") for part, more in zip(parts, added, strict=True)]
-        return tuple(parts)
+            updates = jnp.unstack(self.lora(x, self.in_axes), axis=x.ndim - self.in_axes)
+            outputs = [checkpoint_name(y + update, "adapted") for y, update in zip(outputs, updates, strict=True)]
+        return tuple(outputs)
 
 
 class RMSNorm(nnx.Module):
@@ -115,12 +117,15 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One vector a token: weight [vocab, features]. As input embedding it is looked up, as output head multiplied."""
+    """One vector per token: weight [V, H]. Input embeddings are gathered from it; an output head is a matmul with it."""
 
     def __init__(self, init: Initializer, rows: int, features: int):
         self.weight = init.normal(rows, features)
 
 
 def inverse_frequencies(theta: float, count: int) -> np.ndarray:
-    """theta ** (-i / count) for i in [0, count): float32 step by step, to the bit what the reference turns by."""
+    """Returns theta ** (-i / count) for i in [0, count).
+
+    Every step is in float32, so the values equal those of the reference implementation to the last bit.
+    """
     return np.float32(1) / np.float32(theta) ** (np.arange(count, dtype=np.float32) / np.float32(count))

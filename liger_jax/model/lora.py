@@ -1,11 +1,12 @@
-"""LoRA: a frozen model's matrix products learn a low-rank addition each.
+"""LoRA: low-rank updates to the frozen weights of a model.
 
-    y = x W + bias + scale (x A) B      A [*in, r] random, B [r, *out] zero at first; scale = alpha / r
+    y = x W + bias + scale (x A) B      A [*in, r] random, B [r, *out] initially zero; scale = alpha / r
 
 The layers of a tower are one stacked module, and so are their A and B: [layers, *in, r] and [layers, r, *out].
-`convert.save_adapter` writes A and B for PEFT, `convert.load_adapter` reads them.
+`convert.save_adapter` writes A and B for PEFT, and `convert.load_adapter` reads them.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Collection
@@ -16,31 +17,49 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from liger_jax.errors import UserError
 from liger_jax.model import Qwen2VL
 from liger_jax.model.layers import Linear, LoRA
-from liger_jax.model.params import param_paths
+from liger_jax.model.params import TABLE, param_group, param_paths
 from liger_jax.model.sharding import get_mesh, param_shardings
-from liger_jax.train.optimizer import param_group
 
-# What can be adapted: PEFT's name for it, as short as it means one thing only, and the path of the `Linear`. These are
-# all that PEFT's "all-linear" stands for. (Plain "proj" would be the patch embedding, too, a convolution in PEFT's eyes.)
-TEXT_TARGETS = {
-    "q_proj": "language_model/layers/self_attn/q_proj",
-    "k_proj": "language_model/layers/self_attn/k_proj",
-    "v_proj": "language_model/layers/self_attn/v_proj",
-    "o_proj": "language_model/layers/self_attn/o_proj",
-    "gate_proj": "language_model/layers/mlp/gate_proj",
-    "up_proj": "language_model/layers/mlp/up_proj",
-    "down_proj": "language_model/layers/mlp/down_proj",
-}
-TARGETS = TEXT_TARGETS | {
-    "qkv": "visual/blocks/attn/qkv",
-    "attn.proj": "visual/blocks/attn/proj",
-    "fc1": "visual/blocks/mlp/fc1",
-    "fc2": "visual/blocks/mlp/fc2",
-    "mlp.0": "visual/merger/fc1",
-    "mlp.2": "visual/merger/fc2",
-}
+# PEFT's name of each `Linear` that LoRA can adapt, and its path. PEFT's "all-linear" means all of them.
+TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target}
+TEXT_TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target and row.part == "text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """Shape and scale of a model's LoRA.
+
+    Raises:
+        UserError: An unknown target or no target, or a rank or alpha out of range.
+
+    Example:
+        >>> LoraOptions(rank=4, targets=["v_proj", "q_proj"]).targets
+        ('q_proj', 'v_proj')
+    """
+
+    rank: int = 8
+    """Number of columns of A and rows of B."""
+    alpha: float = 16
+    """Numerator of the scale, alpha / rank."""
+    targets: str | Collection[str] = tuple(TEXT_TARGETS)
+    """PEFT's names of the adapted layers, some of `TARGETS`, or "all-linear". Stored as a tuple in that order."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+
+    def __post_init__(self):
+        names = {self.targets} if isinstance(self.targets, str) else set(self.targets)
+        if names == {"all-linear"}:
+            names = set(TARGETS)
+        if not names or names - TARGETS.keys():
+            raise UserError(f"targets is {self.targets!r}; expected 'all-linear' or some of {list(TARGETS)}")
+        if self.rank < 1:
+            raise UserError(f"rank is {self.rank}; expected at least 1")
+        if not self.alpha > 0:
+            raise UserError(f"alpha is {self.alpha}; expected above 0")
+        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in names))
 
 
 def add_lora(
@@ -53,27 +72,30 @@ def add_lora(
     seed: int = 0,
     dtype="float32",
 ) -> Qwen2VL:
-    """The model with matrices A and B beside its weights; its outputs stay what they are until B is trained.
+    """Returns the model with LoRA matrices A and B added to some of its layers.
 
-    A is uniform in +-1 / sqrt(inputs), as PEFT makes it. The weights are shared with `model`, not copied. Train A and B
-    alone with `liger_jax.train.optimizer.make_optimizer(..., freeze=BASE)`.
+    Its outputs do not change until B is trained. A is uniform in +-1 / sqrt(inputs), as in PEFT. The weights are shared with
+    `model`, not copied. To train A and B alone, freeze all other parts: `make_optimizer(..., freeze=PARTS)` with
+    `liger_jax.model.params.PARTS`.
 
     Args:
-        model: one without LoRA; on a mesh, A and B are split as the weights are.
-        rank: columns of A and rows of B.
-        alpha: the addition is multiplied with alpha / rank.
-        targets: PEFT's names of what is adapted, some of `TARGETS`; "all-linear" for all of them. By default the text
-            tower's.
-        rslora: multiply with alpha / sqrt(rank) instead.
+        model: without LoRA. On a mesh, A and B are split as the weights are.
+        rank: number of columns of A and rows of B.
+        alpha: numerator of the scale, alpha / rank.
+        targets: PEFT's names of the layers to adapt, some of `TARGETS`, or "all-linear" for all of them. The default is
+            those of the text tower.
+        rslora: scale by alpha / sqrt(rank) instead.
         seed: of the random numbers in A.
-        dtype: of A and B. float32 whatever the weights' (PEFT's autocast_adapter_dtype): small steps are not rounded
-            away. Products are computed in the dtype of the activations.
+        dtype: of A and B. The default is float32 for weights of any dtype (PEFT's autocast_adapter_dtype), so that small
+            updates are not rounded away. Matmuls run in the dtype of the activations.
 
     Returns:
         A new model.
 
     Raises:
-        ValueError: an unknown target or none, a rank or alpha that is not positive, a model that has LoRA already.
+        UserError: An unknown target or no target, a rank or alpha that is not positive, or a model that already has LoRA.
+
+    Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
@@ -81,30 +103,32 @@ def add_lora(
         >>> model.language_model.layers.self_attn.q_proj.lora.a.shape
         (2, 64, 4)
     """
-    names = _checked(targets)
+    options = LoraOptions(rank, alpha, targets, rslora)
     if lora_config(model) is not None:
-        raise ValueError("The model has LoRA already; merge_lora makes it part of the weights")
-    if rank < 1 or alpha <= 0:
-        raise ValueError(f"rank is {rank} and alpha {alpha}; expected a rank of at least 1 and an alpha over 0")
-    model = jax.tree.map(lambda leaf: leaf, model)  # modules of its own, the same arrays
+        raise UserError("The model already has LoRA; expected one without, as merge_lora returns it")
+    model = jax.tree.map(lambda leaf: leaf, model)  # new modules, the same arrays
 
-    def make(seed):
+    def init(seed):
         keys = dict(zip(TARGETS, jax.random.split(jax.random.key(seed), len(TARGETS)), strict=True))
-        fresh = {name: _fresh(_linear(model, TARGETS[name]), keys[name], rank, jnp.dtype(dtype)) for name in names}
-        return {f"{TARGETS[name]}/lora": LoRA(a, b, alpha=alpha, rslora=rslora) for name, (a, b) in fresh.items()}
+        loras = {}
+        for name in options.targets:
+            path = TARGETS[name]
+            a, b = _init_matrices(_get_linear(model, path), keys[name], options.rank, jnp.dtype(dtype))
+            loras[f"{path}/lora"] = LoRA(a, b, alpha=options.alpha, rslora=options.rslora)
+        return loras
 
     mesh, seed = get_mesh(model), np.uint32(seed % 2**32)
-    shardings = None if mesh is None else param_shardings(jax.eval_shape(make, seed), mesh)
-    for path, lora in jax.jit(make, out_shardings=shardings)(seed).items():
-        _linear(model, path.removesuffix("/lora")).lora = lora
+    shardings = None if mesh is None else param_shardings(jax.eval_shape(init, seed), mesh)
+    for path, lora in jax.jit(init, out_shardings=shardings)(seed).items():
+        _get_linear(model, path.removesuffix("/lora")).lora = lora
     return model
 
 
 def merge_lora(model: Qwen2VL) -> Qwen2VL:
-    """The model with W + scale A B, computed in float32, in place of W, and without A and B.
+    """Returns the model with W + scale A B, computed in float32, in place of W, and without A and B.
 
     Raises:
-        ValueError: the model has no LoRA.
+        UserError: The model has no LoRA.
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
@@ -112,62 +136,52 @@ def merge_lora(model: Qwen2VL) -> Qwen2VL:
         >>> jax.tree.structure(merge_lora(add_lora(model))) == jax.tree.structure(model)
         True
     """
-    found = lora_config(model)
-    if found is None:
-        raise ValueError("The model has no LoRA to merge")
+    options = lora_config(model)
+    if options is None:
+        raise UserError("The model has no LoRA to merge; expected one with LoRA, as add_lora returns it")
     model = jax.tree.map(lambda leaf: leaf, model)
-    for name in found["targets"]:
-        linear = _linear(model, TARGETS[name])
+    for name in options.targets:
+        linear = _get_linear(model, TARGETS[name])
         kernel, lora = linear.kernel[...], linear.lora
         stacked = kernel.ndim > linear.in_axes + linear.out_axes
-        placed = {"scale": lora.scale, "stacked": stacked, "sharding": kernel.sharding}
-        linear.kernel = nnx.Param(_merged(kernel, lora.a[...], lora.b[...], **placed))
+        static = {"scale": lora.scale, "stacked": stacked, "sharding": kernel.sharding}
+        linear.kernel = nnx.Param(_merge(kernel, lora.a[...], lora.b[...], **static))
         linear.lora = None
     return model
 
 
-def lora_config(model: Qwen2VL) -> dict[str, Any] | None:
-    """What `add_lora` was told, {"rank", "alpha", "targets", "rslora"}; None for a model without LoRA.
+def lora_config(model: Qwen2VL) -> LoraOptions | None:
+    """Returns the options with which `add_lora` made the model's LoRA, or None for a model without LoRA.
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
         >>> model = jax.eval_shape(add_lora, Qwen2VL.abstract(Qwen2VLConfig.tiny()))  # shapes without memory
-        >>> lora_config(model)["rank"], len(lora_config(model)["targets"])
+        >>> lora_config(model).rank, len(lora_config(model).targets)
         (8, 7)
     """
-    loras = {name: lora for name, path in TARGETS.items() if (lora := _linear(model, path).lora) is not None}
+    loras = {name: lora for name, path in TARGETS.items() if (lora := _get_linear(model, path).lora) is not None}
     if not loras:
         return None
     first = next(iter(loras.values()))
-    return {"rank": first.rank, "alpha": first.alpha, "targets": list(loras), "rslora": first.rslora}
+    return LoraOptions(first.rank, first.alpha, tuple(loras), first.rslora)
 
 
 def adapted_parts(model: Qwen2VL) -> set[str]:
-    """The parts of the model that have LoRA, see `liger_jax.train.optimizer.BASE`."""
-    return {param_group(path.split("/lora/")[0] + "/") for path in lora_leaves(model)}
+    """Returns the parts of the model that have LoRA: some of `liger_jax.model.params.PARTS`."""
+    return {param_group(path.partition("/lora/")[0] + "/kernel") for path in lora_leaves(model)}
 
 
 def lora_leaves(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of all A and B in a model, its gradients, or anything with such paths."""
+    """Returns {path: leaf} for all A and B in a model, its gradients, or any pytree with such paths."""
     return {path: leaf for path, leaf in param_paths(tree).items() if "/lora/" in path}
 
 
-def _checked(targets: str | Collection[str]) -> list[str]:
-    """The names that `targets` stands for, in the order of `TARGETS`."""
-    names = {targets} if isinstance(targets, str) else set(targets)
-    if names == {"all-linear"}:
-        return list(TARGETS)
-    if not names or names - TARGETS.keys():
-        raise ValueError(f"targets is {targets!r}; expected 'all-linear' or some of {list(TARGETS)}")
-    return [name for name in TARGETS if name in names]
-
-
-def _linear(model: Qwen2VL, path: str) -> Linear:
+def _get_linear(model: Qwen2VL, path: str) -> Linear:
     return functools.reduce(getattr, path.split("/"), model)
 
 
-def _fresh(linear: Linear, key: jax.Array, rank: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """A [*stack, *in, rank] and B [*stack, rank, *out] for a kernel [*stack, *in, *out]."""
+def _init_matrices(linear: Linear, key: jax.Array, rank: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns A [*stack, *in, rank] and B [*stack, rank, *out] for a kernel [*stack, *in, *out]."""
     shape = linear.kernel.shape
     stack, outputs = shape[: -linear.in_axes - linear.out_axes], shape[-linear.out_axes :]
     inputs = shape[len(stack) : -linear.out_axes]
@@ -177,11 +191,13 @@ def _fresh(linear: Linear, key: jax.Array, rank: int, dtype) -> tuple[jax.Array,
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "stacked", "sharding"))
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, stacked: bool, sharding) -> jax.Array:
-    def one(layer):
+def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, stacked: bool, sharding) -> jax.Array:
+    """Returns kernel + scale A B in the kernel's dtype."""
+
+    def merge_layer(layer):
         kernel, a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in layer)
         return (kernel + scale * jnp.tensordot(a, b, axes=1, precision="highest")).astype(layer[0].dtype)
 
     # layer by layer: a whole stack in float32 would be twice the kernel
-    merged = jax.lax.map(one, (kernel, a, b)) if stacked else one((kernel, a, b))
+    merged = jax.lax.map(merge_layer, (kernel, a, b)) if stacked else merge_layer((kernel, a, b))
     return jax.lax.with_sharding_constraint(merged, sharding)

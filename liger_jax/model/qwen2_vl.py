@@ -1,4 +1,4 @@
-"""Qwen2-VL: the vision tower's vectors take the placeholders' places among the tokens, and the language model reads on."""
+"""Qwen2-VL: the vision tower's features replace the embeddings of placeholder tokens, and the language model reads both."""
 
 import functools
 from collections.abc import Callable
@@ -14,14 +14,14 @@ import pallas_kernels as pk
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.layers import Embedding, Initializer
-from liger_jax.model.remat import DEFAULT_EXECUTION, LayerExecution
 from liger_jax.model.sharding import constrain_batch, param_shardings, replicate
 from liger_jax.model.text import LanguageModel
 from liger_jax.model.vision import VisionTower
+from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 
 class Qwen2VL(nnx.Module):
-    """A Qwen2-VL as a pytree of weights: it goes through `jax.jit`, `jax.grad` and optax as it is.
+    """A Qwen2-VL: a pytree of weights, which `jax.jit`, `jax.grad` and optax accept directly.
 
     Example:
         >>> import jax, numpy as np
@@ -41,69 +41,87 @@ class Qwen2VL(nnx.Module):
 
     @classmethod
     def init(cls, config: Qwen2VLConfig, *, seed: int = 0, dtype="bfloat16", mesh: Mesh | None = None) -> Self:
-        """A model with random weights, made where they live: on the default device, or in parts over `mesh`."""
-        return _initialiser(cls, config, jnp.dtype(dtype).name, mesh)(np.uint32(seed % 2**32))
+        """Returns a model with random weights.
+
+        Args:
+            config: of the model.
+            seed: of the random weights.
+            dtype: of the weights.
+            mesh: the devices to create the weights on, split as `liger_jax.model.sharding` describes. The default is the
+                default device.
+        """
+        return _compiled_init(cls, config, jnp.dtype(dtype).name, mesh)(np.uint32(seed % 2**32))
 
     @classmethod
     def abstract(cls, config: Qwen2VLConfig, *, dtype="bfloat16") -> Self:
-        """The model with `jax.ShapeDtypeStruct` in place of weights: shapes without memory."""
+        """Returns the model with `jax.ShapeDtypeStruct` in place of weights: shapes without memory."""
         return jax.eval_shape(lambda: cls(Initializer(0, dtype, 1.0), config))
 
     @property
     def head(self) -> jax.Array:
-        """The output weights [V, H]; of a tied model, the embedding."""
+        """The weights of the output head [V, H]; for a tied model, the input embedding."""
         return (self.lm_head or self.language_model.embed_tokens).weight[...]
 
-    def embed(self, batch: Batch, *, loop: LayerExecution = DEFAULT_EXECUTION, keep: dict | None = None) -> jax.Array:
-        """-> [B, L, H]: the tokens' embeddings, with the vision tower's vectors in the placeholders' columns."""
+    def embed(
+        self, batch: Batch, *, execution: LayerExecution = DEFAULT_EXECUTION, capture: dict | None = None
+    ) -> jax.Array:
+        """Returns the token embeddings [B, T, H], with the vision tower's features at the positions of placeholders."""
         x = constrain_batch(replicate(self.language_model.embed_tokens.weight[...])[batch.input_ids])
         if batch.vision is not None:
-            features = self.visual(batch.vision, loop=loop, keep=keep)
-            x = jax.vmap(_place)(x, batch.vision.token_columns, features)
-        if keep is not None:
-            keep["inputs_embeds"] = x
+            features = self.visual(batch.vision, execution=execution, capture=capture)
+            x = jax.vmap(_scatter_features)(x, batch.vision.token_positions, features)
+        if capture is not None:
+            capture["inputs_embeds"] = x
         return x
 
     def hidden_states(
-        self, batch: Batch, *, loop: LayerExecution = DEFAULT_EXECUTION, keep: dict | None = None
+        self, batch: Batch, *, execution: LayerExecution = DEFAULT_EXECUTION, capture: dict | None = None
     ) -> jax.Array:
-        """-> [B, L, H]: what the output head reads. `loop`: how the layers run."""
-        x = self.embed(batch, loop=loop, keep=keep)
-        attend = functools.partial(attend_row, pk.find_segments(batch.segment_ids, batch.max_segments))
-        return self.language_model(x, batch.position_ids, attend, loop=loop, keep=keep)[0]
+        """Returns the input of the output head [B, T, H].
+
+        Args:
+            batch: as `prepare` returns it.
+            execution: how the layers run.
+            capture: if given, receives the outputs of all layers; see `activations`.
+        """
+        x = self.embed(batch, execution=execution, capture=capture)
+        attend = functools.partial(causal_attention, pk.find_segments(batch.segment_ids, batch.max_segments))
+        return self.language_model(x, batch.position_ids, attend, execution=execution, capture=capture)[0]
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """-> logits [B, L, V]; rows and columns of the caller's `input_ids` come first."""
+        """Returns logits [B, T, V]. The first rows and positions are those of the caller's `input_ids`; padding follows."""
         return self.logits(self.hidden_states(batch))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., H] -> [..., V]."""
+        """Returns logits [..., V] of hidden states [..., H]."""
         return jnp.einsum("...h,vh->...v", hidden, self.head)
 
     def activations(self, batch: Batch) -> dict[str, jax.Array]:
-        """The output of every layer, to look at.
+        """Returns the output of every layer, for inspection.
 
-        patch_embed [B,P,E], vision_blocks [Lv,B,P,E] and features [B,P/4,H] if there are pictures; inputs_embeds [B,L,H],
-        text_layers [Lt,B,L,H], final_hidden [B,L,H], logits [B,L,V].
+        patch_embed [B,P,E], vision_blocks [Lv,B,P,E] and features [B,P/4,H] if the batch has images; inputs_embeds [B,T,H],
+        text_layers [L,B,T,H], final_hidden [B,T,H], logits [B,T,V].
         """
-        keep: dict[str, jax.Array] = {}
-        keep["logits"] = self.logits(self.hidden_states(batch, keep=keep))
-        return keep
+        capture: dict[str, jax.Array] = {}
+        capture["logits"] = self.logits(self.hidden_states(batch, capture=capture))
+        return capture
 
 
-def attend_row(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-    """A token sees itself and what comes before it in its own sequence."""
+def causal_attention(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    """Attends from each token to itself and the earlier tokens of its own sequence."""
     return pk.attention(q, k, v, causal=True, segment_ids=segments), None
 
 
-def _place(x: jax.Array, columns: jax.Array, features: jax.Array) -> jax.Array:
-    """x [L, H] with row columns[j] replaced by features[j]; columns behind the row are dropped."""
-    return x.at[columns].set(features.astype(x.dtype), mode="drop", unique_indices=True)
+def _scatter_features(x: jax.Array, positions: jax.Array, features: jax.Array) -> jax.Array:
+    """Returns x [T, H] with x[positions[j]] replaced by features[j]. Positions of T or more are dropped."""
+    return x.at[positions].set(features.astype(x.dtype), mode="drop", unique_indices=True)
 
 
 @functools.lru_cache(maxsize=8)
-def _initialiser(cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Mesh | None) -> Callable[[int], Qwen2VL]:
-    """seed -> a model with random weights; compiled once."""
+def _compiled_init(
+    cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Mesh | None
+) -> Callable[[int], Qwen2VL]:
+    """Returns a function from a seed to a model with random weights, which is compiled once."""
     shardings = None if mesh is None else param_shardings(cls.abstract(config, dtype=dtype), mesh)
     scale = config.text.initializer_range
     return jax.jit(lambda seed: cls(Initializer(seed, dtype, scale), config), out_shardings=shardings)

@@ -1,13 +1,12 @@
-"""Which part of each weight and of each batch a device of the mesh holds.
+"""How weights and batches are split over the devices of a mesh.
 
 A mesh is a `jax.sharding.Mesh` with any of these axes:
-    data    rows of the batch; weights are copied
-    fsdp    rows of the batch, and weights split: gathered layer by layer when needed
-    tensor  heads and MLP columns, and the tokens that the loss is computed of
+    data    splits the rows of a batch; weights are replicated
+    fsdp    splits the rows of a batch, and the weights, which are gathered layer by layer when they are needed
+    tensor  splits attention heads and MLP hidden units, and the positions for which the loss is computed
 """
 
 import contextlib
-import re
 from typing import Any
 
 import jax
@@ -15,96 +14,107 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
-from liger_jax.model.params import path_name
+from liger_jax.model.params import Parameter, find_row, is_parameter_path, path_name
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that split a batch
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the rows of a batch
 
-# Parameter path -> the mesh axis of each dimension. Norms and biases that no rule names are copied to every device.
-RULES = (
-    (r"(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
-    (r"(q|k|v)_proj/bias", P(None, "tensor", None)),
-    (r"o_proj/kernel", P(None, "tensor", None, "fsdp")),
-    (r"(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
-    (r"down_proj/kernel", P(None, "tensor", "fsdp")),
-    (r"attn/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"attn/qkv/bias", P(None, None, "tensor", None)),
-    (r"attn/proj/kernel", P(None, "tensor", None, "fsdp")),
-    (r"mlp/fc1/kernel", P(None, "fsdp", "tensor")),
-    (r"mlp/fc1/bias", P(None, "tensor")),
-    (r"mlp/fc2/kernel", P(None, "tensor", "fsdp")),
-    (r"merger/fc1/kernel", P("fsdp", "tensor")),
-    (r"merger/fc1/bias", P("tensor")),
-    (r"merger/fc2/kernel", P("tensor", "fsdp")),
-    (r"patch_embed/kernel", P(None, "fsdp")),
-    (r"(embed_tokens|lm_head)/weight", P("fsdp", None)),
-    # LoRA: A [*in, r] as the kernel's inputs, B [r, *out] as its outputs
-    (r"((q|k|v|gate|up)_proj|attn/qkv|mlp/fc1)/lora/a", P(None, "fsdp")),
-    (r"((o|down)_proj|attn/proj|mlp/fc2)/lora/a", P(None, "tensor")),
-    (r"((q|k|v|gate|up)_proj|mlp/fc1)/lora/b", P(None, None, "tensor")),
-    (r"attn/qkv/lora/b", P(None, None, None, "tensor")),
-    (r"((o|down)_proj|attn/proj|mlp/fc2)/lora/b", P(None, None, "fsdp")),
-    (r"merger/fc1/lora/a", P("fsdp")),
-    (r"merger/fc1/lora/b", P(None, "tensor")),
-    (r"merger/fc2/lora/a", P("tensor")),
-    (r"merger/fc2/lora/b", P(None, "fsdp")),
-)
+# The mesh axis that splits each axis of the table of parameters; all others stay whole.
+SPLIT_BY = dict.fromkeys("VHEM", "fsdp") | dict.fromkeys("NKFnIm", "tensor")
+
+
+def partition_spec(parameter: Parameter) -> P:
+    """Returns the mesh axis of each dimension of a parameter.
+
+    Vectors are not split over fsdp: gathering them would cost more than it saves. Each mesh axis splits one dimension at
+    most, the first that it can split.
+
+    Example:
+        >>> from liger_jax.model.params import find_row
+        >>> partition_spec(find_row("language_model/layers/self_attn/q_proj/kernel"))
+        PartitionSpec(None, 'fsdp', 'tensor', None)
+        >>> partition_spec(find_row("visual/blocks/mlp/fc1/bias"))
+        PartitionSpec(None, 'tensor')
+    """
+    spec: list[str | None] = []
+    for axes in parameter.dimensions:
+        mesh_axis = SPLIT_BY.get(axes[0])
+        spec.append(None if mesh_axis in spec or (mesh_axis == "fsdp" and parameter.is_vector) else mesh_axis)
+    return P(*spec)
 
 
 def check_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with Auto axes, which the model is written for; refuses axes without a meaning.
+    """Returns the mesh with Auto axes, which the model is written for.
 
     Raises:
-        ValueError: an axis that is none of data, fsdp, tensor.
+        UserError: The mesh has an axis other than data, fsdp and tensor.
     """
-    unknown = [name for name in mesh.axis_names if name not in AXES]
+    unknown = [name for name in mesh.axis_names if name not in MESH_AXES]
     if unknown:
-        raise ValueError(f"The mesh has axes {mesh.axis_names}; expected any of {AXES}, found {unknown}")
+        raise UserError(f"The mesh has axes {mesh.axis_names}; expected any of {MESH_AXES}, not {unknown}")
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """A mesh of the first data * fsdp * tensor devices; None for one device.
+    """Returns a mesh of the first data * fsdp * tensor devices, or None for a single device.
 
     Raises:
-        ValueError: a size below 1, or more devices than there are.
+        UserError: A size is below 1, or the mesh needs more devices than there are.
+
+    Example:
+        >>> make_mesh() is None
+        True
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name} is {size}; expected at least 1")
+            raise UserError(f"{name} is {size}; expected at least 1")
     devices, count = jax.devices(), data * fsdp * tensor
     if count > len(devices):
-        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"A mesh of {asked} has {count} devices; found {len(devices)}")
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"The mesh {shape} has {count} devices; expected at most {len(devices)}, the devices available")
     if count == 1:
         return None
     return check_mesh(jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count]))
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf, by `RULES`; an axis that does not divide a dimension evenly leaves it whole.
+def param_shardings(tree: Any, mesh: Mesh, *, strict: bool = True) -> Any:
+    """Returns the sharding of every leaf, derived from the table of parameters (`liger_jax.model.params`).
 
-    Works for a model, its gradients and anything whose leaves carry the same paths and shapes.
+    A dimension that the devices of its mesh axis do not divide evenly stays whole. Scalars are replicated.
+
+    Args:
+        tree: a model, its gradients, or any pytree whose leaves have the paths and shapes of parameters, such as an
+            optimizer's moments.
+        mesh: any of the axes data, fsdp, tensor.
+        strict: raise for arrays that are not parameters. With False they are replicated, as a random key in an
+            optimizer's state is.
+
+    Raises:
+        LookupError: A parameter has no row in the table.
+        UserError: The mesh has an unknown axis.
     """
     mesh = check_mesh(mesh)
 
     def sharding(path, leaf):
         name = path_name(path)
-        spec = next((spec for pattern, spec in RULES if re.search(pattern + "$", name)), P())
-        fits = [_if_even(axis, size, mesh) for axis, size in zip(spec, leaf.shape, strict=False)]
-        return NamedSharding(mesh, P(*fits))
+        if not leaf.shape or not (strict or is_parameter_path(name)):
+            return NamedSharding(mesh, P())
+        # an optimizer may keep statistics with fewer dimensions than the parameter
+        spec = zip(partition_spec(find_row(name)), leaf.shape, strict=False)
+        return NamedSharding(mesh, P(*(_if_divisible(axis, size, mesh) for axis, size in spec)))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _if_even(axis: str | None, size: int, mesh: Mesh) -> str | None:
+def _if_divisible(axis: str | None, size: int, mesh: Mesh) -> str | None:
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
 
 
 def get_mesh(tree: Any) -> Mesh | None:
-    """The mesh that a tree's arrays live on, or None."""
+    """Returns the mesh that a tree's arrays are placed on, or None."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(getattr(leaf, "sharding", None), NamedSharding):
             return leaf.sharding.mesh
@@ -112,55 +122,63 @@ def get_mesh(tree: Any) -> Mesh | None:
 
 
 def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
-    """Sends a batch to the devices, rows split over the data and fsdp axes; empty rows fill up what does not divide.
+    """Moves a batch to the devices of a mesh, with its rows split over the data and fsdp axes.
 
-    A batch whose arrays are on the devices already is left alone. `multiple`: the rows divide by this too.
+    Empty rows are appended until the devices divide the number of rows. A batch that is on the devices already is returned
+    unchanged.
+
+    Args:
+        batch: as `prepare` returns it.
+        mesh: None for a single device.
+        multiple: the number of rows per device is made a multiple of this, too.
 
     Raises:
-        ValueError: a batch on the devices has a number of rows that `multiple` does not divide.
+        UserError: A batch on the devices has a number of rows that `multiple` does not divide.
     """
     if isinstance(batch.input_ids, jax.Array):
         if batch.shape[0] % multiple:
-            raise ValueError(f"The batch has {batch.shape[0]} rows on the device; expected a multiple of {multiple}")
+            raise UserError(f"The batch has {batch.shape[0]} rows on the device; expected a multiple of {multiple}")
         return batch
     if mesh is None:
         return batch.pad_rows(multiple)
-    axes = tuple(name for name in ROWS if name in mesh.shape)
+    axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
     shards = int(np.prod([mesh.shape[name] for name in axes]))
     batch = batch.pad_rows(multiple * shards)
     return jax.device_put(batch, NamedSharding(mesh, P(axes)))
 
 
 def mesh_context(mesh: Mesh | None):
-    """`with mesh_context(mesh):` makes the mesh known to `constrain_batch`."""
+    """Returns a context manager in which `constrain_batch` and the like know the mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the rows of an activation where the batch has them, so that weights travel and activations do not.
+    """Constrains an activation's rows to the sharding of the batch, so that weights are gathered and activations are not.
 
-    A hint to the partitioner, which otherwise may follow the weights' layout. Nothing outside of a mesh.
+    The partitioner might otherwise follow the layout of the weights. Without a mesh this does nothing.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(name for name in ROWS if kinds.get(name) == AxisType.Auto)
+    axes = _auto_axes(BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
 
 
 def constrain_batch_and_seq(x: jax.Array) -> jax.Array:
-    """x [B, L, ...]: rows as in `constrain_batch`, and the tokens of a row over `tensor`: for what takes each by itself.
+    """Constrains x [B, T, ...] as `constrain_batch` does, and splits its positions over `tensor`.
 
-    The devices along `tensor` would otherwise all compute the same.
+    For operations on single positions, which the devices along `tensor` would otherwise all repeat.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds.get("tensor") != AxisType.Auto or x.shape[1] % mesh.shape["tensor"]:
+    if not _auto_axes(("tensor",)) or x.shape[1] % jax.sharding.get_abstract_mesh().shape["tensor"]:
         return x
-    axes = tuple(name for name in ROWS if kinds.get(name) == AxisType.Auto)
-    return jax.lax.with_sharding_constraint(x, P(axes, "tensor"))
+    return jax.lax.with_sharding_constraint(x, P(_auto_axes(BATCH_AXES), "tensor"))
 
 
 def replicate(weight: jax.Array) -> jax.Array:
-    """Brings a split weight to every device: for a lookup, where the partitioner would rather move the activations."""
+    """Gathers a split weight on every device, for a lookup, where the partitioner would rather move the activations."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(weight, P()) if AxisType.Auto in mesh.axis_types else weight
+
+
+def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those of the mesh axes that the current mesh has and that the partitioner may split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(name for name in names if types.get(name) == AxisType.Auto)

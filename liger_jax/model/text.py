@@ -1,7 +1,8 @@
 """The language model: embeddings in, hidden states out.
 
-Shapes: B rows, T tokens, H width, N query heads and K key/value heads of D. What attention looks at is the caller's: the
-same layers serve training (the row itself), prefill (the same, keys and values handed out) and decoding (a cache).
+Shapes: B rows, T tokens, H width, N query heads and K key/value heads of D numbers. The caller supplies attention as a
+callback, so that the same layers serve training (attention within a row), prefill (the same, and keys and values are
+returned) and decoding (attention to a KV cache).
 """
 
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from flax import nnx
 import pallas_kernels as pk
 from liger_jax.config import TextConfig
 from liger_jax.model.layers import Embedding, Initializer, Linear, RMSNorm, inverse_frequencies
-from liger_jax.model.remat import DEFAULT_EXECUTION, LayerExecution, scan_layers
+from liger_jax.model.remat import scan_layers
+from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
-# attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], whatever else the caller wants back)
+# attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], any further results for the caller)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -38,10 +40,10 @@ class SelfAttention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, init: Initializer, config: TextConfig, stack):
-        width, wide = (config.hidden_size,), (config.intermediate_size,)
-        self.gate_proj = Linear(init, width, wide, stack=stack, bias=False)
-        self.up_proj = Linear(init, width, wide, stack=stack, bias=False)
-        self.down_proj = Linear(init, wide, width, stack=stack, bias=False)
+        width, hidden = (config.hidden_size,), (config.intermediate_size,)
+        self.gate_proj = Linear(init, width, hidden, stack=stack, bias=False)
+        self.up_proj = Linear(init, width, hidden, stack=stack, bias=False)
+        self.down_proj = Linear(init, hidden, width, stack=stack, bias=False)
 
     def __call__(self, x):
         return self.down_proj(pk.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -71,13 +73,13 @@ class LanguageModel(nnx.Module):
         self.norm = RMSNorm(init, config.hidden_size, eps=config.rms_norm_eps)
 
     def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(t, h, w) [B, 3, T] -> cos, sin [B, T, D/2].
+        """Returns the M-RoPE tables cos and sin [B, T, D/2] for positions (t, h, w) [B, 3, T].
 
-        M-RoPE: the first mrope_section[0] frequencies turn with t, the next with h, the last with w. The three tables
-        are merged here, once, so that each layer rotates by a single one.
+        The first mrope_section[0] frequencies rotate with t, the next with h, the last with w. The three tables are merged
+        once, so that each layer applies a single one.
         """
         sections = self.config.mrope_section
-        axis = np.repeat(np.arange(len(sections)), sections)  # which axis turns each frequency
+        axis = np.repeat(np.arange(len(sections)), sections)  # the position axis of each frequency
         position = jnp.take(position_ids.astype(jnp.float32), axis, axis=1)  # [B, D/2, T]
         angle = position.swapaxes(1, 2) * inverse_frequencies(self.config.rope_theta, len(axis))
         return jnp.cos(angle), jnp.sin(angle)
@@ -88,18 +90,21 @@ class LanguageModel(nnx.Module):
         position_ids: jax.Array,
         attend: Attend,
         *,
-        loop: LayerExecution = DEFAULT_EXECUTION,
-        keep: dict[str, jax.Array] | None = None,
+        execution: LayerExecution = DEFAULT_EXECUTION,
+        capture: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, H] embeddings -> normed hidden states [B, T, H], and attend's extra results, stacked over layers."""
+        """Returns the normed hidden states [B, T, H] of embeddings x [B, T, H], and attend's further results, stacked.
+
+        `capture`, if given, receives the outputs of all layers.
+        """
         cos, sin = self.rotary(position_ids)
 
         def layer(x, weights: DecoderLayer):
             x, aux = weights(x, cos, sin, attend)
-            return x, (aux, None if keep is None else x)
+            return x, (aux, None if capture is None else x)
 
-        x, (aux, outputs) = scan_layers(layer, x, self.layers, loop)
+        x, (aux, outputs) = scan_layers(layer, x, self.layers, execution)
         hidden = self.norm(x)
-        if keep is not None:
-            keep |= {"text_layers": outputs, "final_hidden": hidden}
+        if capture is not None:
+            capture |= {"text_layers": outputs, "final_hidden": hidden}
         return hidden, aux

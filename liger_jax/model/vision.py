@@ -1,7 +1,7 @@
-"""The vision tower: patches of images and video frames in, one vector for each 2 x 2 patches out.
+"""The vision tower: patches of images and video frames in, one feature vector per 2 x 2 patches out.
 
-Shapes: B rows, P patches a row (several images and frames one after the other, then padding), E width, n heads of d.
-A patch sees the patches of its own image or frame only: those with the same segment id.
+Shapes: B rows, P patches per row (of several images and frames, then padding), E width, n heads of d numbers. A patch
+attends to the patches of its own image or frame only: those with the same segment id.
 """
 
 import jax
@@ -12,8 +12,9 @@ import pallas_kernels as pk
 from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
 from liger_jax.model.layers import Initializer, LayerNorm, Linear, inverse_frequencies
-from liger_jax.model.remat import DEFAULT_EXECUTION, LayerExecution, scan_layers
+from liger_jax.model.remat import scan_layers
 from liger_jax.model.sharding import constrain_batch
+from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 
 class VisionAttention(nnx.Module):
@@ -23,16 +24,16 @@ class VisionAttention(nnx.Module):
         self.proj = Linear(init, heads, width, stack=stack, bias=True)
 
     def __call__(self, x, cos, sin, segments: pk.Segments):
-        q, k, v = self.qkv.parts(x)
+        q, k, v = self.qkv.unstacked(x)
         q, k = pk.rope(q, k, cos, sin)
         return self.proj(pk.attention(q, k, v, segment_ids=segments))
 
 
 class VisionMLP(nnx.Module):
     def __init__(self, init: Initializer, config: VisionConfig, stack):
-        width, wide = (config.embed_dim,), (config.intermediate_size,)
-        self.fc1 = Linear(init, width, wide, stack=stack, bias=True)
-        self.fc2 = Linear(init, wide, width, stack=stack, bias=True)
+        width, hidden = (config.embed_dim,), (config.intermediate_size,)
+        self.fc1 = Linear(init, width, hidden, stack=stack, bias=True)
+        self.fc2 = Linear(init, hidden, width, stack=stack, bias=True)
 
     def __call__(self, x):
         return self.fc2(pk.quick_gelu(self.fc1(x)))
@@ -52,7 +53,7 @@ class VisionBlock(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """Four neighbouring patches become one vector of the text model's width; their rows stand one after the other."""
+    """Merges each four neighbouring patches, which are consecutive rows, into one vector of the text model's width."""
 
     def __init__(self, init: Initializer, config: VisionConfig):
         merged = (config.embed_dim * config.merge_unit,)
@@ -74,26 +75,33 @@ class VisionTower(nnx.Module):
         self.merger = PatchMerger(init, config)
 
     def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(h, w) [B, P, 2] -> cos, sin [B, P, d/2]: half of the angles turn with the row, half with the column."""
+        """Returns the axial RoPE tables cos and sin [B, P, d/2] for positions (h, w) [B, P, 2].
+
+        The first half of the frequencies rotates with the row of the patch, the second half with its column.
+        """
         inv_freq = inverse_frequencies(self.config.rope_theta, self.config.head_dim // 4)
         angle = position_ids.astype(jnp.float32)[..., None] * inv_freq  # [B, P, 2, d/4]
         angle = angle.reshape(*position_ids.shape[:-1], -1)
         return jnp.cos(angle), jnp.sin(angle)
 
     def __call__(
-        self, vision: Vision, *, loop: LayerExecution = DEFAULT_EXECUTION, keep: dict[str, jax.Array] | None = None
+        self,
+        vision: Vision,
+        *,
+        execution: LayerExecution = DEFAULT_EXECUTION,
+        capture: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
-        """-> features [B, P/4, hidden_size]. `keep`, if given, receives the outputs of all layers."""
+        """Returns the features [B, P/4, H]. `capture`, if given, receives the outputs of all layers."""
         patches = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
         cos, sin = self.rotary(vision.position_ids)
         segments = pk.find_segments(vision.segment_ids, vision.max_segments)
 
         def layer(x, block: VisionBlock):
             x = block(x, cos, sin, segments)
-            return x, None if keep is None else x
+            return x, None if capture is None else x
 
-        x, blocks = scan_layers(layer, patches, self.blocks, loop)
+        x, blocks = scan_layers(layer, patches, self.blocks, execution)
         features = self.merger(x)
-        if keep is not None:
-            keep |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}
+        if capture is not None:
+            capture |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}
         return features

@@ -1,4 +1,4 @@
-"""Floating point operations that training on a batch needs, and what devices can do of them."""
+"""Counts the floating point operations of a training step, and looks up the peak rate of a device."""
 
 import re
 from collections.abc import Collection
@@ -8,8 +8,9 @@ import numpy as np
 
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.inputs.batch import IGNORE, Batch
+from liger_jax.model.params import PARTS, TABLE, axis_sizes, find_row
 
-# What a device is called -> bfloat16 operations a second on its tensor cores, without sparsity; the first that fits.
+# Device name -> bfloat16 operations per second on its tensor cores, without sparsity. The first match counts.
 PEAKS = (
     (r"H100 PCIe", 756e12),
     (r"H100 NVL", 835e12),
@@ -20,27 +21,27 @@ PEAKS = (
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """bfloat16 operations a second that the device's data sheet promises; None for one that is not in the table."""
+    """Returns the bfloat16 operations per second in the device's data sheet, or None for a device that is not listed."""
     return next((peak for name, peak in PEAKS if re.search(name, device.device_kind)), None)
 
 
 def step_flops(
     config: Qwen2VLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
 ) -> float:
-    """Operations that a training step on a batch needs.
+    """Returns the number of operations in a training step on a batch.
 
-        products with weights:  2 x tokens x weights forward, the same for the gradient of the input, and of the weights
-        attention:              4 x pairs x heads x head size forward, twice that backward
+        matmuls with weights:  2 x tokens x weights forward, the same for the gradient of the input, and of the weights
+        attention:             4 x pairs x heads x head size forward, twice that backward
 
-    Only what the result depends on is counted: not padding, not what the backward pass computes again, of causal
-    attention the half that is not masked, and of the vocabulary's logits those of trained tokens. Norms, rotations and
-    the optimizer are left out, and LoRA's own thin products.
+    Only necessary operations count: not padding, not recomputation in the backward pass, only the unmasked half of causal
+    attention, and only the logits of trained tokens. Norms, rotations, the optimizer and LoRA's low-rank matmuls are left
+    out. The weights of each part follow from the table of parameters.
 
     Args:
         config: of the model.
         batch: as `prepare` returns it, in host memory.
-        frozen: parts that are not trained ("vision", "merger", "text"): what only their gradients need is not counted.
-        adapted: parts with LoRA: their inputs have gradients even where their weights have none.
+        frozen: parts that are not trained (vision, merger, text): operations that only their gradients need do not count.
+        adapted: parts with LoRA: the gradients of their inputs are needed even where their weights are frozen.
 
     Example:
         >>> import numpy as np
@@ -51,39 +52,38 @@ def step_flops(
         '8.02e+13'
     """
     text, vision = config.text, config.vision
-    tokens, patches = _lengths(batch.segment_ids), np.zeros(0)
+    tokens, patches = _segment_lengths(batch.segment_ids), np.zeros(0)
     if batch.vision is not None:
-        patches = _lengths(batch.vision.segment_ids)
-    trained = 0 if batch.labels is None else np.count_nonzero(np.asarray(batch.labels) != IGNORE)
+        patches = _segment_lengths(batch.vision.segment_ids)
+    trained_tokens = 0 if batch.labels is None else np.count_nonzero(np.asarray(batch.labels) != IGNORE)
 
-    block = 4 * vision.embed_dim**2 + 2 * vision.embed_dim * vision.intermediate_size
-    wide = vision.embed_dim * vision.merge_unit
-    heads = text.num_attention_heads + text.num_key_value_heads
-    layer = 2 * text.hidden_size * heads * text.head_dim + 3 * text.hidden_size * text.intermediate_size
-    # part -> products with weights, and pairs of attention; in the order in which the values go through them
+    sizes = axis_sizes(config)
+    weights = dict.fromkeys(PARTS, 0)
+    for row in TABLE:
+        if row.is_kernel:
+            weights[row.part] += row.size(sizes)
+    head = find_row("lm_head/weight").size(sizes)
+    # part -> multiply-adds with weights, and query-key pairs x heads x head size; in the order of the data flow
     parts = {
-        "vision": (
-            patches.sum() * (vision.patch_values * vision.embed_dim + vision.depth * block),
-            vision.depth * vision.embed_dim * np.square(patches).sum(),
-        ),
-        "merger": (patches.sum() / vision.merge_unit * (wide**2 + wide * vision.hidden_size), 0),
+        "vision": (patches.sum() * weights["vision"], vision.depth * vision.embed_dim * np.square(patches).sum()),
+        "merger": (patches.sum() / vision.merge_unit * weights["merger"], 0),
         "text": (
-            tokens.sum() * text.num_hidden_layers * layer + trained * text.hidden_size * text.vocab_size,
+            tokens.sum() * weights["text"] + trained_tokens * head,
             text.num_hidden_layers * text.num_attention_heads * text.head_dim * np.square(tokens).sum() / 2,
         ),
     }
-    total, gradient_goes_through = 0.0, False
-    for part, (products, pairs) in parts.items():
-        gradient_goes_through |= part not in frozen or part in adapted
-        total += 2 * products * (1 + gradient_goes_through + (part not in frozen))
-        total += 4 * pairs * (1 + 2 * gradient_goes_through)
+    total, needs_input_gradient = 0.0, False
+    for part, (matmuls, attention) in parts.items():
+        needs_input_gradient |= part not in frozen or part in adapted
+        total += 2 * matmuls * (1 + needs_input_gradient + (part not in frozen))
+        total += 4 * attention * (1 + 2 * needs_input_gradient)
     return float(total)
 
 
-def _lengths(segment_ids: np.ndarray) -> np.ndarray:
-    """How long each segment is, over all rows; padding (0) is none."""
+def _segment_lengths(segment_ids: np.ndarray) -> np.ndarray:
+    """Returns the length of each segment in all rows. Padding (0) is not a segment."""
     segment_ids = np.asarray(segment_ids, np.int64)
-    most = segment_ids.max(initial=0) + 1
-    numbers = segment_ids + most * np.arange(len(segment_ids))[:, None]
-    counts = np.bincount(numbers.ravel(), minlength=most * len(segment_ids))
-    return counts.reshape(-1, most)[:, 1:].ravel().astype(np.float64)
+    ids_per_row = segment_ids.max(initial=0) + 1
+    numbers = segment_ids + ids_per_row * np.arange(len(segment_ids))[:, None]
+    counts = np.bincount(numbers.ravel(), minlength=ids_per_row * len(segment_ids))
+    return counts.reshape(-1, ids_per_row)[:, 1:].ravel().astype(np.float64)

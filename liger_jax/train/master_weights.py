@@ -1,4 +1,4 @@
-"""Weights in float32 beside those in bfloat16 that a model computes with: small updates add up instead of vanishing."""
+"""Master weights: float32 copies of a bfloat16 model's weights, so that small updates accumulate instead of vanishing."""
 
 from typing import Any, NamedTuple
 
@@ -6,30 +6,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-BITS = {"exponent_bits": 8, "mantissa_bits": 7}  # of bfloat16
+from liger_jax.errors import UserError
+
+BFLOAT16_BITS = {"exponent_bits": 8, "mantissa_bits": 7}
 
 
 class MasterState(NamedTuple):
-    """The weights as they would be without rounding, float32, and the state of the optimizer that moves them."""
+    """The unrounded weights, in float32, and the state of the optimizer that updates them."""
 
     weights: Any
     inner: optax.OptState
 
 
 def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer on float32 copies of bfloat16 weights; its moments are float32, too.
+    """Returns an optimizer that updates float32 copies of bfloat16 weights. Its moments are float32, too.
 
         master = master + update(gradient, master)
         weight = bfloat16(master)
 
-    A bfloat16 has 8 significant bits: an update of less than 1/512 of a weight is lost where the weight is all there is.
+    A bfloat16 has 8 significant bits: without a master, an update of less than 1/512 of a weight is lost.
 
-    After `optax.apply_updates` each weight equals its rounded master to the last bit. Where a weight falls to less than
-    2^-15 of itself in one step, no sum can reach the rounded master; the master then takes the weight's value, from which
-    it differs by no more than the rounding of a float32 of the old size.
+    After `optax.apply_updates` each weight equals its rounded master to the last bit. Where a weight shrinks to less than
+    2^-15 of itself in one step, no sum can reach the rounded master. The master then takes the weight's value, from which
+    it differs by no more than the rounding error of a float32 of the old size.
 
     Raises:
-        ValueError: when used, a weight that is not bfloat16.
+        UserError: When the state is initialised: a weight is not bfloat16.
 
     Source: Micikevicius et al. 2018, Mixed Precision Training, https://arxiv.org/abs/1710.03740
 
@@ -46,19 +48,21 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
     """
 
     def init(params):
-        strange = {str(w.dtype) for w in jax.tree.leaves(params)} - {"bfloat16"}
-        if strange:
-            raise ValueError(f"Master weights are for a model in bfloat16; found weights in {sorted(strange)}")
+        other_dtypes = {str(w.dtype) for w in jax.tree.leaves(params)} - {"bfloat16"}
+        if other_dtypes:
+            raise UserError(
+                f"The model has weights in {sorted(other_dtypes)}; expected all in bfloat16 for master_weights"
+            )
         weights = _float32(params)
         return MasterState(weights, optimizer.init(weights))
 
     def update(grads, state, params=None):
         if params is None:
-            raise ValueError("Master weights need the weights: give params to update()")
+            raise ValueError("params is None; expected the weights, which master weights need in update()")
         updates, inner = optimizer.update(_float32(grads), state.inner, state.weights)
         weights = _float32(params)
-        masters = jax.tree.map(_reachable, jax.tree.map(jnp.add, state.weights, updates), weights)
-        # computed once: XLA would compute them for the changes again, perhaps with other roundings
+        masters = jax.tree.map(_reachable_master, jax.tree.map(jnp.add, state.weights, updates), weights)
+        # computed once: XLA would recompute them for the changes, perhaps with different rounding
         masters = jax.lax.optimization_barrier(masters)
         return jax.tree.map(_change, masters, weights), MasterState(masters, inner)
 
@@ -66,12 +70,12 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
 
 
 def _change(master: jax.Array, weight: jax.Array) -> jax.Array:
-    """What to add to a weight to get its rounded master."""
+    """Returns the update that turns a weight into its rounded master."""
     return _rounded(master) - weight
 
 
-def _reachable(master: jax.Array, weight: jax.Array) -> jax.Array:
-    """The master; where no sum leads to it, what the sum leads to."""
+def _reachable_master(master: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the master, or where no update of the weight reaches it, the value that the update does reach."""
     reached = _rounded(weight + _change(master, weight))
     return jnp.where(_rounded(master) == reached, master, reached)
 
@@ -81,5 +85,5 @@ def _float32(tree: Any) -> Any:
 
 
 def _rounded(x: jax.Array) -> jax.Array:
-    """As bfloat16, in a float32: XLA may drop a cast there and back, but not this."""
-    return jax.lax.reduce_precision(x, **BITS)
+    """Returns x rounded to bfloat16, as float32. XLA may remove a cast to bfloat16 and back, but not this."""
+    return jax.lax.reduce_precision(x, **BFLOAT16_BITS)

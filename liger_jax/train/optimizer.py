@@ -1,22 +1,42 @@
-"""AdamW as Qwen2-VL is trained: parts of the model frozen or at learning rates of their own, no decay where it harms."""
+"""AdamW for fine-tuning: parts of the model can be frozen or have their own learning rates; norms and biases never decay."""
 
-import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from liger_jax.model.params import path_name
-from liger_jax.train.grad_stats import reporting
+from liger_jax.errors import UserError
+from liger_jax.model.params import PARTS, find_row, param_group, path_name
+from liger_jax.options import Optimization
 from liger_jax.train.master_weights import with_master_weights
 
 LearningRate = float | optax.Schedule
-# The parts of a model and how the paths of their weights look; the first that fits counts.
-PARTS = {"lora": "/lora/", "merger": "^visual/merger/", "vision": "^visual/", "text": "^(language_model|lm_head)/"}
-BASE = ("merger", "vision", "text")  # what stays frozen while LoRA alone is trained
-# Weights that decay: of products and tables. Norms and biases do not, as in transformers.
-DECAYING = ("/kernel", "/lora/a", "/lora/b", "embed_tokens/weight", "lm_head/weight")
+
+
+def build_optimizer(options: Optimization, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer of a training run: AdamW with warm-up and cosine decay over this many steps.
+
+    Raises:
+        UserError: A value is out of range, or a part is frozen and has a learning rate of its own.
+
+    Example:
+        >>> from liger_jax.options import Optimization
+        >>> optimizer = build_optimizer(Optimization(learning_rate=2e-5, freeze=("vision",)), steps=1000)
+    """
+
+    def schedule(peak: float | None) -> optax.Schedule | None:
+        return None if peak is None else warmup_cosine(peak, steps, options.warmup)
+
+    return make_optimizer(
+        schedule(options.learning_rate),
+        vision=schedule(options.vision_learning_rate),
+        merger=schedule(options.merger_learning_rate),
+        freeze=options.freeze,
+        weight_decay=options.weight_decay,
+        master_weights=options.master_weights,
+    )
 
 
 def make_optimizer(
@@ -32,26 +52,28 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW for a `TrainState`.
+    """Returns AdamW for a `TrainState`.
 
         m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      (g: clipped to the norm max_grad_norm)
         w = w - learning_rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay w)
 
     Args:
-        learning_rate: a number, or an optax schedule from the step to one.
-        vision, merger: learning rates of the vision tower and of its merger; None: the same.
-        freeze: parts that stay as they are: any of "vision", "merger", "text", "lora"; `BASE` to train a model's LoRA
-            alone. They have no moments, their gradients are not computed, and do not count in the norm.
-        weight_decay: of the weights of products and tables; norms and biases never decay.
-        max_grad_norm: largest norm of all gradients together; None for no limit.
-        master_weights: for a model in bfloat16, keep weights and moments of what is trained in float32.
+        learning_rate: a number, or an optax schedule.
+        vision, merger: learning rates of the vision tower and of its merger. The default is `learning_rate`.
+        freeze: parts that are not trained: any of vision, merger, text (`liger_jax.model.params.PARTS`, all of which are
+            frozen to train LoRA alone) and lora. They have no moments; their gradients are not computed and do not count
+            in the norm.
+        weight_decay: of matmul weights and embeddings; norms and biases never decay.
+        max_grad_norm: upper limit of the global gradient norm, or None for no limit.
+        master_weights: for a model in bfloat16, keep weights and moments of the trained parts in float32.
         b1, b2, eps: of Adam.
 
     Returns:
-        An `optax.GradientTransformation`, which reports the norm of the gradient and `learning_rate` to the metrics.
+        An `optax.GradientTransformation`. Its state records the gradient norm and `learning_rate`, see `read_grad_stats`.
 
     Raises:
-        ValueError: an unknown part; when a `TrainState` is made, nothing left to train.
+        UserError: An unknown part, a frozen part with a learning rate of its own, or a max_grad_norm that is not positive.
+            When a `TrainState` is created: no part is left to train.
 
     Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101
 
@@ -62,71 +84,107 @@ def make_optimizer(
         >>> int(TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), optimizer).step)
         0
     """
-    unknown = set(freeze) - set(PARTS)
+    parts = (*PARTS, "lora")
+    unknown = set(freeze) - set(parts)
     if unknown:
-        raise ValueError(f"freeze has {sorted(unknown)}; expected some of {sorted(PARTS)}")
-    if useless := [
-        part for part, rate in (("vision", vision), ("merger", merger)) if rate is not None and part in freeze
-    ]:
-        raise ValueError(f"freeze has {useless}, which have learning rates of their own; expected one of the two")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm is {max_grad_norm}; expected above 0, or None for gradients as they are")
-    keep = with_master_weights if master_weights else lambda optimizer: optimizer
+        raise UserError(f"freeze has {sorted(unknown)}; expected some of {sorted(parts)}")
     rates = {"vision": vision, "merger": merger}
-    of_part = {
-        part: optax.set_to_zero()
-        if part in freeze
-        else keep(
-            optax.adamw(
-                learning_rate if rates.get(part) is None else rates[part],
-                b1=b1,
-                b2=b2,
-                eps=eps,
-                weight_decay=weight_decay,
-                mask=_decays,
-            )
-        )
-        for part in PARTS
-    }
+    if contradictory := [part for part, rate in rates.items() if rate is not None and part in freeze]:
+        raise UserError(f"freeze has {contradictory}, which also have learning rates; expected one or the other")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UserError(f"max_grad_norm is {max_grad_norm}; expected above 0, or None for no limit")
 
-    def frozen(tree):
-        mask = _by_path(lambda path: param_group(path) in freeze, tree)
+    def optimizer_of(part: str) -> optax.GradientTransformation:
+        if part in freeze:
+            return optax.set_to_zero()
+        rate = learning_rate if rates.get(part) is None else rates[part]
+        adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decay_mask)
+        return with_master_weights(adamw) if master_weights else adamw
+
+    def frozen_mask(tree):
+        mask = _map_paths(lambda path: param_group(path) in freeze, tree)
         if all(jax.tree.leaves(mask)):
-            raise ValueError(f"freeze is {sorted(freeze)}, all that the model has; expected at least one part to train")
+            raise UserError(f"freeze is {sorted(freeze)}, every part of the model; expected at least one part to train")
         return mask
 
-    without_frozen = optax.masked(optax.set_to_zero(), frozen)
-    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    adamw = optax.multi_transform(of_part, lambda tree: _by_path(param_group, tree))
-    return optax.chain(without_frozen, reporting(learning_rate), clip, adamw)
+    return optax.chain(
+        # first, so that the gradients of frozen parts need not be computed at all
+        optax.masked(optax.set_to_zero(), frozen_mask),
+        with_grad_stats(learning_rate),
+        optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
+        optax.multi_transform({part: optimizer_of(part) for part in parts}, lambda tree: _map_paths(param_group, tree)),
+    )
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:
-    """Rises to `peak` in a share `warmup` of the steps, from the first on, then falls to 0 along a cosine.
+    """Returns a learning rate that rises to `peak` over a fraction `warmup` of the steps and falls to 0 along a cosine.
+
+    It rises from the first step on.
 
     Raises:
-        ValueError: a peak or share out of range.
+        UserError: The peak or the fraction is out of range.
 
-    >>> [round(float(warmup_cosine(1.0, steps=6, warmup=0.34)(step)), 2) for step in range(7)]
-    [0.33, 0.67, 1.0, 0.85, 0.5, 0.15, 0.0]
+    Example:
+        >>> [round(float(warmup_cosine(1.0, steps=6, warmup=0.34)(step)), 2) for step in range(7)]
+        [0.33, 0.67, 1.0, 0.85, 0.5, 0.15, 0.0]
     """
     if not (0 <= peak < float("inf")):
-        raise ValueError(f"learning_rate is {peak}; expected 0 or more")
+        raise UserError(f"learning_rate is {peak}; expected 0 or more")
     if not 0 <= warmup <= 1:
-        raise ValueError(f"warmup is {warmup}; expected a share of the steps, from 0 to 1")
-    rising = round(steps * warmup)
-    rise = optax.linear_schedule(peak / (rising + 1), peak, rising)
-    return optax.join_schedules([rise, optax.cosine_decay_schedule(peak, max(steps - rising, 1))], [rising])
+        raise UserError(f"warmup is {warmup}; expected a fraction of the steps, from 0 to 1")
+    warmup_steps = round(steps * warmup)
+    rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    fall = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1))
+    return optax.join_schedules([rise, fall], [warmup_steps])
 
 
-def param_group(path: str) -> str:
-    """The part that a weight belongs to, by its path."""
-    return next(part for part, pattern in PARTS.items() if re.search(pattern, path))
+def _decay_mask(tree: Any) -> Any:
+    return _map_paths(lambda path: find_row(path).decays, tree)
 
 
-def _decays(tree: Any) -> Any:
-    return _by_path(lambda path: path.endswith(DECAYING), tree)
-
-
-def _by_path(function, tree: Any) -> Any:
+def _map_paths(function: Callable[[str], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: function(path_name(path)), tree)
+
+
+# ---- statistics for the log ------------------------------------------------------------------------------------------
+
+
+class GradStats(NamedTuple):
+    """The part of an optimizer's state that the log shows."""
+
+    count: jax.Array  # number of updates
+    grad_norm: jax.Array  # of the latest gradients
+    learning_rate: jax.Array
+
+
+def with_grad_stats(learning_rate: LearningRate) -> optax.GradientTransformation:
+    """Returns a transformation that records the gradient norm and the learning rate, and leaves the gradients unchanged.
+
+    In `optax.chain` it comes after the one that removes frozen parts and before clipping.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from liger_jax.train.optimizer import read_grad_stats, with_grad_stats
+        >>> optimizer = optax.chain(with_grad_stats(0.5), optax.sgd(0.5))
+        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(jnp.zeros(2)))
+        >>> {name: float(value) for name, value in read_grad_stats(state).items()}
+        {'grad_norm': 5.0, 'learning_rate': 0.5}
+    """
+
+    def init(params):
+        return GradStats(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
+
+    def update(grads, state, params=None):
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        return grads, GradStats(state.count + 1, norm, jnp.asarray(rate, jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def read_grad_stats(opt_state: Any) -> dict[str, jax.Array]:
+    """Returns {"grad_norm", "learning_rate"} of the latest update, or {} for an optimizer without `with_grad_stats`."""
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda state: isinstance(state, GradStats)):
+        if isinstance(state, GradStats):
+            return {"grad_norm": state.grad_norm, "learning_rate": state.learning_rate}
+    return {}

@@ -1,4 +1,4 @@
-"""Every layout of config.json found on the hub reads as the same configuration; what is none of them is refused."""
+"""Every layout of config.json on the hub reads as the same configuration; anything else is refused."""
 
 import copy
 import dataclasses
@@ -16,16 +16,16 @@ PRESETS = {"2b": Qwen2VLConfig.qwen2_vl_2b(), "7b": Qwen2VLConfig.qwen2_vl_7b()}
 @pytest.mark.parametrize("size", PRESETS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, size):
-    """Written by transformers 4.41 (the hub), 4.49 (defaults left out), 4.57 (nested) and 5.17 (rope_parameters)."""
+    """Written by transformers 4.41 (the hub), 4.49 (defaults omitted), 4.57 (nested) and 5.17 (rope_parameters)."""
     assert Qwen2VLConfig.from_hf(LAYOUTS[layout][size]) == PRESETS[size]
 
 
-def test_the_layouts_are_four():
+def test_all_four_layouts_are_recorded():
     assert set(LAYOUTS) == {"hub", "4.49.0", "4.57.6", "5.17.0"}
 
 
-def test_tied_only_in_the_text_part():
-    """transformers 4.57 writes tie_word_embeddings of the 2B into text_config alone."""
+def test_tie_word_embeddings_in_text_config():
+    """transformers 4.57 writes the 2B's tie_word_embeddings to text_config only."""
     saved = LAYOUTS["4.57.6"]["2b"]
     assert "tie_word_embeddings" not in saved
     assert Qwen2VLConfig.from_hf(saved).tie_word_embeddings
@@ -47,12 +47,12 @@ def test_presets(preset, layers, heads, kv_heads, hidden):
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), Qwen2VLConfig.qwen2_vl_72b(), Qwen2VLConfig.tiny()])
 def test_round_trip(config):
-    """What to_hf writes reads back as the same configuration, also through JSON."""
+    """from_hf reads the output of to_hf as the same configuration, also after a round trip through JSON."""
     assert Qwen2VLConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
-def test_from_a_folder(tmp_path):
-    """A folder, or its config.json; end and padding tokens from generation_config.json beside it."""
+def test_reads_a_folder(tmp_path):
+    """A folder, or the config.json in it; end and padding tokens come from generation_config.json."""
     folder = REFERENCES / "model_untied"
     config = Qwen2VLConfig.from_hf(folder)
     assert config == Qwen2VLConfig.from_hf(str(folder / "config.json"))
@@ -64,18 +64,19 @@ def test_from_a_folder(tmp_path):
     assert Qwen2VLConfig.from_hf(tmp_path).eos_token_ids == (7,)
 
 
-def test_usable_as_a_static_argument():
+def test_is_hashable():
     assert hash(Qwen2VLConfig.tiny()) == hash(Qwen2VLConfig.tiny())
 
 
-def changed(**values):
+def hub_config(**values):
+    """Returns the 2B's hub configuration with some values changed, or removed (None)."""
     hub = copy.deepcopy(LAYOUTS["hub"]["2b"])
     for key, value in values.items():
         *path, last = key.split("__")
-        place = hub
+        parent = hub
         for step in path:
-            place = place[step]
-        place[last] = value
+            parent = parent[step]
+        parent[last] = value
     return {key: value for key, value in hub.items() if value is not None}
 
 
@@ -94,25 +95,28 @@ def changed(**values):
         ({"hidden_act": "gelu"}, "hidden_act.*'gelu'"),
         ({"vision_config__hidden_act": "silu"}, "hidden_act.*'silu'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"vision_config__hidden_size": 1000}, "hidden_size 1000"),
+        ({"vision_config__hidden_size": 1000}, "hidden_size is 1000"),
         ({"vision_config__num_heads": 7}, "num_heads 7"),
-        ({"vision_config__num_heads": 640}, "head size 2"),
+        ({"vision_config__num_heads": 640}, "head size is 2"),
     ],
 )
-def test_refused(values, message):
-    """Named in the message: what is wrong, before a single weight is made."""
+def test_unsupported_configurations_are_refused(values, message):
+    """The message names the value, before any weight is created."""
     with pytest.raises(ValueError, match=message):
-        Qwen2VLConfig.from_hf(changed(**values))
+        Qwen2VLConfig.from_hf(hub_config(**values))
 
 
-def test_no_file(tmp_path):
+def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Qwen2VLConfig.from_hf(tmp_path)
 
 
-def test_not_json(tmp_path):
+def test_errors_name_the_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hub_config(model_type="bert")))
+    with pytest.raises(ValueError, match=r"config\.json: model_type is 'bert'; expected 'qwen2_vl'"):
+        Qwen2VLConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("<html>")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"config\.json"):
         Qwen2VLConfig.from_hf(tmp_path)
 
 

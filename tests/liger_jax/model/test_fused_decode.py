@@ -1,4 +1,4 @@
-"""One step of generation by packed weights and its kernels against the model's own layers."""
+"""The fused decoding step, with packed weights and its own kernels, equals the model's layers."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 from liger_jax import Qwen2VLConfig
 from liger_jax.model.fused_decode import PackedModel, decode_step
-from liger_jax.model.kv_cache import Cache
+from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.layers import Initializer
 from liger_jax.model.text import LanguageModel
 
@@ -20,29 +20,29 @@ SLOTS = 7  # filled by the prompt
 
 @pytest.fixture(scope="module")
 def model():
-    """The tiny model, with norms and biases that are not the ones and zeros they start as."""
+    """The tiny model, with random norms and biases in place of ones and zeros."""
     model = LanguageModel(Initializer(0, "float32", 0.1), Qwen2VLConfig.tiny().text)
     keys = iter(jax.random.split(jax.random.key(1), 100))
     return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape, w.dtype), model)
 
 
 def prompt_cache(config, batch, length):
-    """Random keys and values, with padding on either side of a row."""
+    """Returns random keys and values, with padding on the left of one row and on the right of another."""
     rng = np.random.default_rng(0)
     shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
     keys, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     segments = np.ones((batch, length), np.int32)
     segments[0, :2], segments[-1, -1] = 0, 0
-    return Cache.of_prompt(keys, values, jnp.asarray(segments), room=STEPS)
+    return KVCache.from_prompt(keys, values, jnp.asarray(segments), room=STEPS)
 
 
 def by_layers(model, head, xs, positions, cache):
-    """As prefill and training run the layers: on one token, attending to the cache."""
+    """Runs the layers of prefill and training on single tokens, attending to the cache."""
     layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.num_hidden_layers)]
     logits = []
     for step, x in enumerate(xs):
         slot, x = SLOTS + step, x[:, None]
-        cache = cache.open_slots(slot, jnp.ones((len(x), 1), jnp.int32))
+        cache = cache.mark_valid(slot, jnp.ones((len(x), 1), jnp.int32))
         cos, sin = model.rotary(positions[..., None] + step)
         written = []
         for i, layer in enumerate(layers):
@@ -55,7 +55,7 @@ def by_layers(model, head, xs, positions, cache):
 
 
 def by_steps(implementation, model, head, xs, positions, cache):
-    packed = PackedModel.of(model, head)
+    packed = PackedModel.from_model(model, head)
 
     def step(cache, step_and_x):
         step, x = step_and_x
@@ -75,8 +75,8 @@ def test_steps_equal_the_layers(model, implementation, batch):
     head = jnp.asarray(0.1 * rng.normal(size=(20, model.config.hidden_size)), jnp.float32)
     positions = jnp.asarray(rng.integers(0, 30, (batch, 3)))
     cache = prompt_cache(model.config, batch, SLOTS)
-    want = jax.jit(by_layers)(model, head, xs, positions, cache)
-    got = jax.jit(functools.partial(by_steps, implementation))(model, head, xs, positions, cache)
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, w, atol=2e-5)
+    expected = jax.jit(by_layers)(model, head, xs, positions, cache)
+    actual = jax.jit(functools.partial(by_steps, implementation))(model, head, xs, positions, cache)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=2e-5)

@@ -1,4 +1,4 @@
-"""On four (simulated) devices: the losses, weights and tokens of one device, and only weights travel between them."""
+"""Four (simulated) devices give the losses, weights and tokens of one device, and gather nothing but weights."""
 
 import functools
 import importlib
@@ -10,13 +10,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from convert import from_hf, to_hf_state
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, generate, loss_fn, make_train_step, prepare
 from liger_jax.model.lora import add_lora
-from liger_jax.model.params import param_paths
-from liger_jax.model.sharding import RULES, get_mesh, mesh_context, param_shardings, shard_batch
+from liger_jax.model.params import find_row, param_paths
+from liger_jax.model.sharding import get_mesh, mesh_context, param_shardings, partition_spec, shard_batch
 from tests._support import parity
 
 linear_cross_entropy = importlib.import_module("pallas_kernels.linear_cross_entropy")  # not the function of this name
@@ -29,7 +28,7 @@ MESHES = {
 }
 TRAINED = ("fsdp", "data-fsdp-tensor")
 OPTIMIZER = optax.sgd(0.25, momentum=0.5)
-SCENARIOS = ("batch_left", "image_video")  # two rows and one: a fourth, empty one has to be added on four devices
+SCENARIOS = ("batch_left", "image_video")  # two rows and one row: four devices need a fourth, empty one
 NEW = 8
 
 
@@ -39,7 +38,7 @@ def mesh(name):
 
 @functools.cache
 def model(name):
-    """Weights on the mesh, or on one device."""
+    """A model on the mesh, or on one device."""
     return (
         parity.model()
         if name is None
@@ -68,37 +67,37 @@ step = functools.cache(lambda name: make_train_step(remat="dots"))
 
 @functools.cache
 def trained(name):
-    """-> the state after one step, and its metrics."""
+    """Returns the state after one step, and its metrics."""
     state = TrainState.create(jax.tree.map(jax.numpy.copy, model(name)), OPTIMIZER)
     return step(name)(state, batch())
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_step(name):
-    """Metrics and updated weights to 1e-5 of one device's; the state stays split as it was."""
+    """Metrics and updated weights equal those of one device to 1e-5; the state keeps its sharding."""
     (state, metrics), (one_state, one_metrics) = trained(name), trained(None)
     for key, value in one_metrics.items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
-    found, wanted = to_hf_state(state.model), to_hf_state(one_state.model)
-    for key, value in wanted.items():
-        parity.assert_near(found[key], value, tolerance=1e-5, what=key)
+    weights, expected = to_hf_state(state.model), to_hf_state(one_state.model)
+    for key, value in expected.items():
+        parity.assert_near(weights[key], value, tolerance=1e-5, what=key)
     for tree in (state.model, state.opt_state):
         shardings = param_paths(param_shardings(tree, mesh(name)))
         for path, leaf in param_paths(tree).items():
             assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), path
 
 
-def test_a_step_takes_states_of_any_mesh(monkeypatch):
-    """One after the other: each mesh has a program of its own."""
+def test_one_step_function_serves_several_meshes(monkeypatch):
+    """Each mesh gets its own compiled program."""
     step, meshes = make_train_step(), []
     monkeypatch.setattr(step, "_compile", lambda *args: meshes.append(args[2]) or (lambda leaves, batch: (leaves, {})))
     for name in (None, "fsdp", None):
         step(TrainState.create(model(name), OPTIMIZER), batch())
-    assert [found and found.axis_names for found in meshes] == [None, ("fsdp",)]
+    assert [mesh and mesh.axis_names for mesh in meshes] == [None, ("fsdp",)]
 
 
 def test_one_device_agrees_with_transformers():
-    """What the meshes are compared with is itself the mean over the scenarios' tokens, seven in each row."""
+    """The loss that the meshes are compared with is the mean over the scenarios' tokens, seven in each row."""
     losses = [parity.expected(scenario, "loss") for scenario in SCENARIOS]
     parity.assert_near(trained(None)[1]["loss"], np.average(losses, weights=[2, 1]))
 
@@ -107,53 +106,53 @@ def test_one_device_agrees_with_transformers():
 def test_logits(name):
     """A jitted forward pass of a model on a mesh, with a batch as `prepare` returns it."""
     logits = jax.jit(lambda m, b: m(b))(model(name), batch())
-    found = np.asarray(logits)[batch().segment_ids > 0]
-    wanted = [parity.expected(scenario, "logits")[parity.tokens(scenario)] for scenario in SCENARIOS]
-    parity.assert_near(found, np.concatenate(wanted))
+    logits = np.asarray(logits)[batch().segment_ids > 0]
+    expected = [parity.expected(scenario, "logits")[parity.tokens(scenario)] for scenario in SCENARIOS]
+    parity.assert_near(logits, np.concatenate(expected))
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "data-tensor"])
 def test_tokens(name):
-    """Greedy tokens, the caller's rows only."""
+    """Greedy tokens, of the caller's rows only."""
     tokens = generate(model(name), batch(prompt=True), max_new_tokens=NEW, eos_token_id=())
-    wanted = np.concatenate([parity.expected(scenario, "greedy") for scenario in SCENARIOS])
-    np.testing.assert_array_equal(tokens, wanted)
+    expected = np.concatenate([parity.expected(scenario, "greedy") for scenario in SCENARIOS])
+    np.testing.assert_array_equal(tokens, expected)
 
 
-def gathered(hlo):
-    """Shapes of the floats that collectives put together from several devices' parts: [(4, 64, 32), ...]."""
+def gathered_shapes(hlo):
+    """Returns the shapes of the float arrays that collectives gather from several devices: [(4, 64, 32), ...]."""
     results = re.findall(r"= (.*) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", hlo)
     shapes = [shape for result in results for shape in re.findall(r"\bb?f\d+\[([\d,]*)\]", result)]
     return [tuple(int(n) for n in shape.split(",") if n) for shape in shapes]
 
 
-def in_any_order(shape):
+def sorted_sizes(shape):
     return tuple(sorted(n for n in shape if n > 1))
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_only_weights_are_gathered(name):
-    """No collective of the compiled step puts activations together: what is gathered is a weight of one layer.
+    """No collective of the compiled step gathers activations, only the weights of single layers.
 
-    But for one, where there is a `tensor` axis: the gradient of what the loss reads, whose tokens are split over it.
+    The one exception, on a mesh with a `tensor` axis: the gradient of the loss's input, whose positions are split over it.
     """
     state, _ = trained(name)
     [compiled] = step(name).compiled.values()
     allowed, heads = set(), MESHES[name].get("tensor", 1)
     for path, leaf in param_paths(state.model).items():
         shape = leaf.shape[1:] if "/layers/" in path or "/blocks/" in path else leaf.shape
-        allowed.add(in_any_order(shape))
-        # of a weight split over `tensor` as well, a device gathers its part
-        allowed |= {in_any_order((*shape[:i], n // heads, *shape[i + 1 :])) for i, n in enumerate(shape)}
-    shapes = gathered(compiled.as_text())
+        allowed.add(sorted_sizes(shape))
+        # a weight that is split over `tensor` as well is gathered in part
+        allowed |= {sorted_sizes((*shape[:i], n // heads, *shape[i + 1 :])) for i, n in enumerate(shape)}
+    shapes = gathered_shapes(compiled.as_text())
     assert len(shapes) > 10
-    others = [shape for shape in shapes if in_any_order(shape) not in allowed]
+    exceptions = [shape for shape in shapes if sorted_sizes(shape) not in allowed]
     config = state.model.config.text
-    assert others == [(2, batch().shape[1], config.hidden_size)] * (heads > 1)  # of the two rows of a device
+    assert exceptions == [(2, batch().shape[1], config.hidden_size)] * (heads > 1)  # the two rows of a device
 
 
-def test_the_loss_is_split_over_all_devices(monkeypatch):
-    """Along `tensor` too: there every device computed the loss of the same tokens once."""
+def test_loss_is_split_over_all_devices(monkeypatch):
+    """Along `tensor` too, where every device once computed the loss of the same tokens."""
     shapes, local = [], linear_cross_entropy._gradient_local
 
     def spy(static, x, *operands):
@@ -169,7 +168,7 @@ def test_the_loss_is_split_over_all_devices(monkeypatch):
 
 
 def test_data_parallel_gathers_nothing():
-    """With copies of the weights on every device, a forward pass needs no word from the others."""
+    """With replicated weights, a forward pass communicates nothing."""
     placed = shard_batch(batch(), get_mesh(model("data")))
     compiled = jax.jit(lambda m, b: m(b)).lower(model("data"), placed).compile()
     assert not re.findall(r"\b(all-\w+|collective-permute|reduce-scatter)\(", compiled.as_text())
@@ -177,16 +176,14 @@ def test_data_parallel_gathers_nothing():
 
 @pytest.mark.parametrize("name", MESHES)
 def test_weights_are_split(name):
-    """Every rule names a weight and splits it; sizes that do not divide are left whole."""
+    """Every dimension with a mesh axis in the table is split by it; sizes that do not divide evenly stay whole."""
     shape = MESHES[name]
     config = Qwen2VLConfig.qwen2_vl_7b()
     model = jax.eval_shape(functools.partial(add_lora, targets="all-linear"), Qwen2VL.abstract(config))
     weights, shardings = param_paths(model), param_paths(param_shardings(model, mesh(name)))
     for path, weight in weights.items():
-        spec = next((spec for pattern, spec in RULES if re.search(pattern + "$", path)), P())
-        ways = math.prod(shape.get(axis, 1) for axis in spec if axis)
-        assert math.prod(shardings[path].shard_shape(weight.shape)) * ways == weight.size, path
-    assert all(any(re.search(pattern + "$", path) for path in weights) for pattern, _ in RULES)
+        shards = math.prod(shape.get(axis, 1) for axis in partition_spec(find_row(path)) if axis)
+        assert math.prod(shardings[path].shard_shape(weight.shape)) * shards == weight.size, path
     # two key heads cannot be split over four devices
     tiny = param_paths(param_shardings(Qwen2VL.abstract(parity.config()), mesh(name)))
     spec = tiny["language_model/layers/self_attn/k_proj/bias"].spec
@@ -195,17 +192,17 @@ def test_weights_are_split(name):
 
 def test_init_gives_the_same_weights():
     config = parity.config()
-    found = param_paths(Qwen2VL.init(config, dtype="float32", mesh=mesh("data-fsdp-tensor"), seed=2**32 - 1))
+    weights = param_paths(Qwen2VL.init(config, dtype="float32", mesh=mesh("data-fsdp-tensor"), seed=2**32 - 1))
     for path, weight in param_paths(Qwen2VL.init(config, dtype="float32", seed=2**32 - 1)).items():
-        np.testing.assert_array_equal(found[path], weight, err_msg=path)
+        np.testing.assert_array_equal(weights[path], weight, err_msg=path)
 
 
-def test_weights_of_a_checkpoint_arrive_split():
+def test_checkpoint_loads_onto_a_mesh():
     weight = model("fsdp").language_model.layers.mlp.up_proj.kernel[...]
     assert isinstance(weight.sharding, NamedSharding)
     assert weight.addressable_shards[0].data.shape == (2, 8, 48)
 
 
-def test_unknown_axes():
+def test_unknown_mesh_axes_are_refused():
     with pytest.raises(ValueError, match="expert"):
         Qwen2VL.init(parity.config(), mesh=Mesh(np.array(jax.devices()[:2]), ("expert",)))

@@ -1,4 +1,4 @@
-"""Operations of a step: those that a compiler counts in products written out, and the figures of known models."""
+"""step_flops: compared with the compiler's own count, and with formulas for the published models."""
 
 import dataclasses
 import types
@@ -14,7 +14,7 @@ CONFIG = Qwen2VLConfig.qwen2_vl_2b()
 
 
 def batch(config, tokens, side, rows=2, pad=0, labels=True):
-    """Rows with one picture of side x side patches, and `pad` columns of padding."""
+    """Returns rows with one image of side x side patches each, and `pad` positions of padding."""
     placeholders = side * side // 4
     ids = np.full((rows, tokens + pad), 7)
     ids[:, 1 : 1 + placeholders] = config.image_token_id
@@ -25,9 +25,11 @@ def batch(config, tokens, side, rows=2, pad=0, labels=True):
     return prepare(config, input_ids=ids, attention_mask=mask, labels=trained, pixel_values=pixels, image_grid_thw=grid)
 
 
-def test_forward_pass_is_what_the_compiler_counts():
-    """Without any gradient: XLA's own count, but for norms and the like, and for the half of causal attention that it
-    computes and masks. One layer of each kind, as XLA counts the body of a loop once."""
+def test_forward_pass_equals_the_compilers_count():
+    """Without gradients, up to norms and activations, and the masked half of causal attention, which XLA computes.
+
+    One layer in each tower, since XLA counts the body of a loop once.
+    """
     tiny = Qwen2VLConfig.tiny()
     text = dataclasses.replace(
         tiny.text, num_hidden_layers=1, hidden_size=256, intermediate_size=768, head_dim=64, mrope_section=(8, 12, 12)
@@ -38,12 +40,12 @@ def test_forward_pass_is_what_the_compiler_counts():
     model = Qwen2VL.abstract(config, dtype="float32")
     cost = jax.jit(lambda model, batch: model(batch)).lower(model, example).compile().cost_analysis()
     pairs = text.num_hidden_layers * text.num_attention_heads * text.head_dim * 2 * 64**2 / 2
-    found = step_flops(config, example, frozen=["vision", "merger", "text"]) + 4 * pairs
-    assert found == pytest.approx(cost["flops"], rel=0.05)
+    flops = step_flops(config, example, frozen=["vision", "merger", "text"]) + 4 * pairs
+    assert flops == pytest.approx(cost["flops"], rel=0.05)
 
 
 def test_a_step_is_three_forward_passes():
-    """And six operations for each weight and token, which is what is usually quoted, plus attention's."""
+    """And the usual estimate, six operations per weight and token, plus attention."""
     text = prepare(CONFIG, input_ids=np.ones((1, 512), int), labels=np.ones((1, 512), int))
     everything = step_flops(CONFIG, text)
     assert everything == pytest.approx(3 * step_flops(CONFIG, text, frozen=["vision", "merger", "text"]))
@@ -51,18 +53,20 @@ def test_a_step_is_three_forward_passes():
     assert everything == pytest.approx(6 * 512 * weights + 6 * 28 * 1536 * 512**2)
 
 
-def test_what_is_not_needed_is_not_counted():
-    """Padding, logits of what is not trained, gradients of frozen parts."""
+def test_unnecessary_operations_do_not_count():
+    """Padding, logits of untrained tokens, gradients of frozen parts."""
     whole = step_flops(CONFIG, batch(CONFIG, 400, 32))
     assert step_flops(CONFIG, batch(CONFIG, 400, 32, pad=300)) == whole
     untrained = step_flops(CONFIG, batch(CONFIG, 400, 32, labels=False))
     assert whole - untrained == pytest.approx(6 * 2 * 400 * 151936 * 1536)
-    ways = ([], ["vision"], ["vision", "merger"], ["vision", "merger", "text"])
-    counts = [step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=frozen) for frozen in ways]
+    choices = ([], ["vision"], ["vision", "merger"], ["vision", "merger", "text"])
+    counts = [step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=frozen) for frozen in choices]
     assert counts == sorted(counts, reverse=True) and len(set(counts)) == 4
-    below = step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=["text"])  # its gradient goes on to the vision tower
-    nothing_below = step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int)), frozen=["text"])
-    assert nothing_below == pytest.approx(
+    below = step_flops(
+        CONFIG, batch(CONFIG, 400, 32), frozen=["text"]
+    )  # its input still has a gradient
+    text_alone = step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int)), frozen=["text"])
+    assert text_alone == pytest.approx(
         2 / 3 * step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int))), rel=0.1
     )
     assert counts[2] < below < whole
@@ -90,10 +94,10 @@ def test_peaks(kind, peak):
     assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
 
 
-def test_lora_saves_the_gradients_of_weights_alone():
-    """With all of the model frozen under adapters in the text: its inputs' gradients remain, a third of the products go."""
+def test_lora_needs_the_gradients_of_inputs():
+    """With all parts frozen and LoRA in both towers, a third of the operations is saved: the gradients of the weights."""
     example = batch(CONFIG, 64, 8, labels=True)
-    every, frozen = step_flops(CONFIG, example), {"frozen": ("vision", "merger", "text")}
-    nothing, lora = (step_flops(CONFIG, example, **frozen, adapted=parts) for parts in ((), ("text",)))
-    whole = step_flops(CONFIG, example, **frozen, adapted=("vision", "text"))
-    assert nothing < lora < whole < every and whole / every == pytest.approx(2 / 3, rel=0.02)
+    unfrozen, frozen = step_flops(CONFIG, example), {"frozen": ("vision", "merger", "text")}
+    forward, text_lora = (step_flops(CONFIG, example, **frozen, adapted=parts) for parts in ((), ("text",)))
+    all_lora = step_flops(CONFIG, example, **frozen, adapted=("vision", "text"))
+    assert forward < text_lora < all_lora < unfrozen and all_lora / unfrozen == pytest.approx(2 / 3, rel=0.02)

@@ -1,4 +1,4 @@
-"""make_optimizer: which weights move, how far, what decays, and what is not computed."""
+"""make_optimizer: learning rates per part, frozen parts, weight decay, clipping, and statistics for the log."""
 
 import functools
 
@@ -11,8 +11,9 @@ import pytest
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
 from liger_jax.checkpoint import restore_state, save_state
 from liger_jax.model.lora import add_lora
-from liger_jax.model.params import param_paths
-from liger_jax.train.optimizer import BASE, PARTS, make_optimizer, param_group
+from liger_jax.model.params import PARTS, find_row, param_group, param_paths
+from liger_jax.options import Optimization
+from liger_jax.train.optimizer import build_optimizer, make_optimizer, read_grad_stats, warmup_cosine
 
 CONFIG = Qwen2VLConfig.tiny()
 
@@ -23,7 +24,7 @@ def model():
 
 
 def updated(model, optimizer, gradient=1.0):
-    """{path: change} after one step with the same gradient everywhere."""
+    """Returns {path: update} of one step with the same gradient everywhere."""
     grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), model)
 
     @jax.jit
@@ -33,7 +34,7 @@ def updated(model, optimizer, gradient=1.0):
     return {path: np.asarray(change) for path, change in param_paths(step(model, grads)).items()}
 
 
-def batch_with_a_picture():
+def batch_with_an_image():
     ids = np.full((1, 12), 7)
     ids[0, 1], ids[0, 2:6], ids[0, 6] = CONFIG.vision_start_token_id, CONFIG.image_token_id, CONFIG.vision_end_token_id
     pixels = np.random.default_rng(0).normal(size=(16, CONFIG.vision.patch_values)).astype(np.float32)
@@ -41,17 +42,17 @@ def batch_with_a_picture():
 
 
 def test_every_weight_belongs_to_one_part(model):
-    """LoRA before what it is part of, merger before vision tower; a path of no part is an error."""
+    """LoRA is a part of its own, and the merger does not belong to the vision tower. An unknown path is an error."""
     parts = {path: param_group(path) for path in param_paths(add_lora(model, targets="all-linear"))}
-    assert set(parts.values()) == set(PARTS) == {"lora", *BASE}
+    assert set(parts.values()) == {"lora", *PARTS} == {"lora", "vision", "merger", "text"}
     assert parts["visual/merger/fc1/kernel"] == "merger" and parts["visual/patch_embed/kernel"] == "vision"
     assert parts["visual/merger/fc1/lora/a"] == parts["language_model/layers/mlp/up_proj/lora/b"] == "lora"
-    with pytest.raises(StopIteration):
+    with pytest.raises(LookupError, match="adapter/kernel has no row"):
         param_group("adapter/kernel")
 
 
 def test_learning_rates_of_parts(model):
-    """Adam's first step is the learning rate, whatever the gradient; a schedule counts its steps."""
+    """Adam's first update equals the learning rate, for any gradient; schedules are supported."""
     rates = {"text": 1e-3, "vision": 2e-3, "merger": 4e-3}
     schedule = optax.constant_schedule(rates["merger"])
     changes = updated(model, make_optimizer(rates["text"], vision=rates["vision"], merger=schedule))
@@ -60,28 +61,28 @@ def test_learning_rates_of_parts(model):
 
 
 def test_equals_optax_adamw(model):
-    """With one rate for all and decay, the step is optax.adamw's on what decays and Adam's on the rest."""
+    """With one learning rate and decay: optax.adamw on kernels and embeddings, Adam on norms and biases."""
     changes = updated(model, make_optimizer(1e-3, weight_decay=0.1, max_grad_norm=None), gradient=0.3)
-    plain = updated(model, optax.adam(1e-3), gradient=0.3)
+    undecayed = updated(model, optax.adam(1e-3), gradient=0.3)
     decayed = updated(model, optax.adamw(1e-3, weight_decay=0.1), gradient=0.3)
     for path, change in changes.items():
         decays = path.endswith("kernel") or path.split("/")[-2] in ("embed_tokens", "lm_head")
-        np.testing.assert_allclose(change, (decayed if decays else plain)[path], rtol=1e-6)
-        assert decays == (not ("norm" in path or "ln_q" in path or path.endswith("bias")))
+        np.testing.assert_allclose(change, (decayed if decays else undecayed)[path], rtol=1e-6)
+        assert find_row(path).decays == decays == (not ("norm" in path or "ln_q" in path or path.endswith("bias")))
 
 
 @functools.cache
 def trained(model, freeze):
-    """-> the state after a step with these parts frozen, and the step's executable."""
+    """Returns the state after a step with these parts frozen, and the step's executable."""
     optimizer, step = make_optimizer(1e-3, freeze=freeze, weight_decay=0.1), make_train_step(remat="none")
-    state, _ = step(TrainState.create(jax.tree.map(jnp.copy, model), optimizer), batch_with_a_picture())
+    state, _ = step(TrainState.create(jax.tree.map(jnp.copy, model), optimizer), batch_with_an_image())
     (compiled,) = step.compiled.values()
     return state, compiled
 
 
 @pytest.mark.parametrize("freeze", [("vision",), ("vision", "merger"), ("text",)])
-def test_frozen_parts_stay_to_the_last_bit(model, freeze, tmp_path):
-    """Through the train step: frozen weights do not change, have no moments, and the state goes through a checkpoint."""
+def test_frozen_parts_do_not_change(model, freeze, tmp_path):
+    """In a train step, frozen weights stay equal to the last bit and have no moments; the state survives a checkpoint."""
     before = {path: np.asarray(leaf) for path, leaf in param_paths(model).items()}
     state, _ = trained(model, freeze)
     moments = {path for path in param_paths(state.opt_state) if "/mu/" in path or "/nu/" in path}
@@ -91,37 +92,35 @@ def test_frozen_parts_stay_to_the_last_bit(model, freeze, tmp_path):
         assert moved == (param_group(path) not in freeze)
     save_state(tmp_path, state)
     restored = restore_state(tmp_path, state)
-    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-        assert (got == want).all()
+    for actual, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert (actual == expected).all()
 
 
 def test_gradients_of_frozen_parts_are_not_computed(model):
-    """A frozen vision tower and merger: the compiled step has no backward pass through them."""
+    """With a frozen vision tower and merger, the compiled step has no backward pass through them."""
     (_, frozen), (_, whole) = (trained(model, freeze) for freeze in (("vision", "merger"), ()))
     assert frozen.cost_analysis()["flops"] < 0.8 * whole.cost_analysis()["flops"]
 
 
-def test_norm_is_of_what_is_trained(model):
-    """Clipping sees the gradients of the trained parts only."""
+def test_frozen_parts_do_not_count_in_the_norm(model):
+    """Clipping uses the gradients of the trained parts only."""
     clipped = make_optimizer(1.0, freeze=["text"], max_grad_norm=1.0, b1=0.0, b2=0.0, eps=1e6)  # update: gradient / 1e6
     changes = updated(model, clipped)
     norm = np.sqrt(sum(np.sum(np.square(change, dtype=np.float64)) for change in changes.values()))
     assert norm == pytest.approx(1e-6, rel=1e-3)
 
 
-def test_what_cannot_be(model):
+def test_invalid_arguments_are_refused(model):
     with pytest.raises(ValueError, match=r"freeze has \['head'\]"):
         make_optimizer(1e-3, freeze=["head"])
     with pytest.raises(ValueError, match="at least one part to train"):
-        TrainState.create(model, make_optimizer(1e-3, freeze=BASE))
+        TrainState.create(model, make_optimizer(1e-3, freeze=PARTS))
     with pytest.raises(ValueError, match=r"max_grad_norm is 0\.0"):
         make_optimizer(1e-3, max_grad_norm=0.0)
 
 
-def test_reports():
-    """The norm of what is trained, before clipping, and each update's learning rate; others report nothing."""
-    from liger_jax.train.grad_stats import reported
-
+def test_grad_stats():
+    """The gradient norm of the trained parts, before clipping, and the learning rate; {} for other optimizers."""
     weights = {
         "visual": {"patch_embed": {"kernel": jnp.zeros(4)}},
         "language_model": {"norm": {"weight": jnp.zeros(2)}},
@@ -131,8 +130,22 @@ def test_reports():
     state, rates = optimizer.init(weights), []
     for _ in range(3):
         _, state = optimizer.update(grads, state, weights)
-        found = reported(state)
-        rates.append(float(found["learning_rate"]))
-        assert float(found["grad_norm"]) == pytest.approx(3 * np.sqrt(2))
+        stats = read_grad_stats(state)
+        rates.append(float(stats["learning_rate"]))
+        assert float(stats["grad_norm"]) == pytest.approx(3 * np.sqrt(2))
     assert rates == [0, 0.25, 0.5]
-    assert reported(optax.adam(1e-3).init(weights)) == {}
+    assert read_grad_stats(optax.adam(1e-3).init(weights)) == {}
+
+
+def test_build_optimizer(model):
+    """The options of a run give the optimizer that make_optimizer gives with warm-up and cosine schedules."""
+    options = Optimization(1e-3, vision_learning_rate=2e-3, freeze=("merger",), weight_decay=0.1, warmup=0.5)
+    built = updated(model, build_optimizer(options, steps=8))
+    schedules = (warmup_cosine(rate, steps=8, warmup=0.5) for rate in (1e-3, 2e-3))
+    expected = updated(
+        model, make_optimizer(next(schedules), vision=next(schedules), freeze=["merger"], weight_decay=0.1)
+    )
+    for path, change in expected.items():
+        np.testing.assert_array_equal(built[path], change, err_msg=path)
+    with pytest.raises(ValueError, match=r"warmup is 2; expected a fraction of the steps"):
+        build_optimizer(Optimization(warmup=2), steps=8)

@@ -1,0 +1,122 @@
+"""The table of parameters: it covers the model, and all that is derived from it equals the rules that it replaced."""
+
+import functools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
+from liger_jax.model.lora import TARGETS, TEXT_TARGETS, add_lora
+from liger_jax.model.params import PARTS, TABLE, axis_sizes, find_row, param_group, param_paths
+from liger_jax.model.sharding import param_shardings, partition_spec
+from liger_jax.train.flops import step_flops
+from liger_jax.train.optimizer import make_optimizer
+from tests._support.parity import REFERENCES
+
+RECORDED = json.loads((REFERENCES / "parameters.json").read_text())
+PRESETS = ("qwen2_vl_2b", "qwen2_vl_7b", "qwen2_vl_72b", "tiny")
+
+
+@functools.cache
+def parameters(preset):
+    """{path: shape} of a model with LoRA of rank 8 in all layers that can have it."""
+    model = Qwen2VL.abstract(getattr(Qwen2VLConfig, preset)())
+    model = jax.eval_shape(functools.partial(add_lora, rank=8, targets="all-linear"), model)
+    return param_paths(model)
+
+
+def trimmed(spec):
+    """A PartitionSpec as a list, without trailing None."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return entries
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_axes_match_every_shape(preset):
+    """Each parameter has one row, whose axes give its shape; no row is left over but the head of a tied model."""
+    config = getattr(Qwen2VLConfig, preset)()
+    sizes = axis_sizes(config) | {"r": 8}
+    shapes = {path: leaf.shape for path, leaf in parameters(preset).items()}
+    assert {path: list(shape) for path, shape in shapes.items()} == RECORDED["shapes"][preset]
+    for path, shape in shapes.items():
+        dimensions = find_row(path).dimensions
+        assert tuple(math.prod(sizes[axis] for axis in axes) for axes in dimensions) == shape, path
+    assert {row.path for row in TABLE} - shapes.keys() == ({"lm_head/weight"} if config.tie_word_embeddings else set())
+    assert len({row.path for row in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_shardings_equal_the_recorded_ones(preset):
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
+    shardings = param_shardings(parameters(preset), mesh)
+    for path, sharding in shardings.items():
+        recorded = RECORDED["parameters"][path]["spec"]
+        assert trimmed(partition_spec(find_row(path))) == recorded, path
+        assert trimmed(sharding.spec) == recorded, path
+
+
+def test_parts_and_decay_equal_the_recorded_ones():
+    for path, recorded in RECORDED["parameters"].items():
+        assert (param_group(path), find_row(path).decays) == (recorded["part"], recorded["decays"]), path
+    assert {row.part for row in TABLE} == set(PARTS)
+
+
+def test_lora_targets_equal_the_recorded_ones():
+    """PEFT's names and the paths, in the same order, which decides A's random numbers."""
+    assert list(TARGETS.items()) == list(RECORDED["lora_targets"].items())
+    assert list(TEXT_TARGETS) == list(TARGETS)[:7]
+
+
+def recorded_batches(config):
+    """The batches of the recording: text alone, and two images in padded rows."""
+    text = np.random.default_rng(0).integers(0, 200, (2, 64))
+    ids = np.full((2, 80), 5)
+    ids[0, 0], ids[0, 1:17] = config.vision_start_token_id, config.image_token_id
+    ids[1, 3], ids[1, 4:12] = config.vision_start_token_id, config.image_token_id
+    pixels = np.zeros((96, config.vision.patch_values), np.float32)
+    grid = np.array([[1, 8, 8], [1, 4, 8]])
+    labels = np.where(np.arange(80) > 40, ids, -100)
+    return {
+        "text": prepare(config, input_ids=text, labels=text),
+        "images": prepare(config, input_ids=ids, labels=labels, pixel_values=pixels, image_grid_thw=grid),
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flops_equal_the_recorded_ones(preset):
+    """To the last bit, for frozen and adapted parts."""
+    config = getattr(Qwen2VLConfig, preset)()
+    batches = recorded_batches(config)
+    for case, flops in RECORDED["flops"][preset].items():
+        batch, *parts = case.split("|")
+        frozen, adapted = (names.split(",") if names else () for names in parts)
+        assert step_flops(config, batches[batch], frozen=frozen, adapted=adapted) == flops, case
+
+
+@pytest.mark.parametrize("path", ["language_model/layers/self_attn/q_norm/weight", "audio/blocks/fc1/kernel"])
+def test_a_parameter_without_a_row_is_an_error(path):
+    """In sharding, in the optimizer, and where its part is asked for: it is never silently replicated or left to decay."""
+    tree = {path: jax.ShapeDtypeStruct((4, 8), "float32")}
+    for use in (
+        lambda: find_row(path),
+        lambda: param_group(path),
+        lambda: param_shardings(tree, jax.make_mesh((2,), ("fsdp",))),
+        lambda: jax.eval_shape(make_optimizer(1e-3).init, tree),
+    ):
+        with pytest.raises(LookupError, match=rf"{path} has no row in the table of parameters"):
+            use()
+
+
+def test_an_optimizer_may_keep_arrays_that_are_no_parameters():
+    """A random key or a scalar is replicated; an array under a parameter's path still needs its row."""
+    mesh = jax.make_mesh((2,), ("fsdp",))
+    array = jax.ShapeDtypeStruct((4, 8), "float32")
+    shardings = param_shardings({"rng_key": array, "count": jax.ShapeDtypeStruct((), "int32")}, mesh, strict=False)
+    assert all(sharding.is_fully_replicated for sharding in shardings.values())
+    with pytest.raises(LookupError, match="has no row"):
+        param_shardings({"mu": {"visual/extra/kernel": array}}, mesh, strict=False)
