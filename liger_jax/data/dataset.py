@@ -1,213 +1,294 @@
-"""Conversations as the batches of a run: measured, planned, and read when their step comes."""
+"""Conversations as batches: measured, scheduled, and read when a training step needs them."""
 
 import dataclasses
+import functools
 import logging
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from liger_jax.config import Qwen2VLConfig
-from liger_jax.data.packing import join_rows, pack
-from liger_jax.data.schedule import Plan
+from liger_jax.data.packing import join_conversations, pack
+from liger_jax.errors import UserError, warn_skipped
 from liger_jax.inputs.batch import Batch, bucket, power_of_two, prepare
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
+from liger_jax.options import Batching
 
 logger = logging.getLogger(__name__)
-OnError = Literal["raise", "skip"]
-BROKEN = (ValueError, FileNotFoundError)  # what the processor raises for a conversation that cannot be read
-SLACK = 1.1  # patches a packed row has room for, to those that its share would be
+SORTED_BATCHES = 50  # batches whose sequences are sorted by size together, as in transformers' group_by_length
+PATCH_SLACK = 1.1  # room for patches in a packed sequence, relative to its even share of all patches
 
 
-class Shape(NamedTuple):
-    """What all batches have in common; None: each batch its own bucket. See `Batch`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchSchedule:
+    """Which conversations each batch of a run contains.
+
+    The schedule depends on sizes and a seed alone, so a run can resume at any step. Every sequence occurs once per epoch.
+    The last batch of an epoch may be smaller.
+
+    Attributes:
+        sequences: the conversations of each sequence, by index.
+        batch_size: sequences per batch.
+        seed: determines the order, which differs between epochs. None keeps the order of `sequences`.
+        sizes: [sequences, keys]; sequences of similar sizes share a batch, and the first key matters most. None: any
+            sequences share a batch.
+
+    Example:
+        >>> from liger_jax.data.dataset import BatchSchedule
+        >>> schedule = BatchSchedule([(0,), (1, 2), (3,)], batch_size=2)
+        >>> [schedule.batch(step) for step in range(3)]
+        [[(0,), (1, 2)], [(3,)], [(0,), (1, 2)]]
+    """
+
+    sequences: Sequence[tuple[int, ...]]
+    batch_size: int
+    seed: int | None = None
+    sizes: np.ndarray | None = None
+
+    @property
+    def epoch_batches(self) -> int:
+        """Number of batches per epoch."""
+        return -(-len(self.sequences) // self.batch_size)
+
+    def batch(self, step: int) -> list[tuple[int, ...]]:
+        """Returns the sequences of a step's batch."""
+        epoch, position = divmod(step, self.epoch_batches)
+        order = _epoch_order(self, epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        return [self.sequences[i] for i in order]
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(schedule: BatchSchedule, epoch: int) -> np.ndarray:
+    """Returns the order of the sequences in an epoch."""
+    count, batch_size = len(schedule.sequences), schedule.batch_size
+    if schedule.seed is None:
+        return np.arange(count)
+    rng = np.random.default_rng((schedule.seed, epoch))
+    order = rng.permutation(count)
+    if schedule.sizes is None:
+        return order
+    chunks = np.split(order, range(SORTED_BATCHES * batch_size, count, SORTED_BATCHES * batch_size))
+    order = np.concatenate([chunk[np.lexsort(schedule.sizes[chunk].T[::-1])] for chunk in chunks])
+    full = count // batch_size * batch_size
+    batches = order[:full].reshape(-1, batch_size)
+    return np.concatenate([rng.permutation(batches).ravel(), order[full:]])
+
+
+class BatchShape(NamedTuple):
+    """The shape that all batches share. None: each batch uses its own bucket, see `Batch`."""
 
     length: int | None = None
     patches: int | None = None
-    segments: int | None = None  # conversations in a row, at most
-    frames: int | None = None  # pictures in a row, at most
+    segments: int | None = None  # maximum number of conversations in a sequence
+    frames: int | None = None  # maximum number of images in a sequence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Called with a step, it makes its batch: the same one whoever calls. Made by `make_dataset`.
+    """The batches of a run. Calling it with a step returns that step's batch, the same one in every process.
 
     Attributes:
-        processor, config: of the model.
-        conversations: as `read_conversations` returns them.
-        plan: which of them each batch has.
-        shape: of the batches.
-        on_error: "skip" leaves a conversation that cannot be read out of its row, with a warning; the rest of the batch
-            is as it would be.
+        processor, config: those of the model.
+        conversations: as returned by `read_conversations`.
+        schedule: which of them each batch contains.
+        shape: the shape of the batches.
+        skip_broken: leave a conversation that cannot be read out of its sequence, with a warning. The other conversations
+            of the batch are not affected.
     """
 
     processor: Processor
     config: Qwen2VLConfig
     conversations: Sequence[Conversation]
-    plan: Plan
-    shape: Shape
-    on_error: OnError = "raise"
+    schedule: BatchSchedule
+    shape: BatchShape
+    skip_broken: bool = False
 
     def __call__(self, step: int) -> Batch:
-        rows = [[one for i in row if (one := self.read(i))] for row in self.plan.batch(step)]
+        sequences = [
+            [arrays for i in sequence if (arrays := self.read(i)) is not None] for sequence in self.schedule.batch(step)
+        ]
         length, patches, segments, frames = self.shape
-        batch = prepare(self.config, **join_rows(rows), length=length, patches=patches)
+        batch = prepare(self.config, **join_conversations(sequences), length=length, patches=patches)
         if batch.vision is not None and frames:
             batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, max_segments=frames))
         batch = dataclasses.replace(batch, max_segments=segments or batch.max_segments)
-        return batch.pad_rows(self.plan.batch_size)
+        return batch.pad_rows(self.schedule.batch_size)
 
-    def read(self, number: int) -> dict[str, np.ndarray] | None:
-        """The arrays of one conversation; None if it is left out."""
+    def read(self, index: int) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of one conversation, or None if it is skipped."""
+        conversation, limit = self.conversations[index], self.config.text.max_position_embeddings
         try:
-            found = self.processor([self.conversations[number]], labels=True)
-            if (tokens := found["input_ids"].size) > (most := self.config.text.max_position_embeddings):
-                raise ValueError(f"it has {tokens} tokens, and the model {most} positions (max_position_embeddings)")
-        except BROKEN as error:
-            _leave_out([_told(number, self.conversations[number], error)], self.on_error)
+            arrays = self.processor([conversation], labels=True)
+            if (tokens := arrays["input_ids"].size) > limit:
+                raise UserError(
+                    f"it has {tokens} tokens; expected at most the model's {limit} positions (max_position_embeddings)"
+                )
+        except UserError as error:
+            _raise_or_skip([_describe(index, conversation, error)], self.skip_broken)
             return None
-        return {name: values[0] if name in ("input_ids", "labels") else values for name, values in found.items()}
+        return {name: array[0] if name in ("input_ids", "labels") else array for name, array in arrays.items()}
 
 
 def make_dataset(
     processor: Processor,
     config: Qwen2VLConfig,
     conversations: Sequence[Conversation],
+    batching: Batching,
     *,
-    batch_size: int,
-    seed: int | None = 0,
-    length: int | None = None,
-    patches: int | None = None,
-    pack_length: int | None = None,
-    group_by_length: bool = False,
-    on_error: OnError = "raise",
+    shuffle: bool = True,
     progress: bool = False,
 ) -> Dataset:
-    """Plans the batches of a run.
+    """Schedules the batches of a run.
 
-    Packing, grouping and a given shape need the sizes of all conversations: each is tokenized once, and the head of each
-    picture's file read. What is too large or cannot be read is found then. Damaged pixels are found when they are needed.
+    Packing, grouping and a fixed shape require the sizes of all conversations. They are measured in advance: each
+    conversation is tokenized, and the header of each image file is read. This finds conversations that are too large or
+    cannot be read. Damaged pixels are only found when a batch needs them.
 
     Args:
-        processor, config: of the model.
-        conversations: as `read_conversations` returns them.
-        batch_size: rows in a batch.
-        seed: of the order; None: as they stand.
-        length, patches: tokens and patches of a row; None: each batch its own bucket.
-        pack_length: put several conversations into rows of so many tokens. Rows then have `patches` patches, by default
-            a little more than their share, and all batches one shape.
-        group_by_length: put conversations of similar sizes into a batch, so that there is little padding.
-        on_error: what a conversation does that cannot be read, or does not fit: "raise", or "skip" with a warning.
-        progress: show a bar while measuring.
+        processor, config: those of the model.
+        conversations: as returned by `read_conversations`.
+        batching: batch size, packing or grouping, shape, seed, treatment of broken conversations. Packed batches all have
+            one shape; without `patches`, their sequences have room for a little more than their share of all patches.
+        shuffle: visit the conversations in a different order in each epoch. False keeps their order.
+        progress: show a progress bar while measuring.
 
     Raises:
-        ValueError: options that exclude one another, a conversation that cannot be read or does not fit (unless they are
-            skipped), or none that can be used.
+        UserError: a value out of range, contradictory options, a conversation that cannot be read or is too large (unless
+            it is skipped), or no usable conversation.
 
     Example:
         >>> from liger_jax.data.dataset import make_dataset
-        >>> data = make_dataset(processor, config, conversations, batch_size=8, pack_length=2048)  # doctest: +SKIP
+        >>> from liger_jax.options import Batching
+        >>> batching = Batching(batch_size=8, pack_length=2048)
+        >>> data = make_dataset(processor, config, conversations, batching)  # doctest: +SKIP
         >>> data(0).shape  # doctest: +SKIP
         (8, 2048)
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
-    for name, size in {"length": length, "patches": patches, "pack_length": pack_length}.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; expected at least 1")
-    if pack_length and (length or group_by_length):
-        raise ValueError("packed rows have one length: give either pack_length, or length and group_by_length")
-    numbers = np.arange(len(conversations))
-    make = {"batch_size": batch_size, "seed": seed}
-    if not (pack_length or group_by_length or length or patches):
-        plan, shape = Plan([(int(i),) for i in numbers], **make), Shape()
+    check_batching(batching)
+    length, seed = batching.pack_length or batching.length, batching.seed if shuffle else None
+    if not (length or batching.patches or batching.group_by_length):
+        schedule = BatchSchedule([(i,) for i in range(len(conversations))], batching.batch_size, seed)
+        shape = BatchShape()
     else:
-        longest = min(pack_length or length or np.inf, config.text.max_position_embeddings)
-        sizes, left_out = measure(processor, conversations, length=longest, patches=patches, bar=progress)
-        _leave_out(left_out, on_error)
-        numbers = np.flatnonzero(sizes[:, 0])
-        if not len(numbers):
-            raise ValueError(f"None of {len(conversations)} conversations can be used: {'; '.join(left_out[:3])}")
-        sizes = sizes[numbers]
-        plan, shape = (
-            _packed(sizes, pack_length, patches, config.vision.merge_unit, make)
-            if pack_length
-            else _one_a_row(sizes, length, patches, group_by_length, make)
+        sizes, problems = measure_conversations(
+            processor,
+            conversations,
+            max_tokens=min(length or math.inf, config.text.max_position_embeddings),
+            max_patches=batching.patches,
+            progress=progress,
         )
-        plan = dataclasses.replace(plan, rows=[tuple(int(numbers[i]) for i in row) for row in plan.rows])
-    return Dataset(processor, config, list(conversations), plan, shape, on_error)
+        _raise_or_skip(problems, batching.skip_broken)
+        usable = np.flatnonzero(sizes[:, 0])
+        if not len(usable):
+            raise UserError(
+                f"None of {len(conversations)} conversations can be used: {'; '.join(problems[:3])}; expected at least one"
+            )
+        if batching.pack_length:
+            schedule, shape = _schedule_packed(sizes[usable], batching, config.vision.merge_unit, seed)
+        else:
+            schedule, shape = _schedule_unpacked(sizes[usable], batching, seed)
+        sequences = [tuple(int(usable[i]) for i in sequence) for sequence in schedule.sequences]
+        schedule = dataclasses.replace(schedule, sequences=sequences)
+    return Dataset(processor, config, list(conversations), schedule, shape, batching.skip_broken)
 
 
-def measure(
+def check_batching(batching: Batching) -> None:
+    """Raises UserError for a value out of range or contradictory options."""
+    for name in ("batch_size", "accumulate", "length", "patches", "pack_length"):
+        value = getattr(batching, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; expected at least 1")
+    for name in ("seed", "workers"):
+        if (value := getattr(batching, name) or 0) < 0:
+            raise UserError(f"{name} is {value}; expected at least 0")
+    if batching.pack_length and (batching.length or batching.group_by_length):
+        raise UserError(
+            f"pack_length is {batching.pack_length}, which fixes the length of all sequences; "
+            "expected neither length nor group_by_length with it"
+        )
+
+
+def measure_conversations(
     processor: Processor,
     conversations: Sequence[Conversation],
     *,
-    length: int | None = None,
-    patches: int | None = None,
-    bar: bool = False,
+    max_tokens: float | None = None,
+    max_patches: int | None = None,
+    progress: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
-    """Sizes of conversations without decoding their pictures.
+    """Measures conversations without decoding their images.
 
     Returns:
-        int64 [conversations, 3]: tokens, patches, frames; all 0 for what cannot be read, or has more than `length` tokens
-        or `patches` patches; and a message for each of those.
+        sizes: int64 [conversations, 3]: tokens, patches, frames. All are 0 for a conversation that cannot be read or exceeds
+            `max_tokens` or `max_patches`.
+        problems: a message for each of those.
     """
-    sizes, broken = np.zeros((len(conversations), 3), np.int64), []
-    for i, conversation in enumerate(tqdm(conversations, "measuring", disable=not bar)):
+    sizes, problems = np.zeros((len(conversations), 3), np.int64), []
+    for i, conversation in enumerate(tqdm(conversations, "measuring", disable=not progress)):
         try:
-            found = processor.measure(conversation)
-            for name, has, most in (("tokens", found[0], length), ("patches", found[1], patches)):
-                if most and has > most:
-                    raise ValueError(f"it has {has} {name}, and a row holds {most}")
-            sizes[i] = found
-        except BROKEN as error:
-            broken.append(_told(i, conversation, error))
-    return sizes, broken
+            tokens, patches, frames = processor.measure(conversation)
+            for name, count, limit in (("tokens", tokens, max_tokens), ("patches", patches, max_patches)):
+                if limit and count > limit:
+                    raise UserError(f"it has {count} {name}; expected at most the {limit} of a sequence")
+            sizes[i] = tokens, patches, frames
+        except UserError as error:
+            problems.append(_describe(i, conversation, error))
+    return sizes, problems
 
 
-def _packed(sizes: np.ndarray, length: int, patches: int | None, unit: int, make: dict[str, Any]) -> tuple[Plan, Shape]:
-    tokens, needed, frames = sizes.T
-    if patches is None:
-        share = SLACK * length * needed.sum() / tokens.sum()
-        patches = bucket(max(needed.max(), math.ceil(share)), 16 * unit) if needed.any() else 0
-    rows = pack(tokens, needed, length=length, most_patches=patches, seed=make["seed"] or 0)
-    most = [max(sum(int(of[i]) for i in row) for row in rows) for of in (np.ones_like(tokens), frames)]
-    used = [f"{of.sum() / (len(rows) * size):.1%}" for of, size in ((tokens, length), (needed, patches)) if size]
+def _schedule_packed(
+    sizes: np.ndarray, batching: Batching, merge_unit: int, seed: int | None
+) -> tuple[BatchSchedule, BatchShape]:
+    """Schedules sequences of several conversations; all batches have one shape."""
+    tokens, patches, frames = sizes.T
+    length, max_patches = batching.pack_length, batching.patches
+    if max_patches is None:
+        share = PATCH_SLACK * length * patches.sum() / tokens.sum()
+        max_patches = bucket(max(patches.max(), math.ceil(share)), 16 * merge_unit) if patches.any() else 0
+    sequences = pack(tokens, patches, length=length, max_patches=max_patches, seed=seed or 0)
+    capacities = [(tokens, length), (patches, max_patches)]
+    used = [f"{counts.sum() / (len(sequences) * capacity):.1%}" for counts, capacity in capacities if capacity]
     logger.info(
-        "packed %d conversations into %d rows of %d tokens and %d patches, of which %s are used",
-        *(len(sizes), len(rows), length, patches, " and ".join(used)),
+        "packed %d conversations into %d sequences of %d tokens and %d patches, of which %s are used",
+        *(len(sizes), len(sequences), length, max_patches, " and ".join(used)),
     )
-    segments, pictures = (power_of_two(count, at_least=least) for count, least in zip(most, (1, 4), strict=True))
-    return Plan(rows, **make), Shape(length, patches or None, segments, pictures)
+    max_segments = max(map(len, sequences))
+    max_frames = max(sum(int(frames[i]) for i in sequence) for sequence in sequences)
+    shape = BatchShape(
+        length, max_patches or None, power_of_two(max_segments, at_least=1), power_of_two(max_frames, at_least=4)
+    )
+    return BatchSchedule(sequences, batching.batch_size, seed), shape
 
 
-def _one_a_row(
-    sizes: np.ndarray, length: int | None, patches: int | None, group: bool, make: dict[str, Any]
-) -> tuple[Plan, Shape]:
-    # by buckets of tokens, then by patches: few shapes, and in each of them little padding
-    alike = np.stack([[bucket(int(n), 64) for n in sizes[:, 0]], sizes[:, 1]], axis=1)
-    plan = Plan([(i,) for i in range(len(sizes))], **make, sizes=alike if group else None)
-    return plan, Shape(length, patches, 1, power_of_two(sizes[:, 2].max(), at_least=4))
+def _schedule_unpacked(sizes: np.ndarray, batching: Batching, seed: int | None) -> tuple[BatchSchedule, BatchShape]:
+    """Schedules one conversation per sequence."""
+    # sorted by buckets of tokens, then by patches: few shapes, and little padding in each of them
+    keys = np.stack([[bucket(int(tokens), 64) for tokens in sizes[:, 0]], sizes[:, 1]], axis=1)
+    schedule = BatchSchedule(
+        [(i,) for i in range(len(sizes))], batching.batch_size, seed, sizes=keys if batching.group_by_length else None
+    )
+    return schedule, BatchShape(batching.length, batching.patches, 1, power_of_two(sizes[:, 2].max(), at_least=4))
 
 
-def _told(number: int, conversation: Conversation, error: Exception) -> str:
-    """What is wrong with a conversation, which its number alone does not tell once others were left out."""
+def _describe(index: int, conversation: Conversation, error: Exception) -> str:
+    """Returns an error with the conversation's index and the start of its question.
+
+    The index alone does not identify a record of a file if others were left out before it.
+    """
     try:
-        first = next(message["content"] for message in conversation if message["role"] == "user")
-        text = first if isinstance(first, str) else next(part["text"] for part in first if "text" in part)
-    except (TypeError, KeyError, StopIteration):  # it is no conversation, or asks with pictures alone
-        return f"conversation {number}: {error}"
-    return f"conversation {number}: {error} (it asks {text[:60]!r})"
+        content = next(message["content"] for message in conversation if message["role"] == "user")
+        text = content if isinstance(content, str) else next(part["text"] for part in content if "text" in part)
+    except (TypeError, KeyError, StopIteration):  # not a conversation, or its question consists of images alone
+        return f"conversation {index}: {error}"
+    return f"conversation {index}: {error} (it asks {text[:60]!r})"
 
 
-def _leave_out(messages: list[str], on_error: OnError) -> None:
-    """Stops at the first, or warns of all."""
-    if messages and on_error == "raise":
-        raise ValueError(messages[0])
-    if messages:
-        shown = "; ".join(messages[:10]) + ("; ..." if len(messages) > 10 else "")
-        warnings.warn(f"left out {len(messages)} conversations: {shown}", stacklevel=2)
+def _raise_or_skip(problems: list[str], skip_broken: bool) -> None:
+    """Raises the first problem, or warns about all of them."""
+    if problems and not skip_broken:
+        raise UserError(problems[0])
+    warn_skipped(f"left out {len(problems)} conversations", problems)

@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that needs them, by worker processes where there are cores for them."""
+"""Prepares batches ahead of the steps that need them, in worker processes if there are enough cores."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,21 +6,26 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
 
 
 def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int | None = None) -> Iterator[Batch]:
-    """make(i) for each index, in order, computed in the background from now on.
+    """Computes make(i) for each index in the background, starting immediately.
 
     Args:
-        make: the batch of an index. Depends on nothing else, so that a run can go on from any step; can be pickled.
-        indices: which batches.
-        workers: processes that make them, for which a script needs Python's `if __name__ == "__main__":`; 0 for a thread
-            of this process. None: up to 4, leaving half of the cores free.
+        make: returns the batch of an index. It must depend on the index alone, so that a run can resume at any step, and be
+            picklable.
+        indices: the indices, in order.
+        workers: number of worker processes; a script that uses them needs Python's `if __name__ == "__main__":`. 0 uses a
+            thread of this process. None uses up to 4 processes and leaves half of the cores free.
+
+    Returns:
+        An iterator over the batches, in order.
 
     Raises:
-        ValueError: workers below 0.
-        Exception: what `make` raises, when that batch is asked for.
+        UserError: workers is below 0.
+        Exception: an error of `make` is raised when its batch is requested.
 
     Example:
         >>> import numpy as np
@@ -29,7 +34,7 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
         [[2], [3], [4]]
     """
     if workers is not None and workers < 0:
-        raise ValueError(f"workers is {workers}; expected at least 0")
+        raise UserError(f"workers is {workers}; expected at least 0")
     import grain
     from absl import flags
 
@@ -42,4 +47,4 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
     batches = iter(batches)
     batches.start_prefetch()
-    return (jax.tree.map(np.array, batch) for batch in batches)  # out of the memory that is shared with the workers
+    return (jax.tree.map(np.array, batch) for batch in batches)  # copied out of memory shared with the workers

@@ -1,95 +1,102 @@
-"""Several conversations in a row: which ones together, and their arrays behind one another."""
+"""Packing: chooses which conversations share a sequence, and joins their arrays."""
 
 import bisect
 from collections.abc import Sequence
 
 import numpy as np
 
+from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
 
-ROUNDING = 1e-9  # of a share; a token is a larger one
+ROUNDING = 1e-9  # tolerance for fractions of a sequence; a single token is a larger fraction
 
 
 def pack(
-    tokens: Sequence[int], patches: Sequence[int], *, length: int, most_patches: int, seed: int = 0
+    tokens: Sequence[int], patches: Sequence[int], *, length: int, max_patches: int, seed: int = 0
 ) -> list[tuple[int, ...]]:
-    """Puts conversations into few rows of `length` tokens and `most_patches` patches: best fit, the largest first.
+    """Packs conversations into few sequences: best fit, largest conversation first.
 
     Args:
-        tokens, patches: of each conversation.
-        length, most_patches: what a row holds.
-        seed: decides among conversations of the same size.
+        tokens, patches: sizes of each conversation.
+        length, max_patches: capacity of a sequence, in tokens and patches.
+        seed: determines the order among conversations of the same size.
 
     Returns:
-        The conversations of each row, by number; each conversation is in one row.
+        The conversations of each sequence, by index. Each conversation occurs once.
 
     Raises:
-        ValueError: a conversation does not fit into a row.
+        UserError: a conversation does not fit into a sequence.
 
     Source: Johnson 1974, Fast algorithms for bin packing, https://doi.org/10.1016/S0022-0000(74)80026-7
 
     Example:
         >>> from liger_jax.data.packing import pack
-        >>> sorted(sorted(row) for row in pack([6, 4, 5, 5, 3], [0, 0, 0, 0, 0], length=10, most_patches=0))
+        >>> sorted(sorted(row) for row in pack([6, 4, 5, 5, 3], [0, 0, 0, 0, 0], length=10, max_patches=0))
         [[0, 1], [2, 3], [4]]
     """
     tokens, patches = np.asarray(tokens, np.int64), np.asarray(patches, np.int64)
-    for name, sizes, most in (("tokens", tokens, length), ("patches", patches, most_patches)):
-        if sizes.max(initial=0) > most:
-            raise ValueError(f"conversation {sizes.argmax()} has {sizes.max()} {name}; a row holds {most}")
-    holds = np.array([length, max(most_patches, 1)])
-    needs = np.stack([tokens, patches], axis=1) / holds  # shares of a row
+    for name, sizes, limit in (("tokens", tokens, length), ("patches", patches, max_patches)):
+        if sizes.max(initial=0) > limit:
+            raise UserError(
+                f"conversation {sizes.argmax()} has {sizes.max()} {name}; expected at most the {limit} of a sequence"
+            )
+    capacity = np.array([length, max(max_patches, 1)])
+    needs = np.stack([tokens, patches], axis=1) / capacity  # as fractions of a sequence
     order = np.random.default_rng(seed).permutation(len(tokens))
     order = order[np.argsort(-needs[order].max(axis=1), kind="stable")]
-    rows: list[list[int]] = []
-    left: list[np.ndarray] = []  # shares of each row that are free
+    sequences: list[list[int]] = []
+    room: list[np.ndarray] = []  # free fractions of each sequence
 
-    # what has pictures goes by the scarcer of the two; texts then fill up what is left for tokens
-    for kinds, some in ((slice(2), order[patches[order] > 0]), (slice(1), order[patches[order] == 0])):
-        free = sorted((left[row][kinds].min(), row) for row in range(len(rows)))
-        for i in some:
-            at = bisect.bisect_left(free, (needs[i].max() - ROUNDING, -1))
-            if at < len(free):
-                _, row = free.pop(at)
+    # Conversations with images are placed by the scarcer of tokens and patches; texts then fill the remaining tokens.
+    with_images, texts = order[patches[order] > 0], order[patches[order] == 0]
+    for resources, conversations in ((slice(2), with_images), (slice(1), texts)):
+        free = sorted((room[i][resources].min(), i) for i in range(len(sequences)))
+        for conversation in conversations:
+            place = bisect.bisect_left(free, (needs[conversation].max() - ROUNDING, -1))
+            if place < len(free):
+                _, i = free.pop(place)
             else:
-                row = len(rows)
-                rows.append([])
-                left.append(np.ones(2))
-            rows[row].append(int(i))
-            left[row] = left[row] - needs[i]
-            bisect.insort(free, (left[row][kinds].min(), row))
-    return [tuple(row) for row in rows]
+                i = len(sequences)
+                sequences.append([])
+                room.append(np.ones(2))
+            sequences[i].append(int(conversation))
+            room[i] = room[i] - needs[conversation]
+            bisect.insort(free, (room[i][resources].min(), i))
+    return [tuple(sequence) for sequence in sequences]
 
 
-def join_rows(rows: Sequence[Sequence[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """What `prepare` takes, made of what the Processor returned for one conversation at a time.
+def join_conversations(sequences: Sequence[Sequence[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Joins the arrays of single conversations, as the Processor returns them, into the arguments of `prepare`.
 
     Args:
-        rows: the conversations of each row; a row may have none.
+        sequences: the conversations of each sequence; a sequence may be empty.
 
     Returns:
-        input_ids, labels, segment_ids: int64 [rows, longest], padded on the right; the pictures' arrays of all.
+        input_ids, labels, segment_ids: int64 [sequences, longest], padded on the right; and the image arrays of all
+        conversations, concatenated.
 
     Example:
         >>> import numpy as np
-        >>> from liger_jax.data.packing import join_rows
-        >>> some = [{"input_ids": np.array([ids]), "labels": np.array([ids])} for ids in ([5, 6], [7], [8, 9])]
-        >>> join_rows([some[:2], some[2:]])["segment_ids"].tolist()
+        >>> from liger_jax.data.packing import join_conversations
+        >>> arrays = [{"input_ids": np.array([ids]), "labels": np.array([ids])} for ids in ([5, 6], [7], [8, 9])]
+        >>> join_conversations([arrays[:2], arrays[2:]])["segment_ids"].tolist()
         [[1, 1, 2], [1, 1, 0]]
     """
-    longest = max(1, *(sum(one["input_ids"].size for one in row) for row in rows))
-    arrays = {
-        name: np.full((len(rows), longest), fill, np.int64)
-        for name, fill in (("input_ids", 0), ("labels", IGNORE), ("segment_ids", 0))
+    longest = max(1, *(sum(arrays["input_ids"].size for arrays in sequence) for sequence in sequences))
+    shape = (len(sequences), longest)
+    joined = {
+        "input_ids": np.zeros(shape, np.int64),
+        "labels": np.full(shape, IGNORE, np.int64),
+        "segment_ids": np.zeros(shape, np.int64),
     }
-    for b, row in enumerate(rows):
+    for i, sequence in enumerate(sequences):
         end = 0
-        for number, one in enumerate(row, start=1):
-            columns = slice(end, end := end + one["input_ids"].size)
-            for name, values in (one | {"segment_ids": number}).items():
-                if name in arrays:
-                    arrays[name][b, columns] = values
-    every = [one for row in rows for one in row]
-    pictures = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-    found = {name: [one[name] for one in every if name in one] for name in pictures}
-    return arrays | {name: np.concatenate(parts) for name, parts in found.items() if parts}
+        for segment, arrays in enumerate(sequence, start=1):
+            positions = slice(end, end := end + arrays["input_ids"].size)
+            joined["input_ids"][i, positions] = arrays["input_ids"]
+            joined["labels"][i, positions] = arrays["labels"]
+            joined["segment_ids"][i, positions] = segment
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        if parts := [arrays[name] for sequence in sequences for arrays in sequence if name in arrays]:
+            joined[name] = np.concatenate(parts)
+    return joined

@@ -1,4 +1,4 @@
-"""Batches of a run: every conversation once an epoch, the same whoever makes them, little padding, nothing broken."""
+"""The batches of a run: reproducible, every conversation once per epoch, little padding, broken conversations handled."""
 
 import base64
 import dataclasses
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from liger_jax.data.dataset import make_dataset
-from liger_jax.data.schedule import Plan
+from liger_jax.data.dataset import BatchSchedule, make_dataset
 from liger_jax.demo.data import conversations, load_digits
 from liger_jax.demo.run import make_config, make_processor
+from liger_jax.errors import UserError
 from liger_jax.inputs.images import image_size, load_image
 from liger_jax.inputs.messages import KINDS
+from liger_jax.options import Batching
 
 COUNT = 30
 
@@ -36,21 +37,21 @@ def ask(content, answer="7"):
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
-def asked_about(*pictures):
-    return ask([*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": "Which?"}])
+def ask_about(*images):
+    return ask([*({"type": "image", "image": image} for image in images), {"type": "text", "text": "Which?"}])
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Texts and pictures of many sizes."""
+    """Texts and images of many sizes."""
     rng = np.random.default_rng(0)
-    found = list(itertools.islice(conversations(load_digits()[0], rng), COUNT // 3))
+    mixed = list(itertools.islice(conversations(load_digits()[0], rng), COUNT // 3))
     for side in rng.integers(28, 224, COUNT // 3):
-        found.append(asked_about(Image.new("RGB", (int(side), 112), "white")))
-    return found + [ask("Which? " * int(n), str(n % 10)) for n in rng.integers(1, 60, COUNT // 3)]
+        mixed.append(ask_about(Image.new("RGB", (int(side), 112), "white")))
+    return mixed + [ask("Which? " * int(n), str(n % 10)) for n in rng.integers(1, 60, COUNT // 3)]
 
 
-def as_file(image, kind="PNG", **options):
+def encode(image, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -61,10 +62,10 @@ def noise(width, height):
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory):
-    """A file that says its size, and of which the pixels are missing."""
+def truncated_image(tmp_path_factory):
+    """An image file with an intact header and missing pixels."""
     path = tmp_path_factory.mktemp("broken") / "cut.png"
-    path.write_bytes(as_file(noise(56, 84))[:200])
+    path.write_bytes(encode(noise(56, 84))[:200])
     return str(path)
 
 
@@ -72,36 +73,36 @@ LAYOUTS = {"plain": {}, "grouped": {"group_by_length": True}, "packed": {"pack_l
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_conversation_comes_once_in_an_epoch(processor, config, data, layout):
-    """In another order each time; a batch is the same whoever makes it, and whatever was made before."""
-    dataset, again = (make_dataset(processor, config, data, batch_size=4, seed=1, **LAYOUTS[layout]) for _ in range(2))
-    batches = dataset.plan.epoch_batches
+def test_every_conversation_comes_once_per_epoch(processor, config, data, layout):
+    """In a different order in each epoch. A batch depends on its step alone, not on the batches made before."""
+    batching = Batching(batch_size=4, seed=1, **LAYOUTS[layout])
+    dataset, same = (make_dataset(processor, config, data, batching) for _ in range(2))
+    schedule, batches = dataset.schedule, dataset.schedule.epoch_batches
     first, second = (
-        [row for step in range(epoch * batches, (epoch + 1) * batches) for row in dataset.plan.batch(step)]
+        [sequence for step in range(epoch * batches, (epoch + 1) * batches) for sequence in schedule.batch(step)]
         for epoch in range(2)
     )
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(COUNT))
     assert first != second and sorted(first) == sorted(second)
     last = 2 * batches - 1
-    for found, wanted in zip(jax.tree.leaves(again(last)), jax.tree.leaves(dataset(last)), strict=True):
-        np.testing.assert_array_equal(found, wanted)
-    other = make_dataset(processor, config, data, batch_size=4, seed=2, **LAYOUTS[layout])
-    assert [other.plan.batch(step) for step in range(batches)] != [dataset.plan.batch(step) for step in range(batches)]
+    for leaf, expected in zip(jax.tree.leaves(same(last)), jax.tree.leaves(dataset(last)), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+    other = make_dataset(processor, config, data, dataclasses.replace(batching, seed=2)).schedule
+    assert [other.batch(step) for step in range(batches)] != [schedule.batch(step) for step in range(batches)]
 
 
-def test_a_picture_larger_than_a_rows_share(processor, config):
-    """Rows are packed with room for it; a numpy integer stopped this once."""
-    large = asked_about(Image.new("RGB", (224, 224), "white"))
-    dataset = make_dataset(
-        processor, config, [large, *(ask("Which? " * 9) for _ in range(20))], batch_size=2, pack_length=128
-    )
+def test_image_larger_than_its_share_of_a_packed_sequence(processor, config):
+    """Packed sequences have room for it. (Regression: a numpy integer was refused.)"""
+    large = ask_about(Image.new("RGB", (224, 224), "white"))
+    texts = [ask("Which? " * 9) for _ in range(20)]
+    dataset = make_dataset(processor, config, [large, *texts], Batching(batch_size=2, pack_length=128))
     assert dataset.shape.patches >= (224 // 14) ** 2
     assert dataset(0).vision is not None
 
 
-def epoch(processor, config, data, **layout):
-    """-> programs compiled for an epoch's batches, and the shares of their columns and patches that are used."""
-    dataset = make_dataset(processor, config, data, batch_size=4, **layout)
+def run_epoch(processor, config, data, **layout):
+    """Returns the number of programs compiled for an epoch, and the used fractions of its positions and patches."""
+    dataset = make_dataset(processor, config, data, Batching(batch_size=4, **layout))
     traced, used, size = [], np.zeros(2), np.zeros(2)
 
     @jax.jit
@@ -109,7 +110,7 @@ def epoch(processor, config, data, **layout):
         traced.append(batch.shape)
         return jax.tree.map(lambda leaf: leaf.sum(), batch)
 
-    for number in range(dataset.plan.epoch_batches):
+    for number in range(dataset.schedule.epoch_batches):
         batch = dataset(number)
         step(batch)
         parts = [batch.segment_ids] + ([] if batch.vision is None else [batch.vision.segment_ids])
@@ -119,9 +120,8 @@ def epoch(processor, config, data, **layout):
 
 
 def test_little_padding_and_few_programs(processor, config, data):
-    """Grouped batches hold more than random ones, in about as many programs; packed ones more still, in a single one."""
-    many = data * 12
-    results = {name: epoch(processor, config, many, **layout) for name, layout in LAYOUTS.items()}
+    """Grouped batches have less padding than random ones, in about as many programs; packed ones have the least, in one."""
+    results = {name: run_epoch(processor, config, data * 12, **layout) for name, layout in LAYOUTS.items()}
     programs, used = zip(*results.values(), strict=True)
     plain, grouped, packed = used
     assert (grouped > plain).all() and grouped[0] > plain[0] + 0.15, results
@@ -129,95 +129,116 @@ def test_little_padding_and_few_programs(processor, config, data):
     assert programs[1] <= programs[0] + 2 and programs[2] == 1, results
 
 
-def test_rows_of_a_plan():
-    """Batches of similar sizes stay together however the data end, and the last batch is the short one."""
+def test_schedule_groups_similar_sizes():
+    """Batches of similar sizes stay together when sizes do not fill them, and the last batch is the short one."""
     sizes = np.array([[size, 0] for size in [5, 1, 5, 1, 5, 1, 5]])
-    plan = Plan([(i,) for i in range(7)], batch_size=2, seed=0, sizes=sizes)
-    batches = [[sizes[row[0], 0] for row in plan.batch(step)] for step in range(4)]
+    schedule = BatchSchedule([(i,) for i in range(7)], batch_size=2, seed=0, sizes=sizes)
+    batches = [[sizes[sequence[0], 0] for sequence in schedule.batch(step)] for step in range(4)]
     assert sorted(batches[:3]) == [[1, 1], [1, 5], [5, 5]] and batches[3] == [5]
 
 
-def test_sizes_without_decoding(processor, tmp_path, broken):
-    """Tokens and grids as the processor makes them: lying pictures, URLs, arrays, several pictures, videos."""
-    turned = tmp_path / "turned.jpg"
+def test_sizes_without_decoding(processor, tmp_path, truncated_image):
+    """Tokens and grids equal the processor's: rotated images, URLs, arrays, several images, videos."""
+    rotated = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[274] = 6
-    turned.write_bytes(as_file(noise(112, 56), "JPEG", exif=exif))
-    assert image_size(turned) == load_image(turned).size[::-1] == (112, 56)
-    url = "data:image/png;base64," + base64.b64encode(as_file(noise(300, 40))).decode()
+    rotated.write_bytes(encode(noise(112, 56), "JPEG", exif=exif))
+    assert image_size(rotated) == load_image(rotated).size[::-1] == (112, 56)
+    url = "data:image/png;base64," + base64.b64encode(encode(noise(300, 40))).decode()
     array = np.zeros((60, 90, 3), np.uint8)
     video = {"type": "video", "video": [noise(60, 90)] * 5}
-    some = [asked_about(str(turned), url, array), asked_about(as_file(noise(28, 28))), ask("Hi"), ask([video])]
-    for conversation in some:
+    for conversation in [
+        ask_about(str(rotated), url, array),
+        ask_about(encode(noise(28, 28))),
+        ask("Hi"),
+        ask([video]),
+    ]:
         inputs = processor(conversation, labels=True)
         grids = np.concatenate([inputs.get(kind.arrays[1], np.zeros((0, 3), int)) for kind in KINDS])
-        wanted = (inputs["input_ids"].size, grids.prod(axis=1).sum(), grids[:, 0].sum())
-        assert processor.measure(conversation) == wanted
-    assert processor.measure(asked_about(broken))[1:] == (24, 1)
+        expected = (inputs["input_ids"].size, grids.prod(axis=1).sum(), grids[:, 0].sum())
+        assert processor.measure(conversation) == expected
+    assert processor.measure(ask_about(truncated_image))[1:] == (24, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_damaged_pixels(processor, config, data, broken, layout):
-    """Named when they are needed; or left out with a warning: the rest of the batch is as it is with the whole picture,
-    and the same in every epoch."""
-    bad, good = asked_about(broken), asked_about(noise(56, 84))
-    options = {"batch_size": 30, "seed": 0, **LAYOUTS[layout]}
-    with pytest.raises(
-        ValueError, match=r"conversation 10: The image '.*cut\.png' cannot be decoded.*it asks 'Which\?'"
-    ):
-        make_dataset(processor, config, [*data[:10], bad, *data[10:]], **options)(0)
-    whole = make_dataset(processor, config, [*data[:10], good, *data[10:]], **options)
-    skipping = make_dataset(processor, config, [*data[:10], bad, *data[10:]], on_error="skip", **options)
-    assert [skipping.plan.batch(step) for step in range(4)] == [whole.plan.batch(step) for step in range(4)]
-    step = next(step for step in range(4) if any(10 in row for row in whole.plan.batch(step)))
-    with pytest.warns(UserWarning, match=r"left out 1 conversations: conversation 10: .*cut\.png"):
+def test_damaged_pixels(processor, config, data, truncated_image, layout):
+    """An error names the conversation when a batch needs it. When it is skipped instead, with a warning, the other
+    conversations of the batch are unaffected, in every epoch."""
+    bad, good = ask_about(truncated_image), ask_about(noise(56, 84))
+    batching = Batching(batch_size=30, seed=0, **LAYOUTS[layout])
+    with pytest.raises(UserError, match=r"conversation 10: image '.*cut\.png' cannot be decoded.*it asks 'Which\?'"):
+        make_dataset(processor, config, [*data[:10], bad, *data[10:]], batching)(0)
+    intact = make_dataset(processor, config, [*data[:10], good, *data[10:]], batching)
+    skipping = make_dataset(
+        processor, config, [*data[:10], bad, *data[10:]], dataclasses.replace(batching, skip_broken=True)
+    )
+    assert [skipping.schedule.batch(step) for step in range(4)] == [intact.schedule.batch(step) for step in range(4)]
+    step = next(step for step in range(4) if any(10 in sequence for sequence in intact.schedule.batch(step)))
+    with pytest.warns(UserWarning, match=r"left out 1 conversations: conversation 10: image '.*cut\.png"):
         batch = skipping(step)
     with pytest.warns(UserWarning, match="left out"):
         assert all(map(np.array_equal, jax.tree.leaves(skipping(step)), jax.tree.leaves(batch)))
-    missing = np.count_nonzero(whole(step).segment_ids) - np.count_nonzero(batch.segment_ids)
-    assert missing == whole.read(10)["input_ids"].size
+    missing = np.count_nonzero(intact(step).segment_ids) - np.count_nonzero(batch.segment_ids)
+    assert missing == intact.read(10)["input_ids"].size
     if layout != "packed":
-        (row,) = (i for i, row in enumerate(whole.plan.batch(step)) if 10 in row)
+        (row,) = (i for i, sequence in enumerate(intact.schedule.batch(step)) if 10 in sequence)
         others = np.delete(np.arange(len(batch.input_ids)), row)
-        columns = min(batch.shape[1], whole(step).shape[1])
+        length = min(batch.shape[1], intact(step).shape[1])
         assert not batch.segment_ids[row].any()
-        assert (batch.input_ids[others, :columns] == whole(step).input_ids[others, :columns]).all()
+        assert (batch.input_ids[others, :length] == intact(step).input_ids[others, :length]).all()
 
 
-def test_a_batch_of_nothing(processor, config, broken):
-    """All of its conversations left out: rows of padding, which train nothing."""
-    dataset = make_dataset(processor, config, [asked_about(broken)], batch_size=2, on_error="skip")
+def test_batch_whose_conversations_are_all_skipped(processor, config, truncated_image):
+    """It consists of padding and trains nothing."""
+    dataset = make_dataset(processor, config, [ask_about(truncated_image)], Batching(batch_size=2, skip_broken=True))
     with pytest.warns(UserWarning, match="left out"):
         batch = dataset(0)
     assert batch.shape == (2, 64) and not batch.segment_ids.any() and (batch.labels == -100).all()
 
 
-def test_what_can_be_seen_before_training(processor, config, data, tmp_path):
-    """Of planned batches: conversations too large for a row, files that are no pictures; named, or left out."""
-    no_picture, gone = tmp_path / "no.png", tmp_path / "gone.png"
-    no_picture.write_text("hello")
-    strange = {
-        "conversation 30: it has .* tokens, and a row holds 512": ask("Which? " * 600),
-        r"conversation 30: The image .*no\.png.* cannot be decoded": asked_about(str(no_picture)),
-        r"conversation 30: No image file at .*gone\.png": asked_about(str(gone)),
-        "conversation 30: A message must be": [{"role": "user"}, 7],
+def test_problems_found_before_training(processor, config, data, tmp_path):
+    """Measuring finds conversations that are too large and files that are not images. They are named, or skipped."""
+    text_file, missing = tmp_path / "no.png", tmp_path / "gone.png"
+    text_file.write_text("hello")
+    broken = {
+        "conversation 30: it has .* tokens; expected at most the 512 of a sequence": ask("Which? " * 600),
+        r"conversation 30: image .*no\.png.* cannot be decoded": ask_about(str(text_file)),
+        r"conversation 30: image is .*gone\.png": ask_about(str(missing)),
+        r"conversation 30: message is \{": [{"role": "user"}, 7],
     }
-    for message, conversation in strange.items():
-        some = [*data, conversation]
+    for message, conversation in broken.items():
         for layout in ({"pack_length": 512}, {"length": 512}):
-            with pytest.raises(ValueError, match=message):
-                make_dataset(processor, config, some, batch_size=4, **layout)
+            batching = Batching(batch_size=4, **layout)
+            with pytest.raises(UserError, match=message):
+                make_dataset(processor, config, [*data, conversation], batching)
             with pytest.warns(UserWarning, match=message):
-                dataset = make_dataset(processor, config, some, batch_size=4, on_error="skip", **layout)
-            assert sorted(itertools.chain(*dataset.plan.rows)) == list(range(COUNT))
-    none = "None of 1 conversations can be used: conversation 0: it has .* patches"
-    with pytest.raises(ValueError, match=none), pytest.warns(UserWarning, match="left out 1"):
-        make_dataset(processor, config, data[:1], batch_size=4, patches=3, length=64, on_error="skip")
-    small = dataclasses.replace(config, text=dataclasses.replace(config.text, max_position_embeddings=8))
-    with pytest.raises(ValueError, match=r"conversation \d+: it has \d+ tokens, and the model 8 positions"):
-        make_dataset(processor, small, data, batch_size=4)(0)
-    for name in ("length", "patches", "pack_length"):
-        with pytest.raises(ValueError, match=f"{name} is 0"):
-            make_dataset(processor, config, data, batch_size=4, **{name: 0})
-    with pytest.raises(ValueError, match="packed rows have one length"):
-        make_dataset(processor, config, data, batch_size=4, pack_length=64, group_by_length=True)
+                dataset = make_dataset(
+                    processor, config, [*data, conversation], dataclasses.replace(batching, skip_broken=True)
+                )
+            assert sorted(itertools.chain(*dataset.schedule.sequences)) == list(range(COUNT))
+
+
+def test_no_usable_conversation(processor, config, data):
+    none_left = "None of 1 conversations can be used: conversation 0: it has .* patches"
+    with pytest.raises(UserError, match=none_left), pytest.warns(UserWarning, match="left out 1"):
+        make_dataset(processor, config, data[:1], Batching(batch_size=4, patches=3, length=64, skip_broken=True))
+
+
+def test_conversation_longer_than_the_model_allows(processor, config, data):
+    short = dataclasses.replace(config, text=dataclasses.replace(config.text, max_position_embeddings=8))
+    with pytest.raises(
+        UserError, match=r"conversation \d+: it has \d+ tokens; expected at most the model's 8 positions"
+    ):
+        make_dataset(processor, short, data, Batching(batch_size=4))(0)
+
+
+def test_invalid_options(processor, config, data):
+    for name in ("length", "patches", "pack_length", "batch_size", "accumulate"):
+        with pytest.raises(UserError, match=f"{name} is 0; expected at least 1"):
+            make_dataset(processor, config, data, Batching(**{name: 0}))
+    for name in ("seed", "workers"):
+        with pytest.raises(UserError, match=f"{name} is -1; expected at least 0"):
+            make_dataset(processor, config, data, Batching(**{name: -1}))
+    for other in ({"group_by_length": True}, {"length": 64}):
+        with pytest.raises(UserError, match="pack_length is 64, which fixes the length of all sequences"):
+            make_dataset(processor, config, data, Batching(pack_length=64, **other))

@@ -1,0 +1,93 @@
+"""Options of a training run: plain values, defined once for the library, the command line and a run's record.
+
+This module imports nothing heavy, so that `liger-jax finetune --help` is quick. The functions that take these options check
+their values.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How conversations become batches."""
+
+    batch_size: int = 8
+    """Conversations per training step; with --pack, sequences per step."""
+    accumulate: int = 1
+    """Compute each batch in this many parts, one after the other, and sum their gradients: less memory, same result."""
+    pack_length: int | None = None
+    """Pack several conversations into each sequence of this many tokens."""
+    group_by_length: bool = False
+    """Batch conversations of similar size together, which needs less padding."""
+    length: int | None = None
+    """Tokens per sequence; by default, each batch uses its own bucket."""
+    patches: int | None = None
+    """Image patches per sequence; by default, each batch uses its own bucket."""
+    skip_broken: bool = False
+    """Skip broken and oversized conversations with a warning instead of stopping."""
+    workers: int | None = None
+    """Number of processes that load images, 0 for a thread; by default up to 4, leaving half of the cores free."""
+    seed: int = 0
+    """Seed for the order of the data and for the initial weights of LoRA."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerExecution:
+    """How the layers of a tower run."""
+
+    remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "none"
+    """Activations that the backward pass recomputes: none needs the most memory, full the least. auto, for a training step,
+    takes the fastest that fits in memory."""
+    unroll: bool = False
+    """Compile each layer separately instead of scanning over them: a faster step, but compilation takes several times
+    longer."""
+
+
+DEFAULT_EXECUTION = LayerExecution()
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimization:
+    """The optimizer: AdamW with a linear warmup and a cosine decay."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate, reached after warmup and followed by a cosine decay to 0."""
+    vision_learning_rate: float | None = None
+    """Peak learning rate of the vision tower; by default the same."""
+    merger_learning_rate: float | None = None
+    """Peak learning rate of the merger between vision tower and language model; by default the same."""
+    freeze: tuple[Literal["vision", "merger", "text"], ...] = ()
+    """Parts of the model that are not trained."""
+    weight_decay: float = 0.0
+    """Weight decay of matrices and embeddings; norms and biases never decay."""
+    warmup: float = 0.03
+    """Fraction of the steps in which the learning rate rises."""
+    master_weights: bool = False
+    """Keep float32 copies of the weights and float32 moments, and compute in bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """When a run writes checkpoints, and what goes into them."""
+
+    save_every: int = 500
+    """Steps between checkpoints."""
+    max_to_keep: int | None = 3
+    """Number of latest checkpoints to keep; None keeps all."""
+    asynchronous: bool = True
+    """Write checkpoints while training continues. Needs host memory for the whole state."""
+    generation_config: Path | None = None
+    """The model's generation_config.json, copied next to the checkpoints if the file exists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How the model is evaluated on held-out conversations whenever a checkpoint is saved."""
+
+    eval_generate: int = 0
+    """Number of held-out conversations that the model also answers; answers.jsonl compares its answers with the expected
+    ones."""
+    max_new_tokens: int = 64
+    """Maximum length of these answers, in tokens."""
