@@ -1,11 +1,10 @@
-"""LoRA as PEFT keeps it: adapter_model.safetensors and adapter_config.json.
+"""Reads and writes LoRA in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
-Which tensor is which A or B follows from the table of the weights: where a weight [out, in] is called `x.weight`, PEFT
-calls A [r, in] `base_model.model.x.lora_A.weight` and B [out, r] `base_model.model.x.lora_B.weight`, x being the module's
-name in transformers 4.52 and later.
+The names follow from the table of weights: for a weight [out, in] of the module x, as transformers 4.52 and later name it,
+PEFT stores A [r, in] as `base_model.model.x.lora_A.weight` and B [out, r] as `base_model.model.x.lora_B.weight`.
 """
 
-import json
+import dataclasses
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -13,68 +12,70 @@ from typing import Any
 
 import jax
 
-from convert.hub import find_checkpoint
-from convert.reader import fill, match, patch_of
+from convert.reader import find_checkpoint, load_parameters, match_tensors, patch_shape
 from convert.table import TABLE, Row, current_name, hub_tensors, original_name, read_sizes
-from convert.weights import list_file, read_json
-from convert.writer import arriving_together, write_safetensors
+from convert.weights import list_file
+from convert.writer import staged_folder, write_safetensors
 from liger_jax.checkpoint import float_dtype
+from liger_jax.errors import NotFoundError, UserError
+from liger_jax.files import read_json_object, write_json
 from liger_jax.model import Qwen2VL
-from liger_jax.model.lora import TARGETS, add_lora, lora_config, lora_leaves
+from liger_jax.model.lora import TARGETS, LoraOptions, add_lora, lora_config, lora_leaves
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import get_mesh
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+# {path of a Linear that LoRA can adapt: the row of its weight}
 ADAPTED = {
     row.path.removesuffix("/kernel"): row for row in TABLE if row.path.removesuffix("/kernel") in TARGETS.values()
 }
 
-# What an adapter_config.json may say besides rank, alpha and targets without changing what a trained adapter computes.
-# Any other option has to be off: null, false, empty or "none".
+# Options of an adapter_config.json, besides rank, alpha and targets, that do not change the outputs of a trained adapter.
+# Any other option must be off: null, false, empty or "none".
 WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
-    "eva_config",  # how A was made
+    "eva_config",  # initialisation of A
     "inference_mode",
-    "layers_pattern",  # read with layers_to_transform only
-    "lora_dropout",  # of training
-    "megatron_core",  # read with megatron_config only
+    "layers_pattern",  # used with layers_to_transform only
+    "lora_dropout",  # training only
+    "megatron_core",  # used with megatron_config only
     "peft_version",
-    "qalora_group_size",  # read with use_qalora only
+    "qalora_group_size",  # used with use_qalora only
     "revision",
     "runtime_config",
     "task_type",
 }
-# Ways to make A and B that leave the weights beside them alone; others (PiSSA, LoftQ, ...) belong to changed weights.
+# Initialisations of A and B that leave the base weights alone. Others (PiSSA, LoftQ, ...) need modified base weights.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def _rows(row: Row) -> tuple[Row, Row]:
-    """A and B of a weight: `(N D) H -> H N D` becomes `r H -> H r` and `(N D) r -> r N D`."""
-    outputs, inputs = re.findall(r"\([^)]*\)|\w+", row.layout.partition(" -> ")[0])
+def _lora_rows(row: Row) -> tuple[Row, Row]:
+    """Returns the rows of A and B for a weight: `(N D) H` becomes `r H` and `(N D) r`."""
+    outputs, inputs = re.findall(r"\([^)]*\)|\w+", row.hub_axes)
     module, path = PREFIX + current_name(row.hub).removesuffix(".weight"), row.path.removesuffix("/kernel")
     return (
-        Row(f"{module}.lora_A.weight", f"{path}/lora/a", f"r {inputs} -> {inputs.strip('()')} r"),
-        Row(f"{module}.lora_B.weight", f"{path}/lora/b", f"{outputs} r -> r {outputs.strip('()')}"),
+        Row(f"{module}.lora_A.weight", f"r {inputs}", f"{path}/lora/a"),
+        Row(f"{module}.lora_B.weight", f"{outputs} r", f"{path}/lora/b"),
     )
 
 
-ADAPTER = tuple(half for row in ADAPTED.values() for half in _rows(row))
+ADAPTER = tuple(lora_row for row in ADAPTED.values() for lora_row in _lora_rows(row))
 
 
 def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | None = None) -> None:
-    """Writes the model's LoRA as a folder that PEFT loads, on top of the model without it.
+    """Writes the model's LoRA as a folder that PEFT loads on top of the model without it.
 
-    The files arrive in the folder together at the end; other files there stay.
+    The files appear in the folder together at the end; other files in it stay.
 
     Args:
-        model: one with LoRA.
+        model: with LoRA.
         directory: the folder to write.
         base_model: hub id or folder of the model without LoRA, for PEFT's AutoPeftModel.
 
     Raises:
-        ValueError: the model has no LoRA.
+        UserError: the model has no LoRA.
 
     Example:
         >>> import tempfile
@@ -84,25 +85,25 @@ def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | Non
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    told = lora_config(model)
-    if told is None:
-        raise ValueError("The model has no LoRA to save; to_hf writes its weights")
+    options = lora_config(model)
+    if options is None:
+        raise UserError("model has no LoRA to save; expected one with LoRA (to_hf writes weights)")
     leaves = lora_leaves(model)
-    sizes = _sizes(model, leaves)
+    sizes = _read_sizes(model, leaves)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": told["rank"],
-        "lora_alpha": told["alpha"],
-        "use_rslora": told["rslora"],
-        "target_modules": told["targets"],
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "use_rslora": options.rslora,
+        "target_modules": list(options.targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-    with arriving_together(Path(directory)) as folder:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with staged_folder(Path(directory)) as folder:
+        write_json(folder / CONFIG, config)
         write_safetensors(folder / WEIGHTS, hub_tensors(leaves, sizes, ADAPTER), leaves, sizes)
 
 
@@ -114,82 +115,95 @@ def load_adapter(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Qwen2VL:
-    """The model with an adapter that PEFT or `save_adapter` wrote: a folder, or the id of one on the Hugging Face hub.
+    """Returns the model with an adapter of PEFT or `save_adapter`, from a folder or from the Hugging Face hub.
 
-    Takes the module names of all versions of transformers. The weights are shared with `model`, not copied. A dropout in
-    the configuration, which belongs to its training, is left out.
+    Supports the module names of all versions of transformers. The weights are shared with `model`, not copied. A dropout in
+    the adapter's configuration is ignored, as it applies to training only.
 
     Args:
-        model: one without LoRA, which the adapter was trained for.
+        model: the model that the adapter was trained for, without LoRA.
         path_or_repo_id: the folder (adapter_config.json, adapter_model.safetensors), or a hub id.
         dtype: of A and B.
         revision: branch, tag or commit on the hub.
-        cache_dir: where downloads are kept, if not in huggingface_hub's own cache.
+        cache_dir: download cache; None: huggingface_hub's own.
 
     Returns:
-        A new model; on a mesh, if `model` is on one.
+        A new model, on the same mesh as `model`.
 
     Raises:
-        FileNotFoundError: there is no such folder or repository, or a file is missing from it.
-        ValueError: an option that is not supported (DoRA, trained biases, other modules saved in full, ranks of their own
-            for some modules, some layers only, ...), or tensors that do not fit: all that are missing, unexpected or of
-            another shape are named together.
+        NotFoundError: the folder, the repository, or a file in it does not exist.
+        UserError: an unsupported option (DoRA, trained biases, fully trained modules, separate ranks for some modules, only
+            some layers, ...), or tensors that do not match. One error names all tensors that are missing, unexpected or
+            of another shape.
 
     Example:
         >>> load_adapter(model, "runs/adapter")  # doctest: +SKIP
     """
     folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir)
-    absent = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if absent:
-        found = sorted(path.name for path in folder.iterdir())
-        raise FileNotFoundError(f"No adapter in {folder}: {' and '.join(absent)} missing, found {found}")
-    told = read_adapter_config(folder / CONFIG)
-    abstract = jax.eval_shape(lambda model: add_lora(model, **told, dtype=float_dtype(dtype)), model)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        files = sorted(path.name for path in folder.iterdir())
+        raise NotFoundError(f"{folder} has no {' and no '.join(missing)}, only {files}; expected an adapter")
+    options, dtype = dataclasses.asdict(read_adapter_config(folder / CONFIG)), float_dtype(dtype)
+    abstract = jax.eval_shape(lambda model: add_lora(model, **options, dtype=dtype), model)
     leaves = lora_leaves(abstract)
-    sizes = _sizes(model, leaves)
+    sizes = _read_sizes(model, leaves)
     expected = {tensor.name: tensor for tensor in hub_tensors(leaves, sizes, ADAPTER)}
-    complaint = f"The tensors in {folder / WEIGHTS} do not fit its {CONFIG} and the model"
-    stored = match(expected, list_file(folder / WEIGHTS), complaint, rename=_current)
+    complaint = f"{folder / WEIGHTS} has tensors that do not fit its {CONFIG} and the model"
+    stored = match_tensors(expected, list_file(folder / WEIGHTS), complaint, rename=_current_name)
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
-    values = param_paths(model) | fill(leaves, get_mesh(model), pairs, sizes)
+    values = param_paths(model) | load_parameters(leaves, get_mesh(model), pairs, sizes)
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[path] for path in param_paths(abstract)])
 
 
-def read_adapter_config(file: Path) -> dict[str, Any]:
-    """PEFT's configuration as what `add_lora` takes.
+def read_adapter_config(file: Path) -> LoraOptions:
+    """Returns the options in PEFT's configuration.
 
     Raises:
-        ValueError: not LoRA, no rank or alpha, nothing adapted, or an option that changes what is computed.
+        UserError: not LoRA, no rank or alpha, no adapted module, or an unsupported option that changes the outputs.
     """
-    config = read_json(file)
-    kind = config.pop("peft_type", None)
-    if kind != "LORA":
-        raise ValueError(f"{file}: peft_type is {kind!r}; expected 'LORA'")
+    config = read_json_object(file)
+    peft_type = config.pop("peft_type", None)
+    if peft_type != "LORA":
+        raise UserError(f"{file}: peft_type is {peft_type!r}; expected 'LORA'")
     init = config.pop("init_lora_weights", None)
     if init not in INITS:
-        raise ValueError(f"{file}: init_lora_weights is {init!r}, which changes the weights; expected one of {INITS}")
+        raise UserError(
+            f"{file}: init_lora_weights is {init!r}, which changes the base weights; expected one of {INITS}"
+        )
     rank, alpha, rslora = config.pop("r", None), config.pop("lora_alpha", None), config.pop("use_rslora", False)
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise ValueError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
-    chosen, excluded = config.pop("target_modules", None), config.pop("exclude_modules", None)
-    extras = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT and not _is_off(value)}
-    if extras:
-        raise ValueError(f"{file}: {extras} is not supported; expected LoRA of all layers alike and nothing else")
+        raise UserError(f"{file}: r is {rank!r} and lora_alpha is {alpha!r}; expected numbers")
+    modules, excluded = config.pop("target_modules", None), config.pop("exclude_modules", None)
+    unsupported = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT and not _is_off(value)}
+    if unsupported:
+        raise UserError(
+            f"{file}: {unsupported} is not supported; expected plain LoRA with the same options in all layers"
+        )
     try:
-        targets = [name for name, path in TARGETS.items() if _hits(chosen, path) and not _hits(excluded, path)]
+        targets = [name for name, path in TARGETS.items() if _matches(modules, path) and not _matches(excluded, path)]
     except re.error as error:
-        raise ValueError(f"{file}: no regular expression in target_modules or exclude_modules: {error}") from None
+        raise UserError(
+            f"{file}: target_modules is {modules!r} and exclude_modules is {excluded!r}; expected valid regular "
+            f"expressions ({error})"
+        ) from error
     if not targets:
-        raise ValueError(f"{file}: target_modules is {chosen!r}, none of {list(TARGETS)}")
-    return {"rank": rank, "alpha": alpha, "rslora": bool(rslora), "targets": targets}
+        raise UserError(f"{file}: target_modules is {modules!r}; expected some of {list(TARGETS)}")
+    try:
+        return LoraOptions(rank=rank, alpha=alpha, targets=targets, rslora=bool(rslora))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ("none", "", [], {})
 
 
-def _hits(modules: str | Collection[str] | None, path: str) -> bool:
-    """Whether PEFT finds the module at `path` in `modules`: a regular expression, or names or their last parts."""
+def _matches(modules: str | Collection[str] | None, path: str) -> bool:
+    """Returns whether PEFT would adapt the module at `path`.
+
+    `modules` is PEFT's target_modules or exclude_modules: a regular expression, or a list of names or of their last parts.
+    """
     if modules == "all-linear":
         return True
     original = ADAPTED[path].hub.removesuffix(".weight").replace("{i}", "0")
@@ -199,9 +213,10 @@ def _hits(modules: str | Collection[str] | None, path: str) -> bool:
     return any(f".{name}".endswith(f".{module}") for name in names for module in modules or ())
 
 
-def _current(name: str) -> str:
+def _current_name(name: str) -> str:
     return PREFIX + current_name(original_name(name.removeprefix(PREFIX)))
 
 
-def _sizes(model: Qwen2VL, leaves: dict[str, Any]) -> dict[str, int]:
-    return read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch_of(model.config.vision), ADAPTER)
+def _read_sizes(model: Qwen2VL, leaves: dict[str, Any]) -> dict[str, int]:
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    return read_sizes(shapes, patch_shape(model.config.vision), ADAPTER)

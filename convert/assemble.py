@@ -1,4 +1,4 @@
-"""Parameters made of the tensors of their layers, as these are read."""
+"""Assembles parameters from the tensors of their layers, in the order in which the files hold them."""
 
 import functools
 from typing import Any
@@ -10,24 +10,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from convert.table import hub_partition, to_parameter
 
-# Bytes on their way to a device at a time: a driver keeps a pinned copy of a transfer, and keeps its memory for good.
-PIECE = 2**26
+# Bytes sent to a device at a time: the driver makes a pinned copy of a transfer, and never releases that memory.
+PIECE_BYTES = 2**26
 
-# Bytes up to which a parameter passes through host memory as a whole. Norms and biases do: rearranging them there takes
-# no compilation and no call to the device for each layer.
-SMALL = 2**24
+# Parameters up to this many bytes are assembled in host memory, as norms and biases are: rearranging them there needs
+# no compilation, and no call to the device for each layer.
+SMALL_BYTES = 2**24
 
 
 def assemble(
     layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None
 ) -> "OnHost | OnDevice":
-    """A parameter of this shape and dtype to be filled: `put` the hub's tensors in any order, then `finish`."""
-    small = leaf.size * leaf.dtype.itemsize <= SMALL
+    """Returns an empty parameter of a shape and dtype: `put` the hub's tensors in any order, then `finish`."""
+    small = leaf.size * leaf.dtype.itemsize <= SMALL_BYTES
     return (OnHost if small else OnDevice)(layout, sizes, leaf, sharding)
 
 
 class OnHost:
-    """Filled in host memory, and sent to the devices at the end."""
+    """A parameter that is filled in host memory and sent to the devices at the end."""
 
     def __init__(self, layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None):
         self.layout, self.sizes, self.sharding = layout, sizes, sharding
@@ -41,7 +41,7 @@ class OnHost:
 
 
 class OnDevice:
-    """Filled where it will live: each tensor is sent on its own, rearranged there, and written in place."""
+    """A parameter that is filled on its devices: each tensor is sent alone, rearranged there, and written in place."""
 
     def __init__(self, layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None):
         self.layout, self.sizes, self.leaf, self.sharding = layout, tuple(sizes.items()), leaf, sharding
@@ -49,22 +49,22 @@ class OnDevice:
 
     def put(self, tensor: np.ndarray, layer: int | None) -> None:
         if tensor.dtype == np.float64 and self.leaf.dtype != np.float64:
-            tensor = tensor.astype(np.float32)  # JAX knows float64 only in its x64 mode
-        sent = _send(tensor, self._cut(layer))
+            tensor = tensor.astype(np.float32)  # JAX has float64 only in its x64 mode
+        on_device = _send(tensor, self._hub_sharding(layer))
         if layer is None:
-            self.value = _rearrange(sent, self.layout, self.sizes, self.leaf.dtype, self.sharding)
+            self.value = _rearrange(on_device, self.layout, self.sizes, self.leaf.dtype, self.sharding)
         else:
             if self.value is None:
                 self.value = jnp.zeros(self.leaf.shape, self.leaf.dtype, device=self.sharding)
-            self.value = _write(self.value, sent, layer, self.layout, self.sizes, self.sharding)
-        # without waiting, the next tensors would be read while this one still lies in host memory
+            self.value = _write_layer(self.value, on_device, layer, self.layout, self.sizes, self.sharding)
+        # without waiting, the next tensors would be read while this one is still in host memory
         self.value.block_until_ready()
 
     def finish(self) -> jax.Array:
         return self.value
 
-    def _cut(self, layer: int | None) -> NamedSharding | None:
-        """How the hub's tensor is spread, so that each device receives little more than its part."""
+    def _hub_sharding(self, layer: int | None) -> NamedSharding | None:
+        """Returns a sharding of the hub's tensor with which each device receives little more than its part."""
         if self.sharding is None:
             return None
         spec = self.sharding.spec if layer is None else self.sharding.spec[1:]
@@ -72,20 +72,21 @@ class OnDevice:
 
 
 def _send(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
-    """The tensor on the devices; to a single one in pieces."""
-    rows = max(1, PIECE * len(tensor) // tensor.nbytes)
-    if sharding is not None or rows >= len(tensor):
+    """Copies a tensor to the devices; to a single device in pieces."""
+    length = max(1, PIECE_BYTES * len(tensor) // tensor.nbytes)
+    if sharding is not None or length >= len(tensor):
         return jax.device_put(tensor, sharding)
-    sent = jnp.zeros(tensor.shape, tensor.dtype)
-    for start in range(0, len(tensor), rows):
-        sent = _paste(sent, jax.device_put(tensor[start : start + rows]), start).block_until_ready()
-    return sent
+    on_device = jnp.zeros(tensor.shape, tensor.dtype)
+    for start in range(0, len(tensor), length):
+        piece = jax.device_put(tensor[start : start + length])
+        on_device = _write_piece(on_device, piece, start).block_until_ready()
+    return on_device
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _paste(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
-    """Writes some rows of a tensor, in place."""
-    return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
+def _write_piece(tensor: jax.Array, piece: jax.Array, start: int) -> jax.Array:
+    """Writes a slice of a tensor in place."""
+    return jax.lax.dynamic_update_slice_in_dim(tensor, piece, start, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -95,10 +96,10 @@ def _rearrange(tensor: jax.Array, layout: str, sizes: tuple, dtype: Any, shardin
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
-def _write(
+def _write_layer(
     stack: jax.Array, tensor: jax.Array, layer: int, layout: str, sizes: tuple, sharding: NamedSharding | None
 ) -> jax.Array:
-    """Writes one layer into its stack, in place."""
+    """Writes one layer into its stack in place."""
     value = to_parameter(layout, tensor, dict(sizes)).astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
     return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)

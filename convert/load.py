@@ -1,13 +1,36 @@
-"""Opens a model of any format."""
+"""Opens a model of any format, and converts a checkpoint from one format to the other."""
 
+import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
-from convert.reader import from_hf
-from liger_jax import Qwen2VL
-from liger_jax.checkpoint import is_model, load_model
+from convert.reader import find_checkpoint, from_hf
+from convert.writer import to_hf
+from liger_jax.checkpoint import is_model, load_model, save_model
+from liger_jax.errors import AlreadyExistsError, UserError
+from liger_jax.files import GENERATION_CONFIG
+from liger_jax.model import Qwen2VL
+from liger_jax.model.lora import lora_config, merge_lora
+
+# Files of a checkpoint that are copied unchanged: generation settings, tokenizer, chat template, image processor.
+COMPANIONS = (
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 def open_model(path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Qwen2VL:
@@ -19,8 +42,8 @@ def open_model(path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | N
         mesh: devices to place the weights on; None: the default device.
 
     Raises:
-        FileNotFoundError: neither a folder with a model nor a repository that the hub has.
-        ValueError: the stored tensors do not fit the configuration.
+        NotFoundError: neither a folder with a model nor a repository that the hub has.
+        UserError: the stored tensors do not fit the configuration.
 
     Example:
         >>> import tempfile
@@ -33,3 +56,68 @@ def open_model(path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | N
     if is_model(path_or_repo_id):
         return load_model(path_or_repo_id, mesh=mesh, dtype=dtype)
     return from_hf(path_or_repo_id, mesh=mesh, dtype=dtype or "bfloat16")
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Literal["orbax", "hf"] | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Converts a checkpoint from Hugging Face's format to Orbax, or back.
+
+    Tokenizer and processor files are copied. For Hugging Face, LoRA is merged into the weights; `save_adapter` writes it
+    separately.
+
+    Args:
+        source: an Orbax folder (a saved model, or a training run: its latest step), a Hugging Face folder, or a hub id.
+        target: the folder to write.
+        to: "orbax" or "hf"; None: the format that `source` does not have.
+        dtype: of the weights; None: bfloat16 from Hugging Face, as stored from Orbax.
+        max_shard_size: of Hugging Face files, see `to_hf`.
+        revision, allow_pickle: see `from_hf`.
+        overwrite: write into a folder that is not empty.
+
+    Returns:
+        A one-line summary.
+
+    Raises:
+        AlreadyExistsError: `target` is not empty, or holds a training run.
+        NotFoundError, UserError: as for `from_hf`, `to_hf` and `load_model`.
+    """
+    started = time.perf_counter()
+    if to not in (None, "orbax", "hf"):
+        raise UserError(f"to is {to!r}; expected 'orbax', 'hf' or None")
+    target = Path(target)
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise AlreadyExistsError(
+            f"{target} is not an empty folder; expected a new one, or --overwrite to write into it"
+        )
+    if Path(source).exists() and target.resolve() == Path(source).resolve():
+        raise UserError(f"SRC and DST are both {target}; expected different folders")
+    if is_model(source):
+        source_format, folder = "orbax", Path(source)
+        model = load_model(folder, dtype=dtype)
+    else:
+        source_format, folder = "hf", find_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
+        model = from_hf(folder, dtype=dtype or "bfloat16", allow_pickle=allow_pickle)
+    to = to or {"orbax": "hf", "hf": "orbax"}[source_format]
+    if to == "hf":
+        model = model if lora_config(model) is None else merge_lora(model)
+        to_hf(model, target, max_shard_size=max_shard_size)
+    else:
+        save_model(model, target, overwrite=overwrite)
+    for name in COMPANIONS:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    leaves = jax.tree.leaves(model)
+    count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+    return (
+        f"{source} ({source_format}) -> {target} ({to}): {count:,} parameters, {size / 1e9:.2f} GB as "
+        f"{leaves[0].dtype}, in {time.perf_counter() - started:.1f} s"
+    )

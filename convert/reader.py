@@ -1,4 +1,4 @@
-"""Hugging Face weights into this model, one tensor at a time."""
+"""Loads Hugging Face weights into this model, one tensor at a time."""
 
 import contextlib
 import itertools
@@ -11,21 +11,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.assemble import assemble
-from convert.hub import find_checkpoint
-from convert.table import (
-    EMBEDDING,
-    LM_HEAD,
-    HubTensor,
-    hub_tensors,
-    original_name,
-    read_sizes,
-)
-from convert.weights import FLOATS, Stored, list_tensors, open_weights, read_json
+from convert.table import EMBEDDING, LM_HEAD, HubTensor, hub_tensors, original_name, read_sizes
+from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
 from liger_jax.checkpoint import float_dtype
 from liger_jax.config import Qwen2VLConfig, VisionConfig
+from liger_jax.errors import UserError
+from liger_jax.files import local_folder
 from liger_jax.model import Qwen2VL
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
+
+# Files to download from a hub repository. Pickles only on request.
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+PICKLES = ("pytorch_model*.bin",)
 
 
 def from_hf(
@@ -37,104 +35,115 @@ def from_hf(
     cache_dir: str | Path | None = None,
     allow_pickle: bool = False,
 ) -> Qwen2VL:
-    """Loads a Qwen2-VL that transformers wrote: a folder, or the id of one on the Hugging Face hub.
+    """Loads a Qwen2-VL checkpoint of transformers, from a folder or from the Hugging Face hub.
 
-    Takes the original tensor names and those of transformers 4.52 and later, one file or shards, a tied head or one of
-    its own. Each tensor goes to the device as it is read and is rearranged there, so that the host never holds more
-    than the largest of them.
+    Supports the original tensor names and those of transformers 4.52 and later, a single file or shards, tied and separate
+    heads. Each tensor is sent to its devices as it is read and rearranged there, so the host never holds more than the
+    largest tensor.
 
     Args:
         path_or_repo_id: the folder (config.json, model.safetensors or shards with an index), or a hub id.
-        dtype: the floating point type of the weights; what is stored in another one is converted.
-        mesh: where the weights go, cut as `liger_jax.model.sharding` says; None: the default device.
+        dtype: floating-point dtype of the weights; weights stored in another one are converted.
+        mesh: devices to place the weights on, split as `liger_jax.model.sharding` describes; None: the default device.
         revision: branch, tag or commit on the hub.
-        cache_dir: where downloads are kept, if not in huggingface_hub's own cache.
-        allow_pickle: also take pytorch_model.bin, which needs torch, and trust in whoever made it.
+        cache_dir: download cache; None: huggingface_hub's own.
+        allow_pickle: also read pytorch_model.bin. This needs torch, and trust in the author of the file.
 
     Raises:
-        FileNotFoundError: there is no such folder or repository, or a file is missing from it.
-        ValueError: a damaged file, or tensors that do not fit the configuration: all that are missing, unexpected, of
-            another shape or not floating point are named together. Nothing has been put on a device then.
+        NotFoundError: the folder, the repository, or a file in it does not exist.
+        UserError: a damaged file, or tensors that do not fit the configuration. One error names all tensors that are
+            missing, unexpected, of another shape or not floating point, before anything is placed on a device.
 
     Example:
         >>> model = from_hf("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
     """
     dtype = float_dtype(dtype)
     folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir, allow_pickle=allow_pickle)
-    config = read_config(folder)
+    config = Qwen2VLConfig.from_hf(folder)
     abstract = Qwen2VL.abstract(config, dtype=dtype)
     shapes = {path: leaf.shape for path, leaf in param_paths(abstract).items()}
-    sizes = read_sizes(shapes, patch_of(config.vision))
+    sizes = read_sizes(shapes, patch_shape(config.vision))
     expected = {tensor.name: tensor for tensor in hub_tensors(shapes, sizes)}
-    spare = [LM_HEAD] if config.tie_word_embeddings else []
-    found = list_tensors(folder, allow_pickle=allow_pickle)
-    stored = match(expected, found, f"The tensors in {folder} do not fit its config.json", also=spare)
-    if spare and LM_HEAD in stored:
-        _check_equal(stored.pop(LM_HEAD), stored[EMBEDDING])
-    read = fill(param_paths(abstract), mesh, [(stored[name], tensor) for name, tensor in expected.items()], sizes)
-    return jax.tree.unflatten(jax.tree.structure(abstract), list(read.values()))
+    optional = [LM_HEAD] if config.tie_word_embeddings else []
+    tensors = list_tensors(folder, allow_pickle=allow_pickle)
+    stored = match_tensors(
+        expected, tensors, f"{folder} has tensors that do not fit its config.json", optional=optional
+    )
+    if optional and LM_HEAD in stored:
+        _check_tied_head(stored.pop(LM_HEAD), stored[EMBEDDING])
+    pairs = [(stored[name], tensor) for name, tensor in expected.items()]
+    parameters = load_parameters(param_paths(abstract), mesh, pairs, sizes)
+    return jax.tree.unflatten(jax.tree.structure(abstract), list(parameters.values()))
 
 
-def read_config(folder: Path) -> Qwen2VLConfig:
-    """The configuration in a checkpoint's folder; a ValueError or FileNotFoundError names the file."""
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            read_json(folder / name)  # for the error that names the file
-    try:
-        return Qwen2VLConfig.from_hf(folder)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+def find_checkpoint(
+    path_or_repo_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> Path:
+    """Returns the local folder of a checkpoint, downloaded from the hub if necessary; see `local_folder`."""
+    patterns = PATTERNS + PICKLES if allow_pickle else PATTERNS
+    return local_folder(path_or_repo_id, patterns, revision=revision, cache_dir=cache_dir)
 
 
-def patch_of(vision: VisionConfig) -> tuple[int, int, int]:
-    """Channels, frames and side length of a patch, for `read_sizes`."""
+def patch_shape(vision: VisionConfig) -> tuple[int, int, int]:
+    """Returns the channels, frames and side length of a patch, for `read_sizes`."""
     return vision.in_channels, vision.temporal_patch_size, vision.patch_size
 
 
-# ---- checking what the files hold ------------------------------------------------------------------------------------
+# ---- checking the stored tensors -------------------------------------------------------------------------------------
 
 
-def match(
+def match_tensors(
     expected: Mapping[str, HubTensor],
-    found: Iterable[Stored],
+    tensors: Iterable[StoredTensor],
     complaint: str,
     *,
     rename: Callable[[str], str] = original_name,
-    also: Collection[str] = (),
-) -> dict[str, Stored]:
-    """{name: where it is stored} for all that is expected, and for what may be there `also`.
+    optional: Collection[str] = (),
+) -> dict[str, StoredTensor]:
+    """Returns {name: stored tensor} for all expected tensors, and for optional ones that are stored.
+
+    Args:
+        expected: {name: tensor} of all tensors that must be stored.
+        tensors: the stored ones.
+        complaint: first line of the error.
+        rename: maps a stored name to the name in `expected`.
+        optional: further names that may be stored.
 
     Raises:
-        ValueError: the complaint, and everything that does not fit.
+        UserError: the complaint, and everything that does not match.
     """
-    stored: dict[str, Stored] = {}
-    twice = []
-    for tensor in found:
+    stored: dict[str, StoredTensor] = {}
+    duplicates = []
+    for tensor in tensors:
         name = rename(tensor.name)
         if name in stored:
-            twice.append(
-                f"{tensor.name} (in {tensor.file.name} and, as {stored[name].name}, in {stored[name].file.name})"
-            )
+            first = stored[name]
+            duplicates.append(f"{tensor.name} (in {tensor.file.name} and, as {first.name}, in {first.file.name})")
         stored[name] = tensor
-    both = [(tensor, expected[name]) for name, tensor in stored.items() if name in expected]
+    pairs = [(tensor, expected[name]) for name, tensor in stored.items() if name in expected]
+    unexpected = [tensor.name for name, tensor in stored.items() if name not in expected and name not in optional]
     problems = {
-        "missing": _summary([name for name in expected if name not in stored]),
-        "unexpected": _summary([t.name for name, t in stored.items() if name not in expected and name not in also]),
-        "stored twice": twice,
-        "wrong shape": [f"{s.name} {list(s.shape)}, expected {list(e.shape)}" for s, e in both if s.shape != e.shape],
+        "missing": _merge_layers([name for name in expected if name not in stored]),
+        "unexpected": _merge_layers(unexpected),
+        "stored twice": duplicates,
+        "wrong shape": [f"{s.name} {list(s.shape)}, expected {list(e.shape)}" for s, e in pairs if s.shape != e.shape],
         "not floating point": [
-            f"{s.name} {s.dtype}, expected one of {list(FLOATS)}" for s, _ in both if s.dtype not in FLOATS
+            f"{s.name} {s.dtype}, expected one of {list(FLOATS)}" for s, _ in pairs if s.dtype not in FLOATS
         ],
     }
-    told = "".join(f"\n  {what}: {'; '.join(sorted(names))}" for what, names in problems.items() if names)
-    if told:
-        raise ValueError(f"{complaint}:{told}")
+    report = "".join(f"\n  {problem}: {'; '.join(sorted(names))}" for problem, names in problems.items() if names)
+    if report:
+        raise UserError(f"{complaint}:{report}")
     return stored
 
 
-def _summary(names: list[str], most: int = 30) -> list[str]:
-    """Names as they are if they are few; many are told by layer, `model.layers.{0,1,2}.mlp.up_proj.weight`."""
-    if len(names) <= most:
+def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
+    """Shortens a long list of names: one entry per layer becomes `model.layers.{0,1,2}.mlp.up_proj.weight`."""
+    if len(names) <= limit:
         return names
     layers: dict[str, list[str]] = {}
     for name in names:
@@ -143,37 +152,37 @@ def _summary(names: list[str], most: int = 30) -> list[str]:
     return [pattern.replace("{}", "{" + ",".join(numbers) + "}") for pattern, numbers in layers.items()]
 
 
-def _check_equal(head: Stored, embedding: Stored, rows: int = 65_536) -> None:
-    """A tied model may store its head as well, provided that it is the embedding."""
+def _check_tied_head(head: StoredTensor, embedding: StoredTensor, rows: int = 65_536) -> None:
+    """Raises UserError if the stored head of a tied model differs from its embedding. Compares some rows at a time."""
     with contextlib.ExitStack() as stack:
-        read = [(stack.enter_context(open_weights(tensor.file)).read, tensor.name) for tensor in (head, embedding)]
+        readers = [(stack.enter_context(open_weights(tensor.file)).read, tensor.name) for tensor in (head, embedding)]
         equal = head.shape == embedding.shape and all(
-            np.array_equal(*(one(name, start, min(start + rows, head.shape[0])) for one, name in read))
+            np.array_equal(*(read(name, start, min(start + rows, head.shape[0])) for read, name in readers))
             for start in range(0, head.shape[0], rows)
         )
     if not equal:
-        raise ValueError(
-            f"config.json ties the head to the embedding (tie_word_embeddings), but {head.name} in {head.file} differs "
-            f"from {embedding.name}: expected no {LM_HEAD}, an equal one, or tie_word_embeddings false"
+        raise UserError(
+            f"{head.file}: {head.name} differs from {embedding.name}, but config.json ties them (tie_word_embeddings); "
+            f"expected no {LM_HEAD}, an equal one, or tie_word_embeddings false"
         )
 
 
-# ---- filling the parameters ------------------------------------------------------------------------------------------
+# ---- loading the parameters ------------------------------------------------------------------------------------------
 
 
-def fill(
+def load_parameters(
     leaves: Mapping[str, jax.ShapeDtypeStruct],
     mesh: Mesh | None,
-    stored: Iterable[tuple[Stored, HubTensor]],
+    stored: Iterable[tuple[StoredTensor, HubTensor]],
     sizes: dict[str, int],
 ) -> dict[str, jax.Array]:
-    """{path: parameter}, of the shapes and dtypes in `leaves`, in the same order."""
+    """Returns {path: parameter} with the shapes and dtypes of `leaves`, in the same order."""
     by_file = sorted(stored, key=lambda pair: str(pair[0].file))
     layouts = {tensor.row.path: tensor.row.layout for _, tensor in by_file}
     shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
     parameters = {path: assemble(layouts[path], sizes, leaf, shardings[path]) for path, leaf in leaves.items()}
     for file, pairs in itertools.groupby(by_file, key=lambda pair: pair[0].file):
         with open_weights(file) as weights:
-            for here, tensor in pairs:
-                parameters[tensor.row.path].put(weights.read(here.name), tensor.layer)
+            for source, tensor in pairs:
+                parameters[tensor.row.path].put(weights.read(source.name), tensor.layer)
     return {path: parameter.finish() for path, parameter in parameters.items()}

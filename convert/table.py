@@ -5,7 +5,7 @@ table of parameters (`liger_jax.model.params`, which also explains the axis name
 layer; the tensors of all layers are stacked along the leading axis of the parameter.
 
 The two sides together are a layout, `hub axes -> parameter axes`. `(N D) H -> H N D` is a torch Linear weight [out, in]
-whose outputs are N heads of D numbers: split the first dimension and move H to the front. An axis name stands for the same
+whose outputs are N heads of D numbers: split the first dimension and move H to the front. An axis name denotes the same
 size in every row, which `read_sizes` checks against the shapes of a model's parameters.
 """
 

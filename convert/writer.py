@@ -1,4 +1,4 @@
-"""This model's weights as Hugging Face writes them, one tensor at a time."""
+"""Writes this model's weights as a Hugging Face checkpoint, one tensor at a time."""
 
 import contextlib
 import functools
@@ -14,34 +14,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.assemble import SMALL
-from convert.reader import patch_of
+from convert.assemble import SMALL_BYTES
+from convert.reader import patch_shape
 from convert.table import LM_HEAD, TABLE, HubTensor, from_stack, hub_tensors, read_sizes
 from convert.weights import FLOATS, INDEX, SINGLE
 from liger_jax.checkpoint import HUB_WEIGHTS, LORA, write_config
 from liger_jax.config import Qwen2VLConfig, VisionConfig
+from liger_jax.errors import AlreadyExistsError, UserError
+from liger_jax.files import make_folder, write_json
 from liger_jax.model import Qwen2VL
 from liger_jax.model.lora import lora_leaves
 from liger_jax.model.params import param_paths
 from liger_jax.train.run import is_run
 
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, np.ndarray]:
-    """Weights, or anything shaped like them, under the hub's names and in the hub's shapes.
+    """Returns weights, or anything of the same structure, under the hub's names and in the hub's shapes.
 
     Args:
-        tree: a `Qwen2VL`, its gradients, an `nnx.State` or nested dicts, of JAX or numpy arrays; may hold only some of
-            the parameters.
-        config: of the model, for a tree that does not carry it and whose patches are not 3 channels x 2 frames.
+        tree: a `Qwen2VL`, its gradients, an `nnx.State` or nested dicts, with JAX or numpy arrays of all parameters or
+            some.
+        config: of the model; needed for a tree that does not carry it if its patches are not 3 channels x 2 frames.
 
     Returns:
-        {original hub name: array}; the dtypes stay. A tied model has no `lm_head.weight`.
+        {original hub name: array}, in the same dtypes. A tied model has no `lm_head.weight`.
 
     Raises:
-        ValueError: a path that is no parameter of a Qwen2-VL, shapes that contradict each other, or LoRA.
+        UserError: a path that is not a parameter of a Qwen2-VL, shapes that contradict each other, or LoRA.
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
@@ -51,9 +53,8 @@ def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, 
     _refuse_lora(tree)
     leaves = param_paths(tree)
     config = config or getattr(tree, "config", None)
-    sizes = read_sizes(
-        {path: leaf.shape for path, leaf in leaves.items()}, patch_of(config.vision if config else VisionConfig())
-    )
+    patch = patch_shape(config.vision if config else VisionConfig())
+    sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch)
     # one copy to the host for each parameter, not for each layer
     values = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     return {
@@ -63,22 +64,22 @@ def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, 
 
 
 def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-    """Writes a checkpoint that transformers loads, in the layout of `save_pretrained`.
+    """Writes a checkpoint in the layout of `save_pretrained`, which transformers loads.
 
-    That is config.json, generation_config.json and model.safetensors, or shards with an index. Each tensor is fetched
-    from its device and written on its own. The folder is made or gets the files all at once at the end: a write that
-    fails leaves what was there. Other files in the folder (a tokenizer, say) stay.
+    It consists of config.json, generation_config.json, and model.safetensors or shards with an index. Each tensor is
+    fetched from its device and written separately. All files appear in the folder together at the end, so a write that
+    fails leaves the folder unchanged. Other files in the folder (such as a tokenizer) stay.
 
     Args:
         model: all weights of a Qwen2-VL, in float32, bfloat16 or float16.
         directory: the folder to write.
-        max_shard_size: the largest file: bytes, or a number with KB, MB or GB. A single larger tensor has a file of its
-            own.
+        max_shard_size: size of the largest file: bytes, or a number with KB, MB or GB. A single larger tensor gets a file
+            for itself.
 
     Raises:
-        FileExistsError: a training run in the folder.
-        ValueError: weights that are missing, or that the hub's layout has no name for, LoRA's among them; numbers that
-            are not floating point.
+        AlreadyExistsError: the folder holds a training run.
+        UserError: missing weights, weights without a name on the hub (LoRA among them), or weights that are not floating
+            point.
 
     Example:
         >>> import tempfile
@@ -89,24 +90,24 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
         ['config.json', 'model.safetensors']
     """
     _refuse_lora(model)
-    leaves, config = param_paths(model), model.config
-    limit = _bytes(max_shard_size)
-    sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch_of(config.vision))
+    leaves, config, directory = param_paths(model), model.config, Path(directory)
+    shard_bytes = _parse_bytes(max_shard_size)
+    sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch_shape(config.vision))
     missing = [
         row.path for row in TABLE if row.path not in leaves and not (row.hub == LM_HEAD and config.tie_word_embeddings)
     ]
     if missing:
-        raise ValueError(f"The model lacks {missing}")
-    odd = {path: str(leaf.dtype) for path, leaf in leaves.items() if leaf.dtype not in _NAMES}
-    if odd:
-        raise ValueError(f"Weights that are not floating point: {odd}; expected one of {list(_TORCH_NAMES.values())}")
-    shards = _split(hub_tensors(leaves, sizes), leaves, limit)
-    if is_run(Path(directory)):
-        raise FileExistsError(f"{directory} holds a training run; expected a folder of its own for the hub's files")
-    # an earlier checkpoint's files would be read in place of these
-    of_orbax = ("params",) if (Path(directory) / "params" / "_METADATA").is_file() else ()
-    with arriving_together(Path(directory), stale=(*HUB_WEIGHTS, LORA, *of_orbax)) as folder:
-        write_config(folder, config, _TORCH_NAMES[_NAMES[leaves["language_model/norm/weight"].dtype]])
+        raise UserError(f"model lacks {missing}; expected all parameters of its config")
+    dtypes = {path: str(leaf.dtype) for path, leaf in leaves.items() if leaf.dtype not in _DTYPE_NAMES}
+    if dtypes:
+        raise UserError(f"weights are not floating point: {dtypes}; expected one of {list(_TORCH_NAMES.values())}")
+    shards = _split(hub_tensors(leaves, sizes), leaves, shard_bytes)
+    if is_run(directory):
+        raise AlreadyExistsError(f"{directory} holds a training run; expected another folder for the hub's files")
+    # files of an earlier checkpoint that would be loaded in place of these
+    orbax = ("params",) if (directory / "params" / "_METADATA").is_file() else ()
+    with staged_folder(directory, stale=(*HUB_WEIGHTS, LORA, *orbax)) as folder:
+        write_config(folder, config, _TORCH_NAMES[_DTYPE_NAMES[leaves["language_model/norm/weight"].dtype]])
         weight_map, total = {}, 0
         for number, tensors in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -114,36 +115,37 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
             total += write_safetensors(folder / name, tensors, leaves, sizes)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_json(folder / INDEX, index)
 
 
-def _bytes(size: int | str) -> int:
+def _parse_bytes(size: int | str) -> int:
     if isinstance(size, int) and size > 0:
         return size
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG])B", str(size).upper())
     if not match:
-        raise ValueError(f"max_shard_size is {size!r}; expected bytes, or a number with KB, MB or GB, as '5GB'")
+        raise UserError(f"max_shard_size is {size!r}; expected bytes, or a number with KB, MB or GB, such as '5GB'")
     return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
 
 
 def _refuse_lora(tree: Any) -> None:
-    found = next(iter(lora_leaves(tree)), None)
-    if found:
-        raise ValueError(
-            f"The model has LoRA ({found}, ...), which a checkpoint has no names for; expected merge_lora(model), or "
+    path = next(iter(lora_leaves(tree)), None)
+    if path:
+        raise UserError(
+            f"model has LoRA ({path}, ...), which has no names in a checkpoint; expected merge_lora(model), or "
             "save_adapter to write A and B alone"
         )
 
 
-def _split(tensors: list[HubTensor], leaves: dict[str, Any], limit: int) -> list[list[HubTensor]]:
-    shards, room = [], 0
+def _split(tensors: list[HubTensor], leaves: dict[str, Any], shard_bytes: int) -> list[list[HubTensor]]:
+    """Distributes tensors over shards, in order."""
+    shards, free = [], 0
     for tensor in tensors:
         size = _nbytes(tensor, leaves)
-        if not shards or size > room:
+        if not shards or size > free:
             shards.append([])
-            room = limit
+            free = shard_bytes
         shards[-1].append(tensor)
-        room -= size
+        free -= size
     return shards
 
 
@@ -152,19 +154,22 @@ def _nbytes(tensor: HubTensor, leaves: dict[str, Any]) -> int:
 
 
 def write_safetensors(file: Path, tensors: list[HubTensor], leaves: dict[str, Any], sizes: dict[str, int]) -> int:
-    """The format: length of the header (8 bytes), the header (JSON), the numbers. -> bytes of numbers.
+    """Writes a safetensors file: the length of the header (8 bytes), the header (JSON), and the values.
 
-    Written here because safetensors.numpy.save_file wants all tensors of a file in memory.
-    https://github.com/huggingface/safetensors
+    safetensors.numpy.save_file is not used because it needs all tensors of a file in memory.
+    Format: https://github.com/huggingface/safetensors
+
+    Returns:
+        The number of bytes of the values.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     end = 0
     for tensor in tensors:
         start, end = end, end + _nbytes(tensor, leaves)
-        dtype = _NAMES[leaves[tensor.row.path].dtype]
+        dtype = _DTYPE_NAMES[leaves[tensor.row.path].dtype]
         header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the values start at a multiple of 8
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
@@ -173,14 +178,15 @@ def write_safetensors(file: Path, tensors: list[HubTensor], leaves: dict[str, An
 
 
 def _fetch(tensor: HubTensor, leaf: Any, sizes: dict[str, int]) -> np.ndarray:
-    if leaf.nbytes <= SMALL:
+    """Returns one hub tensor of a parameter in host memory."""
+    if leaf.nbytes <= SMALL_BYTES:
         return np.ascontiguousarray(from_stack(tensor.row.layout, np.asarray(leaf), tensor.layer, sizes))
-    return np.asarray(_rearranged(leaf, tensor.layer, tensor.row.layout, tuple(sizes.items())))
+    return np.asarray(_rearrange(leaf, tensor.layer, tensor.row.layout, tuple(sizes.items())))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _rearranged(value: jax.Array, layer: int | None, layout: str, sizes: tuple) -> jax.Array:
-    # a copy, since the host's view of an array lives as long as the array: the model's own would stay in host memory
+def _rearrange(value: jax.Array, layer: int | None, layout: str, sizes: tuple) -> jax.Array:
+    # a copy, because the host's view of an array lives as long as the array: the model's would stay in host memory
     return jnp.copy(from_stack(layout, value, layer, dict(sizes)))
 
 
@@ -188,19 +194,22 @@ def _rearranged(value: jax.Array, layer: int | None, layout: str, sizes: tuple) 
 
 
 @contextlib.contextmanager
-def arriving_together(directory: Path, *, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder to write to; its files come into `directory` when the block ends without an error.
+def staged_folder(directory: Path, *, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """Yields a temporary folder, whose files move to `directory` if the `with` block ends without an error.
 
-    Files there that a pattern in `stale` fits and that were not written go.
+    Args:
+        directory: the folder to write, new or existing.
+        stale: file name patterns of an earlier checkpoint. Matching files that were not written are deleted.
+
+    Raises:
+        UserError: `directory` is a file or cannot be created.
     """
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; expected a folder, or a place for one")
+        raise UserError(f"{directory} is a file; expected a folder, or a path for a new one")
     directory = directory.absolute()
-    # beside what is new, to be renamed; inside of what exists, which may be a disk of its own
-    beside = directory if directory.exists() else directory.parent
-    beside.mkdir(parents=True, exist_ok=True)
-    folder = beside / f".{directory.name}.{secrets.token_hex(4)}.tmp"  # a killed process leaves its own behind
-    folder.mkdir()
+    # next to a new folder, so that it can be renamed; inside an existing one, which may be a separate disk
+    parent = make_folder(directory if directory.exists() else directory.parent)
+    folder = make_folder(parent / f".{directory.name}.{secrets.token_hex(4)}.tmp")  # stays if the process is killed
     try:
         yield folder
         if not directory.exists():

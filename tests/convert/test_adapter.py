@@ -1,4 +1,4 @@
-"""PEFT adapters: the names, numbers and gradients that PEFT has, and errors that say all that does not fit."""
+"""PEFT adapters: names, values and gradients equal PEFT's, and errors list all mismatches."""
 
 import functools
 import json
@@ -14,7 +14,8 @@ from convert import from_hf, load_adapter, save_adapter, to_hf, to_hf_state
 from convert.adapter import ADAPTED, ADAPTER, read_adapter_config
 from convert.table import TABLE
 from liger_jax import loss_fn
-from liger_jax.model.lora import TARGETS, TEXT_TARGETS, add_lora, lora_config, lora_leaves, merge_lora
+from liger_jax.errors import UserError
+from liger_jax.model.lora import TARGETS, TEXT_TARGETS, LoraOptions, add_lora, lora_config, lora_leaves, merge_lora
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
 from tests._support import parity
@@ -22,7 +23,7 @@ from tests._support import parity
 PEFT = parity.REFERENCES / "adapter"  # written by PEFT 0.21: make_adapter.py
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# What PEFT calls the modules of the model with 2 + 2 layers, and their (inputs, outputs).
+# PEFT's names of the modules of the model with 2 + 2 layers, and their (inputs, outputs).
 TEXT = {
     "self_attn.q_proj": (32, 32),
     "self_attn.k_proj": (32, 16),
@@ -48,7 +49,7 @@ def from_peft():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of PEFT's adapter, to be damaged."""
+    """Returns a copy of PEFT's adapter."""
     return shutil.copytree(PEFT, tmp_path / "adapter")
 
 
@@ -66,65 +67,65 @@ def test_every_adapted_weight_is_in_the_table():
     assert {row.path for row in ADAPTED.values()} <= {row.path for row in TABLE}
 
 
-def test_logits_loss_and_gradients_are_those_of_peft(tmp_path):
-    """An adapter of all linear layers that PEFT wrote, on one picture, to 2e-4."""
+def test_logits_loss_and_gradients_equal_peft(tmp_path):
+    """With PEFT's adapter of all linear layers, on one image, within 2e-4."""
     model = from_peft()
-    assert lora_config(model) == {"rank": 3, "alpha": 6, "targets": list(TARGETS), "rslora": False}
-    batch, tokens, wanted = parity.common(parity.batch("image")), parity.tokens("image"), parity.stored("adapter")
+    assert lora_config(model) == LoraOptions(rank=3, alpha=6, targets="all-linear")
+    batch, tokens, expected = parity.common(parity.batch("image")), parity.tokens("image"), parity.stored("adapter")
     logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))
     logits = logits[: tokens.shape[0], : tokens.shape[1]]
-    parity.assert_near(logits[tokens], wanted["logits"][tokens], what="logits")
+    parity.assert_near(logits[tokens], expected["logits"][tokens], what="logits")
     (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, batch)
-    parity.assert_near(loss, wanted["loss"], what="loss")
-    save_adapter(grads, tmp_path)  # which are shaped like the model
-    found = load_file(tmp_path / WEIGHTS)
-    assert found.keys() == {key.removeprefix("grad/") for key in wanted if key.startswith("grad/")}
-    for name, value in found.items():
-        parity.assert_near(value, wanted[f"grad/{name}"], what=name)
+    parity.assert_near(loss, expected["loss"], what="loss")
+    save_adapter(grads, tmp_path)  # gradients have the structure of the model
+    saved = load_file(tmp_path / WEIGHTS)
+    assert saved.keys() == {key.removeprefix("grad/") for key in expected if key.startswith("grad/")}
+    for name, value in saved.items():
+        parity.assert_near(value, expected[f"grad/{name}"], what=name)
 
 
-def test_writes_what_peft_wrote(tmp_path):
-    """The same names, shapes, dtypes and bits; a configuration whose every option PEFT's own has as well."""
+def test_saved_adapter_equals_pefts(tmp_path):
+    """The same names, shapes, dtypes and bits; every option of the configuration is also in PEFT's."""
     save_adapter(from_peft(), tmp_path / "new", base_model="Qwen/Qwen2-VL-2B-Instruct")
-    found, wanted = load_file(tmp_path / "new" / WEIGHTS), load_file(PEFT / WEIGHTS)
-    assert {name: (a.shape, a.dtype, a.tobytes()) for name, a in found.items()} == {
-        name: (a.shape, a.dtype, a.tobytes()) for name, a in wanted.items()
+    saved, stored = load_file(tmp_path / "new" / WEIGHTS), load_file(PEFT / WEIGHTS)
+    assert {name: (a.shape, a.dtype, a.tobytes()) for name, a in saved.items()} == {
+        name: (a.shape, a.dtype, a.tobytes()) for name, a in stored.items()
     }
     expected = {f"{module}.lora_A.weight": (3, inputs) for module, (inputs, _) in MODULES.items()}
     expected |= {f"{module}.lora_B.weight": (outputs, 3) for module, (_, outputs) in MODULES.items()}
-    assert {name: a.shape for name, a in found.items()} == expected
-    ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "new", PEFT))
-    assert ours.pop("base_model_name_or_path") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert ours.pop("target_modules") == list(TARGETS)
-    assert ours == {name: theirs[name] for name in ours}
+    assert {name: a.shape for name, a in saved.items()} == expected
+    config, peft_config = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "new", PEFT))
+    assert config.pop("base_model_name_or_path") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert config.pop("target_modules") == list(TARGETS)
+    assert config == {name: peft_config[name] for name in config}
 
 
-def test_merged_weights_are_those_that_peft_defines():
+def test_merged_weights_follow_pefts_formula():
     """W + alpha / r * lora_B @ lora_A for each weight of the Hugging Face checkpoint (float64)."""
-    found, base, lora = to_hf_state(merge_lora(from_peft())), to_hf_state(parity.model()), load_file(PEFT / WEIGHTS)
-    assert found.keys() == base.keys()
+    merged, base, lora = to_hf_state(merge_lora(from_peft())), to_hf_state(parity.model()), load_file(PEFT / WEIGHTS)
+    assert merged.keys() == base.keys()
     for name, weight in base.items():
         prefix = "model.language_model." if name.startswith("model.") else "model."
         module = f"base_model.model.{prefix}{name.removeprefix('model.').removesuffix('.weight')}"
         if module in MODULES:
             a, b = (lora[f"{module}.lora_{half}.weight"].astype(np.float64) for half in "AB")
             weight = weight + 6 / 3 * b @ a
-        parity.assert_near(found[name], weight, tolerance=1e-6, what=name)
+        parity.assert_near(merged[name], weight, tolerance=1e-6, what=name)
 
 
-# ---- there and back
+# ---- round trips
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {"targets": ["q_proj", "down_proj"], "rank": 1},
         {"targets": ["attn.proj", "mlp.2"], "rank": 5, "alpha": 2.5, "rslora": True},
     ],
 )
-def test_there_and_back(tmp_path, how):
+def test_round_trip(tmp_path, options):
     """Some targets, odd ranks, rsLoRA: the same structure and bits."""
-    model = add_lora(parity.model(), **how)
+    model = add_lora(parity.model(), **options)
     save_adapter(model, tmp_path)
     loaded = load_adapter(parity.model(), tmp_path)
     assert jax.tree.structure(loaded) == jax.tree.structure(model)
@@ -132,7 +133,7 @@ def test_there_and_back(tmp_path, how):
 
 
 def test_dtypes(tmp_path):
-    """A and B are written as they are, and read as float32 beside weights of any dtype."""
+    """A and B are written in their dtype, and loaded in the requested one for weights of any dtype."""
     plain = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parity.model())
     model = add_lora(plain, targets=["v_proj"], dtype="bfloat16")
     save_adapter(model, tmp_path)
@@ -147,15 +148,15 @@ def test_dtypes(tmp_path):
 def test_onto_a_mesh():
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
     base = from_hf(parity.REFERENCES / "model_untied", dtype="float32", mesh=mesh)
-    found, wanted = load_adapter(base, PEFT), from_peft()
-    shardings = param_paths(param_shardings(wanted, mesh))
-    for path, leaf in param_paths(wanted).items():
-        assert param_paths(found)[path].sharding.is_equivalent_to(shardings[path], leaf.ndim), path
-        np.testing.assert_array_equal(param_paths(found)[path], leaf)
+    loaded, expected = load_adapter(base, PEFT), from_peft()
+    shardings = param_paths(param_shardings(expected, mesh))
+    for path, leaf in param_paths(expected).items():
+        assert param_paths(loaded)[path].sharding.is_equivalent_to(shardings[path], leaf.ndim), path
+        np.testing.assert_array_equal(param_paths(loaded)[path], leaf)
 
 
 def test_names_of_older_transformers(folder):
-    """`model.layers.*` and `visual.*`, as adapters were written before 4.52."""
+    """`model.layers.*` and `visual.*`, which adapters had before 4.52."""
     tensors = {
         name.replace("model.language_model.", "model.").replace("model.model.visual.", "model.visual."): value
         for name, value in load_file(folder / WEIGHTS).items()
@@ -171,7 +172,7 @@ def test_names_of_older_transformers(folder):
     [
         ("all-linear", None, list(TARGETS)),
         ("all-linear", ["visual.merger.mlp.0", "2", "qkv", "fc1", "fc2", "attn.proj"], list(TEXT_TARGETS)),
-        (r"^model\.language_model(?=\.).*\.(q_proj|v_proj)$", None, ["q_proj", "v_proj"]),  # ms-swift's way
+        (r"^model\.language_model(?=\.).*\.(q_proj|v_proj)$", None, ["q_proj", "v_proj"]),  # as ms-swift writes it
         (r"^(?!.*visual).*(?:o_proj|proj).*", r".*mlp.*", ["q_proj", "k_proj", "v_proj", "o_proj"]),
         (["fc1", "mlp.0", "up_proj"], None, ["up_proj", "fc1", "mlp.0"]),
         (["visual.merger.mlp.2", "proj"], None, ["attn.proj", "mlp.2"]),
@@ -179,13 +180,13 @@ def test_names_of_older_transformers(folder):
 )
 def test_target_modules(folder, modules, excluded, targets):
     change_config(folder, target_modules=modules, exclude_modules=excluded)
-    assert read_adapter_config(folder / CONFIG)["targets"] == targets
+    assert read_adapter_config(folder / CONFIG).targets == tuple(targets)
 
 
 # ---- errors
 
 
-def test_all_that_does_not_fit_is_told_at_once(folder):
+def test_one_error_lists_all_mismatches(folder):
     tensors = load_file(folder / WEIGHTS)
     layer = "base_model.model.model.language_model.layers.1."
     del tensors[layer + "mlp.up_proj.lora_B.weight"]
@@ -193,7 +194,7 @@ def test_all_that_does_not_fit_is_told_at_once(folder):
     tensors[layer + "mlp.gate_proj.lora_A.weight"] = np.zeros((3, 32), np.int32)
     tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((3, 32), np.float32)
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         load_adapter(parity.model(), folder)
     assert str(caught.value).splitlines()[1:] == [
         f"  missing: {layer}mlp.up_proj.lora_B.weight",
@@ -220,25 +221,26 @@ def test_all_that_does_not_fit_is_told_at_once(folder):
         {"an_option_of_the_future": "on"},
         {"peft_type": "IA3"},
         {"r": None},
+        {"r": 0},
         {"target_modules": "("},
         {"target_modules": ["lm_head"]},
     ],
 )
-def test_options_that_are_not_supported(folder, option):
+def test_unsupported_options_are_refused(folder, option):
     change_config(folder, **option)
     with pytest.raises(ValueError, match=rf"{CONFIG}: .*{next(iter(option))}"):
         load_adapter(parity.model(), folder)
 
 
 def test_options_without_effect(folder):
-    """What only training reads, and what is off."""
+    """Options of training, and options that are off."""
     config = change_config(folder, lora_dropout=0.05, init_lora_weights="gaussian", an_option_of_the_future=None)
     assert config["inference_mode"] is True
     jax.tree.map(np.testing.assert_array_equal, load_adapter(parity.model(), folder), from_peft())
 
 
-def test_some_layers_only(folder):
-    """Target modules that name layers one by one: the others are missing."""
+def test_adapter_of_some_layers_is_refused(folder):
+    """If target modules name single layers, the tensors of the others are missing."""
     change_config(folder, target_modules=["model.language_model.layers.0.mlp.up_proj"])
     name = "base_model.model.model.language_model.layers.{}.mlp.up_proj.lora_{}.weight"
     tensors = load_file(folder / WEIGHTS)
@@ -247,17 +249,17 @@ def test_some_layers_only(folder):
         load_adapter(parity.model(), folder)
 
 
-def test_files_that_are_missing_or_damaged(folder):
+def test_missing_or_damaged_files(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"{WEIGHTS} is not a safetensors file"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is damaged.*expected a safetensors file"):
         load_adapter(parity.model(), folder)
     (folder / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS} missing, found \['{CONFIG}'\]"):
+    with pytest.raises(FileNotFoundError, match=rf"has no {WEIGHTS}, only \['{CONFIG}'\]"):
         load_adapter(parity.model(), folder)
 
 
-def test_models_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match="has LoRA already"):
+def test_models_with_and_without_lora_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="already has LoRA"):
         load_adapter(from_peft(), PEFT)
     with pytest.raises(ValueError, match="no LoRA to save"):
         save_adapter(parity.model(), tmp_path / "new")
@@ -267,8 +269,7 @@ def test_models_that_do_not_fit(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_other_files_stay(tmp_path):
-    """An adapter beside a checkpoint: neither replaces the other."""
+def test_adapter_and_checkpoint_share_a_folder(tmp_path):
     to_hf(parity.model(), tmp_path)
     before = {file.name for file in tmp_path.iterdir()}
     save_adapter(from_peft(), tmp_path)

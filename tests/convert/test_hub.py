@@ -1,4 +1,4 @@
-"""Hub ids, against a small server on this machine that speaks the hub's file API."""
+"""Hub ids: downloads, revisions and the cache, against a local server with the hub's file API."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ import pytest
 
 from tests._support import hub_layout as hub
 
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}  # v1 has a head of its own, main is tied
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}  # v1 has a separate head, main is tied
 
 
 class Hub(BaseHTTPRequestHandler):
-    """/api/models/{id}/revision/{rev}, /api/models/{id}/tree/{commit} and /{id}/resolve/{commit}/{file}."""
+    """Serves /api/models/{id}/revision/{rev}, /api/models/{id}/tree/{commit} and /{id}/resolve/{commit}/{file}."""
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -25,7 +25,7 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, *, body: bool):
-        self.server.seen.append(f"{self.command} {self.path}")
+        self.server.requests.append(f"{self.command} {self.path}")
         path, repo = self.path.partition("?")[0], "acme/tiny"
         status, headers, content = 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
         for revision, commit in COMMITS.items():
@@ -65,11 +65,11 @@ def etag(data: bytes) -> str:
 @pytest.fixture
 def server(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen, server.files = [], {}
+    server.requests, server.files = [], {}
     for (revision, commit), tied in zip(COMMITS.items(), (True, False), strict=True):
         folder = hub.write(tmp_path / revision, hub.tensors(tied=tied), shards=2, tied=tied)
         (folder / "tokenizer.json").write_text("{}")
-        (folder / "pytorch_model.bin").write_bytes(b"a pickle, to be left alone")
+        (folder / "pytorch_model.bin").write_bytes(b"a pickle, not to be downloaded")
         (folder / "example.png").write_bytes(b"not needed")
         server.files[commit] = {file.name: file.read_bytes() for file in folder.iterdir()}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -83,19 +83,20 @@ def server(tmp_path):
 SCRIPT = """
 import sys
 from convert import from_hf
-from convert.hub import find_checkpoint
+from convert.reader import find_checkpoint
+from liger_jax import UserError
 for repo, revision in [pair.split("@") for pair in sys.argv[1:]]:
     try:
         model = from_hf(repo, revision=revision or None)
         folder = find_checkpoint(repo, revision=revision or None)
         print("tied" if model.lm_head is None else "untied", *sorted(file.name for file in folder.iterdir()))
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(type(error).__name__, " ".join(str(error).split()))
 """
 
 
 def load(server, home, *models: str, **environment) -> list[str]:
-    """The script's lines, one for each model; in a process of its own, since HF_ENDPOINT is read at import."""
+    """Returns the script's output, one line per model. Runs in a separate process, since HF_ENDPOINT is read at import."""
     host, port = server.server_address
     settings = {
         "HF_ENDPOINT": f"http://{host}:{port}",
@@ -106,15 +107,15 @@ def load(server, home, *models: str, **environment) -> list[str]:
         "NO_PROXY": host,
         "no_proxy": host,
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", SCRIPT, *models],
         capture_output=True,
         text=True,
         timeout=120,
         env={**os.environ, **settings, **environment},
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
 
 
 def test_downloads_revisions_cache_and_offline(server, tmp_path):
@@ -130,18 +131,17 @@ def test_downloads_revisions_cache_and_offline(server, tmp_path):
     )
     assert main.split() == again.split() == ["tied", *files]
     assert v1.split() == ["untied", *files]
-    assert no_revision.startswith(
-        "FileNotFoundError acme/tiny: no such folder, and the hub does not give it at revision 'v9'"
-    )
-    assert no_repo.startswith("FileNotFoundError acme/nothing: no such folder, and the hub does not give it")
-    fetched = [line for line in server.seen if line.startswith("GET /acme")]
-    # each content once: the cache serves the second time, and what the two revisions have in common
+    failure = "is not a folder, and could not be downloaded from the hub"
+    assert no_revision.startswith(f"NotFoundError acme/tiny {failure} at revision 'v9'")
+    assert no_repo.startswith(f"NotFoundError acme/nothing {failure}")
+    fetched = [line for line in server.requests if line.startswith("GET /acme")]
+    # each content is downloaded once: repeated loads and files that both revisions share come from the cache
     assert len(fetched) == len({etag(server.files[commit][file]) for commit in COMMITS.values() for file in files})
-    assert not any("pytorch_model" in line or "png" in line for line in server.seen)
+    assert not any("pytorch_model" in line or "png" in line for line in server.requests)
 
-    # what is in the cache loads without a word to the server
-    server.seen.clear()
+    # a cached model loads without contacting the server
+    server.requests.clear()
     v1, absent = load(server, tmp_path / "home", "acme/tiny@v1", "acme/nothing@", HF_HUB_OFFLINE="1")
     assert v1.split() == ["untied", *files]
-    assert absent.startswith("FileNotFoundError acme/nothing: no such folder, and the hub does not give it")
-    assert server.seen == []
+    assert absent.startswith(f"NotFoundError acme/nothing {failure}")
+    assert server.requests == []

@@ -1,4 +1,4 @@
-"""to_hf and to_hf_state: the hub's names, shapes and numbers, all files or none, and transformers loads them."""
+"""to_hf and to_hf_state: the hub's names, shapes and values; files appear together; transformers loads them."""
 
 import json
 
@@ -14,8 +14,8 @@ import convert.writer
 from convert import from_hf, to_hf, to_hf_state
 from liger_jax import Qwen2VL, Qwen2VLConfig
 from liger_jax.model.params import param_paths
-from tests._support import parity
 from tests._support import hub_layout as hub
+from tests._support import parity
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +23,23 @@ def model(tmp_path_factory) -> Qwen2VL:
     return from_hf(hub.write(tmp_path_factory.mktemp("source"), hub.tensors()), dtype="float32")
 
 
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
     for name, array in expected.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+        assert actual[name].dtype == array.dtype
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
 
 
-def pure(tree) -> dict:
-    nested: dict = {}
+def nested(tree) -> dict:
+    """Returns the leaves as nested dicts."""
+    result: dict = {}
     for path, leaf in param_paths(tree).items():
         *outer, name = path.split("/")
-        inner = nested
+        inner = result
         for key in outer:
             inner = inner.setdefault(key, {})
         inner[name] = leaf
-    return nested
+    return result
 
 
 # ---- to_hf_state -----------------------------------------------------------------------------------------------------
@@ -52,24 +53,24 @@ def test_state_of_a_model_and_of_its_gradients(model):
 
 
 @pytest.mark.parametrize(
-    "form", [nnx.state, lambda m: nnx.to_pure_dict(nnx.state(m)), pure], ids=["state", "pure", "dict"]
+    "form", [nnx.state, lambda m: nnx.to_pure_dict(nnx.state(m)), nested], ids=["state", "pure", "dict"]
 )
 def test_state_of_other_trees(model, form):
     assert_equal(to_hf_state(form(model), config=model.config), hub.tensors())
 
 
 def test_state_of_numpy_bfloat16(model):
-    tree = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), pure(model))
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), nested(model))
     assert_equal(to_hf_state(tree, config=model.config), {k: v.astype(jnp.bfloat16) for k, v in hub.tensors().items()})
 
 
-def test_state_of_a_part(model):
+def test_state_of_some_parameters(model):
     part = {"language_model": {"norm": {"weight": np.ones(hub.H)}}}
     assert list(to_hf_state(part)) == ["model.norm.weight"]
     with pytest.raises(ValueError, match="language_model/adapter"):
         to_hf_state({"language_model": {"adapter": np.ones(2)}})
-    with pytest.raises(ValueError, match="expected 1176 where it has 96"):  # patches of 4 x 4, and nothing that says so
-        to_hf_state(pure(model))
+    with pytest.raises(ValueError, match="expected 1176 where it has 96"):  # patches of 4 x 4, without a config
+        to_hf_state(nested(model))
 
 
 # ---- to_hf -----------------------------------------------------------------------------------------------------------
@@ -99,14 +100,14 @@ def test_shards_and_index(tmp_path, model):
         f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))
     ]
     assert len(files) > 3
-    found = {}
+    tensors = {}
     for file in files:
         state = load_file(file)
         assert len(state) == 1 or sum(array.nbytes for array in state.values()) <= 10_000
         assert {index["weight_map"][name] for name in state} == {file.name}
-        found |= state
-    assert_equal(found, hub.tensors())
-    assert index["metadata"]["total_size"] == sum(array.nbytes for array in found.values())
+        tensors |= state
+    assert_equal(tensors, hub.tensors())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
     assert_equal(to_hf_state(from_hf(tmp_path, dtype="float32")), hub.tensors())
 
 
@@ -116,7 +117,7 @@ def test_tied_model_has_no_head(tmp_path):
     assert from_hf(tmp_path / "new").config.tie_word_embeddings
 
 
-def test_end_and_padding_tokens_are_kept(tmp_path):
+def test_eos_and_padding_tokens_are_kept(tmp_path):
     source = hub.write(tmp_path / "source", hub.tensors())
     (source / "generation_config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 8, "top_k": 1}')
     to_hf(from_hf(source), tmp_path / "new")
@@ -127,7 +128,7 @@ def test_end_and_padding_tokens_are_kept(tmp_path):
     assert Qwen2VLConfig.from_hf(tmp_path / "new") == Qwen2VLConfig.from_hf(source)
 
 
-def test_failed_write_changes_nothing(tmp_path, model, monkeypatch):
+def test_failed_write_leaves_the_folder_unchanged(tmp_path, model, monkeypatch):
     to_hf(model, tmp_path / "old")
     before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
     fetch, calls = convert.writer._fetch, iter(range(1000))
@@ -145,10 +146,10 @@ def test_failed_write_changes_nothing(tmp_path, model, monkeypatch):
     assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
 
 
-def test_replaces_an_earlier_checkpoint_and_nothing_else(tmp_path, model):
+def test_only_an_earlier_checkpoint_is_replaced(tmp_path, model):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "params").mkdir()
-    (tmp_path / "params" / "mine.txt").write_text("of something else")
+    (tmp_path / "params" / "mine.txt").write_text("of another program")
     to_hf(model, tmp_path, max_shard_size="10KB")
     to_hf(model, tmp_path)
     files = ["config.json", "model.safetensors", "params", "tokenizer.json"]
@@ -159,10 +160,10 @@ def test_replaces_an_earlier_checkpoint_and_nothing_else(tmp_path, model):
     assert_equal(to_hf_state(from_hf(tmp_path, dtype="float32")), hub.tensors())
 
 
-def test_refuses_before_writing(tmp_path, model):
+def test_invalid_models_are_refused_before_writing(tmp_path, model):
     headless = jax.tree.map(lambda leaf: leaf, model)
     headless.lm_head = None
-    with pytest.raises(ValueError, match=r"lacks \['lm_head/weight'\]"):
+    with pytest.raises(ValueError, match=r"model lacks \['lm_head/weight'\]"):
         to_hf(headless, tmp_path / "new")
     with pytest.raises(ValueError, match=r"not floating point: .*int32"):
         to_hf(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), model), tmp_path / "new")
@@ -176,9 +177,9 @@ def test_refuses_before_writing(tmp_path, model):
 
 
 def test_large_parameters_are_rearranged_on_the_device(tmp_path, model, monkeypatch):
-    """With no parameter counted as small: the same bytes."""
+    """Writes the same bytes when no parameter counts as small."""
     to_hf(model, tmp_path / "host")
-    monkeypatch.setattr(convert.writer, "SMALL", 0)
+    monkeypatch.setattr(convert.writer, "SMALL_BYTES", 0)
     to_hf(model, tmp_path / "device")
     assert (tmp_path / "host" / "model.safetensors").read_bytes() == (
         tmp_path / "device" / "model.safetensors"
@@ -188,21 +189,21 @@ def test_large_parameters_are_rearranged_on_the_device(tmp_path, model, monkeypa
 @pytest.mark.live
 @pytest.mark.parametrize("name", ["untied", "tied"])
 def test_transformers_loads_it(tmp_path, name):
-    """Every key is found, and the model is the one that transformers saved in the first place: weights and logits."""
+    """transformers finds every key, and gets the weights and logits of the model that it once saved."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     source = parity.REFERENCES / f"model_{name}"
     to_hf(from_hf(source, dtype="float32"), tmp_path, max_shard_size="50KB")
     load = transformers.Qwen2VLForConditionalGeneration.from_pretrained
-    ours, told = load(tmp_path, output_loading_info=True)
-    assert not any(told.values()), told
-    theirs = load(source)
-    assert ours.dtype == theirs.dtype == torch.float32
-    assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
-    state = theirs.state_dict()
-    assert ours.state_dict().keys() == state.keys()
-    for key, value in ours.state_dict().items():
+    loaded, report = load(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    expected = load(source)
+    assert loaded.dtype == expected.dtype == torch.float32
+    assert loaded.generation_config.eos_token_id == expected.generation_config.eos_token_id
+    state = expected.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for key, value in loaded.state_dict().items():
         assert torch.equal(value, state[key]), key
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+        assert torch.equal(loaded(input_ids=ids).logits, expected(input_ids=ids).logits)

@@ -1,0 +1,124 @@
+"""`convert_checkpoint` in both directions, and `python -m convert`."""
+
+import subprocess
+import sys
+
+import pytest
+
+from convert import from_hf, open_model, to_hf_state
+from convert.load import convert_checkpoint
+from liger_jax.checkpoint import load_model
+from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from tests._support import hub_layout as hub
+from tests.convert.test_writer import assert_equal
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = hub.write(tmp_path / "hf", hub.tensors(), shards=2)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 1}')
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    (folder / "preprocessor_config.json").write_text('{"b": 2}')
+    return folder
+
+
+def test_round_trip(source):
+    orbax, hf = source.with_name("orbax"), source.with_name("back")
+    summary = convert_checkpoint(str(source), orbax, dtype="float32")
+    assert "(hf) ->" in summary
+    assert f"{sum(array.size for array in hub.tensors().values()):,} parameters" in summary
+    assert "float32" in summary
+    assert_equal(to_hf_state(load_model(orbax)), hub.tensors())
+    assert_equal(to_hf_state(open_model(orbax)), hub.tensors())
+    assert "(orbax) ->" in convert_checkpoint(orbax, hf)
+    loaded = from_hf(hf, dtype="float32")
+    assert_equal(to_hf_state(loaded), hub.tensors())
+    assert loaded.config == from_hf(source).config
+    for name in ("generation_config.json", "tokenizer.json", "preprocessor_config.json"):
+        assert (hf / name).read_text() == (source / name).read_text()
+
+
+def test_same_format(source):
+    """`to="hf"` for a Hugging Face folder renames, casts and re-shards its tensors."""
+    convert_checkpoint(source, source.with_name("new"), to="hf", dtype="float32")
+    assert_equal(to_hf_state(from_hf(source.with_name("new"), dtype="float32")), hub.tensors())
+    assert not list(source.with_name("new").glob("*.index.json"))
+
+
+def test_files_in_the_target_are_kept_without_overwrite(source):
+    target = source.with_name("full")
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(AlreadyExistsError, match=r"not an empty folder; expected .*--overwrite"):
+        convert_checkpoint(source, target)
+    assert [file.name for file in target.iterdir()] == ["notes.txt"]
+    for _ in range(2):
+        convert_checkpoint(source, target, overwrite=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert load_model(target).config.text.hidden_size == hub.H
+
+
+def test_overwriting_removes_weights_of_the_other_format(source, tmp_path):
+    """A folder holds one model: weights that would be loaded in its place are deleted."""
+    target = tmp_path / "target"
+    for formats in (["orbax", "hf"], ["hf", "orbax"]):
+        for to in formats:
+            convert_checkpoint(source, target, to=to, overwrite=True)
+        assert (target / "params").exists() == (formats[-1] == "orbax")
+        assert bool(list(target.glob("model*.safetensors*"))) == (formats[-1] == "hf")
+    (target / "run.json").write_text("{}")
+    with pytest.raises(AlreadyExistsError, match="holds a training run"):
+        convert_checkpoint(source, target, to="hf", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), NotFoundError, r"config\.json"),
+        (
+            lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
+            NotFoundError,
+            r"model-00002-of-00002\.safetensors",
+        ),
+        (
+            lambda folder: (folder / "model-00002-of-00002.safetensors").write_bytes(b"x" * 99),
+            UserError,
+            "expected a safetensors file",
+        ),
+        (lambda folder: hub.write(folder, dict(list(hub.tensors().items())[3:])), UserError, "missing: "),
+    ],
+    ids=["no config", "no shard", "damaged", "missing tensors"],
+)
+def test_errors_write_nothing(source, spoil, error, message):
+    spoil(source)
+    with pytest.raises(error, match=message):
+        convert_checkpoint(source, source.with_name("new"))
+    assert not source.with_name("new").exists()
+
+
+def test_invalid_arguments(source):
+    with pytest.raises(UserError, match="expected different folders"):
+        convert_checkpoint(source, source, overwrite=True)
+    with pytest.raises(UserError, match="dtype is 'float7'"):
+        convert_checkpoint(source, source.with_name("new"), dtype="float7")
+    with pytest.raises(UserError, match="to is 'gguf'"):
+        convert_checkpoint(source, source.with_name("new"), to="gguf")
+
+
+def run_module(*arguments):
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command(source, tmp_path):
+    """`python -m convert` takes the flags of `liger-jax convert`, and prints a user's mistake as one line."""
+    process = run_module(source, tmp_path / "new", "--dtype", "float32", "--max-shard-size", "20KB", "--to", "hf")
+    assert process.returncode == 0, process.stderr
+    assert "parameters" in process.stdout
+    assert len(list((tmp_path / "new").glob("model-*.safetensors"))) > 3
+    hub.write(source, dict(list(hub.tensors().items())[3:]))
+    process = run_module(source, tmp_path / "other")
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert "missing: " in process.stderr and process.stderr.count("\n") == 1
+    assert not (tmp_path / "other").exists()
