@@ -1,1 +1,1 @@
-"""`liger-jax demo`: fine-tunes a small Qwen2-VL on handwritten digits and lets it answer questions about new ones."""
+"""`liger-jax demo`: fine-tunes a small Qwen2-VL on handwritten digits and asks it about digits it has not seen."""

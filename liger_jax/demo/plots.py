@@ -1,45 +1,53 @@
-"""The demo's two pictures."""
+"""The demo's two plots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+MAX_IMAGES = 3  # shown per question
+
 
 def plot_loss(path: Path, losses: Sequence[float], accuracies: Sequence[float]) -> None:
-    """Loss and token accuracy of every training step."""
+    """Plots loss and token accuracy of every training step."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(losses) + 1)
     lines = axes.plot(steps, losses, color="tab:blue", label="loss")
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    right = axes.twinx()
-    lines += right.plot(steps, accuracies, color="tab:orange", label="share of right tokens")
-    right.set(ylabel="share of right tokens", ylim=(0, 1))
+    right_axes = axes.twinx()
+    lines += right_axes.plot(steps, accuracies, color="tab:orange", label="token accuracy")
+    right_axes.set(ylabel="token accuracy", ylim=(0, 1))
     axes.legend(handles=lines, loc="center right")
     axes.set_title("Training")
     FigureCanvasAgg(figure).print_png(path)
 
 
-def plot_answers(
-    path: Path, prompts: Sequence[Sequence[dict]], answers: Sequence[str], expected: Sequence[str]
-) -> None:
-    """Each prompt's pictures in a row, with its question, the model's answer in green or red, and the right one."""
-    figure = Figure(figsize=(11, 1.0 * len(prompts) + 0.3), layout="constrained")
-    most = 3
-    rows = figure.subplots(len(prompts), most + 1, squeeze=False, width_ratios=[1] * most + [2.2])
-    for axes, messages, answer, right in zip(rows, prompts, answers, expected, strict=True):
-        parts = messages[-1]["content"]
-        pictures = [part["image"] for part in parts if part["type"] == "image"]
+def plot_answers(path: Path, conversations: Sequence[Sequence[dict]], answers: Sequence[Mapping[str, Any]]) -> None:
+    """Plots one row per conversation: its images, its question, and the model's answer, green if correct and red if not.
+
+    Args:
+        path: the PNG file to write.
+        conversations: conversations that end with a question and its answer.
+        answers: the model's answers to them, as `compare_answers` returns them.
+    """
+    figure = Figure(figsize=(11, 1.0 * len(answers) + 0.3), layout="constrained")
+    rows = figure.subplots(len(answers), MAX_IMAGES + 1, squeeze=False, width_ratios=[1] * MAX_IMAGES + [2.2])
+    for axes, conversation, answer in zip(rows, conversations, answers, strict=True):
+        parts = conversation[-2]["content"]
+        images = [part["image"] for part in parts if part["type"] == "image"]
         question = " ".join(part["text"] for part in parts if part["type"] == "text")
         for axis in axes:
             axis.axis("off")
-        for axis, picture in zip(axes, pictures, strict=False):
-            axis.imshow(picture)
+        for axis, image in zip(axes, images, strict=False):
+            axis.imshow(image)
         axes[-1].text(0, 0.7, question, fontsize=11, va="center")
-        told, colour = (answer, "tab:green") if answer == right else (f"{answer}   (it is {right})", "tab:red")
-        told = ascii(told)[1:-1]  # an untrained model says what no font can show
-        axes[-1].text(0, 0.3, told, fontsize=14, weight="bold", color=colour, va="center", parse_math=False)
+        text, colour = answer["answer"], "tab:green"
+        if not answer["exact"]:
+            text, colour = f"{text}   (correct: {answer['expected']})", "tab:red"
+        text = ascii(text)[1:-1]  # an untrained model generates characters that no font has
+        axes[-1].text(0, 0.3, text, fontsize=14, weight="bold", color=colour, va="center", parse_math=False)
     FigureCanvasAgg(figure).print_png(path)

@@ -1,4 +1,4 @@
-"""The demo from pictures to answers, through the functions that any other training run uses."""
+"""The demo, from images to answers, with the functions that any other training run uses."""
 
 import functools
 import itertools
@@ -11,31 +11,34 @@ from typing import NamedTuple
 import numpy as np
 import optax
 
-from liger_jax import Batch, Processor, Qwen2VL, Qwen2VLConfig, TrainState, prepare
+from liger_jax import Batch, Processor, Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
 from liger_jax.checkpoint import load_model, save_state
 from liger_jax.config import TextConfig, VisionConfig
 from liger_jax.data.loader import load_batches
 from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.plots import plot_answers, plot_loss
 from liger_jax.demo.tokenizer import train_tokenizer
+from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.inputs.images import VisionSettings
-from liger_jax.train.evaluation import answer
-from liger_jax.train.finetune import METRICS, fit
+from liger_jax.train.evaluation import compare_answers
+from liger_jax.train.finetune import fit
+from liger_jax.train.metrics import RunLog
+from liger_jax.train.run import METRICS
 
-# Every batch gets these shapes, tokens and patches of a conversation, so that one program trains on all of them.
+# Positions and patches per row: the same in every batch, so that one program trains on all of them.
 LENGTH, PATCHES = 48, 48
-# Digits in a conversation that is trained on. Three are the hardest, and teach most: a step costs the same for any.
+# Numbers of digits in the training conversations. Three are the hardest and teach the most; a step costs the same for any.
 COUNTS = (1, 2, 2, 3, 3, 3)
-MAX_ANSWER = 8
-EVALUATION_ROWS = 64
-SHOWN = 10
+MAX_ANSWER = 8  # tokens
+EVALUATION_BATCH = 64  # questions answered together
+SHOWN = 10  # answers in the plot
 RESULTS = ("checkpoint", METRICS, "loss.png", "answers.png")
 
 
 class Report(NamedTuple):
-    """What the demo found out: share of held-out questions answered exactly right, and where things lie."""
+    """The result of the demo, and the paths of what it wrote."""
 
-    accuracy: float
+    accuracy: float  # fraction of the held-out questions answered exactly
     seconds: float
     checkpoint: Path
     answers: Path
@@ -46,53 +49,63 @@ class Report(NamedTuple):
 def run_demo(
     output: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int, held_out: int, progress: bool = True
 ) -> Report:
-    """Trains, saves, loads, answers, plots; see `liger-jax demo --help` for the arguments.
+    """Trains a model, saves and loads it, asks it about held-out digits, and plots the results.
+
+    Args:
+        output: folder for all results; replaces those of an earlier demo.
+        steps: training steps.
+        batch_size: conversations per step.
+        learning_rate: peak learning rate.
+        seed: seed of the weights and of the order of the images.
+        held_out: number of questions about held-out digits.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: an argument that is out of range.
-        FileExistsError: `output` holds files of something else.
+        UserError: an argument is out of range.
+        AlreadyExistsError: `output` holds files that are not results of the demo.
     """
     started = time.perf_counter()
     for name, value in {"steps": steps, "batch_size": batch_size, "held_out": held_out}.items():
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise UserError(f"{name} is {value}; expected at least 1")
     if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
+        raise UserError(f"learning_rate is {learning_rate}; expected above 0")
     clear_output(output)
 
-    train, held = load_digits()
+    train, unseen = load_digits()
     processor = make_processor(train)
     config = make_config(processor)
     batches = load_batches(functools.partial(training_batch, processor, config, train, seed, batch_size), range(steps))
     model = Qwen2VL.init(config, seed=seed, dtype="float32")
     state = TrainState.create(model, make_optimizer(learning_rate, steps))
-    state, history = fit(state, batches, output / METRICS, steps=steps, remat="none", progress=progress)
+    with RunLog(output / METRICS, begin=0, steps=steps, progress=progress) as log:
+        state = fit(state, batches, make_train_step(remat="none"), log)
 
     checkpoint = output / "checkpoint"
     processor.save_pretrained(checkpoint)
     save_state(checkpoint, state)
     model, processor = load_model(checkpoint), Processor.from_pretrained(checkpoint)
 
-    questions = list(itertools.islice(conversations(held, np.random.default_rng(1)), held_out))
-    prompts, expected = [messages[:-1] for messages in questions], [messages[-1]["content"] for messages in questions]
-    room = {"max_new_tokens": MAX_ANSWER, "batch_size": EVALUATION_ROWS, "length": LENGTH, "patches": PATCHES}
-    answers = answer(model, processor, prompts, **room)
-    accuracy = float(np.mean([a == e for a, e in zip(answers, expected, strict=True)]))
+    questions = list(itertools.islice(conversations(unseen, np.random.default_rng(1)), held_out))
+    shape = {"batch_size": EVALUATION_BATCH, "length": LENGTH, "patches": PATCHES}
+    answers = compare_answers(model, processor, questions, max_new_tokens=MAX_ANSWER, **shape)
+    accuracy = float(np.mean([answer["exact"] for answer in answers]))
     with (output / METRICS).open("a") as file:
         print(json.dumps({"step": steps, "held_out_accuracy": accuracy, "held_out": held_out}), file=file)
-    plot_loss(output / "loss.png", [line["loss"] for line in history], [line["accuracy"] for line in history])
-    plot_answers(output / "answers.png", prompts[:SHOWN], answers[:SHOWN], expected[:SHOWN])
+    plot_loss(output / "loss.png", [line["loss"] for line in log.history], [line["accuracy"] for line in log.history])
+    plot_answers(output / "answers.png", questions[:SHOWN], answers[:SHOWN])
     paths = [output / name for name in ("checkpoint", "answers.png", "loss.png", METRICS)]
     return Report(accuracy, time.perf_counter() - started, *paths)
 
 
 def clear_output(output: Path) -> None:
-    """Makes the folder; an earlier demo's results in it go, anything else is an error."""
+    """Creates the folder, or removes an earlier demo's results from it; raises AlreadyExistsError for any other file."""
     if output.exists():
-        strange = [str(output)] if not output.is_dir() else [p.name for p in output.iterdir() if p.name not in RESULTS]
-        if strange:
-            raise FileExistsError(
-                f"{output} holds {strange[:5]}, which is no result of the demo: give another --output"
+        if not output.is_dir():
+            raise AlreadyExistsError(f"{output} is a file; expected a folder (see --output)")
+        if foreign := [path.name for path in output.iterdir() if path.name not in RESULTS]:
+            raise AlreadyExistsError(
+                f"{output} holds {foreign[:5]}; expected an empty folder or an earlier demo's results (see --output)"
             )
         for name in RESULTS:
             path = output / name
@@ -101,15 +114,15 @@ def clear_output(output: Path) -> None:
 
 
 def make_processor(digits: Digits) -> Processor:
-    """A processor with a tokenizer made for the demo's own texts, and limits for small pictures."""
-    plain = train_tokenizer([])
+    """Returns a processor with a tokenizer trained on the demo's texts, and limits for small images."""
+    byte_tokenizer = train_tokenizer([])
     sample = itertools.islice(conversations(digits, np.random.default_rng(0)), 200)
-    texts = [plain.apply_chat_template(messages, tokenize=False) for messages in sample]
+    texts = [byte_tokenizer.apply_chat_template(messages, tokenize=False) for messages in sample]
     return Processor(train_tokenizer(texts), VisionSettings(min_pixels=28 * 28, max_pixels=16 * 28 * 28))
 
 
 def make_config(processor: Processor) -> Qwen2VLConfig:
-    """A Qwen2-VL of a million parameters, for this tokenizer."""
+    """Returns the configuration of a Qwen2-VL with a million parameters, for this tokenizer."""
     token_id = processor.tokenizer.convert_tokens_to_ids
     text = TextConfig(
         vocab_size=-(-len(processor.tokenizer) // 64) * 64,
@@ -121,7 +134,7 @@ def make_config(processor: Processor) -> Qwen2VLConfig:
         head_dim=32,
         mrope_section=(4, 6, 6),
         max_position_embeddings=4096,
-        initializer_range=0.08,  # about 1 / sqrt(hidden_size); the usual 0.02 suits a model 20 times as wide
+        initializer_range=0.08,  # about 1 / sqrt(hidden_size); the usual 0.02 suits a model 20 times wider
     )
     return Qwen2VLConfig(
         text=text,
@@ -137,7 +150,7 @@ def make_config(processor: Processor) -> Qwen2VLConfig:
 
 
 def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, a warm-up over a tenth of the steps, then a cosine."""
+    """Returns AdamW with gradient clipping, a warmup over a tenth of the steps, and a cosine decay."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, -(-steps // 10), steps, 0.05 * learning_rate)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
 
@@ -145,7 +158,7 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
 def training_batch(
     processor: Processor, config: Qwen2VLConfig, digits: Digits, seed: int, batch_size: int, index: int
 ) -> Batch:
-    """The batch of a step: the same one whoever makes it."""
-    endless = conversations(digits, np.random.default_rng((seed, index)), counts=COUNTS)
-    inputs = processor(list(itertools.islice(endless, batch_size)), labels=True)
+    """Returns the batch of a step, the same in any process."""
+    stream = conversations(digits, np.random.default_rng((seed, index)), counts=COUNTS)
+    inputs = processor(list(itertools.islice(stream, batch_size)), labels=True)
     return prepare(config, **inputs, length=LENGTH, patches=PATCHES)

@@ -1,4 +1,4 @@
-"""A small tokenizer of Qwen2-VL's kind, made on the spot."""
+"""A small tokenizer like Qwen2-VL's, trained in an instant."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from liger_jax.inputs.processor import default_chat_template
 
-# In this order at the end of the vocabulary, as in Qwen2-VL's.
+# In this order, at the end of the vocabulary, as in Qwen2-VL's.
 SPECIAL_TOKENS = [
     f"<|{name}|>"
     for name in (
@@ -27,17 +27,17 @@ SPECIAL_TOKENS = [
         "video_pad",
     )
 ]
-# How Qwen2-VL cuts text before byte-pair encoding.
+# How Qwen2-VL splits text before byte-pair encoding.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding over bytes, cut like Qwen2-VL's, with its special tokens and chat template.
+    """Trains a byte-level BPE tokenizer with Qwen2-VL's text splitting, special tokens and chat template.
 
-    Any text can be encoded: the 256 bytes are always there, and merges learnt from `texts` come on top, up to
-    `vocab_size` tokens with the 14 special ones at the end. The same texts give the same tokenizer.
+    It encodes any text: the vocabulary has the 256 bytes, then merges learnt from `texts`, then the 14 special tokens, up
+    to `vocab_size` tokens in total. The same texts give the same tokenizer.
 
     Example:
         >>> tokenizer = train_tokenizer([])

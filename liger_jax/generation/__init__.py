@@ -1,1 +1,1 @@
-"""Prompts in; tokens, then text, out."""
+"""Generation: from prompts to tokens, and from tokens to text."""

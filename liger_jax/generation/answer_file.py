@@ -1,7 +1,6 @@
-"""Answers to a file of questions: batched by size, written as they come, continued where they were stopped."""
+"""Answers to a file of questions, written as they are generated. An interrupted run can be resumed."""
 
 import json
-import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,21 +9,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from liger_jax.data.records import conversation_of, read_records
+from liger_jax.config import Qwen2VLConfig
+from liger_jax.data.records import parse_record, read_records
+from liger_jax.errors import UserError, warn_skipped
 from liger_jax.files import atomic_write, fingerprint
-from liger_jax.generation.generate import generate
-from liger_jax.generation.loop import check_prompts
+from liger_jax.generation.answer import answer_batch, prepare_prompt
 from liger_jax.generation.options import GenerationOptions
-from liger_jax.inputs.batch import Batch, prepare
+from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
 
-WAITING = 8  # batches' worth of questions that may wait for others of their size
+MAX_WAITING = 8  # batches' worth of prompts that may wait for others of their shape
 
 
 class Record(NamedTuple):
-    """A record of a file: its number, from 1, a name for messages, and what is in it."""
+    """A record of a data file: its number, counted from 1, its name in messages, and its parsed JSON value."""
 
     number: int
     name: str
@@ -32,10 +32,25 @@ class Record(NamedTuple):
 
     @property
     def label(self) -> dict[str, Any]:
-        """What its line in the output begins with."""
-        known = isinstance(self.value, Mapping) and self.value.get("id") is not None
+        """The fields that identify the record in the output."""
         content = str(self.value) if isinstance(self.value, Exception) else self.value
-        return {"record": self.number, "content": fingerprint(content)} | ({"id": self.value["id"]} if known else {})
+        label = {"record": self.number, "content": fingerprint(content)}
+        if isinstance(self.value, Mapping) and self.value.get("id") is not None:
+            label["id"] = self.value["id"]
+        return label
+
+
+class Prompt(NamedTuple):
+    """A record that is ready to be answered, as a batch of one row."""
+
+    record: Record
+    batch: Batch
+
+    @property
+    def shape(self) -> Hashable:
+        """Prompts of equal shape can share a batch, which runs the same compiled program."""
+        leaves, structure = jax.tree.flatten(self.batch)
+        return structure, tuple(leaf.shape for leaf in leaves)
 
 
 def answer_file(
@@ -50,152 +65,166 @@ def answer_file(
     skip_broken: bool = False,
     progress: bool = True,
 ) -> int:
-    """Answers every record of a file; -> how many answers are in `output` in the end.
+    """Answers every record of a file.
 
-    A record is a conversation in one of the formats of `liger_jax.data.records`; an answer that it ends with is left out and asked
-    for anew. An answer is a line `{"record": 3, "content": "9f..", "id": ..., "answer": "..."}`: the record's number in the
-    file, from 1, a short hash of what is in it, its id if it has one. Questions of like size are answered together, so lines
-    come in another order than records. Run again with the same output, it goes on where it was stopped, and tries again
-    what was left out as broken; the same answers come out, if model and options are the same.
+    A record is a conversation in one of the formats of `liger_jax.data.records`. If it ends with an answer, that answer is
+    removed and generated again. The output has a line per record: `{"record": 3, "content": "9f..", "id": ..., "answer":
+    "..."}` with the record's number in the file, counted from 1, a short hash of its content, and its id if it has one.
+    Questions of similar size are answered together, so the lines are not in the order of the records.
+
+    The run can be interrupted and resumed with the same output, which also retries the records skipped as broken. Answers
+    do not depend on batch composition, so a resumed run gives the same ones with the same model and options.
 
     Args:
-        data: a .json file with a list, or a file with a JSON record a line.
-        output: file of answers, a line each; written after each batch.
-        options: of the answers; each record draws with its own seed, made of its number and `options.seed`.
-        batch_size: questions answered together; the last ones are filled up, so that they compile nothing.
-        media: folder that relative paths of pictures start from; None: that of the data.
-        skip_broken: leave broken records out, with a warning and a line `{"record": 3, "error": "..."}`, and go on.
-        progress: show a bar.
+        model: the model.
+        processor: the model's processor.
+        data: a .json file with a list, or a file with one JSON record per line.
+        output: file of answers, one per line; written after each batch.
+        options: generation options; each record samples with its own seed, `options.seed` plus its number.
+        batch_size: questions answered together; smaller batches are filled up, so that they do not recompile.
+        media: folder that relative image paths start from; by default that of the data.
+        skip_broken: skip broken records with a warning and a line `{"record": 3, "error": "..."}` instead of stopping.
+        progress: show a progress bar.
+
+    Returns:
+        The number of answers in `output` at the end.
 
     Raises:
-        FileNotFoundError: no such data.
-        ValueError: an argument out of range, a broken record, or an output that is not this data's.
+        NotFoundError: `data` does not exist.
+        UserError: an argument is out of range, a record is broken, or `output` belongs to other data.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    if options.num_return_sequences != 1 or options.logprobs is not None or np.ndim(options.seed):
-        raise ValueError("A record has one answer, as text; expected num_return_sequences 1, no logprobs, one seed")
-    options.check_tokens(model.config, prompts=1)
+        raise UserError(f"batch_size is {batch_size}; expected at least 1")
+    if np.ndim(options.seed):
+        raise UserError(f"seed is {options.seed}; expected a single seed for a file of questions")
+    options.check_single_text()
+    options.check_against(model.config, prompts=1)
     data, output = Path(data), Path(output)
-    folder = data.parent if media is None else Path(media)
     records = [Record(number, *record) for number, record in enumerate(read_records(data), start=1)]
-    done = _answered_before(output, {record.number: record.label for record in records})
-    left = [record for record in records if record.number not in done]
-
-    broken: list[dict] = []
-
-    def refuse(record: Record, error: Exception) -> None:
-        if not skip_broken:
-            raise ValueError(f"{data}, {record.name}: {error}") from error
-        warnings.warn(f"{data}, {record.name}: left out: {error}", stacklevel=3)
-        broken.append(record.label | {"error": str(error)})
-
-    questions = []
-    for record in left:  # all formats and paths, before anything is computed
-        try:
-            questions.append((record, _question(conversation_of(record.value, folder))))
-        except (ValueError, OSError) as error:
-            refuse(record, error)
-
-    def batches() -> Iterator[tuple[Record, Batch]]:
-        for record, question in questions:
-            try:
-                batch = prepare(model.config, **processor(question, add_generation_prompt=True))
-                check_prompts(batch, options.max_new_tokens, model.config.text.max_position_embeddings)
-            except (ValueError, FileNotFoundError) as error:
-                refuse(record, error)
-            else:
-                yield record, batch
+    answered = _read_answered(output, {record.number: record.label for record in records})
+    remaining = [record for record in records if record.number not in answered]
+    broken = _BrokenRecords(data, skip_broken)
+    folder = data.parent if media is None else Path(media)
+    questions = list(_read_questions(remaining, folder, broken))  # checks every record before any computation
+    prompts = _prepare_prompts(questions, processor, model.config, options.max_new_tokens, broken)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    counts = {"total": len(records), "initial": len(done)}
+    counts = {"total": len(records), "initial": len(answered)}
     with output.open("a", encoding="utf-8") as file, tqdm(**counts, unit="answer", disable=not progress) as bar:
 
         def write(lines: Sequence[dict]) -> None:
-            file.writelines(_as_json(line) + "\n" for line in lines)
+            file.writelines(_to_json(line) + "\n" for line in lines)
             file.flush()
             bar.update(len(lines))
 
-        for group in _grouped(batches(), batch_size):
-            texts = _answers(model, processor, group, batch_size, options)
-            write([record.label | {"answer": text} for (record, _), text in zip(group, texts, strict=True)])
-        write(broken)
+        for group in _group_by_shape(prompts, batch_size):
+            batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(prompt.batch for prompt in group))
+            seeds = [options.seed + prompt.record.number for prompt in group]
+            answers = answer_batch(model, processor, batch, options, seeds=seeds, batch_size=batch_size)
+            write([prompt.record.label | {"answer": text} for prompt, text in zip(group, answers, strict=True)])
+        write(broken.lines)
+    warn_skipped(f"{data}: skipped {len(broken.lines)} of {len(records)} records", broken.messages)
     return sum("answer" in json.loads(line) for line in output.read_bytes().splitlines())
 
 
-def _grouped(ready: Iterator[tuple[Record, Batch]], size: int) -> Iterator[list[tuple[Record, Batch]]]:
-    """Groups of one shape, `size` in each; smaller ones if too many wait, and at the end."""
-    waiting: dict[Hashable, list[tuple[Record, Batch]]] = {}
-    for record, batch in ready:
-        shape = _shape(batch)
-        waiting.setdefault(shape, []).append((record, batch))
+class _BrokenRecords:
+    """Collects broken records if they are to be skipped, or else raises an error that names the first one."""
+
+    def __init__(self, data: Path, skip: bool):
+        self._data, self._skip = data, skip
+        self.messages: list[str] = []
+        self.lines: list[dict[str, Any]] = []  # for the output
+
+    def add(self, record: Record, error: UserError) -> None:
+        if not self._skip:
+            raise UserError(f"{self._data}, {record.name}: {error}") from error
+        self.messages.append(f"{record.name}: {error}")
+        self.lines.append(record.label | {"error": str(error)})
+
+
+def _read_questions(
+    records: Sequence[Record], folder: Path, broken: _BrokenRecords
+) -> Iterator[tuple[Record, Conversation]]:
+    """Yields each record's conversation without the answers at its end."""
+    for record in records:
+        try:
+            question = _remove_answers(parse_record(record.value, folder))
+        except UserError as error:
+            broken.add(record, error)
+        else:
+            yield record, question
+
+
+def _remove_answers(conversation: Conversation) -> Conversation:
+    while conversation and conversation[-1]["role"] == "assistant":
+        conversation = conversation[:-1]
+    if not any(message["role"] == "user" for message in conversation):
+        raise UserError("no question; expected a turn of the user")
+    return conversation
+
+
+def _prepare_prompts(
+    questions: Sequence[tuple[Record, Conversation]],
+    processor: Processor,
+    config: Qwen2VLConfig,
+    max_new_tokens: int,
+    broken: _BrokenRecords,
+) -> Iterator[Prompt]:
+    for record, question in questions:
+        try:
+            batch = prepare_prompt(processor, config, question, max_new_tokens)
+        except UserError as error:
+            broken.add(record, error)
+        else:
+            yield Prompt(record, batch)
+
+
+def _group_by_shape(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Yields groups of `size` prompts of one shape, and smaller ones if too many prompts wait, and at the end."""
+    waiting: dict[Hashable, list[Prompt]] = {}
+    for prompt in prompts:
+        shape = prompt.shape
+        waiting.setdefault(shape, []).append(prompt)
         if len(waiting[shape]) == size:
             yield waiting.pop(shape)
-        elif sum(map(len, waiting.values())) > WAITING * size:
+        elif sum(map(len, waiting.values())) > MAX_WAITING * size:
             yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
     yield from waiting.values()
 
 
-def _question(conversation: Conversation) -> Conversation:
-    """Without the answer at its end."""
-    while conversation and conversation[-1]["role"] == "assistant":
-        conversation = conversation[:-1]
-    if not any(message["role"] == "user" for message in conversation):
-        raise ValueError("no question: expected a turn of the user")
-    return conversation
-
-
-def _as_json(line: dict) -> str:
+def _to_json(line: dict) -> str:
     text = json.dumps(line, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a character, as an id may hold one
+    except UnicodeEncodeError:  # half of a surrogate pair, which an id may hold
         return json.dumps(line)
     return text
 
 
-def _shape(batch: Batch) -> Hashable:
-    """Batches that can stand in one, and for which the same program is compiled, have the same."""
-    leaves, structure = jax.tree.flatten(batch)
-    return structure, tuple(leaf.shape for leaf in leaves)
-
-
-def _answers(
-    model: Qwen2VL,
-    processor: Processor,
-    group: Sequence[tuple[Record, Batch]],
-    batch_size: int,
-    options: GenerationOptions,
-) -> list[str]:
-    rows = [*group, *[group[0]] * (batch_size - len(group))]  # one program for all, also where fewer are left
-    batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(batch for _, batch in rows))
-    seeds = [options.seed + record.number for record, _ in rows]
-    tokens = generate(model, batch, tokenizer=processor, **vars(options) | {"seed": seeds})
-    return processor.decode(tokens)[: len(group)]
-
-
-def _answered_before(output: Path, labels: dict[int, dict]) -> set[int]:
-    """The records that have their answer in `output`; lines of errors, to be tried again, and one cut short are taken away.
+def _read_answered(output: Path, labels: dict[int, dict]) -> set[int]:
+    """Returns the numbers of the records answered in `output`, and removes its error lines and an incomplete last line.
 
     Raises:
-        ValueError: a line that is none of this file's answers.
+        UserError: a line is not an answer to one of the records.
     """
     if not output.exists():
         return set()
-    written = output.read_bytes()
-    whole = written[: written.rfind(b"\n") + 1]
-    done, kept = set(), []
-    for number, text in enumerate(whole.splitlines(keepends=True), start=1):
+    content = output.read_bytes()
+    complete_lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    answered, answer_lines = set(), []
+    for number, text in enumerate(complete_lines, start=1):
         try:
             line = json.loads(text)
-            expected = labels[line["record"]]
+            label = labels[line["record"]]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{output}, line {number} is no answer to a record of this data: {text[:80]}") from error
-        if not expected.items() <= line.items() or not ({"answer", "error"} & line.keys()):
-            raise ValueError(f"{output}, line {number} is {text[:80]}; expected an answer to {expected}")
+            raise UserError(
+                f"{output}, line {number} is {text[:80]}; expected an answer to a record of this data"
+            ) from error
+        if not label.items() <= line.items() or not ({"answer", "error"} & line.keys()):
+            raise UserError(f"{output}, line {number} is {text[:80]}; expected an answer to {label}")
         if "answer" in line:
-            done.add(line["record"])
-            kept.append(text)
-    if (answers := b"".join(kept)) != written:
+            answered.add(line["record"])
+            answer_lines.append(text)
+    if (answers := b"".join(answer_lines)) != content:
         atomic_write(output, answers)
-    return done
+    return answered

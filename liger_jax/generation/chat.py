@@ -1,151 +1,168 @@
-"""A conversation that goes on: what was said stays in the cache, and only what is new is read."""
+"""A conversation of several turns. The KV cache keeps the earlier turns, so only new tokens are prefilled."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from liger_jax.generation.generate import check_one_answer, read_pieces
-from liger_jax.generation.loop import Decoding, check_prompts, extend, first_token_logits, grow, init_cache, prefill
+from liger_jax.generation.generate import stream_text
+from liger_jax.generation.loop import (
+    DecodeSession,
+    check_prompts,
+    extend,
+    first_token_logits,
+    grow,
+    init_cache,
+    prefill,
+)
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch, bucket, prepare
 from liger_jax.inputs.messages import KINDS, Kind, as_list
-from liger_jax.inputs.positions import positions_of, vision_items
+from liger_jax.inputs.positions import VisionItem, rope_positions, vision_items
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
 
-SLOTS = 1024  # the cache grows by this at first, then by a fourth and more: few sizes, few compilations
+SLOTS = 1024  # cache sizes are buckets of this: it grows by this at first, later by a quarter or more, so it rarely compiles
+
+Patches = tuple[np.ndarray, np.ndarray]  # of one image or video: its grid (t, h, w), and its patches
 
 
 class Chat:
-    """A conversation with a model about texts, pictures and videos.
+    """A conversation with a model about text, images and videos.
 
-    Each question is rendered with all that came before, as if it were asked anew; of its tokens, those that the cache has
-    from earlier turns are not read again, so a picture goes through the vision tower once. Answers are those of a fresh
-    prompt. Pictures stay in host memory as patches, to be read again should the cache be lost (Ctrl-C while a turn is read).
+    Each question is rendered with the whole conversation before it. The tokens that the cache holds from earlier turns are
+    not prefilled again, so an image runs through the vision tower once. Answers are those of a fresh prompt. Patches of the
+    images stay in host memory, to be prefilled again if the cache is lost (Ctrl-C during a prefill).
 
     Args:
-        model, processor: of the same checkpoint.
-        system: the system message; None: that of the chat template.
-        options: see `GenerationOptions`; `vars(GenerationOptions.from_hf(folder))` for the checkpoint's own.
+        model: the model.
+        processor: the processor of the same checkpoint.
+        system: the system message; None uses that of the chat template.
+        options: the fields of `GenerationOptions`; `vars(GenerationOptions.from_hf(folder))` has the checkpoint's own.
 
     Attributes:
-        messages: the conversation so far, with `{"type": "image"}` in a picture's place.
+        messages: the conversation so far, with `{"type": "image"}` in place of each image.
 
     Raises:
-        ValueError: an option out of range, or one that a single answer has no use for.
+        UserError: an option is out of range, or asks for more than one text.
 
     Example:
         >>> chat = Chat(model, processor, max_new_tokens=256)  # doctest: +SKIP
         >>> chat.ask("What is this?", images=["dog.jpg"])  # doctest: +SKIP
         'A Labrador.'
-        >>> for piece in chat.stream("Which colour has it?"):  # doctest: +SKIP
+        >>> for piece in chat.stream("What colour is it?"):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
 
     def __init__(self, model: Qwen2VL, processor: Processor, *, system: str | None = None, **options: Any):
         self.model, self.processor, self.system = model, processor, system
         self.options = GenerationOptions(**options)
-        check_one_answer(self.options)
-        self.options.check_tokens(model.config, prompts=1)
+        self.options.check_single_text()
+        self.options.check_against(model.config, prompts=1)
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Starts a new conversation."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        # of each kind, grid and patches: to be read again if the cache is lost, or a template changes what it wrote
-        self._pictures: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {kind.name: [] for kind in KINDS}
-        self._decoding: Decoding | None = None  # of the last answer; it has the cache
-        self._prompt: list[int] = []  # the tokens in the cache: those of the last prompt,
-        self._answer: list[int] = []  # then those of the answer but its last, which nothing was computed from
+        # By kind, in order. Prefilled again if the cache is lost, or if the chat template renders earlier turns differently.
+        self._media: dict[str, list[Patches]] = {kind.name: [] for kind in KINDS}
+        self._session: DecodeSession | None = None  # of the last answer; holds the cache
+        self._prompt: list[int] = []  # The cache holds the tokens of the last prompt and of its answer so far,
+        self._answer: list[int] = []  # except the answer's last token, which has not been computed with yet.
 
     def ask(self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
-        """The answer, as a whole."""
+        """Returns the whole answer to a question; the arguments are those of `stream`."""
         return "".join(self.stream(question, images=images, videos=videos))
 
     def stream(self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Iterator[str]:
-        """The answer in pieces, see `generation.stream`. If no more of them are taken, the answer ends there.
+        """Yields the answer to a question in pieces, see `liger_jax.stream`. The answer ends where the reader stops.
 
         Args:
-            question: what the user says.
-            images, videos: shown before it; what `Processor` takes as such.
+            question: the text of the question.
+            images: images shown before the text, in any form that `Processor` accepts.
+            videos: videos shown before the text.
 
         Raises:
-            ValueError: a picture that cannot be read, or a conversation longer than the model's positions; it is as it was
-                before then. FileNotFoundError: no such picture.
+            NotFoundError: an image does not exist.
+            UserError: an image cannot be read, or the conversation exceeds the model's positions. The conversation is
+                then unchanged.
         """
-        media = {"image": as_list(images), "video": as_list(videos)}
-        shown = [(kind.name, source) for kind in KINDS for source in media[kind.name]]
-        said = {"type": "text", "text": question}
-        turn = self.processor([_user([*({"type": kind, kind: source} for kind, source in shown), said])])
-        messages = [*self.messages, _user([*({"type": kind} for kind, _ in shown), said])]
-        pictures = {kind.name: [*self._pictures[kind.name], *_pictures_of(turn, kind)] for kind in KINDS}
+        sources = {"image": as_list(images), "video": as_list(videos)}
+        parts = [{"type": kind.name, kind.name: source} for kind in KINDS for source in sources[kind.name]]
+        text = {"type": "text", "text": question}
+        arrays = self.processor([{"role": "user", "content": [*parts, text]}])
+        media = {kind.name: [*self._media[kind.name], *_split_patches(arrays, kind)] for kind in KINDS}
+        placeholders = [{"type": part["type"]} for part in parts]
+        messages = [*self.messages, {"role": "user", "content": [*placeholders, text]}]
 
-        ids, batch, known = self._new_tokens(messages, pictures)
-        check_prompts(batch, self.options.max_new_tokens, self.model.config.text.max_position_embeddings)
-        decoding = self._read(ids, batch, known)
+        ids, batch, cached = self._prepare_turn(messages, media)
+        check_prompts(self.model.config, batch, self.options.max_new_tokens)
+        session = self._prefill_turn(ids, batch, cached)
         self.messages = [*messages, {"role": "assistant", "content": ""}]
-        self._pictures, self._decoding, self._prompt, self._answer = pictures, decoding, ids.tolist(), []
-        return self._told(self.messages[-1], decoding, self._answer)
+        self._media, self._session, self._prompt, self._answer = media, session, ids.tolist(), []
+        return self._stream_answer(self.messages[-1], session, self._answer)
 
-    def _told(self, message: dict, decoding: Decoding, tokens: list[int]) -> Iterator[str]:
-        if decoding is not self._decoding:  # nobody began to read before the next question
-            return
-        for piece in read_pieces(decoding, self.processor, self.options.all_stop_strings, tokens):
-            message["content"] += piece
-            yield piece
-            if decoding is not self._decoding:  # a newer question has taken the cache over
-                return
-
-    def _new_tokens(self, messages: list[dict], pictures: dict[str, list]) -> tuple[np.ndarray, Batch, int]:
-        """-> all tokens of the prompt, the batch of those that are not in the cache, and how many are."""
-        config, grids = self.model.config, {name: [grid for grid, _ in of] for name, of in pictures.items()}
+    def _prepare_turn(self, messages: list[dict], media: dict[str, list[Patches]]) -> tuple[np.ndarray, Batch, int]:
+        """Returns the prompt's tokens [T], a batch of those to prefill, and the number of cached tokens before them."""
+        config = self.model.config
+        grids = {name: [grid for grid, _ in items] for name, items in media.items()}
         ids = self.processor.prompt_ids(messages, grids)
-        given = (np.array(grids[kind.name]) if grids[kind.name] else None for kind in KINDS)
-        everywhere = np.ones((1, len(ids)), np.int64)
-        items = vision_items(config, ids[None], everywhere, *given)
-        positions = positions_of(config, everywhere, items, "max")
-
-        cached = np.array(self._prompt + self._answer[:-1], np.int64)[: len(ids) - 1]  # a token at least is read
-        differs = np.flatnonzero(cached != ids[: len(cached)])
-        known = int(differs[0]) if len(differs) else len(cached)
-        for item in items[0]:  # a picture is read as a whole
-            if item.columns[0] < known <= item.columns[-1]:
-                known = int(item.columns[0])
-        new = {}
+        segment_ids = np.ones((1, len(ids)), np.int64)
+        grid_arrays = (np.array(grids[kind.name]) if grids[kind.name] else None for kind in KINDS)
+        items = vision_items(config, ids[None], segment_ids, *grid_arrays)
+        position_ids = rope_positions(config, segment_ids, items, "max")
+        cached = self._count_cached(ids, items[0])
+        new_media = {}
         for kind in KINDS:
-            count = sum(KINDS[item.is_video] is kind and item.columns[0] >= known for item in items[0])
+            count = sum(KINDS[item.is_video] is kind and item.positions[0] >= cached for item in items[0])
             if count:
-                grid, patches = zip(*pictures[kind.name][-count:], strict=True)
-                new |= dict(zip(kind.arrays, (np.concatenate(patches), np.array(grid)), strict=True))
-        return ids, prepare(config, input_ids=ids[None, known:], position_ids=positions[:, :, known:], **new), known
+                new_grids, patches = zip(*media[kind.name][-count:], strict=True)
+                new_media |= dict(zip(kind.arrays, (np.concatenate(patches), np.array(new_grids)), strict=True))
+        batch = prepare(config, input_ids=ids[None, cached:], position_ids=position_ids[:, :, cached:], **new_media)
+        return ids, batch, cached
 
-    def _read(self, ids: np.ndarray, batch: Batch, known: int) -> Decoding:
-        """Reads the batch behind the `known` first tokens of the cache."""
-        columns, mesh = batch.shape[1], get_mesh(self.model)
-        slots = bucket(max(known + columns, len(ids) + self.options.max_new_tokens), SLOTS)
+    def _count_cached(self, ids: np.ndarray, items: list[VisionItem]) -> int:
+        """Returns the number of leading tokens that the cache holds; at least one token and only whole images remain."""
+        cache_ids = np.array(self._prompt + self._answer[:-1], np.int64)[: len(ids) - 1]
+        mismatches = np.flatnonzero(cache_ids != ids[: len(cache_ids)])
+        cached = int(mismatches[0]) if len(mismatches) else len(cache_ids)
+        for item in items:
+            if item.positions[0] < cached <= item.positions[-1]:
+                cached = int(item.positions[0])
+        return cached
+
+    def _prefill_turn(self, ids: np.ndarray, batch: Batch, cached: int) -> DecodeSession:
+        """Prefills the batch after the first `cached` tokens of the cache."""
+        positions, mesh = batch.shape[1], get_mesh(self.model)
+        slots = bucket(max(cached + positions, len(ids) + self.options.max_new_tokens), SLOTS)
         batch = shard_batch(batch, mesh)
         with mesh_context(mesh):
-            if not known:
-                hidden, written = prefill(self.model, batch)
-                cache = init_cache(*written, batch.segment_ids, room=slots - columns)
+            if not cached:
+                hidden, keys_values = prefill(self.model, batch)
+                cache = init_cache(*keys_values, batch.segment_ids, room=slots - positions)
             else:
-                cache, self._prompt, self._answer = self._decoding.cache, [], []  # it is given away
+                cache, self._prompt, self._answer = self._session.cache, [], []  # the cache is donated
                 missing = slots - cache.valid.shape[1]
                 cache = grow(cache, room=missing) if missing > 0 else cache
-                hidden, cache = extend(self.model, cache, batch, np.int32(known))
-            start = first_token_logits(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(known))
-        return Decoding(self.model, cache, start, self.options, ids[None], np.ones((1, len(ids)), np.int64))
+                hidden, cache = extend(self.model, cache, batch, np.int32(cached))
+            first_step = first_token_logits(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(cached))
+        return DecodeSession(self.model, cache, first_step, self.options, ids[None], np.ones((1, len(ids)), np.int64))
+
+    def _stream_answer(self, message: dict, session: DecodeSession, tokens: list[int]) -> Iterator[str]:
+        """Yields the answer in pieces, adding them to its message and its tokens to `tokens`, until a newer question."""
+        if session is not self._session:  # reading begins only after the next question, which has taken over the cache
+            return
+        for piece in stream_text(session, self.processor, self.options.all_stop_strings, tokens):
+            message["content"] += piece
+            yield piece
+            if session is not self._session:
+                return
 
 
-def _pictures_of(turn: dict[str, np.ndarray], kind: Kind) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Grid and patches of each picture of a kind in what the processor made."""
-    if kind.arrays[0] not in turn:
+def _split_patches(arrays: dict[str, np.ndarray], kind: Kind) -> list[Patches]:
+    """Returns grid and patches of each image or video among the processor's arrays."""
+    if kind.arrays[0] not in arrays:
         return []
-    patches, grids = (turn[name] for name in kind.arrays)
+    patches, grids = (arrays[name] for name in kind.arrays)
     return list(zip(grids, np.split(patches, np.cumsum(np.prod(grids, axis=1))[:-1]), strict=True))
-
-
-def _user(parts: list[dict]) -> dict:
-    return {"role": "user", "content": parts}

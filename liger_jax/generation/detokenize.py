@@ -1,20 +1,21 @@
-"""From tokens to text while they come: pieces of whole characters, and strings that end an answer."""
+"""From tokens to text while they are generated: pieces of whole characters, and strings that end an answer."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
+INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
 
 class TextPieces:
-    """Turns one row's tokens into text, piece by piece. A character whose bytes have not all come is held back.
+    """Decodes one row's tokens incrementally, in pieces that add up to the text of all tokens.
 
-    The pieces together are the text of all tokens.
+    A character whose bytes have not all arrived is held back.
 
     Args:
         tokenizer: a `Processor` or a tokenizer of transformers.
+        skip_special_tokens: leave special tokens out of the text.
 
     Example:
         >>> from liger_jax.demo.tokenizer import train_tokenizer
@@ -27,38 +28,38 @@ class TextPieces:
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True):
         self._decode = lambda tokens: tokenizer.decode(np.array(tokens), skip_special_tokens=skip_special_tokens)
-        self._tokens: list[int] = []
-        self.held = ""  # the text of tokens that are held back, as far as it can be told
+        self._tokens: list[int] = []  # those held back
+        self.held = ""  # their text, ending in an incomplete character
 
     def push(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """Returns the text that the token completes, which may be empty."""
         self._tokens.append(token)
         text = self._decode(self._tokens)
-        if text.endswith(UNFINISHED):
+        if text.endswith(INCOMPLETE):
             self.held = text
             return ""
         self._tokens, self.held = [], ""
         return text
 
     def flush(self) -> str:
-        """What is left when no token follows."""
+        """Returns the text still held back, after the last token."""
         text, self._tokens, self.held = self.held, [], ""
         return text
 
 
 class StopStrings:
-    """Watches one row's text, its special tokens written out, for the first of some strings to be complete."""
+    """Detects the first of several strings to be complete in one row's text, special tokens included."""
 
     def __init__(self, strings: Sequence[str], tokenizer: Any):
         self._strings = strings
         self._pieces = TextPieces(tokenizer, skip_special_tokens=False) if strings else None
-        self._behind = max(map(len, strings), default=1) - 1  # characters that may belong to a string not yet complete
+        self._tail_length = max(map(len, strings), default=1) - 1  # characters that may begin an incomplete string
         self._tail = ""
 
     def push(self, token: int) -> bool:
-        """Whether this token completes a string."""
+        """Returns whether the token completes a string."""
         if self._pieces is None:
             return False
         text = self._tail + self._pieces.push(token)
-        self._tail = text[max(len(text) - self._behind, 0) :]
+        self._tail = text[max(len(text) - self._tail_length, 0) :]
         return any(string in text + self._pieces.held for string in self._strings)

@@ -1,12 +1,13 @@
-"""Generation: prompts in, tokens out, or pieces of text while they come."""
+"""Generation from prompts: all tokens at the end, or pieces of text as they are generated."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from liger_jax.errors import UserError
 from liger_jax.generation.detokenize import StopStrings, TextPieces
-from liger_jax.generation.loop import Decoding, Generated, start_decoding
+from liger_jax.generation.loop import DecodeSession, Generated
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import Qwen2VL
@@ -34,20 +35,24 @@ def generate(
     logprobs: int | None = None,
     seed: int | Sequence[int] = 0,
 ) -> np.ndarray | Generated:
-    """Continues every row of a batch; -> the new tokens, [B, max_new_tokens] int32, in host memory.
+    """Generates a continuation of every row of a batch.
 
-    A row ends at its first end token; what follows in it is `pad_token_id`. The loop stops when all rows have ended.
-    Compiles once for each bucket of prompt shapes, and the loop for each of `max_new_tokens`. Switching an option on
-    compiles anew; another value of it does not, but for no_repeat_ngram_size, logprobs and num_return_sequences.
+    A row ends at its first end token and is filled up with `pad_token_id`. Generation stops when all rows have ended.
+    Compiles once per bucket of prompt shapes, and the decode loop once per bucket of `max_new_tokens`. Enabling an option
+    recompiles; changing its value does not, except for no_repeat_ngram_size, logprobs and num_return_sequences.
 
     Args:
-        batch: prompts, as `prepare` returns them; padded on any side, one sequence a row.
-        tokenizer: a `Processor` or a tokenizer of transformers, for `stop_strings`.
-        others: see `GenerationOptions`. With `num_return_sequences` n, rows i n to i n + n - 1 continue prompt i. With
-            `logprobs`, the result is a `Generated`.
+        model: the model.
+        batch: prompts, as `prepare` returns them; padded on any side, one prompt per row.
+        tokenizer: a `Processor` or a tokenizer of transformers; needed for `stop_strings`.
+        others: the fields of `GenerationOptions`, which explains them.
+
+    Returns:
+        The new tokens [B, max_new_tokens] int32 in host memory. With `num_return_sequences` n, rows i n to i n + n - 1
+        continue prompt i. With `logprobs`, a `Generated` instead.
 
     Raises:
-        ValueError: an option out of range, packed rows, a row without tokens, or more positions than the model has.
+        UserError: an option is out of range, a row is packed or empty, or the model has too few positions.
 
     Example:
         >>> import numpy as np
@@ -56,97 +61,79 @@ def generate(
         >>> generate(model, prepare(model.config, input_ids=np.array([[5, 6, 7]])), max_new_tokens=4).shape
         (1, 4)
     """
-    options = GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        bad_words_ids=bad_words_ids,
-        stop_strings=stop_strings,
-        num_return_sequences=num_return_sequences,
-        logprobs=logprobs,
-        seed=seed,
-    )
+    options = {name: value for name, value in locals().items() if name not in ("model", "batch", "tokenizer")}
+    return generate_with(model, batch, GenerationOptions(**options), tokenizer)
+
+
+def generate_with(
+    model: Qwen2VL, batch: Batch, options: GenerationOptions, tokenizer: Any = None
+) -> np.ndarray | Generated:
+    """Generates like `generate`, with the options as one value."""
     strings = options.all_stop_strings
     if strings and tokenizer is None:
-        raise ValueError(
-            f"stop_strings is {stop_strings!r} without a tokenizer; expected tokenizer=, to read them with"
-        )
-    decoding = start_decoding(model, batch, options)
+        raise UserError(f"stop_strings is {options.stop_strings!r} without a tokenizer; expected tokenizer=")
+    session = DecodeSession.start(model, batch, options)
     if strings:
-        _stop_at(decoding, strings, tokenizer)
+        _stop_at_strings(session, strings, tokenizer)
     else:
-        decoding.advance(max_new_tokens)
-    found = decoding.result()
-    return found.tokens if logprobs is None else found
+        session.run()
+    generated = session.result()
+    return generated.tokens if options.logprobs is None else generated
+
+
+def _stop_at_strings(session: DecodeSession, strings: Sequence[str], tokenizer: Any) -> None:
+    """Generates all tokens, ending each row at its first end token or complete stop string."""
+    detectors = {row: StopStrings(strings, tokenizer) for row in range(session.rows)}  # of the rows that have not ended
+    end_tokens, length = set(np.asarray(session.sampling.end_tokens).tolist()), 0
+    for chunk in session.chunks():
+        for row, detector in list(detectors.items()):
+            for count, token in enumerate(chunk[row].tolist(), start=length + 1):
+                if token in end_tokens or detector.push(token):
+                    session.stop(row, count)
+                    del detectors[row]
+                    break
+        length += chunk.shape[1]
 
 
 def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iterator[str]:
-    """Continues one prompt; -> pieces of text as they come, together the text of what `generate` returns.
+    """Yields the text of one prompt's continuation in pieces, as it is generated.
 
-    A character whose bytes are spread over several tokens comes when it is whole. The device runs ahead of the reader by a
-    few tokens.
+    The pieces add up to the text of what `generate` returns. A character whose bytes are spread over several tokens comes
+    out whole. The device runs a few tokens ahead of the reader.
 
     Args:
+        model: the model.
         batch: one prompt, as `prepare` returns it.
         tokenizer: a `Processor` or a tokenizer of transformers.
-        options: see `GenerationOptions`.
+        options: the fields of `GenerationOptions`.
 
     Raises:
-        ValueError: as `generate`, when called; several rows or sequences, or logprobs.
+        UserError: when called, as for `generate`; also for several rows, num_return_sequences above 1, or logprobs.
 
     Example:
         >>> for piece in stream(model, batch, processor, max_new_tokens=64):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
-    asked = GenerationOptions(**options)
-    check_one_answer(asked)
+    generation_options = GenerationOptions(**options)
+    generation_options.check_single_text()
     if batch.shape[0] != 1:
-        raise ValueError(f"The batch has {batch.shape[0]} rows; expected one prompt to stream the answer of")
-    return read_pieces(start_decoding(model, batch, asked), tokenizer, asked.all_stop_strings, [])
+        raise UserError(f"The batch has {batch.shape[0]} rows; expected one prompt, whose answer is streamed")
+    session = DecodeSession.start(model, batch, generation_options)
+    return stream_text(session, tokenizer, generation_options.all_stop_strings, [])
 
 
-def check_one_answer(options: GenerationOptions) -> None:
-    """Raises ValueError for what a stream of text cannot tell."""
-    if options.num_return_sequences != 1 or options.logprobs is not None:
-        raise ValueError(
-            f"num_return_sequences is {options.num_return_sequences} and logprobs {options.logprobs}; expected 1 and None "
-            "for a stream of text"
-        )
-
-
-def read_pieces(decoding: Decoding, tokenizer: Any, stop_strings: Sequence[str], tokens: list[int]) -> Iterator[str]:
-    """The pieces of a single row's text; its tokens are appended to `tokens` as they are read."""
-    pieces, stop = TextPieces(tokenizer), StopStrings(stop_strings, tokenizer)
-    for found in decoding:
-        for token in found[0, len(tokens) :].tolist():
+def stream_text(
+    session: DecodeSession, tokenizer: Any, stop_strings: Sequence[str], tokens: list[int]
+) -> Iterator[str]:
+    """Yields the text of a session with a single row in pieces, and appends its tokens to `tokens` as they are read."""
+    pieces, detector = TextPieces(tokenizer), StopStrings(stop_strings, tokenizer)
+    for chunk in session.chunks():
+        for token in chunk[0].tolist():
             tokens.append(token)
             if piece := pieces.push(token):
                 yield piece
-            if stop.push(token):
-                decoding.stopped[0] = True
+            if detector.push(token):
+                session.stop(0, len(tokens))
                 break
-        if decoding.stopped[0]:
-            break
     if piece := pieces.flush():
         yield piece
-
-
-def _stop_at(decoding: Decoding, strings: Sequence[str], tokenizer: Any) -> None:
-    """Runs to the end; each row ends where a string is complete."""
-    watch = [StopStrings(strings, tokenizer) for _ in decoding.stopped]
-    ends, read = set(np.asarray(decoding.sampling.ends).tolist()), 0
-    for found in decoding:
-        for row in np.flatnonzero(~decoding.stopped):
-            for column in range(read, found.shape[1]):
-                if found[row, column] in ends or watch[row].push(int(found[row, column])):
-                    decoding.stopped[row], decoding.length[row] = True, column + 1
-                    break
-        read = found.shape[1]

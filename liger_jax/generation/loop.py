@@ -1,9 +1,9 @@
-"""From prompts to tokens on the device: one compiled pass over the prompts, then one compiled loop over the new tokens."""
+"""From prompts to tokens on the device: one compiled prefill of the prompts, then one compiled loop over new tokens."""
 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,194 +11,226 @@ import numpy as np
 
 import pallas_kernels as pk
 from liger_jax import runtime
+from liger_jax.config import Qwen2VLConfig
+from liger_jax.errors import UserError
 from liger_jax.generation.options import GenerationOptions
-from liger_jax.generation.sampling import History, Sampling, constrain, log_probabilities, next_token
+from liger_jax.generation.sampling import History, Sampling, constrain_logits, next_token, token_logprobs
 from liger_jax.inputs.batch import Batch, bucket
 from liger_jax.model import Qwen2VL
 from liger_jax.model.fused_decode import PackedModel, decode_step
-from liger_jax.model.kv_cache import Cache
+from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.lora import lora_config
-from liger_jax.model.qwen2_vl import attend_row
+from liger_jax.model.qwen2_vl import causal_attention
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
 from liger_jax.model.text import DecoderLayer
 
-NEW_TOKENS = 64  # room for new tokens comes in multiples of this
-CHUNK = 8  # tokens that the device makes while the host looks at those before
+NEW_TOKENS = 64  # room for new tokens is a bucket of this size
+CHUNK = 8  # tokens that the device generates while the host reads the previous chunk
 
 
 class Generated(NamedTuple):
-    """Tokens with what the model thought of them; 0 behind a row's end."""
+    """New tokens with their log-probabilities, which are 0 after a row's end."""
 
     tokens: np.ndarray  # [B, T] int32
-    logprobs: np.ndarray  # [B, T] float32: log-probability of each
-    top_tokens: np.ndarray  # [B, T, n] int32: the n most likely in its place, most likely first
-    top_logprobs: np.ndarray  # [B, T, n] float32
+    logprobs: np.ndarray  # [B, T] float32: log-probability of each token
+    top_tokens: np.ndarray  # [B, T, n] int32: the n most likely tokens at each position, most likely first
+    top_logprobs: np.ndarray  # [B, T, n] float32: their log-probabilities
 
 
-def start_decoding(model: Qwen2VL, batch: Batch, options: GenerationOptions) -> "Decoding":
-    """Reads the prompts and chooses each row's first token."""
-    check_prompts(batch, options.max_new_tokens, model.config.text.max_position_embeddings)
-    mesh, prompts = get_mesh(model), (np.asarray(batch.input_ids), np.asarray(batch.segment_ids))
-    options.check_tokens(model.config, len(prompts[0]))
-    batch = shard_batch(dataclasses.replace(batch, labels=None), mesh)
-    with mesh_context(mesh):
-        hidden, written = prefill(model, batch)
-        start = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-        cache = init_cache(*written, batch.segment_ids, room=bucket(options.max_new_tokens, NEW_TOKENS))
-        if options.num_return_sequences > 1:
-            cache, start = repeat_rows((cache, start), options.num_return_sequences)
-    return Decoding(model, cache, start, options, *prompts)
-
-
-def check_prompts(batch: Batch, max_new_tokens: int, max_positions: int) -> None:
+def check_prompts(config: Qwen2VLConfig, batch: Batch, max_new_tokens: int) -> None:
+    """Raises UserError unless each row holds one prompt, and prompt and answer fit the model's positions."""
     if not isinstance(batch, Batch):
-        raise ValueError(
-            f"The prompts are a {type(batch).__name__}; expected a Batch, as prepare(model.config, ...) returns"
-        )
+        raise UserError(f"batch is a {type(batch).__name__}; expected a Batch, as prepare(model.config, ...) returns")
     segments = np.asarray(batch.segment_ids)
     if segments.max() > 1:
         row = int(np.argmax(segments.max(axis=1)))
-        raise ValueError(f"Row {row} holds {segments.max()} packed sequences; expected one prompt a row")
+        raise UserError(f"Row {row} holds {segments.max()} packed sequences; expected one prompt per row")
     if not segments.any(axis=1).all():
-        raise ValueError(f"Row {int(np.argmin(segments.any(axis=1)))} has no tokens; expected a prompt in every row")
-    last = int(np.asarray(batch.position_ids).max()) + max_new_tokens
-    if last >= max_positions:
-        raise ValueError(
-            f"The prompts and {max_new_tokens} new tokens reach position {last}; the model has {max_positions} "
-            "(max_position_embeddings)"
+        raise UserError(f"Row {int(np.argmin(segments.any(axis=1)))} has no tokens; expected a prompt in every row")
+    last, limit = int(np.asarray(batch.position_ids).max()) + max_new_tokens, config.text.max_position_embeddings
+    if last >= limit:
+        raise UserError(
+            f"The prompts and {max_new_tokens} new tokens reach position {last}; expected at most {limit - 1}, since the "
+            f"model's max_position_embeddings is {limit}"
         )
 
 
-class Decoding:
-    """Prompts that are being continued, some tokens at a time.
+class DecodeSession:
+    """Prompts being continued on the device: one KV cache, and the new tokens so far.
 
-    Iterating gives the tokens so far, [rows, longer and longer], until all rows have ended or have `limit` tokens; the
-    device meanwhile makes the next ones. Who reads may end a row: `stopped[row] = True`, and say after how many tokens in
-    `length[row]`.
+    Read the tokens as they are generated with `chunks`, or generate all of them with `run`; then `result` has them all.
+    Compiled programs run in this order: `prefill`, `first_token_logits`, `init_cache`, `init_decode_state`, `decode_loop`.
+
+    Attributes:
+        rows: number of rows, `num_return_sequences` for each prompt.
+        cache: the KV cache, which a chat extends with its next turn.
+        sampling: the options as arrays.
     """
 
     def __init__(
         self,
         model: Qwen2VL,
-        cache: Cache,
-        start: "Start",
+        cache: KVCache,
+        first_step: "FirstStep",
         options: GenerationOptions,
         input_ids: np.ndarray,
         segment_ids: np.ndarray,
     ):
-        """input_ids, segment_ids [B, L] are all of the prompts, each row of which `start` has as often as options say."""
-        prompts, samples, rows = len(input_ids), options.num_return_sequences, len(start.empty)
-        self.model, self.cache, self.limit = model, cache, options.max_new_tokens
-        self.stopped = np.zeros(prompts * samples, bool)
-        self.length = np.full(prompts * samples, self.limit)
-        self.sampling = options.sampling(model.config, prompts, rows)
+        """Chooses each row's first token.
+
+        Args:
+            model: the model.
+            cache: filled with the prompts, each `num_return_sequences` times, with room for the new tokens.
+            first_step: logits and positions of the first new tokens; rows as in the cache.
+            options: generation options.
+            input_ids: [prompts, L], the whole prompts, padded on any side.
+            segment_ids: [prompts, L], 0 for padding.
+        """
+        prompts, samples, padded_rows = len(input_ids), options.num_return_sequences, len(first_step.empty)
+        self.model, self.cache, self.rows = model, cache, prompts * samples
+        self.sampling = Sampling.from_options(options, model.config, prompts, padded_rows)
+        self._limit = options.max_new_tokens
+        self._stopped = np.zeros(self.rows, bool)
+        self._length = np.full(self.rows, self._limit)
         history = None
-        if self.sampling.looks_back:
-            fill = [(0, rows // samples - prompts), (0, 0)]
-            ids, segments = (np.pad(array, fill).repeat(samples, axis=0) for array in (input_ids, segment_ids))
-            history = History.of_prompts(ids, segments, cache.valid.shape[1])
-        self._mesh, self._layers, self._until = get_mesh(model), None, 1
+        if self.sampling.needs_history:
+            padding = [(0, padded_rows // samples - prompts), (0, 0)]
+            ids, segments = (np.pad(array, padding).repeat(samples, axis=0) for array in (input_ids, segment_ids))
+            history = History.from_prompts(ids, segments, cache.valid.shape[1])
+        self._mesh, self._weights, self._requested = get_mesh(model), None, 1
         with mesh_context(self._mesh):
-            room = bucket(self.limit, NEW_TOKENS)
-            self._progress, self._last = begin(start, self.sampling, history, room=room)
-            if self.limit > 1:  # while the device reads the prompts
-                self._layers = decode_weights(model)
+            room = bucket(self._limit, NEW_TOKENS)
+            self._state, self._snapshot = init_decode_state(first_step, self.sampling, history, room=room)
+            if self._limit > 1:  # copied while the device runs the prefill
+                self._weights = decode_weights(model)
 
-    def advance(self, tokens: int) -> None:
-        """Lets the device make up to so many more tokens a row; does not wait for it."""
-        if self._until == self.limit:
-            return
-        self._until = min(self._until + tokens, self.limit)
-        stopped = np.ones(len(self.sampling.seeds), bool)
-        stopped[: len(self.stopped)] = self.stopped
-        with mesh_context(self._mesh):
-            self._layers = self._layers or decode_weights(self.model)
-            self.cache, self._progress, self._last = decode(
-                self.model,
-                self._layers,
-                self.cache,
-                self._progress,
-                self.sampling,
-                stopped=stopped,
-                until=np.int32(self._until),
-            )
+    @classmethod
+    def start(cls, model: Qwen2VL, batch: Batch, options: GenerationOptions) -> Self:
+        """Runs the prefill of a batch of prompts and chooses each row's first token."""
+        check_prompts(model.config, batch, options.max_new_tokens)
+        mesh, prompts = get_mesh(model), (np.asarray(batch.input_ids), np.asarray(batch.segment_ids))
+        options.check_against(model.config, len(prompts[0]))
+        batch = shard_batch(dataclasses.replace(batch, labels=None), mesh)
+        with mesh_context(mesh):
+            hidden, keys_values = prefill(model, batch)
+            first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
+            cache = init_cache(*keys_values, batch.segment_ids, room=bucket(options.max_new_tokens, NEW_TOKENS))
+            if options.num_return_sequences > 1:
+                cache, first_step = repeat_rows((cache, first_step), options.num_return_sequences)
+        return cls(model, cache, first_step, options, *prompts)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        rows, finished = len(self.stopped), False
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yields the new tokens [rows, 1 or more] as they are generated, until all rows have ended.
+
+        The first chunk is a single token. The device is one chunk ahead of the reader.
+        """
+        read, finished = 0, False
         try:
             while not finished:
-                last, until = self._last, self._until
-                if until > 1:  # the first token does not wait for the loop to be compiled
-                    self.advance(CHUNK)
-                tokens, step, done = jax.device_get(last)
-                yield tokens[:rows, :step]
-                finished = until == self.limit or (done[:rows] | self.stopped).all()
-                if until == 1 and not finished:
-                    self.advance(CHUNK)
+                snapshot, requested = self._snapshot, self._requested
+                if requested > 1:  # the first token does not wait for the compilation of the loop
+                    self._advance(CHUNK)
+                tokens, step, done = jax.device_get(snapshot)
+                yield tokens[: self.rows, read:step]
+                read = step
+                finished = requested == self._limit or (done[: self.rows] | self._stopped).all()
+                if requested == 1 and not finished:
+                    self._advance(CHUNK)
         finally:
-            self._layers = None  # a copy of most weights; a chat keeps the cache alone
+            self._weights = None  # a copy of most weights; a chat keeps the session for its cache
+
+    def stop(self, row: int, length: int) -> None:
+        """Ends a row after its first `length` tokens."""
+        self._stopped[row], self._length[row] = True, length
+
+    def run(self) -> None:
+        """Generates all tokens, without waiting for the device."""
+        self._advance(self._limit)
 
     def result(self) -> Generated:
-        """All tokens; waits for the device."""
-        found = jax.device_get(self._progress.told)
-        rows, behind = len(self.stopped), np.arange(self.limit) >= self.length[:, None]
+        """Waits for the device and returns all tokens, with None for log-probabilities that were not asked for."""
+        generated = jax.device_get(self._state.generated)
+        after_end = np.arange(self._limit) >= self._length[:, None]
 
-        def cut(array, fill):  # on the host: a cut on the device compiles for each length
-            array = np.array(array[:rows, : self.limit])
-            array[behind] = fill
+        def cut(array, fill):  # on the host: slicing on the device would compile for each length
+            array = np.array(array[: self.rows, : self._limit])
+            array[after_end] = fill
             return array
 
+        fills = (self.sampling.pad_token, 0, 0, 0)
         return Generated(
-            *(array if array is None else cut(array, i == 0 and self.sampling.pad) for i, array in enumerate(found))
+            *(array if array is None else cut(array, fill) for array, fill in zip(generated, fills, strict=True))
         )
 
+    def _advance(self, tokens: int) -> None:
+        """Dispatches up to `tokens` more tokens per row, without waiting for the device."""
+        if self._requested == self._limit:
+            return
+        self._requested = min(self._requested + tokens, self._limit)
+        stopped = np.ones(len(self.sampling.seeds), bool)
+        stopped[: self.rows] = self._stopped
+        with mesh_context(self._mesh):
+            self._weights = self._weights or decode_weights(self.model)
+            self.cache, self._state, self._snapshot = decode_loop(
+                self.model,
+                self._weights,
+                self.cache,
+                self._state,
+                self.sampling,
+                stopped=stopped,
+                until=np.int32(self._requested),
+            )
 
-# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+# ---- compiled functions ----------------------------------------------------------------------------------------------
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["logits", "position", "slot", "empty"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """What decoding starts from, beside the cache."""
+class FirstStep:
+    """Where decoding starts, apart from the cache."""
 
     logits: jax.Array  # [B, V] float32, for the first new token
     position: jax.Array  # [B, 3]: (t, h, w) of the first new token
-    slot: jax.Array  # of the cache, that it goes to
-    empty: jax.Array  # [B] bool: rows that only fill up a mesh
+    slot: jax.Array  # scalar: the cache slot of the first new token
+    empty: jax.Array  # [B] bool: rows that only pad the batch to the size of the mesh
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "token", "position", "slot", "done", "history", "told"],
+    data_fields=["step", "token", "position", "slot", "done", "history", "generated"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far decoding has come, beside the cache."""
+class DecodeState:
+    """The state of the decode loop, apart from the cache."""
 
-    step: jax.Array  # tokens chosen in a row
-    token: jax.Array  # [B] int32: the last of them, which the cache has not got yet
+    step: jax.Array  # scalar: new tokens per row so far
+    token: jax.Array  # [B] int32: the last new token, not in the cache yet
     position: jax.Array  # [B, 3]: (t, h, w) of that token
-    slot: jax.Array  # of the cache, that it goes to
+    slot: jax.Array  # scalar: the cache slot of that token
     done: jax.Array  # [B] bool
-    history: History | None  # if the choice depends on it
-    told: Generated  # all tokens, with room for those to come; logprobs and the others None if not asked for
+    history: History | None  # None unless sampling depends on it
+    generated: Generated  # all new tokens, with room for more; None for log-probabilities that were not asked for
 
 
 @functools.partial(jax.jit, compiler_options=runtime.COMPILER_OPTIONS)
 def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Reads the prompts once, vision tower and all layers; -> hidden [B, T, H], keys and values [layers, B, T, K, D].
+    """Runs vision tower and language model over the prompts.
 
-    `first_token_logits` and `init_cache` make of them what decoding takes. They are programs of their own: this one takes the longest
-    to compile, and how many tokens are to come is none of its business; and with the first logits in it XLA took 15 to
-    24 s in place of 2 for one row of 2048 tokens on a GPU.
+    `first_token_logits` and `init_cache` are separate programs: this one takes the longest to compile and does not depend
+    on the number of new tokens, and with the first logits inside it XLA took 15 to 24 s instead of 2 s for one row of 2048
+    tokens on a GPU.
+
+    Returns:
+        Hidden states [B, T, H], and (keys, values), each [L, B, T, K, D].
     """
     segments = pk.find_segments(batch.segment_ids, batch.max_segments)
 
     def attend(q, k, v):
-        return attend_row(segments, q, k, v)[0], (k, v)
+        return causal_attention(segments, q, k, v)[0], (k, v)
 
     return model.language_model(model.embed(batch), batch.position_ids, attend)
 
@@ -206,149 +238,171 @@ def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, j
 @jax.jit
 def first_token_logits(
     model: Qwen2VL, hidden: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, slot: jax.Array
-) -> Start:
-    """What follows prompts, hidden [B, T, H], whose columns go to the cache's slots from `slot` on."""
+) -> FirstStep:
+    """Returns the first step after prompts with hidden states [B, T, H], which occupy the cache from `slot` on."""
     valid = segment_ids > 0
     last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)
     logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     position = jnp.take_along_axis(position_ids, last[:, None, None], axis=2)[..., 0] + 1
     empty = ~valid.any(axis=1)
-    return Start(logits.astype(jnp.float32), position, slot + last.max() + 1, empty)
+    return FirstStep(logits.astype(jnp.float32), position, slot + last.max() + 1, empty)
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def init_cache(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, room: int) -> Cache:
-    """What `prefill` wrote, with room for new tokens."""
-    return Cache.of_prompt(keys, values, segment_ids, room)
+def init_cache(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, room: int) -> KVCache:
+    """Returns the KV cache of a prefill, with room for new tokens."""
+    return KVCache.from_prompt(keys, values, segment_ids, room)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def extend(model: Qwen2VL, cache: Cache, batch: Batch, slot: jax.Array) -> tuple[jax.Array, Cache]:
-    """Reads more of prompts whose beginning is in the first `slot` slots of the cache; forgets what is behind them.
+def extend(model: Qwen2VL, cache: KVCache, batch: Batch, slot: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Prefills more of prompts that begin in the first `slot` slots of the cache, and discards the slots after them.
 
-    -> hidden [B, T, H] of what is new, and the cache. The batch holds the new tokens and pictures, with the positions that
-    they have in the whole.
+    Args:
+        model: the model.
+        cache: the KV cache; donated.
+        batch: the new tokens and images, with their positions in the whole prompts.
+        slot: scalar, the first slot to write to.
+
+    Returns:
+        Hidden states [B, T, H] of the new tokens, and the cache.
     """
-    cache, segments = cache.keep(slot), (batch.segment_ids > 0).astype(jnp.int32)
+    cache, segments = cache.truncate(slot), (batch.segment_ids > 0).astype(jnp.int32)
 
     def attend(i, q, k, v):
-        return cache.attend_many(i, slot, segments, q, k, v)
+        return cache.attend_chunk(i, slot, segments, q, k, v)
 
-    hidden, keys, values = _through(model, split_layers(model), model.embed(batch), batch.position_ids, attend)
-    return hidden, dataclasses.replace(cache, keys=keys, values=values).open_slots(slot, segments)
+    hidden, keys, values = _run_layers(model, unstack_layers(model), model.embed(batch), batch.position_ids, attend)
+    return hidden, dataclasses.replace(cache, keys=keys, values=values).mark_valid(slot, segments)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def repeat_rows(tree: tuple[Cache, Start], count: int) -> tuple[Cache, Start]:
-    """Each row `count` times."""
+def repeat_rows(tree: tuple[KVCache, FirstStep], count: int) -> tuple[KVCache, FirstStep]:
+    """Repeats each row `count` times, adjacently."""
     return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0) if x.ndim else x, tree)
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def grow(cache: Cache, *, room: int) -> Cache:
-    """The cache with `room` more slots."""
+def grow(cache: KVCache, *, room: int) -> KVCache:
+    """Returns the cache with `room` more slots."""
     return cache.grow(room)
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def begin(start: Start, sampling: Sampling, history: History | None, *, room: int) -> tuple[Progress, tuple]:
-    """Chooses the first token; -> progress, and tokens, step, done to look at."""
-    rows, told = len(start.logits), Generated(None, None, None, None)
+def init_decode_state(
+    first_step: FirstStep, sampling: Sampling, history: History | None, *, room: int
+) -> tuple[DecodeState, tuple]:
+    """Chooses the first token of each row; returns the state, and a snapshot of it (tokens, step, done)."""
+    rows, generated = len(first_step.logits), Generated(None, None, None, None)
     if sampling.logprobs is not None:
         top = (rows, room, sampling.logprobs)
-        told = Generated(None, jnp.zeros((rows, room)), jnp.zeros(top, jnp.int32), jnp.zeros(top))
-    told = told._replace(tokens=jnp.full((rows, room), sampling.pad, jnp.int32))
-    nothing = jnp.zeros(rows, jnp.int32)
-    progress = Progress(jnp.int32(0), nothing, start.position, start.slot, start.empty, history, told)
-    progress = _choose(start.logits, progress, sampling)
-    return progress, (progress.told.tokens, progress.step, progress.done)
+        generated = Generated(None, jnp.zeros((rows, room)), jnp.zeros(top, jnp.int32), jnp.zeros(top))
+    generated = generated._replace(tokens=jnp.full((rows, room), sampling.pad_token, jnp.int32))
+    token = jnp.zeros(rows, jnp.int32)
+    state = DecodeState(jnp.int32(0), token, first_step.position, first_step.slot, first_step.empty, history, generated)
+    state = _choose_tokens(first_step.logits, state, sampling)
+    return state, (state.generated.tokens, state.step, state.done)
 
 
 @jax.jit
-def split_layers(model: Qwen2VL) -> list[DecoderLayer]:
-    """Each layer's weights as arrays of their own: a loop that slices the stack copies the slice in each step."""
+def unstack_layers(model: Qwen2VL) -> list[DecoderLayer]:
+    """Returns each layer's weights as arrays of their own: a loop over the stack would copy a slice of it in every step."""
     layers = model.language_model.layers
     return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
 
 
 def decode_weights(model: Qwen2VL) -> PackedModel | list[DecoderLayer]:
-    """What `decode` reads at each step: packed, but for a mesh, where layers keep their sharding, and for LoRA."""
+    """Returns the weights that `decode_loop` reads: packed, or with a mesh or LoRA, each layer with its sharding."""
     if get_mesh(model) is None and lora_config(model) is None:
-        return PackedModel.of(model.language_model, model.head)
-    return split_layers(model)
+        return PackedModel.from_model(model.language_model, model.head)
+    return unstack_layers(model)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "progress"))
-def decode(
+@functools.partial(jax.jit, donate_argnames=("cache", "state"))
+def decode_loop(
     model: Qwen2VL,
     weights: PackedModel | list[DecoderLayer],
-    cache: Cache,
-    progress: Progress,
+    cache: KVCache,
+    state: DecodeState,
     sampling: Sampling,
     *,
     stopped: jax.Array,
     until: jax.Array,
-) -> tuple[Cache, Progress, tuple]:
-    """Goes on to `until` tokens a row, or to where all rows have ended; -> cache, progress, tokens, step, done.
+) -> tuple[KVCache, DecodeState, tuple]:
+    """Generates tokens until each row has `until` of them or all rows have ended.
 
-    `weights` are the model's, see `decode_weights`; `stopped` [B] bool: rows that the host has ended.
+    Args:
+        model: the model.
+        weights: its weights, as `decode_weights` returns them.
+        cache: the KV cache; donated.
+        state: the state of the loop; donated.
+        sampling: how tokens are chosen.
+        stopped: [B] bool, rows that the host has ended.
+        until: scalar, number of new tokens per row.
+
+    Returns:
+        The cache, the state, and a snapshot of the state (tokens, step, done).
     """
 
     def unfinished(carry):
-        _, progress = carry
-        return (progress.step < until) & ~progress.done.all()
+        _, state = carry
+        return (state.step < until) & ~state.done.all()
 
     def one_token(carry):
-        cache, progress = carry
-        x = model.language_model.embed_tokens.weight[progress.token]
+        cache, state = carry
+        x = model.language_model.embed_tokens.weight[state.token]
         if isinstance(weights, PackedModel):
-            cos, sin = (table[:, 0] for table in model.language_model.rotary(progress.position[..., None]))
-            logits, cache = decode_step(weights, x, cos, sin, cache, progress.slot)
+            cos, sin = (table[:, 0] for table in model.language_model.rotary(state.position[..., None]))
+            logits, cache = decode_step(weights, x, cos, sin, cache, state.slot)
         else:
-            cache = cache.open_slots(progress.slot, jnp.ones((len(x), 1), jnp.int32))
+            cache = cache.mark_valid(state.slot, jnp.ones((len(x), 1), jnp.int32))
 
             def attend(i, q, k, v):
-                return cache.attend(i, progress.slot, q, k, v)
+                return cache.attend(i, state.slot, q, k, v)
 
-            hidden, keys, values = _through(model, weights, x[:, None], progress.position[..., None], attend)
+            hidden, keys, values = _run_layers(model, weights, x[:, None], state.position[..., None], attend)
             logits, cache = model.logits(hidden[:, 0]), dataclasses.replace(cache, keys=keys, values=values)
-        progress = dataclasses.replace(progress, position=progress.position + 1, slot=progress.slot + 1)
-        return cache, _choose(logits.astype(jnp.float32), progress, sampling)
+        state = dataclasses.replace(state, position=state.position + 1, slot=state.slot + 1)
+        return cache, _choose_tokens(logits.astype(jnp.float32), state, sampling)
 
-    progress = dataclasses.replace(progress, done=progress.done | stopped)
-    cache, progress = jax.lax.while_loop(unfinished, one_token, (cache, progress))
-    return cache, progress, (progress.told.tokens, progress.step, progress.done)
+    state = dataclasses.replace(state, done=state.done | stopped)
+    cache, state = jax.lax.while_loop(unfinished, one_token, (cache, state))
+    return cache, state, (state.generated.tokens, state.step, state.done)
 
 
-def _through(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, position_ids: jax.Array, attend) -> tuple:
-    """x [B, T, H] through all layers, layer i with attend(i, q, k, v) -> out, its cache; -> hidden, all keys, all values."""
+def _run_layers(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, position_ids: jax.Array, attend) -> tuple:
+    """Runs x [B, T, H] through all layers; layer i calls attend(i, q, k, v), which returns output and (keys, values).
+
+    Returns:
+        Hidden states [B, T, H] after the final norm, and the keys and the values of all layers.
+    """
     cos, sin = model.language_model.rotary(position_ids)
-    written = []
+    keys_values = []
     for i, layer in enumerate(layers):
-        x, keys_values = layer(x, cos, sin, functools.partial(attend, i))
-        written.append(keys_values)
-    return model.language_model.norm(x), *zip(*written, strict=True)
+        x, layer_keys_values = layer(x, cos, sin, functools.partial(attend, i))
+        keys_values.append(layer_keys_values)
+    return model.language_model.norm(x), *zip(*keys_values, strict=True)
 
 
-def _choose(logits: jax.Array, progress: Progress, sampling: Sampling) -> Progress:
-    """The next token of each row by its logits [B, V]; rows that have ended get `pad`."""
-    done, step, told, history = progress.done, progress.step, progress.told, progress.history
-    token = next_token(constrain(logits, sampling, history, step), sampling, step)
-    token = jnp.where(done, sampling.pad, token)
+def _choose_tokens(logits: jax.Array, state: DecodeState, sampling: Sampling) -> DecodeState:
+    """Returns the state with the next token of each row, from logits [B, V]; rows that have ended get the padding token."""
+    done, step, generated, history = state.done, state.step, state.generated, state.history
+    token = next_token(constrain_logits(logits, sampling, history, step), sampling, step)
+    token = jnp.where(done, sampling.pad_token, token)
     new = [token, None, None, None]
     if sampling.logprobs is not None:
         new[1:] = (
             jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
-            for x in log_probabilities(logits, token, sampling.logprobs)
+            for x in token_logprobs(logits, token, sampling.logprobs)
         )
-    told = Generated(
-        *(old if old is None else old.at[:, step].set(value) for old, value in zip(told, new, strict=True))
+    generated = Generated(
+        *(array if array is None else array.at[:, step].set(x) for array, x in zip(generated, new, strict=True))
     )
     return dataclasses.replace(
-        progress,
+        state,
         step=step + 1,
         token=token,
-        done=done | jnp.isin(token, sampling.ends),
+        done=done | jnp.isin(token, sampling.end_tokens),
         history=history and history.append(token),
-        told=told,
+        generated=generated,
     )

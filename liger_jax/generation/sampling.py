@@ -1,21 +1,25 @@
-"""From logits to the next token: what is ruled out, what is made less likely, and the draw."""
+"""From logits to the next token: constraints, penalties and filters on the logits, then the draw."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from liger_jax.config import Qwen2VLConfig
+from liger_jax.generation.options import GenerationOptions
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "seeds",
-        "streams",
-        "ends",
-        "pad",
+        "stream_ids",
+        "end_tokens",
+        "pad_token",
         "temperature",
         "top_k",
         "top_p",
@@ -28,165 +32,245 @@ import numpy as np
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token. Another value compiles nothing but for `meta_fields`; switching one on or off does.
+    """Generation options as arrays, for compiled functions. None disables an option.
 
-    Greedy decoding takes the largest logit, which temperature, top_k, top_p and min_p never change.
+    Enabling an option recompiles. Changing its value does not, except for the `meta_fields`. Without `do_sample` the token
+    with the largest logit is taken, which temperature, top_k, top_p and min_p never change.
     """
 
     seeds: np.ndarray | None = None  # [B] uint32
-    streams: np.ndarray | None = None  # [B] int32: tells apart rows of the same seed
-    ends: np.ndarray | None = None  # [E] int32: end tokens, then -1
-    pad: int = 0  # what follows an end token
+    stream_ids: np.ndarray | None = None  # [B] int32: distinguishes rows with the same seed
+    end_tokens: np.ndarray | None = None  # [E] int32: end tokens, then -1
+    pad_token: int = 0  # fills a row after its end token
     do_sample: bool = False
     temperature: float = 1.0
-    top_k: np.float32 | None = None  # compared with a sum of floats
+    top_k: np.float32 | None = None  # a float because it is compared with a sum of floats
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     min_new_tokens: int | None = None
-    bad_words: np.ndarray | None = None  # [W, longest] int32: token sequences, -1 before those that are shorter
-    logprobs: int | None = None  # how many of the most likely tokens to tell at each step
+    bad_words: np.ndarray | None = None  # [W, longest] int32: token sequences, left-padded with -1
+    logprobs: int | None = None  # number of most likely tokens to record at each step
+
+    @classmethod
+    def from_options(cls, options: GenerationOptions, config: Qwen2VLConfig, prompts: int, rows: int) -> Self:
+        """Returns the options as arrays for `rows` rows, the first of which continue `prompts` prompts."""
+        ends = options.resolve_end_tokens(config)
+        end_tokens = np.full(_round_up(len(ends)), -1, np.int32)
+        end_tokens[: len(ends)] = ends
+        seeds, stream_ids = _row_seeds(options, prompts, rows)
+        words = [word for word in map(tuple, options.bad_words_ids) if word not in {(end,) for end in ends}]
+        return cls(
+            seeds,
+            stream_ids,
+            end_tokens,
+            np.int32(options.resolve_pad_token(config)),
+            do_sample=options.do_sample and options.top_k != 1,
+            temperature=np.float32(options.temperature),
+            top_k=np.float32(options.top_k) if options.top_k else None,
+            top_p=None if options.top_p is None else np.float32(options.top_p),
+            min_p=None if options.min_p is None else np.float32(options.min_p),
+            repetition_penalty=None if options.repetition_penalty == 1 else np.float32(options.repetition_penalty),
+            no_repeat_ngram_size=options.no_repeat_ngram_size or None,
+            min_new_tokens=np.int32(options.min_new_tokens) if options.min_new_tokens else None,
+            bad_words=_word_table(words),
+            logprobs=options.logprobs,
+        )
 
     @property
-    def looks_back(self) -> bool:
-        """Whether the choice depends on the tokens so far."""
+    def needs_history(self) -> bool:
+        """Whether the choice depends on the earlier tokens."""
         return not (self.repetition_penalty is self.no_repeat_ngram_size is self.bad_words is None)
+
+
+def _row_seeds(options: GenerationOptions, prompts: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each row's seed [rows] uint32 and stream id [rows] int32.
+
+    With one seed, every row has a stream of its own. With a seed per prompt, the streams distinguish its continuations.
+    """
+    samples = options.num_return_sequences
+    if np.ndim(options.seed) == 0:
+        seeds, stream_ids = np.full(rows, np.asarray(options.seed).astype(np.int64)), np.arange(rows)
+    else:
+        seeds = np.zeros(rows, np.int64)
+        seeds[: prompts * samples] = np.repeat(np.asarray(options.seed).astype(np.int64), samples)
+        stream_ids = np.arange(rows) % samples
+    low, high = (seeds.view(np.uint64) >> np.uint64(shift) & np.uint64(0xFFFFFFFF) for shift in (0, 32))
+    mixed = low ^ high * np.uint64(0x9E3779B1)  # all 64 bits count; a seed below 2^32 stays the same
+    return mixed.astype(np.uint32), stream_ids.astype(np.int32)
+
+
+def _word_table(words: Sequence[Sequence[int]]) -> np.ndarray | None:
+    """Returns [W, longest] int32: the words, left-padded with -1, in a table that is itself padded with -1."""
+    if not words:
+        return None
+    longest = max(map(len, words))
+    table = np.full((_round_up(len(words)), 1 if longest == 1 else _round_up(longest)), -1, np.int32)
+    for row, word in zip(table, words, strict=False):
+        row[-len(word) :] = word
+    return table
+
+
+def _round_up(count: int) -> int:
+    """Rounds up to a multiple of 4, so that one more token does not recompile."""
+    return -(-max(count, 1) // 4) * 4
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "length"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class History:
-    """Each row's tokens so far, the prompt's first; no padding among them."""
+    """Each row's tokens so far, starting with the prompt, without padding in between."""
 
-    tokens: jax.Array  # [B, S] int32, as many as `length` says
+    tokens: jax.Array  # [B, S] int32, of which the first `length` are valid
     length: jax.Array  # [B] int32
 
     @classmethod
-    def of_prompts(cls, input_ids: np.ndarray, segment_ids: np.ndarray, width: int) -> Self:
-        """input_ids, segment_ids [B, L], padded anywhere -> room for `width` tokens a row. On the host."""
-        front = np.argsort(segment_ids == 0, axis=1, kind="stable")
+    def from_prompts(cls, input_ids: np.ndarray, segment_ids: np.ndarray, width: int) -> Self:
+        """Returns the history of prompts padded on any side, with room for `width` tokens per row. Runs on the host.
+
+        Args:
+            input_ids: [B, L] integers.
+            segment_ids: [B, L] integers, 0 for padding.
+            width: S, the tokens that a row has room for, those of the prompt included.
+        """
+        tokens_first = np.argsort(segment_ids == 0, axis=1, kind="stable")
         tokens = np.zeros((len(input_ids), width), np.int32)
-        tokens[:, : input_ids.shape[1]] = np.take_along_axis(input_ids, front, axis=1)
+        tokens[:, : input_ids.shape[1]] = np.take_along_axis(input_ids, tokens_first, axis=1)
         return cls(tokens, (segment_ids > 0).sum(axis=1).astype(np.int32))
 
     def append(self, token: jax.Array) -> Self:
+        """Returns the history with one more token [B]."""
         rows = jnp.arange(len(token))
         return History(self.tokens.at[rows, self.length].set(token, mode="drop"), self.length + 1)
 
     def last(self, count: int) -> jax.Array:
-        """-> [B, count]: the latest tokens; -2, which equals nothing, before a row's beginning."""
-        places = self.length[:, None] + jnp.arange(-count, 0)
-        found = jnp.take_along_axis(self.tokens, jnp.maximum(places, 0), axis=1)
-        return jnp.where(places >= 0, found, -2)
+        """Returns the latest tokens [B, count]; before a row's first token -2, which equals no token."""
+        positions = self.length[:, None] + jnp.arange(-count, 0)
+        tokens = jnp.take_along_axis(self.tokens, jnp.maximum(positions, 0), axis=1)
+        return jnp.where(positions >= 0, tokens, -2)
 
-    def known(self) -> jax.Array:
-        """-> [B, S] bool: which of `tokens` are a row's."""
+    def valid(self) -> jax.Array:
+        """Returns [B, S] bool: which entries of `tokens` are tokens of the row."""
         return jnp.arange(self.tokens.shape[1]) < self.length[:, None]
 
 
-def constrain(logits: jax.Array, sampling: Sampling, history: History | None, step: jax.Array) -> jax.Array:
-    """What holds for greedy decoding too, in transformers' order; what is ruled out becomes -inf. [B, V] float32."""
+def constrain_logits(logits: jax.Array, sampling: Sampling, history: History | None, step: jax.Array) -> jax.Array:
+    """Applies what constrains greedy decoding too, in transformers' order. Forbidden tokens become -inf.
+
+    Args:
+        logits: [B, V] float32.
+        sampling: uses repetition_penalty, no_repeat_ngram_size, bad_words, end_tokens and min_new_tokens.
+        history: None unless `sampling.needs_history`.
+        step: scalar, the number of new tokens so far.
+    """
     if sampling.repetition_penalty is not None:
-        logits = penalise_repetition(logits, history, sampling.repetition_penalty)
+        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
     if sampling.no_repeat_ngram_size is not None:
         logits = _forbid(logits, *repeated_ngrams(history, sampling.no_repeat_ngram_size))
     if sampling.bad_words is not None:
-        *before, last = jnp.asarray(sampling.bad_words).T
-        begun = jnp.ones((len(logits), len(last)), bool)
-        for word, said in zip(before, history.last(len(before)).T, strict=True):
-            begun &= (word < 0) | (word == said[:, None])
-        logits = _forbid(logits, jnp.broadcast_to(last, begun.shape), begun & (last >= 0))
+        *prefix, last = jnp.asarray(sampling.bad_words).T
+        matches = jnp.ones((len(logits), len(last)), bool)
+        for word_token, row_token in zip(prefix, history.last(len(prefix)).T, strict=True):
+            matches &= (word_token < 0) | (word_token == row_token[:, None])
+        logits = _forbid(logits, jnp.broadcast_to(last, matches.shape), matches & (last >= 0))
     if sampling.min_new_tokens is not None:
-        ends = jnp.broadcast_to(sampling.ends, (len(logits), len(sampling.ends)))
+        ends = jnp.broadcast_to(sampling.end_tokens, (len(logits), len(sampling.end_tokens)))
         logits = _forbid(logits, ends, (ends >= 0) & (step < sampling.min_new_tokens))
     return logits
 
 
-def _forbid(logits: jax.Array, tokens: jax.Array, chosen: jax.Array) -> jax.Array:
-    """-inf for those of `tokens` [B, N] that are `chosen` [B, N]."""
+def _forbid(logits: jax.Array, tokens: jax.Array, forbidden: jax.Array) -> jax.Array:
+    """Sets the logits of `tokens` [B, N] to -inf where `forbidden` [B, N]."""
     rows = jnp.arange(len(logits))[:, None]
-    return logits.at[rows, jnp.where(chosen, tokens, logits.shape[1])].set(-jnp.inf, mode="drop")
+    return logits.at[rows, jnp.where(forbidden, tokens, logits.shape[1])].set(-jnp.inf, mode="drop")
 
 
-def penalise_repetition(logits: jax.Array, history: History, penalty: jax.Array | float) -> jax.Array:
-    """Makes tokens that occurred less likely: a positive logit is divided by the penalty, a negative one multiplied.
+def penalize_repetition(logits: jax.Array, history: History, penalty: jax.Array | float) -> jax.Array:
+    """Makes tokens that have occurred less likely: divides a positive logit by the penalty, multiplies a negative one.
 
-    Tokens of the prompt count, placeholders of pictures included, as in transformers; padding does not.
+    The prompt's tokens count, image placeholders included, as in transformers; padding does not.
     """
     rows = jnp.arange(len(logits))[:, None]
-    found = jnp.take_along_axis(logits, history.tokens, axis=1)
-    found = jnp.where(found < 0, found * penalty, found / penalty)
-    return logits.at[rows, jnp.where(history.known(), history.tokens, logits.shape[1])].set(found, mode="drop")
+    penalized = jnp.take_along_axis(logits, history.tokens, axis=1)
+    penalized = jnp.where(penalized < 0, penalized * penalty, penalized / penalty)
+    return logits.at[rows, jnp.where(history.valid(), history.tokens, logits.shape[1])].set(penalized, mode="drop")
 
 
 def repeated_ngrams(history: History, size: int) -> tuple[jax.Array, jax.Array]:
-    """-> tokens [B, S], and whether each would complete a run of `size` tokens that the row has already."""
-    places = jnp.arange(history.tokens.shape[1])
-    completes = history.known() & (places >= size - 1)
-    for back, said in enumerate(history.last(size - 1).T[::-1], start=1):
-        completes &= jnp.roll(history.tokens, back, axis=1) == said[:, None]
+    """Returns tokens [B, S], and [B, S] bool: whether each would repeat an n-gram of `size` tokens in its row."""
+    positions = jnp.arange(history.tokens.shape[1])
+    completes = history.valid() & (positions >= size - 1)
+    for distance, token in enumerate(history.last(size - 1).T[::-1], start=1):
+        completes &= jnp.roll(history.tokens, distance, axis=1) == token[:, None]
     return history.tokens, completes
 
 
 def next_token(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    """logits [B, V] -> [B] int32. A row's draws depend on its seed, its stream and the step, not on the rows around it."""
+    """Returns the next token of each row, [B] int32, from logits [B, V].
+
+    A row's draw depends on its seed, its stream id and the step, not on the other rows.
+    """
     if not sampling.do_sample:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw(seed, stream, logits):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+    def draw(seed, stream_id, logits):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream_id), step)
         return jax.random.categorical(key, logits)
 
-    return jax.vmap(draw)(sampling.seeds, sampling.streams, process_logits(logits, sampling)).astype(jnp.int32)
+    return jax.vmap(draw)(sampling.seeds, sampling.stream_ids, filter_logits(logits, sampling)).astype(jnp.int32)
 
 
-def process_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Temperature, then top-k, top-p and min-p, in transformers' order; what is ruled out becomes -inf. [B, V] float32.
+def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Applies temperature, then top-k, top-p and min-p, in transformers' order, to logits [B, V] float32.
 
-    Nothing is sorted. Tokens as likely as the least likely one that stays, stay: in transformers this holds for top-k and
-    min-p, while its top-p keeps of such tokens those that a sort happens to put first.
+    Tokens that are filtered out become -inf. No filter sorts. Tokens as likely as the least likely one kept are kept too:
+    transformers does the same for top-k and min-p, while its top-p keeps whichever of them a sort puts first.
     """
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
-        logits = _largest(logits, jnp.ones_like(logits), sampling.top_k)
+        logits = _keep_largest(logits, jnp.ones_like(logits), sampling.top_k)
     if sampling.top_p is not None:
-        # a token stays if those more likely than it have less than top_p together; at 1 all do, whatever the sum rounds to
-        enough = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)
-        logits = _largest(logits, jax.nn.softmax(logits, axis=-1), enough)
+        # A token is kept if all more likely tokens together have less than top_p; at 1 all are, however the sum rounds.
+        threshold = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)
+        logits = _keep_largest(logits, jax.nn.softmax(logits, axis=-1), threshold)
     if sampling.min_p is not None:
-        # a token stays if it is at least min_p times as likely as the most likely one
+        # A token is kept if it is at least min_p times as likely as the most likely one.
         probabilities = jax.nn.softmax(logits, axis=-1)
-        stays = probabilities >= sampling.min_p * probabilities.max(axis=-1, keepdims=True)
-        logits = jnp.where(stays, logits, -jnp.inf)
+        kept = probabilities >= sampling.min_p * probabilities.max(axis=-1, keepdims=True)
+        logits = jnp.where(kept, logits, -jnp.inf)
     return logits
 
 
-def _largest(logits: jax.Array, weights: jax.Array, enough: jax.Array) -> jax.Array:
-    """Each row's largest logits, as few as weigh `enough` together, and their equals; -inf for the rest.
+def _keep_largest(logits: jax.Array, weights: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Keeps each row's largest logits, as few as reach `threshold` in total weight, and ties; the others become -inf.
 
-    Finds the smallest that stays by its 32 bits, four at a time: eight passes over the logits instead of a sort.
+    Finds the smallest logit to keep by its 32 bits, four at a time: eight passes over the logits instead of a sort.
     """
-    order = _ordered(logits)
-    least = jnp.zeros((*logits.shape[:-1], 1), jnp.uint32)
+    bits = _sortable_bits(logits)
+    smallest = jnp.zeros((*logits.shape[:-1], 1), jnp.uint32)
     for shift in range(28, -1, -4):
-        candidates = least + (jnp.arange(1, 16, dtype=jnp.uint32) << shift)  # [B, 15], rising
-        reached = order[..., None, :] >= candidates[..., None]
-        weight = jnp.sum(jnp.where(reached, weights[..., None, :], 0), axis=-1)  # falling
-        digit = jnp.sum(weight >= enough, axis=-1, keepdims=True, dtype=jnp.uint32)
-        least += digit << shift
-    return jnp.where(order >= least, logits, -jnp.inf)
+        candidates = smallest + (jnp.arange(1, 16, dtype=jnp.uint32) << shift)  # [B, 15], increasing
+        reached = bits[..., None, :] >= candidates[..., None]
+        weight = jnp.sum(jnp.where(reached, weights[..., None, :], 0), axis=-1)  # decreasing
+        digit = jnp.sum(weight >= threshold, axis=-1, keepdims=True, dtype=jnp.uint32)
+        smallest += digit << shift
+    return jnp.where(bits >= smallest, logits, -jnp.inf)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """float32 -> uint32 of the same order; +0 and -0 are one."""
+def _sortable_bits(x: jax.Array) -> jax.Array:
+    """Maps float32 to uint32 of the same order; +0 and -0 are equal."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def log_probabilities(logits: jax.Array, token: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """logits [B, V], token [B] -> its log-probability [B]; the `count` most likely tokens, and theirs [B, count]."""
-    logits = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    values, tokens = jax.lax.top_k(logits, count)
-    return chosen, tokens.astype(jnp.int32), values
+def token_logprobs(logits: jax.Array, token: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns log-probabilities for logits [B, V] and the chosen token [B].
+
+    Returns:
+        That of the chosen token [B]; the `count` most likely tokens [B, count] int32; theirs [B, count].
+    """
+    logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, count)
+    return chosen, top_tokens.astype(jnp.int32), top_logprobs

@@ -1,12 +1,14 @@
-"""How good a model is on conversations that it was not trained on: loss of their answers, and answers of its own."""
+"""Measures a model on held-out conversations: the loss of their answers, and how often its own answers equal them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
-from liger_jax.generation.generate import generate
-from liger_jax.inputs.batch import Batch, prepare
+from liger_jax.errors import UserError
+from liger_jax.generation.answer import answer_conversations
+from liger_jax.generation.options import GenerationOptions
+from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
@@ -15,10 +17,13 @@ from liger_jax.train.step import loss_fn
 
 
 def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
-    """{"loss", "accuracy"} per trained token over all batches, and "num_tokens", how many there are.
+    """Computes loss and accuracy over all batches.
+
+    Returns:
+        "loss" and "accuracy", means over all labels that count, and "num_tokens", the number of these labels.
 
     Raises:
-        ValueError: a batch has no labels, or there are no batches.
+        UserError: a batch has no labels, or there are no batches.
 
     Example:
         >>> import numpy as np
@@ -32,55 +37,18 @@ def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
     sums, counts = dict.fromkeys(("loss", "accuracy"), 0.0), []
     for batch in batches:
         with mesh_context(mesh):
-            metrics = _metrics(model, shard_batch(batch, mesh))
+            metrics = _compute_metrics(model, shard_batch(batch, mesh))
         counts.append(int(metrics["num_tokens"]))
         sums = {name: total + counts[-1] * float(metrics[name]) for name, total in sums.items()}
     if not counts:
-        raise ValueError("evaluate: there are no batches; expected at least one")
-    tokens = sum(counts)
-    return {name: total / max(tokens, 1) for name, total in sums.items()} | {"num_tokens": tokens}
+        raise UserError("batches is empty; expected at least one batch to evaluate")
+    num_tokens = sum(counts)
+    return {name: total / max(num_tokens, 1) for name, total in sums.items()} | {"num_tokens": num_tokens}
 
 
 @jax.jit
-def _metrics(model: Qwen2VL, batch: Batch) -> dict[str, jax.Array]:
+def _compute_metrics(model: Qwen2VL, batch: Batch) -> dict[str, jax.Array]:
     return loss_fn(model, batch)[1]
-
-
-def answer(
-    model: Qwen2VL,
-    processor: Processor,
-    prompts: Sequence[Conversation],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    length: int | None = None,
-    patches: int | None = None,
-) -> list[str]:
-    """The model's most likely answers to conversations that end with a question, `batch_size` of them at a time.
-
-    Args:
-        length, patches: of a row, see `prepare`.
-    """
-    answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        filled = chunk + chunk[:1] * (batch_size - len(chunk))  # one program for all, the shorter last chunk too
-        inputs = processor(filled, add_generation_prompt=True)
-        batch = prepare(model.config, **inputs, length=length, patches=patches)
-        answers += processor.decode(generate(model, batch, max_new_tokens=max_new_tokens))[: len(chunk)]
-    return answers
-
-
-def question(conversation: Conversation) -> tuple[Conversation, str]:
-    """A conversation up to the assistant's last answer, and the text of that answer.
-
-    >>> question([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
-    ([{'role': 'user', 'content': '1 + 1?'}], '2')
-    """
-    last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
-    content = conversation[last]["content"]
-    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    return conversation[:last], text
 
 
 def compare_answers(
@@ -90,15 +58,41 @@ def compare_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    length: int | None = None,
+    patches: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The last answer of each conversation beside the model's own.
+    """Compares the last answer of each conversation with the model's most likely answer.
+
+    Args:
+        model: the model.
+        processor: the model's processor.
+        conversations: conversations that end with an answer.
+        max_new_tokens: largest number of tokens per answer.
+        batch_size: conversations answered together.
+        length: positions per row, see `prepare`.
+        patches: image patches per row, see `prepare`.
 
     Returns:
-        For each {"expected": text, "answer": text, "exact": whether they are the same but for white space around them}.
+        A dict per conversation: "expected", its answer; "answer", the model's; "exact", whether they are equal apart from
+        surrounding white space.
     """
-    prompts, expected = zip(*map(question, conversations), strict=True)
-    answers = answer(model, processor, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    prompts, expected_answers = zip(*map(split_last_answer, conversations), strict=True)
+    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    shape = {"batch_size": batch_size, "length": length, "patches": patches}
+    answers = answer_conversations(model, processor, prompts, options, **shape)
     return [
-        {"expected": wanted, "answer": found, "exact": wanted.strip() == found.strip()}
-        for wanted, found in zip(expected, answers, strict=True)
+        {"expected": expected, "answer": answer, "exact": expected.strip() == answer.strip()}
+        for expected, answer in zip(expected_answers, answers, strict=True)
     ]
+
+
+def split_last_answer(conversation: Conversation) -> tuple[Conversation, str]:
+    """Returns a conversation up to the assistant's last answer, and the text of that answer.
+
+    >>> split_last_answer([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
+    ([{'role': 'user', 'content': '1 + 1?'}], '2')
+    """
+    last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
+    content = conversation[last]["content"]
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return conversation[:last], text

@@ -7,7 +7,7 @@ import pytest
 from convert import from_hf
 from liger_jax import generate
 from liger_jax.generation.options import GenerationOptions
-from liger_jax.generation.sampling import History, constrain, process_logits
+from liger_jax.generation.sampling import History, Sampling, constrain_logits, filter_logits
 from tests._support import parity
 
 pytest.importorskip("torch", reason="needs torch, see the extra `parity`")
@@ -64,9 +64,11 @@ def test_logits_processors(seed):
         no_repeat_ngram_size=size,
         bad_words_ids=words,
     )
-    sampling = options.sampling(parity.config(), ROWS, ROWS)
-    found = constrain(jnp.asarray(logits), sampling, History(history.astype(np.int32), np.full(ROWS, LENGTH)), step)
-    found = process_logits(found, sampling)
+    sampling = Sampling.from_options(options, parity.config(), ROWS, ROWS)
+    found = constrain_logits(
+        jnp.asarray(logits), sampling, History(history.astype(np.int32), np.full(ROWS, LENGTH)), step
+    )
+    found = filter_logits(found, sampling)
     np.testing.assert_array_equal(np.isneginf(found), np.isneginf(wanted.numpy()))
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5)
 

@@ -1,81 +1,107 @@
-"""A checkpoint's own options of generation, as transformers reads them."""
+"""Generation options: their checks, and a checkpoint's defaults as transformers reads them."""
 
+import dataclasses
+import inspect
 import json
 
 import pytest
 
-from liger_jax import Qwen2VLConfig
-from liger_jax.generation.options import GenerationOptions
+from liger_jax import Qwen2VLConfig, generate
+from liger_jax.errors import NotFoundError, UserError
+from liger_jax.generation.options import AnswerOptions, GenerationOptions
+from liger_jax.generation.sampling import Sampling
 from tests._support import parity
 
 STORED = json.loads((parity.REFERENCES / "generation.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", STORED["defaults"], ids=lambda case: ",".join(case["file"]))
-def test_defaults_of_a_checkpoint(case, tmp_path):
+def test_checkpoint_defaults(case, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(case["file"]))
-    found, wanted = GenerationOptions.from_hf(tmp_path), case["options"]
-    off = {"top_p": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "top_k": found.top_k}
-    for name, value in wanted.items():
-        got = getattr(found, name)
-        if name == "top_k" and wanted["do_sample"]:  # it means nothing otherwise
-            assert got == value
-        elif name in off and value == off[name]:
-            assert not got or got == value
+    options, expected = GenerationOptions.from_hf(tmp_path), case["options"]
+    disabled = {"top_p": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "top_k": options.top_k}
+    for name, expected_value in expected.items():
+        value = getattr(options, name)
+        if name == "top_k" and expected["do_sample"]:  # it has no effect otherwise
+            assert value == expected_value
+        elif name in disabled and expected_value == disabled[name]:
+            assert not value or value == expected_value
         elif name != "top_k":
-            assert got == value, name
-    assert found.max_new_tokens == case["file"].get("max_new_tokens", GenerationOptions.max_new_tokens)
+            assert value == expected_value, name
+    assert options.max_new_tokens == case["file"].get("max_new_tokens", GenerationOptions.max_new_tokens)
 
 
-def test_without_a_file_and_with_values_of_ones_own(tmp_path):
+def test_generate_takes_all_options_with_their_defaults():
+    parameters = inspect.signature(generate).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
+    assert parameters.keys() - fields.keys() == {"model", "batch", "tokenizer"}
+    del fields["max_new_tokens"]  # generate requires it
+    assert {name: parameters[name].default for name in fields} == fields
+
+
+def test_missing_file_and_overrides(tmp_path):
     assert GenerationOptions.from_hf(tmp_path, seed=3) == GenerationOptions(seed=3)
-    with pytest.raises(FileNotFoundError, match="no such folder"):  # and no hub id either
+    with pytest.raises(NotFoundError, match="neither a folder nor a hub id"):  # nor is it a hub id
         GenerationOptions.from_hf(tmp_path / "no such folder")
 
 
-def test_what_is_not_implemented_is_told(tmp_path):
+def test_answer_options_enable_and_disable_sampling(tmp_path):
+    """Any sampling filter enables sampling without the checkpoint's other filters; temperature 0 disables it."""
+    stored = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stored))
+    for answer_options, expected in (
+        (AnswerOptions(), stored),
+        (AnswerOptions(top_p=0.5), {"do_sample": True, "top_p": 0.5, "repetition_penalty": 1.1}),
+        (AnswerOptions(temperature=0.0, top_k=3), {"repetition_penalty": 1.1}),
+        (AnswerOptions(stop=("a", "b"), seed=7), stored | {"stop_strings": ("a", "b"), "seed": 7}),
+    ):
+        assert answer_options.resolve(tmp_path) == GenerationOptions(**expected)
+
+
+def test_unsupported_entries_warn(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 4, "typical_p": 1.0}))
     with pytest.warns(UserWarning, match=r"num_beams.*is not implemented"):
         GenerationOptions.from_hf(tmp_path)
 
 
-def test_options_of_draws_that_are_not_made_mean_nothing(tmp_path):
-    """As in transformers; drawn from by a command line's options, they have transformers' defaults."""
+def test_sampling_filters_are_ignored_without_do_sample(tmp_path):
+    """As in transformers, whatever their values; with do_sample they are checked."""
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.0, "top_p": 0.0}))
     assert GenerationOptions.from_hf(tmp_path) == GenerationOptions()
-    with pytest.raises(ValueError, match=r"temperature is 0\.0"):
+    with pytest.raises(UserError, match=r"temperature is 0\.0"):
         GenerationOptions.from_hf(tmp_path, do_sample=True)
     for text in ("{", "[]"):
         (tmp_path / "generation_config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"generation_config\.json is no JSON object"):
+        with pytest.raises(UserError, match=r"generation_config\.json is not a JSON object"):
             GenerationOptions.from_hf(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; expected an integer"),
         ({"temperature": None}, "temperature is None"),
-        ({"bad_words_ids": [5]}, "expected sequences of tokens each"),
+        ({"bad_words_ids": [5]}, "expected a list of token sequences"),
         ({"seed": 1.5}, r"seed is 1\.5"),
-        ({"seed": 2**70}, "expected an integer of 64 bits"),
+        ({"seed": 2**70}, "expected a 64-bit integer"),
     ],
 )
-def test_values_without_a_meaning(options, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_values(options, message):
+    with pytest.raises(UserError, match=message):
         GenerationOptions(**options)
 
 
-def test_the_published_checkpoints_are_greedy(tmp_path):
-    """Their top_k is 1: nothing needs to be drawn, and nothing is."""
+def test_published_checkpoints_are_greedy(tmp_path):
+    """Their top_k is 1, so nothing is sampled."""
     (tmp_path / "generation_config.json").write_text(json.dumps(STORED["defaults"][1]["file"]))
     options = GenerationOptions.from_hf(tmp_path)
-    assert options.do_sample and not options.sampling(Qwen2VLConfig.qwen2_vl_2b(), 1, 1).do_sample
+    assert options.do_sample and not Sampling.from_options(options, Qwen2VLConfig.qwen2_vl_2b(), 1, 1).do_sample
 
 
-def test_all_of_a_seed_counts():
-    """The upper 32 bits and the sign of a seed make a difference; a small one is passed on as it is."""
+def test_all_bits_of_a_seed_count():
+    """The upper 32 bits and the sign make a difference; a small seed stays the same."""
     config, seeds = Qwen2VLConfig.tiny(), [0, 7, 2**32, -1, 2**32 - 1, 2**63 - 1, -(2**63)]
-    alone = [GenerationOptions(seed=seed).sampling(config, 1, 1).seeds.item() for seed in seeds]
+    alone = [Sampling.from_options(GenerationOptions(seed=seed), config, 1, 1).seeds.item() for seed in seeds]
     assert len(set(alone)) == len(seeds) and alone[:2] == seeds[:2]
-    assert GenerationOptions(seed=seeds).sampling(config, len(seeds), len(seeds)).seeds.tolist() == alone
+    together = Sampling.from_options(GenerationOptions(seed=seeds), config, len(seeds), len(seeds))
+    assert together.seeds.tolist() == alone

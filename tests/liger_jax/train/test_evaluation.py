@@ -1,18 +1,19 @@
-"""Questions and answers out of conversations; what is measured with them is tested where a run does it."""
+"""Splitting conversations into questions and answers. Runs that measure with them are tested in test_finetune."""
 
 import pytest
 
 from liger_jax import Qwen2VL, Qwen2VLConfig
-from liger_jax.train.evaluation import evaluate, question
+from liger_jax.errors import UserError
+from liger_jax.train.evaluation import evaluate, split_last_answer
 
 
-def test_nothing_to_evaluate():
-    with pytest.raises(ValueError, match="there are no batches"):
+def test_evaluate_needs_batches():
+    with pytest.raises(UserError, match="batches is empty"):
         evaluate(Qwen2VL.abstract(Qwen2VLConfig.tiny()), [])
 
 
-def test_the_last_answer_is_asked_for():
-    """Earlier turns are part of the question; an answer in parts is their text; what follows it is not used."""
+def test_split_last_answer():
+    """Earlier turns are part of the question; an answer in parts is their text; later turns are dropped."""
     turns = [
         "Read.",
         "Which?",
@@ -23,4 +24,4 @@ def test_the_last_answer_is_asked_for():
     ]
     roles = ["system", "user", "assistant", "user", "assistant", "user"]
     conversation = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=True)]
-    assert question(conversation) == (conversation[:4], "Eight")
+    assert split_last_answer(conversation) == (conversation[:4], "Eight")

@@ -1,0 +1,89 @@
+"""Answers to many questions, in batches of one size so that few programs are compiled."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from liger_jax.config import Qwen2VLConfig
+from liger_jax.generation.generate import generate_with
+from liger_jax.generation.loop import check_prompts
+from liger_jax.generation.options import GenerationOptions
+from liger_jax.inputs.batch import Batch, prepare
+from liger_jax.inputs.messages import Conversation
+from liger_jax.inputs.processor import Processor
+from liger_jax.model import Qwen2VL
+
+
+def prepare_prompt(
+    processor: Processor, config: Qwen2VLConfig, conversation: Conversation, max_new_tokens: int
+) -> Batch:
+    """Returns a batch of one row: a conversation that ends with a question.
+
+    Raises:
+        UserError: the conversation is malformed, an image cannot be read, or prompt and answer exceed the model's positions.
+    """
+    batch = prepare(config, **processor(conversation, add_generation_prompt=True))
+    check_prompts(config, batch, max_new_tokens)
+    return batch
+
+
+def answer_conversations(
+    model: Qwen2VL,
+    processor: Processor,
+    conversations: Sequence[Conversation],
+    options: GenerationOptions,
+    *,
+    batch_size: int,
+    length: int | None = None,
+    patches: int | None = None,
+) -> list[str]:
+    """Answers conversations that end with a question, `batch_size` of them at a time.
+
+    Args:
+        model: the model.
+        processor: the model's processor.
+        conversations: the conversations.
+        options: generation options with a single seed; conversation i, counted from 0, samples with seed `options.seed` + i.
+        batch_size: conversations answered together.
+        length: positions per row, see `prepare`.
+        patches: image patches per row, see `prepare`.
+    """
+    answers: list[str] = []
+    for start in range(0, len(conversations), batch_size):
+        chunk = list(conversations[start : start + batch_size])
+        inputs = processor(chunk, add_generation_prompt=True)
+        batch = prepare(model.config, **inputs, length=length, patches=patches)
+        seeds = [options.seed + start + row for row in range(len(chunk))]
+        answers += answer_batch(model, processor, batch, options, seeds=seeds, batch_size=batch_size)
+    return answers
+
+
+def answer_batch(
+    model: Qwen2VL,
+    processor: Processor,
+    batch: Batch,
+    options: GenerationOptions,
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+) -> list[str]:
+    """Answers one batch of at most `batch_size` prompts.
+
+    A smaller batch is filled up with copies of its first prompt, so that it runs the program of a full one.
+
+    Args:
+        model: the model.
+        processor: the model's processor.
+        batch: the prompts, one per row.
+        options: generation options, except for the seed.
+        seeds: one seed per prompt.
+        batch_size: rows of the batch that is run.
+    """
+    options.check_single_text()
+    prompts = batch.shape[0]
+    rows = [*range(prompts), *[0] * (batch_size - prompts)]
+    filled = jax.tree.map(lambda array: np.asarray(array)[rows], batch)
+    options = dataclasses.replace(options, seed=[seeds[row] for row in rows])
+    return processor.decode(generate_with(model, filled, options, processor))[:prompts]
