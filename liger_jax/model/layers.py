@@ -99,6 +99,8 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
+    """RMSNorm over the last axis; weight [*stack, features]."""
+
     def __init__(self, init: Initializer, features: int, *, stack=(), eps: float):
         self.weight = init.full(1.0, *stack, features)
         self.eps = eps
@@ -108,6 +110,8 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, with eps 1e-6; weight and bias [*stack, features]."""
+
     def __init__(self, init: Initializer, features: int, *, stack=()):
         self.weight = init.full(1.0, *stack, features)
         self.bias = init.full(0.0, *stack, features)

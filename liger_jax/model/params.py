@@ -7,15 +7,14 @@ LoRA can adapt it and PEFT's name for it (`model.lora`), which part it is frozen
 
 Axes are space-separated names, one per dimension, with brackets around names that share a dimension, the slowest first.
 The kernel of a `Linear` separates its input axes from its output axes with an arrow: `L H -> N D` has shape [L, H, N, D] and
-maps H to N heads of D numbers. An axis name stands for the same size in every row:
+maps H to N heads of D numbers. An axis name denotes the same size in every row:
 
     text    V vocabulary, H width, N query heads, K key/value heads, D head size, F MLP width, L layers
-    vision  E width, n heads, d head size, I MLP width, Lv layers; M merged width and m hidden width of the merger
-            (M = m); a patch has C channels, T frames and P x Q pixels
+    vision  E width, n heads, d head size, I MLP width, Lv layers; C channels, T frames and P x Q pixels of a patch;
+            M input width and m hidden width of the merger (M = m)
     LoRA    r rank
 
-The names that begin with L are stacking axes: the layers of a tower are one module, whose parameters have one entry per
-layer.
+Names that begin with L are stacking axes: the layers of a tower are one module, and its parameters have one entry per layer.
 """
 
 import dataclasses

@@ -28,15 +28,14 @@ SPLIT_BY = dict.fromkeys("VHEM", "fsdp") | dict.fromkeys("NKFnIm", "tensor")
 def partition_spec(parameter: Parameter) -> P:
     """Returns the mesh axis of each dimension of a parameter.
 
-    Vectors are not split over fsdp: gathering them would cost more than it saves. Each mesh axis splits one dimension at
-    most, the first that it can split.
+    Vectors, which are small, are not split over fsdp. Each mesh axis splits one dimension at most, the first that it can.
 
     Example:
         >>> from liger_jax.model.params import find_row
-        >>> partition_spec(find_row("language_model/layers/self_attn/q_proj/kernel"))
-        PartitionSpec(None, 'fsdp', 'tensor', None)
-        >>> partition_spec(find_row("visual/blocks/mlp/fc1/bias"))
-        PartitionSpec(None, 'tensor')
+        >>> tuple(partition_spec(find_row("language_model/layers/self_attn/q_proj/kernel")))
+        (None, 'fsdp', 'tensor', None)
+        >>> tuple(partition_spec(find_row("visual/blocks/mlp/fc1/bias")))
+        (None, 'tensor')
     """
     spec: list[str | None] = []
     for axes in parameter.dimensions:

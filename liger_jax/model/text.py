@@ -24,6 +24,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class SelfAttention(nnx.Module):
+    """Grouped-query attention with RoPE: x [B, T, H] to [B, T, H]."""
+
     def __init__(self, init: Initializer, config: TextConfig, stack):
         width, heads = (config.hidden_size,), (config.num_attention_heads, config.head_dim)
         kv_heads = (config.num_key_value_heads, config.head_dim)
@@ -39,6 +41,8 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """SwiGLU MLP: x [B, T, H] to [B, T, H]."""
+
     def __init__(self, init: Initializer, config: TextConfig, stack):
         width, hidden = (config.hidden_size,), (config.intermediate_size,)
         self.gate_proj = Linear(init, width, hidden, stack=stack, bias=False)
@@ -50,6 +54,8 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """A pre-norm transformer layer: x [B, T, H] to [B, T, H]."""
+
     def __init__(self, init: Initializer, config: TextConfig):
         stack = (config.num_hidden_layers,)
         self.input_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
@@ -66,6 +72,8 @@ class DecoderLayer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
+    """Token embeddings, decoder layers and final norm."""
+
     def __init__(self, init: Initializer, config: TextConfig):
         self.config = config
         self.embed_tokens = Embedding(init, config.vocab_size, config.hidden_size)

@@ -18,6 +18,8 @@ from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 
 class VisionAttention(nnx.Module):
+    """Attention within images and frames, with axial RoPE: x [B, P, E] to [B, P, E]."""
+
     def __init__(self, init: Initializer, config: VisionConfig, stack):
         heads, width = (config.num_heads, config.head_dim), (config.embed_dim,)
         self.qkv = Linear(init, width, (3, *heads), stack=stack, bias=True)
@@ -30,6 +32,8 @@ class VisionAttention(nnx.Module):
 
 
 class VisionMLP(nnx.Module):
+    """MLP with quick GELU: x [B, P, E] to [B, P, E]."""
+
     def __init__(self, init: Initializer, config: VisionConfig, stack):
         width, hidden = (config.embed_dim,), (config.intermediate_size,)
         self.fc1 = Linear(init, width, hidden, stack=stack, bias=True)
@@ -40,6 +44,8 @@ class VisionMLP(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
+    """A pre-norm transformer layer: x [B, P, E] to [B, P, E]."""
+
     def __init__(self, init: Initializer, config: VisionConfig):
         stack = (config.depth,)
         self.norm1 = LayerNorm(init, config.embed_dim, stack=stack)
@@ -68,6 +74,8 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
+    """Patch embedding, transformer blocks and merger: patches to features of the text model's width."""
+
     def __init__(self, init: Initializer, config: VisionConfig):
         self.config = config
         self.patch_embed = Linear(init, (config.patch_values,), (config.embed_dim,), bias=False)

@@ -1,4 +1,4 @@
-"""The table against a list of tensors made by hand, and its own two directions against each other."""
+"""The table covers a list of tensors written by hand, and its two directions are inverse."""
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from convert.table import (
     to_parameter,
 )
 from liger_jax import Qwen2VL, Qwen2VLConfig
+from liger_jax.model import params
 from liger_jax.model.params import param_paths
 from tests._support import hub_layout as hub
 
@@ -31,10 +32,11 @@ def test_covers_every_tensor_and_every_parameter_once(tied):
     assert {tensor.name: tensor.shape for tensor in tensors} == expected
     assert len(tensors) == len(expected)
     assert {row.path for row in TABLE} - parameters.keys() == ({"lm_head/weight"} if tied else set())
+    assert [row.path for row in TABLE] == [parameter.path for parameter in params.TABLE]
 
 
-def test_number_of_tensors_of_the_published_models():
-    """729, 730 and 1354 tensors in the state dicts of transformers."""
+def test_published_models_have_all_their_tensors():
+    """The state dicts of transformers have 729, 730 and 1354 tensors."""
     for config, count in (
         (Qwen2VLConfig.qwen2_vl_2b(), 729),
         (Qwen2VLConfig.qwen2_vl_7b(), 730),
@@ -45,13 +47,13 @@ def test_number_of_tensors_of_the_published_models():
 
 
 @pytest.mark.parametrize("layout", sorted({row.layout for row in TABLE}))
-def test_layouts_read_both_ways(layout):
+def test_layouts_are_invertible(layout):
     sizes = {letter: 2 + i for i, letter in enumerate("VHNDKFEndICTPQMm")} | {"3": 3}
     tensor = np.random.default_rng(0).normal(size=hub_shape(layout, sizes))
     np.testing.assert_array_equal(to_hub(layout, to_parameter(layout, tensor, sizes), sizes), tensor)
 
 
-def test_layout_of_heads_by_index():
+def test_heads_layout_by_index():
     sizes = {"N": 2, "D": 3, "H": 5}
     weight = np.arange(30).reshape(6, 5)
     kernel = to_parameter("(N D) H -> H N D", weight, sizes)
@@ -68,14 +70,14 @@ def test_names():
 
 
 def test_partition_follows_the_parameter():
-    """A hub tensor is cut where its parameter is, but only along the slowest axis of a dimension."""
+    """A hub tensor is split where its parameter is, but only along the slowest axis of a dimension."""
     assert hub_partition("(N D) H -> H N D", ("fsdp", "tensor", None)) == ["tensor", "fsdp"]
     assert hub_partition("(3 n d) E -> E 3 n d", ("fsdp", None, "tensor", None)) == [None, "fsdp"]
     assert hub_partition("E C T P Q -> (C T P Q) E", ("tensor", "fsdp")) == ["fsdp", None, None, None, None]
     assert hub_partition("V H -> V H", ()) == [None, None]
 
 
-def test_refuses_unknown_and_contradicting_parameters():
+def test_unknown_and_contradicting_parameters_are_refused():
     with pytest.raises(ValueError, match="lora_a"):
         read_sizes({"language_model/layers/lora_a": (2, 3)}, (3, 2, 14))
     with pytest.raises(ValueError, match=r"norm/weight.*expected 8 where it has 9"):

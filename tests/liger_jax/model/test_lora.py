@@ -215,7 +215,7 @@ def test_accumulation_and_remat_change_nothing():
     reference, reference_losses = trained(remat="none", accumulate=1)
     np.testing.assert_allclose(losses, reference_losses, rtol=1e-5)
     for path, leaf in lora_leaves(reference.model).items():
-        parity.assert_near(lora_leaves(state.model)[path], leaf, tolerance=2e-3, what=path)  # Adam divides by |g|
+        parity.assert_near(lora_leaves(state.model)[path], leaf, tolerance=2e-3, name=path)  # Adam divides by |g|
 
 
 def test_four_devices():

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from typing import get_args
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
 from liger_jax.model.lora import TARGETS, TEXT_TARGETS, add_lora
 from liger_jax.model.params import PARTS, TABLE, axis_sizes, find_row, param_group, param_paths
 from liger_jax.model.sharding import param_shardings, partition_spec
+from liger_jax.options import Optimization
 from liger_jax.train.flops import step_flops
 from liger_jax.train.optimizer import make_optimizer
 from tests._support.parity import REFERENCES
@@ -64,6 +66,8 @@ def test_parts_and_decay_equal_the_recorded_ones():
     for path, recorded in RECORDED["parameters"].items():
         assert (param_group(path), find_row(path).decays) == (recorded["part"], recorded["decays"]), path
     assert {row.part for row in TABLE} == set(PARTS)
+    (freezable,) = {choice for choice in get_args(Optimization.__annotations__["freeze"]) if choice is not ...}
+    assert get_args(freezable) == PARTS
 
 
 def test_lora_targets_equal_the_recorded_ones():

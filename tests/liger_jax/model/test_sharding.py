@@ -80,7 +80,7 @@ def test_training_step(name):
         np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
     weights, expected = to_hf_state(state.model), to_hf_state(one_state.model)
     for key, value in expected.items():
-        parity.assert_near(weights[key], value, tolerance=1e-5, what=key)
+        parity.assert_near(weights[key], value, tolerance=1e-5, name=key)
     for tree in (state.model, state.opt_state):
         shardings = param_paths(param_shardings(tree, mesh(name)))
         for path, leaf in param_paths(tree).items():
