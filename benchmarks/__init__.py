@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels and the model, and the tables made from their results: `python -m benchmarks`."""
+"""Benchmarks of the operations and the model, and the tables made from their results: `python -m benchmarks`."""

@@ -1,58 +1,110 @@
-"""`liger-jax bench train | generate`: a model of real size on the GPU at hand, beside transformers with Liger's kernels.
+"""The common part of `python -m benchmarks train | generate`: a model of real size, its peers, and the file of results.
 
-Both get the same checkpoint, written by transformers with random weights, and the same arrays. A training step is timed
-from its call to its end; a new token is the difference between generating 128 and 1. What transformers is not compared
-in (packed pictures of many sizes, LoRA, master weights, long prompts) is measured alone, on weights made here.
+Ours and transformers get the same checkpoint, which transformers writes with random weights, and the same arrays. A case
+that transformers is not compared in (packed images of many sizes, LoRA, master weights, long prompts) is measured alone, on
+weights made here.
 """
 
 import contextlib
-import gzip
+import dataclasses
 import importlib.util
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
-import numpy as np
-import optax
 
-from benchmarks import work
-from benchmarks.mixed import batches as mixed_batches
-from benchmarks.ops import check_for_gpu, device_kind, first_line, versions_of
-from liger_jax import Batch, Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
-from liger_jax.inputs.batch import IGNORE
-from liger_jax.model.lora import adapted_parts, add_lora
+from benchmarks.environment import GIB, check_for_gpu, device_kind, first_line, versions_of
+from benchmarks.record import OURS, record_result, summary
+from convert import from_hf
+from liger_jax import Batch, Qwen2VL, Qwen2VLConfig
 from liger_jax.model.sharding import get_mesh, shard_batch
-from liger_jax.train.master_weights import with_master_weights
-from liger_jax.train.metrics import batch_work, step_rates
-from liger_jax.train.optimizer import BASE, make_optimizer
 
-GIB = 2**30
+Size = Literal["2b", "7b"]
 PACKAGES = ("jax", "flax", "optax")
-NOT_EQUAL = 1e-2  # of a loss
-PEERS = {
+LARGE_LOSS_DIFFERENCE = 1e-2
+PEER_OPTIONS = {
     "train": (["--liger"], ["--liger", "--checkpointing"]),
     "generate": (["--cache", "dynamic"], ["--cache", "static"]),
 }
 
 
-# ---- measurement ------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """One benchmark of a model: what to run, at which batch sizes, next to which peers."""
+
+    what: str
+    """"train", "train mixed" or "generate"."""
+    size: Size
+    batch_sizes: Sequence[int]
+    directory: Path
+    """Folder of model.json."""
+    labels: dict = dataclasses.field(default_factory=dict)
+    """Fields that tell the case from others of the same benchmark."""
+    peers: bool = False
+    fsdp: int | None = None
+    """GPUs to shard over; None for one GPU without a mesh."""
+    consumes_model: bool = False
+    """Whether a measurement donates the model's arrays, so that the next one needs a new model."""
+
+    def run(self, measure: Callable[[Qwen2VL, int], dict]) -> Path:
+        """Measures the peers, then measure(model, batch size) in ascending order. Returns the file of results."""
+        file = self.directory / "model.json"
+        common = {
+            "package": OURS,
+            "model": f"qwen2-vl-{self.size}",
+            "devices": self.fsdp or 1,
+            "versions": versions_of(PACKAGES),
+        }
+        with peer_checkpoint(self.size, self.peers) as checkpoint:
+            # the peers run first, while JAX has not yet reserved the GPU's memory
+            losses = _run_peers(self.what, checkpoint, self.batch_sizes, file) if checkpoint else {}
+            common["device"] = device_kind()
+            mesh = jax.make_mesh((self.fsdp,), ("fsdp",)) if self.fsdp else None
+            model = None
+            for batch_size in sorted(self.batch_sizes):  # the memory's peak is the process's, so the largest comes last
+                if model is None and checkpoint:
+                    model, conversion = load(checkpoint, mesh)
+                    if batch_size == min(self.batch_sizes):
+                        record_result(file, {**common, "what": "convert", **conversion})
+                elif model is None:
+                    model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{self.size}")(), mesh=mesh)
+                case = {**common, "what": self.what, **self.labels, "rows": batch_size}
+                try:
+                    result = measure(model, batch_size)
+                except Exception as error:
+                    print(summary({**case, "error": first_line(error)}), flush=True)
+                    break  # a larger batch would fail as well
+                record_result(file, {**case, **result})
+                _compare_losses(result.get("losses", []), losses.get(batch_size, []))
+                if self.consumes_model:
+                    model = None
+        return file
+
+
+def _compare_losses(ours: Sequence[float], theirs: Sequence[float]) -> None:
+    """Warns if the losses of the first steps differ from those of a peer."""
+    difference = max((abs(a - b) for a, b in zip(ours, theirs, strict=False)), default=0)
+    if difference > LARGE_LOSS_DIFFERENCE:
+        print(f"  WARNING: the losses differ by {difference:.2g}: {ours}, {theirs}", flush=True)
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------------
 
 
 class HostMemory:
-    """The largest resident memory of this process while the block runs, above what it was before. In bytes."""
+    """Measures how far this process's resident memory rises above its start while the block runs, in bytes."""
 
     def __enter__(self):
-        self.before = self.peak = self.now()
+        self.start = self.peak = self.resident()
         self.running = True
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
@@ -60,28 +112,28 @@ class HostMemory:
 
     def watch(self):
         while self.running:
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, self.resident())
             time.sleep(0.01)
 
     def __exit__(self, *_):
         self.running = False
         self.thread.join()
-        self.above_start = max(self.peak, self.now()) - self.before
+        self.above_start = max(self.peak, self.resident()) - self.start
 
     @staticmethod
-    def now() -> int:
+    def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
 
 
 def device_peak() -> float:
-    """The most device memory that was in use at any time of this process, in GiB; 0 where the device does not tell."""
+    """Returns the largest device memory that this process has used so far, in GiB; 0 where the device does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / GIB
 
 
-def load(checkpoint: Path, from_hf: Callable, mesh) -> tuple[Qwen2VL, dict]:
-    """The converted checkpoint, and what converting took."""
-    # the first program sets up the device, which takes gigabytes of its own
+def load(checkpoint: Path, mesh) -> tuple[Qwen2VL, dict]:
+    """Returns the converted checkpoint, and the time and host memory of the conversion."""
+    # the first program sets up the device, which takes gigabytes of host memory that are not the conversion's
     jax.block_until_ready(jax.jit(lambda: 0)())
     start = time.perf_counter()
     with HostMemory() as host:
@@ -89,224 +141,17 @@ def load(checkpoint: Path, from_hf: Callable, mesh) -> tuple[Qwen2VL, dict]:
     return model, {"seconds": time.perf_counter() - start, "host_gib_above_start": host.above_start / GIB}
 
 
-def on_devices(model: Qwen2VL, batch: Batch) -> Batch:
-    """The batch where the weights are, so that its transfer is not part of what is timed."""
+def place_batch(model: Qwen2VL, batch: Batch) -> Batch:
+    """Returns the batch on the model's devices, so that its transfer is not timed."""
     return jax.device_put(shard_batch(batch, get_mesh(model)))
 
 
-def train(
-    model: Qwen2VL,
-    batches: Sequence[Batch],
-    *,
-    optimizer: optax.GradientTransformation,
-    frozen: Collection[str] = (),
-    remat: str = "auto",
-    unroll: bool = False,
-    profile: Path | None = None,
-) -> dict:
-    """Steps on the batches, one after the other and from the first again. The model's memory is the state's from then on."""
-    counted = [batch_work(model.config, batch, frozen=frozen, adapted=adapted_parts(model)) for batch in batches]
-    trained = [int(np.count_nonzero(batch.labels != IGNORE)) for batch in batches]
-    mean = {name: float(np.mean([each[name] for each in counted])) for name in counted[0]}
-    state = TrainState.create(model, optimizer)
-    step = make_train_step(remat=remat, unroll=unroll)
-    placed = [on_devices(model, batch) for batch in batches]
-    seconds, losses = [], []
-    for number in range(work.WARM + work.TIMED):
-        start = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, placed[number % len(placed)]))
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(metrics["loss"]))
-    if profile is not None:
-        with tempfile.TemporaryDirectory() as trace:
-            with jax.profiler.trace(trace):
-                state, _ = jax.block_until_ready(step(state, placed[0]))
-            profile.write_text(kernel_table(Path(trace)))
-    timed = range(work.WARM, len(seconds))
-    of_batch = [[seconds[i] for i in timed if i % len(placed) == number] for number in range(len(placed))]
-    step_s = float(np.mean([np.median(of_one) for of_one in of_batch if of_one]))
-    rates = step_rates(
-        mean, float(np.mean(trained)), step_s, sorted(state.step.devices(), key=lambda device: device.id)
-    )
-    return {
-        "remat": step.chosen,
-        "unroll": unroll,
-        "step_ms": step_s * 1e3,
-        "tokens_per_s": rates["tokens_per_second"],
-        "trained_tokens_per_s": rates["trained_tokens_per_second"],
-        "images": mean["images"],
-        "token_utilisation": rates["token_utilisation"],
-        **{name: value for name, value in rates.items() if name == "model_flops_utilisation"},
-        "peak_gib": device_peak(),
-        "compile_s": seconds[0] - step_s,
-        "compilations": len(step.compiled),
-        "losses": losses[:3],
-    }
-
-
-def kernel_table(trace: Path) -> str:
-    """The kernels of a trace by name with their summed time, most first, as a Markdown table."""
-    (file,) = trace.rglob("*.trace.json.gz")
-    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    named = [event for event in events if event.get("ph") == "M" and "name" in event.get("args", {})]
-    processes = {event["pid"]: event["args"]["name"] for event in named if event["name"] == "process_name"}
-    threads = {(e["pid"], e.get("tid")): e["args"]["name"] for e in named if e["name"] == "thread_name"}
-    total, count = Counter(), Counter()
-    for event in events:
-        where = event.get("pid"), event.get("tid")
-        if event.get("ph") == "X" and "GPU" in processes.get(where[0], "") and "Stream" in threads.get(where, ""):
-            name = re.sub(r"\(.*", "", event["name"])
-            total[name] += event["dur"]
-            count[name] += 1
-    lines = ["| ms | calls | us each | kernel |", "|---|---|---|---|"]
-    lines += [f"| {us / 1e3:.2f} | {count[n]} | {us / count[n]:.1f} | `{n}` |" for n, us in total.most_common(60)]
-    return f"{total.total() / 1e3:.1f} ms in {count.total()} kernels.\n\n" + "\n".join(lines) + "\n"
-
-
-def decode(model: Qwen2VL, arrays: dict) -> dict:
-    arrays = {name: value for name, value in arrays.items() if name != "labels"}
-    batch = on_devices(model, prepare(model.config, **arrays))
-
-    def seconds(count: int) -> float:
-        start = time.perf_counter()
-        tokens = generate(model, batch, max_new_tokens=count, eos_token_id=())
-        jax.block_until_ready(tokens)
-        return time.perf_counter() - start
-
-    first = {count: seconds(count) for count in (1, work.NEW_TOKENS)}
-    again = {count: float(np.median([seconds(count) for _ in range(5)])) for count in first}
-    return {
-        "prefill_ms": again[1] * 1e3,
-        "ms_per_token": (again[work.NEW_TOKENS] - again[1]) / (work.NEW_TOKENS - 1) * 1e3,
-        "tokens_per_s": len(arrays["input_ids"]) * work.NEW_TOKENS / again[work.NEW_TOKENS],
-        "compile_s": sum(first.values()) - sum(again.values()),
-        "peak_gib": device_peak(),
-        "new_tokens": work.NEW_TOKENS,
-    }
-
-
-# ---- the commands -----------------------------------------------------------------------------------------------------
-
-
-def run_train(
-    size: str,
-    rows: Sequence[int],
-    directory: Path,
-    *,
-    from_hf: Callable,
-    peers: bool = False,
-    fsdp: int | None = None,
-    remat: str = "auto",
-    unroll: bool = False,
-    profile: bool = False,
-    mixed: bool = False,
-    lora: int | None = None,
-    master_weights: bool = False,
-) -> Path:
-    """Measures and writes; see `liger-jax bench train --help`. -> the file of results."""
-    if lora is not None and master_weights:
-        raise ValueError("bench train: LoRA's matrices are float32 already; expected --lora or --master-weights")
-    optimizer, frozen = optax.adamw(work.LEARNING_RATE), ()
-    if master_weights:
-        optimizer = with_master_weights(optimizer)
-    if lora is not None:
-        optimizer, frozen = make_optimizer(work.LEARNING_RATE, freeze=BASE), BASE
-
-    def measure(model: Qwen2VL, count: int) -> dict:
-        if lora is not None:
-            model = add_lora(model, rank=lora, alpha=2 * lora)
-        batches = mixed_batches(model.config, count, work.MIXES) if mixed else [uniform_batch(model.config, count)]
-        how = {"remat": remat, "unroll": unroll, "optimizer": optimizer, "frozen": frozen}
-        table = directory / f"profile_{'_'.join([size, *variant])}_x{count}.md"
-        return train(model, batches, **how, profile=table if profile else None)
-
-    case = {"what": "train mixed" if mixed else "train"}
-    case |= {"lora": lora} if lora is not None else {}
-    case |= {"master_weights": True} if master_weights else {}
-    variant = ["mixed"] * mixed + [name for name in case if name != "what"]
-    variant += [remat] * (remat != "auto") + ["unrolled"] * unroll + [f"fsdp{fsdp}"] * (fsdp is not None)
-    return _run(
-        case, size, rows, directory, measure, from_hf=from_hf, fsdp=fsdp, peers=peers and case == {"what": "train"}
-    )
-
-
-def run_generate(
-    size: str,
-    rows: Sequence[int],
-    directory: Path,
-    *,
-    from_hf: Callable,
-    peers: bool = False,
-    length: int | None = None,
-) -> Path:
-    """Measures and writes; see `liger-jax bench generate --help`. -> the file of results."""
-    shortest = work.IMAGE_TOKENS + 20 + work.NEW_TOKENS
-    if length is not None and length < shortest:
-        raise ValueError(f"bench generate: length is {length}; expected at least {shortest}, for image and new tokens")
-    prompt = work.LENGTH if length is None else length - work.NEW_TOKENS
-
-    def measure(model: Qwen2VL, count: int) -> dict:
-        return decode(model, work.rows(vars(model.config), count, prompt))
-
-    case = {"what": "generate"} | ({} if length is None else {"prompt_tokens": prompt})
-    return _run(case, size, rows, directory, measure, from_hf=from_hf, peers=peers and length is None)
-
-
-def _run(
-    case: dict,
-    size: str,
-    rows: Sequence[int],
-    directory: Path,
-    measure: Callable[[Qwen2VL, int], dict],
-    *,
-    from_hf: Callable,
-    peers: bool,
-    fsdp: int | None = None,
-) -> Path:
-    """measure(model, rows) for each number of rows, after the peers; `case` is kept with each result."""
-    file = directory / "model.json"
-    common = {
-        "package": work.OURS,
-        "model": f"qwen2-vl-{size}",
-        "devices": fsdp or 1,
-        "versions": versions_of(PACKAGES),
-    }
-    with checkpoint_of(size, peers) as checkpoint:
-        losses = {}
-        if checkpoint:  # first, as long as JAX has not yet taken the GPU's memory
-            losses = _run_peers(case["what"], checkpoint, rows, file)
-        common["device"] = device_kind()
-        mesh = jax.make_mesh((fsdp,), ("fsdp",)) if fsdp else None
-        model = None
-        for count in sorted(rows):  # memory's peak is that of the process: from few to many
-            if model is None and checkpoint:
-                model, result = load(checkpoint, from_hf, mesh)
-                if count == min(rows):
-                    work.keep(file, {**common, "what": "convert", **result})
-            elif model is None:
-                model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{size}")(), mesh=mesh)
-            about = {**common, **case, "rows": count}
-            try:
-                result = measure(model, count)
-            except Exception as error:
-                print(work.line({**about, "error": first_line(error)}), flush=True)
-                break  # with more rows it would fail as well
-            work.keep(file, {**about, **result})
-            pairs = zip(result.get("losses", ()), losses.get(count, ()), strict=False)
-            if (apart := max((abs(a - b) for a, b in pairs), default=0)) > NOT_EQUAL:
-                print(f"  WARNING: the losses are {apart:.2g} apart: {result['losses']}, {losses[count]}", flush=True)
-            if case["what"] != "generate":
-                model = None  # training took it over
-    return file
-
-
-def uniform_batch(config: Qwen2VLConfig, rows: int) -> Batch:
-    return prepare(config, **work.rows(vars(config), rows))
+# ---- peers ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def checkpoint_of(size: str, peers: bool) -> Iterator[Path | None]:
-    """A folder with random weights by transformers; None where torch is not installed or nobody else needs it."""
+def peer_checkpoint(size: str, peers: bool) -> Iterator[Path | None]:
+    """Yields a folder with random weights written by transformers; None without peers or without torch."""
     if not peers or importlib.util.find_spec("torch") is None:
         yield None
         return
@@ -317,16 +162,17 @@ def checkpoint_of(size: str, peers: bool) -> Iterator[Path | None]:
         yield checkpoint
 
 
-def _run_peers(what: str, checkpoint: Path, rows: Sequence[int], file: Path) -> dict[int, list[float]]:
-    """transformers in processes of their own, so that each has all memory. -> the first losses by number of rows."""
+def _run_peers(what: str, checkpoint: Path, batch_sizes: Sequence[int], file: Path) -> dict[int, list[float]]:
+    """Measures transformers in processes of its own, so that each has all memory. Returns its losses by batch size."""
     losses: dict[int, list[float]] = {}
-    for options in PEERS[what]:
-        for count in rows:
-            command = [sys.executable, "-m", "benchmarks.peer_model", what, checkpoint, str(count), *options]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-            for text in done.stdout.splitlines():
-                if text.startswith('{"package"'):  # and not what other packages print
+    for options in PEER_OPTIONS[what]:
+        for batch_size in batch_sizes:
+            command = [sys.executable, "-m", "benchmarks.peer_model", what, checkpoint, str(batch_size), *options]
+            environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+            for text in process.stdout.splitlines():
+                if text.startswith('{"package"'):  # other lines are printed by other packages
                     result = json.loads(text)
-                    work.keep(file, result)
-                    losses.setdefault(count, result.get("losses", []))
+                    record_result(file, result)
+                    losses.setdefault(batch_size, result.get("losses", []))
     return losses

@@ -1,7 +1,7 @@
-"""A training step and generation by transformers, with or without Liger's kernels: the peer of `benchmarks.model`.
+"""A training step and generation by transformers, with or without Liger's kernels: the peer in benchmarks/model.py.
 
-python -m benchmarks.peer_model write 2b FOLDER           # a checkpoint with random weights, as the hub has it
-python -m benchmarks.peer_model train FOLDER 4 --liger    # prints a line of JSON for each number of rows
+python -m benchmarks.peer_model write 2b FOLDER           # a checkpoint with random weights, in the hub's layout
+python -m benchmarks.peer_model train FOLDER 4 --liger    # prints one line of JSON per batch size
 python -m benchmarks.peer_model generate FOLDER 1 16 --cache static
 """
 
@@ -13,19 +13,18 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks import work
+from benchmarks.environment import GIB
 from liger_jax import Qwen2VLConfig
 
 try:
     import torch
     import transformers
-except ModuleNotFoundError:  # the module can be imported without, to read what it has
+except ModuleNotFoundError:  # the module can be imported without torch, to check it
     torch = None
-
-GIB = 2**30
 
 
 def write(size: str, directory: str) -> None:
-    """A Qwen2-VL of real size with random weights, in sharded safetensors."""
+    """Writes a Qwen2-VL of real size with random weights, in sharded safetensors."""
     preset = getattr(Qwen2VLConfig, f"qwen2_vl_{size}")()
     config = transformers.Qwen2VLConfig.from_dict(preset.to_hf())
     torch.manual_seed(0)
@@ -36,19 +35,19 @@ def write(size: str, directory: str) -> None:
     model.save_pretrained(directory, max_shard_size="4GB")
 
 
-def inputs(config: dict, rows: int) -> dict:
-    arrays = {name: torch.from_numpy(value).cuda() for name, value in work.rows(config, rows).items()}
+def make_inputs(config: dict, batch_size: int) -> dict:
+    arrays = {name: torch.from_numpy(value).cuda() for name, value in work.sequences(config, batch_size).items()}
     arrays["pixel_values"] = arrays["pixel_values"].bfloat16()
     arrays["mm_token_type_ids"] = (arrays["input_ids"] == config["image_token_id"]).int()
     return arrays
 
 
-def train(model, arrays) -> dict:
+def time_steps(model, arrays) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.LEARNING_RATE, weight_decay=1e-4, fused=True)
     model.train()
     seconds, losses = [], []
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(work.WARM + work.TIMED):
+    for _ in range(work.WARMUP_STEPS + work.TIMED_STEPS):
         start = time.perf_counter()
         loss = model(**arrays).loss
         loss.backward()
@@ -57,7 +56,7 @@ def train(model, arrays) -> dict:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    step_s = sorted(seconds[work.WARM :])[work.TIMED // 2]
+    step_s = sorted(seconds[work.WARMUP_STEPS :])[work.TIMED_STEPS // 2]
     return {
         "step_ms": step_s * 1e3,
         "tokens_per_s": arrays["input_ids"].numel() / step_s,
@@ -66,15 +65,15 @@ def train(model, arrays) -> dict:
     }
 
 
-def generate(model, arrays, cache: str) -> dict:
+def time_generation(model, arrays, cache: str) -> dict:
     model.eval()
     arrays = {name: value for name, value in arrays.items() if name != "labels"}
     options = {"do_sample": False, "cache_implementation": "static"} if cache == "static" else {"do_sample": False}
 
-    def seconds(count: int) -> float:
+    def seconds(new_tokens: int) -> float:
         start = time.perf_counter()
         with torch.no_grad():
-            model.generate(**arrays, **options, max_new_tokens=count, min_new_tokens=count)
+            model.generate(**arrays, **options, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
@@ -93,9 +92,9 @@ def main() -> None:
     for what in ("train", "generate"):
         command = commands.add_parser(what)
         command.add_argument("checkpoint")
-        command.add_argument("rows", type=int, nargs="+")
+        command.add_argument("batch_sizes", type=int, nargs="+")
         command.add_argument("--liger", action="store_true")
-        command.add_argument("--checkpointing", action="store_true", help="layers are computed again, in training")
+        command.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
         command.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
     args = parser.parse_args()
     if torch is None:
@@ -118,17 +117,18 @@ def main() -> None:
         "what": args.what,
     }
     options = {"remat": "full" if args.checkpointing else "none"} if args.what == "train" else {"cache": args.cache}
-    loaded = {"dtype": torch.bfloat16, "device_map": "cuda"}
-    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, **loaded)
+    load_options = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, **load_options)
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for rows in args.rows:
-        arrays = inputs(config, rows)
+    for batch_size in args.batch_sizes:
+        arrays = make_inputs(config, batch_size)
         try:
-            result = train(model, arrays) if args.what == "train" else generate(model, arrays, args.cache)
+            training = args.what == "train"
+            result = time_steps(model, arrays) if training else time_generation(model, arrays, args.cache)
         except torch.OutOfMemoryError as error:
             result = {"error": str(error).split(". ")[0]}
-        print(json.dumps({**common, "rows": rows, **options, **result}), flush=True)
+        print(json.dumps({**common, "rows": batch_size, **options, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The cases of `liger-jax bench ops` on torch: Liger-Kernel, torch eager and compiled, cut-cross-entropy.
+"""The cases of `python -m benchmarks ops` on torch: Liger-Kernel, torch eager and compiled, cut-cross-entropy.
 
-python -m benchmarks.peers [CASE ...]        # prints a line of JSON for each case, as soon as it is measured
+python -m benchmarks.peers [CASE ...]        # prints one line of JSON per case, as soon as it is measured
 
-Kernel times, as in `ops`. Every run gets copies of its inputs, made before the clock starts, since some of these functions
-overwrite them. Values are compared with the same formula in float32.
+Times are kernel times, as in benchmarks/timing.py. Every run gets copies of its inputs, made before its kernels are timed,
+since some of these functions overwrite their inputs. Values are compared with the same formula in float32.
 """
 
 import functools
@@ -12,19 +12,22 @@ import json
 import sys
 from collections.abc import Callable
 
-from benchmarks import cases, ops
-from benchmarks.cases import EPS, Case
+from benchmarks import cases
+from benchmarks.cases import Case
+from benchmarks.environment import first_line, versions_of
+from benchmarks.formulas import EPS
+from benchmarks.timing import REPEATS, spread
 
 try:
     import torch
     import torch.nn.functional as F
-except ModuleNotFoundError:  # the module can be imported without, to read what it has
+except ModuleNotFoundError:  # the module can be imported without torch, to list its implementations
     torch = None
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
 
 
-# ---- torch's own; arrays are [B, T, N, D] and the heads looked at second, as in transformers --------------------------
+# ---- torch's own; arrays are [B, T, N, D], transposed to [B, N, T, D] as transformers has them ------------------------
 
 
 def rms_norm(x, weight):
@@ -41,20 +44,20 @@ def layer_norm(x, weight, bias):
 
 
 def rope(q, k, cos, sin):
-    def rotated(x):
+    def rotate(x):
         x = x.transpose(1, 2)
         first, second = x.chunk(2, dim=-1)
         return (x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]).transpose(1, 2)
 
-    return rotated(q), rotated(k)
+    return rotate(q), rotate(k)
 
 
 def mrope(q, k, cos, sin, sections):
-    def chosen(tables):
+    def merge(tables):
         parts = tables.split([*sections, *sections], dim=-1)
         return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
 
-    return rope(q, k, chosen(cos), chosen(sin))
+    return rope(q, k, merge(cos), merge(sin))
 
 
 def swiglu(gate, up):
@@ -78,7 +81,7 @@ def linear_cross_entropy(x, weight, labels):
 
 
 def attention(q, k, v, *, causal=False, lengths=None, backend="CUDNN_ATTENTION", **_):
-    """Images of one size all at once, others one after another, as transformers does it."""
+    """Attends within images of one size all at once, within others one after another, as transformers does."""
 
     def images(x):
         if len(set(lengths or ())) > 1:
@@ -92,13 +95,13 @@ def attention(q, k, v, *, causal=False, lengths=None, backend="CUDNN_ATTENTION",
     return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).reshape(q.shape)
 
 
-_OF_TORCH = (rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu)
-FORMULAS = {f.__name__: f for f in (*_OF_TORCH, cross_entropy, linear_cross_entropy, attention)}
+_TORCH_ROW_OPS = (rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu)
+FORMULAS = {f.__name__: f for f in (*_TORCH_ROW_OPS, cross_entropy, linear_cross_entropy, attention)}
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 REFERENCES = FORMULAS | {"attention": functools.partial(attention, backend="MATH")}
 
 
-# ---- other packages, imported when called: what is missing is the error of its cases -------------------------------------
+# ---- other packages, imported when called: a missing package is an error of its cases alone -----------------------------
 
 
 def liger_rms_norm(x, weight):
@@ -152,13 +155,13 @@ def liger_cross_entropy(logits, labels):
 
 
 def liger_linear_cross_entropy(x, weight, labels, accumulate=None):
-    """`accumulate`: the name of the dtype that the gradient of the weight is summed in; None for the weight's own."""
+    """Calls Liger's loss. `accumulate`: the dtype that the weight's gradient is summed in; None for the weight's own."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     # x, weight, labels, bias, class weights, ignore_index, z-loss, smoothing, reduction, softcap, return_z_loss, accum_dtype
-    plain = (None, None, -100, 0.0, 0.0, "mean", None, False)
+    defaults = (None, None, -100, 0.0, 0.0, "mean", None, False)
     dtype = accumulate and getattr(torch, accumulate)
-    return LigerFusedLinearCrossEntropyFunction.apply(x, weight, labels, *plain, dtype)[0]
+    return LigerFusedLinearCrossEntropyFunction.apply(x, weight, labels, *defaults, dtype)[0]
 
 
 def cut_cross_entropy(x, weight, labels):
@@ -167,7 +170,7 @@ def cut_cross_entropy(x, weight, labels):
     return linear_cross_entropy(x, weight, labels)
 
 
-OTHERS = {
+OTHER_PACKAGES = {
     "rms_norm": {"liger": liger_rms_norm},
     "add_rms_norm": {"liger": liger_add_rms_norm},
     "layer_norm": {"liger": liger_layer_norm},
@@ -184,22 +187,22 @@ OTHERS = {
 }
 
 
-def peers(case: Case) -> dict[str, Callable]:
-    """Name -> f(**arrays, **constants), of everything that computes this case on torch."""
+def torch_implementations(case: Case) -> dict[str, Callable]:
+    """Returns {name: f(**arrays, **constants)} of everything that computes this case on torch."""
     formula = FORMULAS[case.op]
     if case.op == "attention":
-        own = {"cudnn in torch": formula}
+        functions = {"cudnn in torch": formula}
     else:
-        own = {"torch": formula, "torch.compile": torch.compile(formula, dynamic=False)}
-    found = OTHERS.get(case.op, {}) | own
-    return {name: functools.partial(f, **case.options) for name, f in found.items() if name not in case.without}
+        functions = {"torch": formula, "torch.compile": torch.compile(formula, dynamic=False)}
+    functions = OTHER_PACKAGES.get(case.op, {}) | functions
+    return {name: functools.partial(f, **case.options) for name, f in functions.items() if name not in case.excluded}
 
 
 # ---- inputs and values -------------------------------------------------------------------------------------------------
 
 
-def inputs(case: Case, device: str) -> tuple[dict, dict]:
-    """-> arrays, and constants as transformers has them: int64 labels, tables of whole heads in bfloat16."""
+def make_inputs(case: Case, device: str) -> tuple[dict, dict]:
+    """Returns arrays, and constants as transformers has them: int64 labels, tables of whole heads in bfloat16."""
     generator = torch.Generator(device).manual_seed(case.seed)
 
     def draw(normal):
@@ -218,8 +221,8 @@ def _tuple(results) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 
 
-def both(function: Callable, arrays: dict, constants: dict, cotangents: tuple | None) -> dict:
-    """-> results and gradients by name."""
+def forward_and_backward(function: Callable, arrays: dict, constants: dict, cotangents: tuple | None) -> dict:
+    """Returns results and gradients by name."""
     out = _tuple(function(**arrays, **constants))
     gradients = torch.autograd.grad(out, list(arrays.values()), cotangents)
     names = ["out"] if len(out) == 1 else [f"out{i}" for i in range(len(out))]
@@ -227,17 +230,17 @@ def both(function: Callable, arrays: dict, constants: dict, cotangents: tuple | 
     return {name: value.detach() for name, value in named.items()}
 
 
-def reference(case: Case, arrays: dict, constants: dict, cotangents: tuple | None) -> dict:
-    """Results and gradients of the formula in float32, for the same rounded inputs."""
+def reference_values(case: Case, arrays: dict, constants: dict, cotangents: tuple | None) -> dict:
+    """Returns results and gradients of the formula in float32, for the same rounded inputs."""
     function = functools.partial(REFERENCES[case.op], **case.options)
     constants = {name: value.float() if value.is_floating_point() else value for name, value in constants.items()}
-    wide = {name: value.float().requires_grad_() for name, value in arrays.items()}
-    return both(function, wide, constants, cotangents and tuple(c.float() for c in cotangents))
+    arrays = {name: value.float().requires_grad_() for name, value in arrays.items()}
+    return forward_and_backward(function, arrays, constants, cotangents and tuple(c.float() for c in cotangents))
 
 
-def errors(found: dict, expected: dict) -> dict[str, float]:
-    """|found - expected| / |expected| of every result and gradient."""
-    distances = {name: (found[name].float() - e).norm() / e.norm() for name, e in expected.items()}
+def relative_errors(values: dict, expected: dict) -> dict[str, float]:
+    """Returns |value - expected| / |expected| of every result and gradient."""
+    distances = {name: (values[name].float() - e).norm() / e.norm() for name, e in expected.items()}
     return {name: float(f"{value.item():.2e}") for name, value in distances.items()}
 
 
@@ -245,8 +248,8 @@ def errors(found: dict, expected: dict) -> dict[str, float]:
 
 
 def kernel_us(calls: list[Callable]) -> list[float]:
-    """Summed time of the kernels of each call, in microseconds; their mean, once, if they are not of the same kernels."""
-    torch.cuda.synchronize()  # what came before, the copies, does not count
+    """Returns the summed kernel time of each call in microseconds; their mean alone if the calls differ in their kernels."""
+    torch.cuda.synchronize()  # earlier kernels, such as the copies of the inputs, do not count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for call in calls:
             call()
@@ -256,19 +259,19 @@ def kernel_us(calls: list[Callable]) -> list[float]:
     us = [event.time_range.elapsed_us() for event in sorted(events, key=lambda event: event.time_range.start)]
     if not us:
         raise RuntimeError("the profiler saw no kernel")
-    each, rest = divmod(len(us), len(calls))
-    return [sum(us) / len(calls)] if rest else [sum(us[i : i + each]) for i in range(0, len(us), each)]
+    kernels, remainder = divmod(len(us), len(calls))
+    return [sum(us) / len(calls)] if remainder else [sum(us[i : i + kernels]) for i in range(0, len(us), kernels)]
 
 
 def measure_one(case: Case, function: Callable, arrays: dict, constants: dict, cotangents, expected: dict) -> dict:
-    """-> {"forward_us", "both_us", "errors", "temp_bytes"} of one implementation."""
+    """Returns {"forward_us", "both_us", "errors", "temp_bytes"} of one implementation."""
 
     @torch.no_grad()
     def forward(arrays):
         function(**arrays, **constants)
 
-    def forward_and_backward(arrays, cotangents):
-        return both(function, arrays, constants, cotangents)
+    def both(arrays, cotangents):
+        return forward_and_backward(function, arrays, constants, cotangents)
 
     def fresh(tensors, gradient=False):
         return {name: tensor.clone().requires_grad_(gradient) for name, tensor in tensors.items()}
@@ -276,61 +279,61 @@ def measure_one(case: Case, function: Callable, arrays: dict, constants: dict, c
     def fresh_both():
         return fresh(arrays, gradient=True), cotangents and tuple(c.clone() for c in cotangents)
 
-    forward(fresh(arrays))  # compiles, and tunes itself
-    copies = [fresh(arrays) for _ in range(ops.REPEATS)]
-    result = {"forward_us": ops.spread(kernel_us([functools.partial(forward, copy) for copy in copies]))}
+    forward(fresh(arrays))  # compiles and autotunes
+    copies = [fresh(arrays) for _ in range(REPEATS)]
+    result = {"forward_us": spread(kernel_us([functools.partial(forward, copy) for copy in copies]))}
     del copies
-    forward_and_backward(*fresh_both())
+    both(*fresh_both())
 
     copy = fresh_both()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    values = forward_and_backward(*copy)
+    values = both(*copy)
     above = torch.cuda.max_memory_allocated() - before
-    found_errors = errors(values, expected)
+    errors = relative_errors(values, expected)
     if case.op == "linear_cross_entropy":
         result["temp_bytes"] = max(0, above - sum(value.nbytes for value in values.values()))
     del copy, values
 
-    copies = [fresh_both() for _ in range(ops.REPEATS)]
-    calls = [functools.partial(forward_and_backward, *copy) for copy in copies]
-    return result | {"both_us": ops.spread(kernel_us(calls)), "errors": found_errors}
+    copies = [fresh_both() for _ in range(REPEATS)]
+    calls = [functools.partial(both, *copy) for copy in copies]
+    return result | {"both_us": spread(kernel_us(calls)), "errors": errors}
 
 
 def measure(case: Case, device: str = "cuda") -> dict[str, dict]:
-    """-> for each peer what `measure_one` finds, or {"error"}."""
-    arrays, constants = inputs(case, device)
-    cotangents = None  # of a loss they are 1
+    """Returns for each implementation the result of `measure_one`, or {"error"}."""
+    arrays, constants = make_inputs(case, device)
+    cotangents = None  # those of a loss are 1
     if case.op not in LOSSES:
         torch.manual_seed(case.seed)
         with torch.no_grad():
-            results = _tuple(REFERENCES[case.op](**arrays, **constants, **case.options))
-        cotangents = tuple(torch.randn(out.shape, device=device).bfloat16() for out in results)
-        del results
-    expected = reference(case, arrays, constants, cotangents)
-    found = {}
-    for name, function in peers(case).items():
-        torch._dynamo.reset()  # each shape gets a program of its own
+            outputs = _tuple(REFERENCES[case.op](**arrays, **constants, **case.options))
+        cotangents = tuple(torch.randn(out.shape, device=device).bfloat16() for out in outputs)
+        del outputs
+    expected = reference_values(case, arrays, constants, cotangents)
+    results: dict[str, dict] = {}
+    for name, function in torch_implementations(case).items():
+        torch._dynamo.reset()  # compiles a separate program for each shape
         try:
-            found[name] = measure_one(case, function, arrays, constants, cotangents, expected)
-        except Exception as error:  # whatever one peer cannot do, the others are measured
-            found[name] = {"error": ops.first_line(error)}
+            results[name] = measure_one(case, function, arrays, constants, cotangents, expected)
+        except Exception as error:  # one implementation failed; the others are still measured
+            results[name] = {"error": first_line(error)}
         gc.collect()
         torch.cuda.empty_cache()
-    return found
+    return results
 
 
 def main(names: list[str]) -> None:
     if torch is None or not torch.cuda.is_available():
-        sys.exit("benchmarks.peers: torch sees no GPU")
-    versions = ops.versions_of(PACKAGES)
-    for case in cases.choose(names, [case for case in cases.CASES if not case.in_turns]):
-        told = {"case": case.name, "device": torch.cuda.get_device_name(), "versions": versions}
+        sys.exit("benchmarks.peers: device is not a GPU; expected a GPU that torch can use")
+    versions = versions_of(PACKAGES)
+    for case in cases.choose(names, [case for case in cases.CASES if not case.decoding]):
+        report = {"case": case.name, "device": torch.cuda.get_device_name(), "versions": versions}
         try:
-            told["results"] = measure(case)
-        except Exception as error:  # of the reference
-            told["results"] = {"torch": {"error": ops.first_line(error)}}
-        print(json.dumps(told), flush=True)
+            report["results"] = measure(case)
+        except Exception as error:  # in the reference
+            report["results"] = {"torch": {"error": first_line(error)}}
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""`liger-jax bench start`: from the start of a process to the first token of an answer, with and without compiled programs.
+"""`python -m benchmarks start`: from process start to the first token, with a cold and a warm compilation cache.
 
-The process does what `liger-jax generate FOLDER "..." --images PICTURE` does, up to tokens and with a clock between its
-parts. The weights were just written, so the machine has them in memory; what is cold is the cache of programs alone.
+The process does the work of `liger-jax generate FOLDER "..." --images IMAGE`, without decoding tokens to text, and times
+each part. The weights have just been written, so they are in the page cache; only the compilation cache is cold.
 
 python -m benchmarks.start write qwen2_vl_2b FOLDER   # random weights with a tokenizer, as an Orbax checkpoint
-python -m benchmarks.start answer FOLDER              # prints a line of JSON
+python -m benchmarks.start answer FOLDER              # prints one line of JSON
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,58 +18,70 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks import work
-from benchmarks.ops import check_for_gpu, versions_of
+from benchmarks.environment import RESULTS, check_for_gpu, versions_of
+from benchmarks.model import Size
+from benchmarks.record import OURS, record_result
 
-PICTURE = (896, 896)  # 64 x 64 patches
-QUESTION = "What is in this picture?"
-TOKENS = 64  # of the answer; behind the first comes a loop, which is another program
+IMAGE = (896, 896)  # 64 x 64 patches
+QUESTION = "What is in this image?"
+NEW_TOKENS = 64  # the first comes from prefill, the others from the decoding loop, which is another program
 PACKAGES = ("jax", "flax", "orbax-checkpoint")
-# What becoming a program takes, of the first token; the rest is tracing and running. Reading one is called compiling, too.
+# JAX's events for the compilation of a program. Reading one from the cache counts as compiling. The rest of the time to the
+# first token is tracing and running.
 PROGRAMS = {
     "lowering": "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "compiling": "/jax/core/compile/backend_compile_duration",
 }
 MODULE = "benchmarks.start"
-BEGAN = "LIGER_JAX_BENCH_BEGAN"  # the variable with the time at which the process was started
+START_TIME = "LIGER_JAX_BENCHMARK_START"  # the environment variable with the start time of the process
 
 
-def run(size: str, directory: Path) -> Path:
-    """Measures and writes; see `liger-jax bench start --help`. -> the file of results."""
-    check_for_gpu()
-    with tempfile.TemporaryDirectory() as temporary:
-        return measure(f"qwen2_vl_{size}", directory / "model.json", Path(temporary))
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Measures the time from process start to the first token about an image, with a cold and a warm compilation cache.
+
+    Reads the weights from an Orbax checkpoint and from Hugging Face files, reports the time of each part, and writes
+    model.json.
+    """
+
+    size: Size = "2b"
+    """Size of the model. Its weights are random."""
+    results: Path = RESULTS
+    """Folder of the result files."""
+
+    def run(self) -> Path:
+        check_for_gpu()
+        with tempfile.TemporaryDirectory() as temporary:
+            return measure(f"qwen2_vl_{self.size}", self.results / "model.json", Path(temporary))
 
 
 def measure(name: str, file: Path, temporary: Path) -> Path:
-    """`name`: how `Qwen2VLConfig` calls the model."""
-    # the processes come one after the other, so that each has all of the GPU's memory
+    """Measures all four cases. `name`: the preset of `Qwen2VLConfig`. Returns the file of results."""
+    # the processes run one after the other, so that each has all of the GPU's memory
     folders = {"Orbax": temporary / "orbax", "Hugging Face's files": temporary / "hf"}
     orbax, hf = folders.values()
     subprocess.run([sys.executable, "-m", MODULE, "write", name, orbax], check=True)
     subprocess.run([sys.executable, "-m", "convert", orbax, hf], check=True)
     for weights, folder in folders.items():
         for programs in ("cold", "warm"):
-            found = answer_in_new_process(folder, temporary / f"cache of {folder.name}")
-            case = {"package": work.OURS, "model": name.replace("_", "-"), "devices": 1, "what": "start"}
-            work.keep(file, {**case, "weights": weights, "programs": programs, **found})
+            result = answer_in_new_process(folder, temporary / f"cache_{folder.name}")
+            case = {"package": OURS, "model": name.replace("_", "-"), "devices": 1, "what": "start"}
+            record_result(file, {**case, "weights": weights, "programs": programs, **result})
     return file
 
 
 def answer_in_new_process(folder: Path, cache: Path) -> dict:
-    """The line that `answer` prints, with compiled programs in `cache`, as `enable_compilation_cache` puts them there."""
+    """Returns what `answer` prints, run in a new process whose compilation cache is in the folder `cache`."""
     caches = {"XDG_CACHE_HOME": str(cache), "CUDA_CACHE_PATH": str(cache / "cuda")}
     environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name} | caches
     command = [sys.executable, "-m", MODULE, "answer", folder]
-    environment[BEGAN] = str(time.time())
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    environment[START_TIME] = str(time.time())
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def write(name: str, folder: Path) -> None:
-    """A model of real size with random weights, and the demo's tokenizer: its vocabulary is smaller, which costs nothing."""
-    import dataclasses
-
+    """Writes a model of real size with random weights, and the demo's tokenizer, whose vocabulary is smaller."""
     from liger_jax import Processor, Qwen2VL, Qwen2VLConfig
     from liger_jax.checkpoint import save_model
     from liger_jax.demo.tokenizer import train_tokenizer
@@ -83,8 +96,8 @@ def write(name: str, folder: Path) -> None:
 
 
 def answer(folder: Path) -> dict:
-    """-> seconds from the start of the process to the first token of an answer, those of each part, and of the rest."""
-    names, times = [], [float(os.environ[BEGAN])]
+    """Answers a question about an image. Returns the seconds to the first token, of each part, and of the other tokens."""
+    names, times = [], [float(os.environ[START_TIME])]
 
     def done(part: str) -> None:
         names.append(part)
@@ -95,7 +108,7 @@ def answer(folder: Path) -> dict:
 
     from convert import open_model
     from liger_jax import Processor, prepare, runtime
-    from liger_jax.generation.loop import start_decoding
+    from liger_jax.generation.loop import DecodeSession
     from liger_jax.generation.options import GenerationOptions
 
     done("imports")
@@ -106,22 +119,22 @@ def answer(folder: Path) -> dict:
     done("tokenizer")
     model = jax.block_until_ready(open_model(str(folder)))
     done("weights")
-    picture = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    image = np.random.default_rng(0).integers(0, 256, (*IMAGE, 3), dtype=np.uint8)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     arrays = processor([{"role": "user", "content": content}], add_generation_prompt=True)
     batch = prepare(model.config, **arrays)
-    done("picture")
+    done("image")
     spent = Counter()
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: spent.update({event: seconds}))
-    tokens = iter(start_decoding(model, batch, GenerationOptions(max_new_tokens=TOKENS, eos_token_id=())))
-    next(tokens)
+    chunks = DecodeSession.start(model, batch, GenerationOptions(max_new_tokens=NEW_TOKENS, eos_token_id=())).chunks()
+    next(chunks)
     done("first token")
     programs = {name: spent[event] for name, event in PROGRAMS.items()}
-    for _ in tokens:
+    for _ in chunks:
         pass
     return {
         "seconds": times[-1] - times[0],
-        "parts": {name: end - begin for name, begin, end in zip(names, times, times[1:], strict=False)},
+        "parts": {name: end - start for name, start, end in zip(names, times, times[1:], strict=False)},
         "first_token_parts": programs,
         "rest_s": time.time() - times[-1],
         "device": device,

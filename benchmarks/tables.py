@@ -1,78 +1,148 @@
-"""Writes the README's tables from benchmarks/results, so that no figure in it was typed.
+"""`python -m benchmarks tables`: writes the tables of README.md and docs/ from benchmarks/results.
 
-python benchmarks/tables.py            # rewrites README.md between its <!-- table: ... --> marks
+No figure in a table is typed by hand. A table is the text between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
+import dataclasses
 import json
-import pathlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-OURS = "liger-jax"
-LARGE_ERROR = 2e-2  # of a norm, as in benchmarks.ops
+from benchmarks.environment import RESULTS, ROOT
+from benchmarks.programs import LARGE_ERROR
+from benchmarks.record import OURS
 
 
-def model_table(results: list[dict]) -> str:
-    """Training, generation and conversion, one line a case; beside each the best that transformers did with it."""
-    lines = ["| | liger-jax | transformers |", "|---|---|---|"]
-    order = list(TITLES)
-    results = sorted(results, key=lambda r: (r["model"], order.index(r["what"]), r.get("rows", 0), r.get("devices", 1)))
-    for ours in (r for r in results if r["package"] == OURS):
-        same = [r for r in results if r["package"] != OURS and _work(r) == _work(ours) and "error" not in r]
-        peer = min(same, key=lambda r: r.get("step_ms", r.get("ms_per_token")), default=None)
-        title = TITLES[ours["what"]].format(**{"prompt_tokens": 2048} | ours | {"model": _model(ours)})
-        lines.append(f"| {title}{_options(ours)} | {_cell(ours)} | {_cell(peer, names=True)} |")
-    return "\n".join([*lines, "", _measured_on(results)])
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Writes the tables of README.md and docs/ from the results."""
 
+    root: Path = ROOT
+    """Folder of README.md and docs."""
+    results: Path = RESULTS
+    """Folder of the result files."""
+
+    def run(self) -> str:
+        """Rewrites the pages. Returns the names of those that have a table."""
+        written = []
+        for page in pages(self.root):
+            text = page.read_text()
+            if MARK.search(text):
+                page.write_text(with_tables(text, self.results))
+                written.append(str(page.relative_to(self.root)))
+        return "\n".join(written)
+
+
+MARK = re.compile(r"<!-- table: (\w+) -->.*?<!-- end -->", re.DOTALL)
+
+
+def pages(root: Path) -> list[Path]:
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def with_tables(text: str, results: Path = RESULTS) -> str:
+    """Returns a page with every table rebuilt from the results."""
+
+    def rebuild(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
+
+    return MARK.sub(rebuild, text)
+
+
+def _read(results: Path, prefix: str) -> list[list[dict]]:
+    """Returns the content of <prefix>.json or <prefix>_<device>.json, one list of entries per file."""
+    files = [file for file in sorted(results.glob(f"{prefix}*.json")) if not file.name.startswith(f"{prefix}_sweep")]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _measured_on(results: list[dict]) -> str:
+    versions = dict(pair for r in results for pair in r["versions"].items())
+    dates = sorted({r["date"] for r in results})
+    return f"{results[0]['device']}, bfloat16, {', '.join(f'{n} {v}' for n, v in versions.items())}, {dates[-1]}."
+
+
+# ---- training, generation, conversion -----------------------------------------------------------------------------------
 
 TITLES = {
     "convert": "{model}: read and convert the checkpoint",
-    "train": "{model}: training step, {rows} rows",
-    "train mixed": "{model}: training step, {rows} rows packed with images of 224 to 1344 px a side",
+    "train": "{model}: training step, batch {rows}",
+    "train mixed": "{model}: training step, batch {rows}, packed with images of 224 to 1344 px a side",
     "generate": "{model}: generation, {rows} x {prompt_tokens} tokens, then 128 new ones",
-    "start": "{model}: from the start of a process to the first token, weights in {weights}, {programs} compilation cache",
+    "start": "{model}: from process start to the first token, weights in {weights}, {programs} compilation cache",
 }
 CELLS: dict[str, Callable[[dict], str]] = {
     "convert": lambda r: f"{r['seconds']:.1f} s, {r['host_gib_above_start']:.1f} GiB of host memory",
-    "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _rates(r) + _compiled(r),
+    "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _rates(r) + _compilation(r),
     "train mixed": lambda r: CELLS["train"](r),
-    "generate": lambda r: f"{r['ms_per_token']:.2f} ms a token, prompt {r['prefill_ms']:.0f} ms" + _compiled(r),
+    "generate": lambda r: f"{r['ms_per_token']:.2f} ms a token, prefill {r['prefill_ms']:.0f} ms" + _compilation(r),
     "start": lambda r: (
         f"{r['seconds']:.1f} s: "
-        + ", ".join(f"{n} {s:.1f}" for n, s in r["parts"].items())
-        + f"; the rest of an answer of 64 tokens {r['rest_s']:.1f} s"
+        + ", ".join(f"{name} {seconds:.1f}" for name, seconds in r["parts"].items())
+        + f"; the other tokens of an answer of 64: {r['rest_s']:.1f} s"
     ),
 }
 
 
-def _cell(result: dict | None, *, names: bool = False) -> str:
-    if result is None or "error" in result:
-        return "" if result is None else result["error"]
-    how = [result["package"].removeprefix("transformers").replace(" + ", "")]
-    how += ["checkpointing"] * (result.get("remat") == "full") + [f"{result.get('cache')} cache"] * ("cache" in result)
-    about = [*how] * names + [result.get("note", "")]
-    return CELLS[result["what"]](result) + (f" ({', '.join(filter(None, about))})" if any(about) else "")
+def model_table(results: list[dict]) -> str:
+    """Returns one row per case, next to the best that transformers reached in the same case."""
+    lines = ["| | liger-jax | transformers |", "|---|---|---|"]
+    order = list(TITLES)
+    results = sorted(results, key=lambda r: (r["model"], order.index(r["what"]), r.get("rows", 0), r.get("devices", 1)))
+    for ours in (r for r in results if r["package"] == OURS):
+        title = TITLES[ours["what"]].format(**{"prompt_tokens": 2048} | ours | {"model": _model(ours)})
+        peer = _best_peer(ours, results)
+        lines.append(f"| {title}{_options(ours)} | {_cell(ours)} | {_cell(peer, package=True)} |")
+    return "\n".join([*lines, "", _measured_on(results)])
+
+
+def _best_peer(ours: dict, results: list[dict]) -> dict | None:
+    peers = [r for r in results if r["package"] != OURS and _work(r) == _work(ours) and "error" not in r]
+    return min(peers, key=lambda r: r.get("step_ms", r.get("ms_per_token")), default=None)
+
+
+def _work(result: dict) -> tuple:
+    """Returns the fields that a result shares with the peers it is compared to."""
+    names = ("what", "rows", "model", "prompt_tokens", "lora", "master_weights")
+    return *(result.get(name) for name in names), result.get("devices", 1)
+
+
+def _cell(result: dict | None, *, package: bool = False) -> str:
+    if result is None:
+        return ""
+    if "error" in result:
+        return result["error"]
+    notes = [_package(result)] if package else []
+    notes = [note for note in (*notes, result.get("note")) if note]
+    return CELLS[result["what"]](result) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _package(result: dict) -> str:
+    """Returns how transformers was run: with Liger's kernels, checkpointing, or which cache."""
+    parts = [result["package"].removeprefix("transformers").replace(" + ", "")]
+    parts += ["checkpointing"] * (result.get("remat") == "full")
+    parts += [f"{result.get('cache')} cache"] * ("cache" in result)
+    return ", ".join(filter(None, parts))
 
 
 def _options(result: dict) -> str:
-    devices = [f"{result['devices']} GPUs"] * (result.get("devices", 1) > 1)
-    kept = [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
-    kept += ["float32 master weights"] * result.get("master_weights", False)
-    kept += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
-    return "".join(f", {what}" for what in (*devices, *kept, *["unrolled"] * result.get("unroll", False)))
+    options = [f"{result['devices']} GPUs"] * (result.get("devices", 1) > 1)
+    options += [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
+    options += ["float32 master weights"] * result.get("master_weights", False)
+    options += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
+    options += ["unrolled"] * result.get("unroll", False)
+    return "".join(f", {option}" for option in options)
 
 
 def _rates(result: dict) -> str:
-    """Tokens without padding, and the share of the GPU's operations."""
-    used = (
-        f", {result['model_flops_utilisation']:.0%} of the GPU's FLOP/s" if "model_flops_utilisation" in result else ""
-    )
-    return f", {result['tokens_per_s'] / 1e3:.1f}k tokens/s{used}" if "tokens_per_s" in result else ""
+    """Returns tokens per second without padding, and the share of the GPU's FLOP/s."""
+    text = f", {result['tokens_per_s'] / 1e3:.1f}k tokens/s" if "tokens_per_s" in result else ""
+    if text and "model_flops_utilisation" in result:
+        text += f", {result['model_flops_utilisation']:.0%} of the GPU's FLOP/s"
+    return text
 
 
-def _compiled(result: dict) -> str:
+def _compilation(result: dict) -> str:
     return f"; compiles in {result['compile_s']:.0f} s" if "compile_s" in result else ""
 
 
@@ -80,44 +150,41 @@ def _model(result: dict) -> str:
     return result["model"].replace("qwen2-vl-", "").upper()
 
 
-def _work(result: dict) -> tuple:
-    names = ("what", "rows", "model", "prompt_tokens", "lora", "master_weights")
-    return *(result.get(name) for name in names), result.get("devices", 1)
+# ---- operations ---------------------------------------------------------------------------------------------------------
+
+OWN_COLUMNS = ("ours", "xla", "jnp", "cudnn", "liger", "copy")  # every other implementation is in "best other"
+OPS_NOTE = (
+    "Kernel time, forward / forward + backward with all gradients, median of 9, in us; for `linear_cross_entropy` in ms, "
+    'with the memory on top of inputs and results. "kernel": our kernel, for operations where `implementation=None` is XLA. '
+    '"copy": the time XLA needs to read and write as many bytes as the forward pass. A star: a result or gradient is more '
+    "than 2 % from float32. Measured by `python -m benchmarks ops`. "
+)
+FORWARD_NOTE = "A single time: the forward pass of an operation without a gradient, on inputs that are in no cache. "
 
 
 def ops_table(results: list[dict]) -> str:
-    """Kernel times of the operations, a row a case: ours, what XLA makes of the formula, the peers, and a copy."""
-    lines = ["| | ours | jitted jnp, for attention cuDNN | Liger | best other | copy |", "|---|---|---|---|---|---|"]
+    """Returns kernel times with one row per case: ours, XLA's for the formula, the peers', and a copy's."""
+    lines = ["| | ours | jitted jnp (cuDNN for attention) | Liger | best other | copy |", "|---|---|---|---|---|---|"]
     for r in results:
-        found = {name: result for name, result in r["results"].items() if "forward_us" in result}
-        if "ours" not in found:
+        timed = {name: result for name, result in r["results"].items() if "forward_us" in result}
+        if "ours" not in timed:
             continue
-        others = [name for name in found if name not in NOT_OTHERS]
-        best = min(others, key=lambda name: _whole(found[name]), default=None)
-        cells = [_times(r["op"], found.get(name)) for name in ("ours", "cudnn" if "cudnn" in found else "jnp", "liger")]
-        cells += [f"{best} {_times(r['op'], found[best])}" if best else "", _times(r["op"], found.get("copy"))]
+        best = min((name for name in timed if name not in OWN_COLUMNS), key=lambda n: _total(timed[n]), default=None)
+        xla = "cudnn" if "cudnn" in timed else "jnp"
+        cells = [_times(r["op"], timed.get(name)) for name in ("ours", xla, "liger")]
+        cells += [f"{best} {_times(r['op'], timed[best])}" if best else "", _times(r["op"], timed.get("copy"))]
         lines.append(f"| `{r['op']}` {r['size']} | {' | '.join(cells)} |")
     ours = [r["results"]["ours"] for r in results if "forward_us" in r["results"].get("ours", {})]
-    note = OPS_NOTE + FORWARD_NOTE * any("both_us" not in found for found in ours)
+    note = OPS_NOTE + FORWARD_NOTE * any("both_us" not in result for result in ours)
     return "\n".join([*lines, "", note + _measured_on(results)])
 
 
-def _whole(result: dict) -> float:
+def _total(result: dict) -> float:
     return result.get("both_us", result["forward_us"])["median"]
 
 
-NOT_OTHERS = ("ours", "xla", "jnp", "cudnn", "liger", "copy")
-OPS_NOTE = (
-    "Kernel time, forward / forward + backward with all gradients, median of 9, in us; for `linear_cross_entropy` in ms, "
-    'and memory on top of inputs and results. "kernel": ours by name, where ours may be XLA\'s by default. "copy": what '
-    "XLA takes to read and write as many bytes as the forward pass. A star: a result or gradient is more than 2 % away from "
-    "float32. Made by `liger-jax bench ops`. "
-)
-FORWARD_NOTE = "A single time: forward, of operations without a gradient, on inputs that no cache holds. "
-
-
 def _times(op: str, result: dict | None) -> str:
-    """Forward / forward + backward of one implementation, empty if it was not measured."""
+    """Returns "forward / forward + backward" of one implementation; an empty cell if it was not measured."""
     if result is None:
         return ""
     star = "*" if any(not error <= LARGE_ERROR for error in result.get("errors", {}).values()) else ""
@@ -131,34 +198,56 @@ def _times(op: str, result: dict | None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three or more significant digits."""
+    """Returns three or more significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _measured_on(results: list[dict]) -> str:
-    versions = dict(pair for r in results for pair in r["versions"].items())
-    dates = sorted({r["date"] for r in results})
-    return f"{results[0]['device']}, bfloat16, {', '.join(f'{n} {v}' for n, v in versions.items())}, {dates[-1]}."
+# ---- headline -----------------------------------------------------------------------------------------------------------
+
+HEADLINE_LOSS = "linear_cross_entropy 8192 x 1536 x 151936"
 
 
-TABLES: dict[str, Callable[[list[dict]], str]] = {"model": model_table, "ops": ops_table}
+def headline_table(model: list[dict], ops: list[dict]) -> str:
+    """Returns three figures: a training step, a new token, and the loss with its memory."""
+    options = {"model": "qwen2-vl-2b", "package": OURS, "devices": 1}
+    train = _find(model, {**options, "what": "train", "rows": 4, "remat": "dots", "unroll": False})
+    decode = _find(model, {**options, "what": "generate", "rows": 1})
+    lines = ["| | liger-jax | peer |", "|---|---|---|"]
+    for title, ours, cell in (
+        ("Training step of the 2B, 4 x 2048 tokens with an image each", train, _step_cell),
+        ("New token of the 2B after a prompt of 2048", decode, lambda r: f"{r['ms_per_token']:.2f} ms"),
+    ):
+        peer = _best_peer(ours, model)
+        cache = f", {peer.get('cache')} cache" if peer and "cache" in peer else ""
+        peer_cell = f"{peer['package']}{cache}: {cell(peer)}" if peer else ""
+        lines.append(f"| {title} | {cell(ours)} | {peer_cell} |")
+    (loss,) = (entry["results"] for entry in ops if entry["case"] == HEADLINE_LOSS)
+    peers = [
+        f"{name}: {_loss_cell(loss[key])}" for name, key in (("Liger", "liger"), ("torch.compile", "torch.compile"))
+    ]
+    title = "`linear_cross_entropy` and its gradients, 8192 tokens of the 2B"
+    lines.append(f"| {title} | {_loss_cell(loss['ours'])} | {'; '.join(peers)} |")
+    return "\n".join([*lines, "", f"One {train['device']}, bfloat16, random weights; see docs/benchmarks.md."])
 
 
-def table_of(name: str) -> str:
-    """The table made from results/<name>.json or, one table a device, from results/<name>_<device>.json."""
-    files = [file for file in sorted(RESULTS.glob(f"{name}*.json")) if not file.name.startswith(f"{name}_sweep")]
-    return "\n\n".join(TABLES[name](json.loads(file.read_text())) for file in files) or "not measured yet"
+def _find(results: list[dict], fields: dict) -> dict:
+    """Returns the only result that has these fields, and no LoRA, master weights or prompt length of its own."""
+    plain = [r for r in results if not {"lora", "master_weights", "prompt_tokens"} & r.keys()]
+    (result,) = (r for r in plain if all(r.get(name) == value for name, value in fields.items()))
+    return result
 
 
-def with_tables(readme: str) -> str:
-    """The README with each table made anew from the results."""
-
-    def table(match: re.Match) -> str:
-        return f"<!-- table: {match[1]} -->\n{table_of(match[1])}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, readme, flags=re.DOTALL)
+def _step_cell(result: dict) -> str:
+    return f"{result['step_ms']:.0f} ms, {result['peak_gib']:.1f} GiB"
 
 
-if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+def _loss_cell(result: dict) -> str:
+    return f"{_digits(result['both_us']['median'] / 1e3)} ms, {result['temp_bytes'] / 2**30:.2f} GiB"
+
+
+NOT_MEASURED = "not measured yet"
+TABLES: dict[str, Callable[[Path], str]] = {
+    "model": lambda results: "\n\n".join(map(model_table, _read(results, "model"))) or NOT_MEASURED,
+    "ops": lambda results: "\n\n".join(map(ops_table, _read(results, "ops"))) or NOT_MEASURED,
+    "headline": lambda results: headline_table(*_read(results, "model"), *_read(results, "ops")),
+}

@@ -1,4 +1,4 @@
-"""The checkpoint that `liger-jax bench train | generate --peers` gives to both libraries."""
+"""The checkpoint that `python -m benchmarks train | generate` loads in both libraries."""
 
 import jax
 import pytest
@@ -13,8 +13,8 @@ from benchmarks import peer_model
 pytestmark = pytest.mark.live
 
 
-def test_the_checkpoint_of_the_peers_is_the_model_that_is_measured(tmp_path, monkeypatch):
-    """It could not be written once, for a field of a table that was renamed."""
+def test_peer_checkpoint_equals_the_benchmarked_model(tmp_path, monkeypatch):
+    """Regression: a renamed field of convert's table once broke the writing of this checkpoint."""
     expected = Qwen2VLConfig.tiny()
     monkeypatch.setattr(Qwen2VLConfig, "qwen2_vl_2b", Qwen2VLConfig.tiny)
     peer_model.write("2b", str(tmp_path))

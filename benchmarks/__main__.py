@@ -1,0 +1,30 @@
+"""The command line of the benchmarks: `python -m benchmarks ops | train | generate | start | convergence | tables`."""
+
+import sys
+
+import tyro
+
+from benchmarks.convergence import Convergence
+from benchmarks.generate import Generate
+from benchmarks.ops import Ops
+from benchmarks.start import Start
+from benchmarks.tables import Tables
+from benchmarks.train import Train
+from liger_jax.errors import UserError
+
+
+def main() -> None:
+    """Runs one benchmark and prints where its results are. Prints a user's mistake as one line."""
+    try:
+        benchmark = tyro.cli(
+            Ops | Train | Generate | Start | Convergence | Tables,
+            prog="python -m benchmarks",
+            description="Measures liger-jax and other packages on the GPU at hand, and writes tables of the results.",
+        )
+        print(benchmark.run())
+    except UserError as error:
+        sys.exit(f"benchmarks: {error}")
+
+
+if __name__ == "__main__":
+    main()

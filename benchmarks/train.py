@@ -1,0 +1,177 @@
+"""`python -m benchmarks train`: a training step of a model of real size, next to transformers with Liger's kernels.
+
+A step is timed from its call to its end.
+"""
+
+import dataclasses
+import gzip
+import json
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import work
+from benchmarks.environment import RESULTS
+from benchmarks.mixed import mixed_batches
+from benchmarks.model import ModelCase, Size, device_peak, place_batch
+from liger_jax import Batch, Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
+from liger_jax.errors import UserError
+from liger_jax.inputs.batch import IGNORE
+from liger_jax.model.lora import adapted_parts, add_lora
+from liger_jax.model.params import PARTS
+from liger_jax.train.master_weights import with_master_weights
+from liger_jax.train.metrics import batch_work, step_rates
+from liger_jax.train.optimizer import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Measures a training step: sequences of 2048 tokens with an image of 64 x 64 patches each, AdamW, bfloat16.
+
+    Writes model.json.
+    """
+
+    size: Size = "2b"
+    """Size of the model. Its weights are random."""
+    rows: tuple[int, ...] = (4,)
+    """Batch sizes. Each is one measurement."""
+    peers: bool = True
+    """Also measure transformers with Liger's kernels, on the same weights and batches, if torch is installed. Ignored with
+    --mixed, --lora and --master-weights, which have no counterpart there."""
+    mixed: bool = False
+    """Pack conversations with images of 224 to 1344 pixels a side. Tokens per second then leave out padding."""
+    lora: int | None = None
+    """Train LoRA matrices of this rank, and nothing else."""
+    master_weights: bool = False
+    """Keep weights and moments in float32 as well."""
+    remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "auto"
+    """What the backward pass recomputes. "auto" takes the fastest policy that fits the memory."""
+    unroll: bool = False
+    """Unroll the loop over layers: a faster step for a longer compilation."""
+    fsdp: int | None = None
+    """GPUs to shard weights and batches over."""
+    profile: bool = False
+    """Also write the kernels of a step with their times, to profile_<size>_<options>_x<batch size>.md."""
+    results: Path = RESULTS
+    """Folder of the result files."""
+
+    def run(self) -> Path:
+        if self.lora is not None and self.master_weights:
+            raise UserError(
+                "lora and master_weights are both set; expected one, as LoRA's matrices are float32 already"
+            )
+        labels: dict = {"lora": self.lora} if self.lora is not None else {}
+        labels |= {"master_weights": True} if self.master_weights else {}
+        case = ModelCase(
+            "train mixed" if self.mixed else "train",
+            self.size,
+            self.rows,
+            self.results,
+            labels,
+            peers=self.peers and not labels and not self.mixed,
+            fsdp=self.fsdp,
+            consumes_model=True,
+        )
+        return case.run(self._measure)
+
+    def _measure(self, model: Qwen2VL, batch_size: int) -> dict:
+        optimizer, frozen = optax.adamw(work.LEARNING_RATE), ()
+        if self.master_weights:
+            optimizer = with_master_weights(optimizer)
+        if self.lora is not None:
+            optimizer, frozen = make_optimizer(work.LEARNING_RATE, freeze=PARTS), PARTS
+            model = add_lora(model, rank=self.lora, alpha=2 * self.lora)
+        if self.mixed:
+            batches = mixed_batches(model.config, batch_size, work.MIXED_BATCHES)
+        else:
+            batches = [uniform_batch(model.config, batch_size)]
+        options = {"remat": self.remat, "unroll": self.unroll}
+        profile = self._profile_file(batch_size) if self.profile else None
+        return time_steps(model, batches, optimizer=optimizer, frozen=frozen, profile=profile, **options)
+
+    def _profile_file(self, batch_size: int) -> Path:
+        options = ["mixed"] * self.mixed + ["lora"] * (self.lora is not None)
+        options += ["master_weights"] * self.master_weights
+        options += [self.remat] * (self.remat != "auto") + ["unrolled"] * self.unroll
+        options += [f"fsdp{self.fsdp}"] * (self.fsdp is not None)
+        return self.results / f"profile_{'_'.join([self.size, *options])}_x{batch_size}.md"
+
+
+def uniform_batch(config: Qwen2VLConfig, batch_size: int) -> Batch:
+    return prepare(config, **work.sequences(vars(config), batch_size))
+
+
+def time_steps(
+    model: Qwen2VL,
+    batches: Sequence[Batch],
+    *,
+    optimizer: optax.GradientTransformation,
+    frozen: Collection[str] = (),
+    remat: str = "auto",
+    unroll: bool = False,
+    profile: Path | None = None,
+) -> dict:
+    """Times steps on the batches in turn. The model's arrays are donated to the training state."""
+    works = [batch_work(model.config, batch, frozen=frozen, adapted=adapted_parts(model)) for batch in batches]
+    trained = [int(np.count_nonzero(batch.labels != IGNORE)) for batch in batches]
+    mean_work = {name: float(np.mean([batch[name] for batch in works])) for name in works[0]}
+    state = TrainState.create(model, optimizer)
+    step = make_train_step(remat=remat, unroll=unroll)
+    placed = [place_batch(model, batch) for batch in batches]
+    seconds, losses = [], []
+    for number in range(work.WARMUP_STEPS + work.TIMED_STEPS):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, placed[number % len(placed)]))
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(metrics["loss"]))
+    if profile is not None:
+        with tempfile.TemporaryDirectory() as trace:
+            with jax.profiler.trace(trace):
+                state, _ = jax.block_until_ready(step(state, placed[0]))
+            profile.write_text(kernel_table(Path(trace)))
+    timed = range(work.WARMUP_STEPS, len(seconds))
+    by_batch = [[seconds[i] for i in timed if i % len(placed) == number] for number in range(len(placed))]
+    step_s = float(np.mean([np.median(times) for times in by_batch if times]))
+    devices = sorted(state.step.devices(), key=lambda device: device.id)
+    rates = step_rates(mean_work, float(np.mean(trained)), step_s, devices)
+    return {
+        "remat": step.chosen_remat,
+        "unroll": unroll,
+        "step_ms": step_s * 1e3,
+        "tokens_per_s": rates["tokens_per_second"],
+        "trained_tokens_per_s": rates["trained_tokens_per_second"],
+        "images": mean_work["images"],
+        "token_utilisation": rates["token_utilisation"],
+        **{name: value for name, value in rates.items() if name == "model_flops_utilisation"},
+        "peak_gib": device_peak(),
+        "compile_s": seconds[0] - step_s,
+        "compilations": len(step.compiled),
+        "losses": losses[:3],
+    }
+
+
+def kernel_table(trace: Path) -> str:
+    """Returns the kernels of a trace by name with their summed time, longest first, as a Markdown table."""
+    (file,) = trace.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    named = [event for event in events if event.get("ph") == "M" and "name" in event.get("args", {})]
+    processes = {event["pid"]: event["args"]["name"] for event in named if event["name"] == "process_name"}
+    threads = {(e["pid"], e.get("tid")): e["args"]["name"] for e in named if e["name"] == "thread_name"}
+    total, count = Counter[str](), Counter[str]()
+    for event in events:
+        thread = event.get("pid"), event.get("tid")
+        if event.get("ph") == "X" and "GPU" in processes.get(thread[0], "") and "Stream" in threads.get(thread, ""):
+            name = re.sub(r"\(.*", "", event["name"])
+            total[name] += event["dur"]
+            count[name] += 1
+    lines = ["| ms | calls | us each | kernel |", "|---|---|---|---|"]
+    lines += [f"| {us / 1e3:.2f} | {count[n]} | {us / count[n]:.1f} | `{n}` |" for n, us in total.most_common(60)]
+    return f"{total.total() / 1e3:.1f} ms in {count.total()} kernels.\n\n" + "\n".join(lines) + "\n"
