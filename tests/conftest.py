@@ -1,10 +1,10 @@
-"""Settings of JAX for all tests, made before it looks for devices; and which files begin."""
+"""JAX settings for all tests, made before JAX looks for devices, and the order of test files."""
 
 import importlib.metadata
 import os
 import shutil
 
-# Most of the time goes into compiling what then runs for milliseconds: compile less carefully.
+# Most of the time goes into compiling programs that then run for milliseconds, so compile with fewer optimizations.
 if shutil.which("nvidia-smi"):
     flags = ["--xla_gpu_autotune_level=0"]
 else:
@@ -13,22 +13,22 @@ else:
         flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # commands that tests run leave nothing in the user's folders
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # commands run by tests write nothing to the user's folders
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that any test can build a mesh
 jax.config.update("jax_default_matmul_precision", "highest")  # a GPU rounds float32 products to tf32 otherwise
 
-# The longest files begin: a worker that got one of them last would keep the others waiting.
+# The longest files run first: a worker that started one of them last would run on alone.
 LONGEST = {
-    *("test_notebooks", "test_finetune", "test_lora", "test_bench", "test_mesh", "test_docs"),
+    *("test_notebooks", "test_finetune", "test_lora", "test_benchmarks", "test_sharding", "test_docs"),
     *("test_kernels", "test_linear_cross_entropy"),
 }
 
 
 def pytest_configure(config):
-    config.option.loadscopereorder = False  # pytest-xdist would begin with the files of most tests
+    config.option.loadscopereorder = False  # pytest-xdist would start with the files that have the most tests
 
 
 def pytest_collection_modifyitems(items):

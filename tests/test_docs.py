@@ -1,52 +1,202 @@
-"""What people read is true: the README's tables are those of the results, the examples in docstrings run."""
+"""The documentation is true: tables match the results, links and examples work; imports follow the data flow."""
 
 import ast
 import doctest
 import importlib
-import pathlib
 import pkgutil
+import re
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
 from benchmarks import tables
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "liger_jax", "convert")
+# liger_jax from the bottom to the top: a module may import from its own line and from those above it in this list.
+LAYERS = (
+    ("errors", "runtime", "options"),
+    ("files",),
+    ("config",),
+    ("inputs",),
+    ("model",),
+    ("checkpoint", "data", "generation"),
+    ("train",),
+    ("demo",),
+)
 MODULES = [
     module.name
     for package in PACKAGES
     for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")
     if not module.name.endswith("__main__")
 ]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
-def test_tables_of_the_readme_are_made_from_the_results():
+# ---- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", tables.pages(ROOT), ids=lambda page: page.name)
+def test_tables_match_the_results(page):
+    text = page.read_text()
+    assert tables.with_tables(text) == text, "run: python -m benchmarks tables"
+
+
+def test_every_table_is_on_a_page():
+    names = [match[1] for page in tables.pages(ROOT) for match in tables.MARK.finditer(page.read_text())]
+    assert sorted(names) == sorted(tables.TABLES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, heading = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists() and linked.is_relative_to(ROOT), f"{page.name} links to {target}, which does not exist"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, f"{page.name} links to {target}, which has no such heading"
+
+
+def test_index_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert [
+        page.name for page in PAGES if page.parent.name == "docs" and page.stem != "index" and page.name not in index
+    ] == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_ci_runs_the_marked_blocks():
+    """.ci/run executes the README's demo and test blocks and every block marked `runs:`; each mark has a block."""
+    script = (ROOT / ".ci" / "run").read_text()
     readme = (ROOT / "README.md").read_text()
-    assert tables.with_tables(readme) == readme, "run: python benchmarks/tables.py"
+    for mark in ("test", "demo"):
+        assert f"marked_block {mark} README.md" in script and f"<!-- {mark} -->\n```bash\n" in readme
+    marks = [
+        line for page in tables.pages(ROOT) for line in page.read_text().splitlines() if line.startswith("<!-- runs: ")
+    ]
+    assert len(marks) >= 2 and len(set(marks)) == len(marks) and "runs: .*" in script
+    for page in tables.pages(ROOT):
+        assert len(re.findall(r"<!-- runs: .* -->\n```python\n", page.read_text())) == page.read_text().count(
+            "<!-- runs: "
+        )
 
 
-def imports_of(file):
-    """Names of all modules that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
+# ---- imports ----------------------------------------------------------------------------------------------------------
+
+
+def imports_at_run_time(file: Path):
+    """Yields the names of all modules that a file imports anywhere, except for annotations (`if TYPE_CHECKING`)."""
+
+    def visit(node):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for statement in node.orelse:
+                yield from visit(statement)
+            return
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    return visit(ast.parse(file.read_text()))
 
 
-def test_imports_go_one_way():
-    """convert -> liger_jax -> pallas_kernels, below the command line; Pallas is behind a single file."""
+def files_of(package: str):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def test_packages_import_in_one_direction():
+    """convert imports liger_jax, which imports pallas_kernels; only the command line may import everything."""
     for rank, package in enumerate(PACKAGES):
-        for file in (ROOT / package).rglob("*.py"):
-            place, names = str(file.relative_to(ROOT)), list(imports_of(file))
-            above = [name for name in names if name.split(".")[0] in PACKAGES[rank + 1 :]]
-            assert not above or place == "liger_jax/cli.py", (place, above)
-            pallas = [name for name in names if name.startswith("jax.experimental.pallas")]
-            assert not pallas or place == "pallas_kernels/_pallas.py", (place, pallas)
+        for file in files_of(package):
+            place, names = str(file.relative_to(ROOT)), list(imports_at_run_time(file))
+            upward = [name for name in names if name.split(".")[0] in (*PACKAGES[rank + 1 :], "benchmarks", "tests")]
+            assert not upward or place == "liger_jax/cli.py", (place, upward)
+            from_cli = [name for name in names if name.startswith("liger_jax.cli")]
+            assert not from_cli or place == "convert/__main__.py", (place, from_cli)
+
+
+def test_pallas_is_imported_in_one_file():
+    for package in (*PACKAGES, "benchmarks"):
+        for file in files_of(package):
+            names = [name for name in imports_at_run_time(file) if name.startswith("jax.experimental.pallas")]
+            assert not names or file == ROOT / "pallas_kernels" / "_pallas.py", (file, names)
+
+
+def test_imports_within_liger_jax_follow_the_data_flow():
+    """inputs, then model, then data, generation and checkpoints, then train, then the demo."""
+    from liger_jax import _MODULES
+
+    ranks = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+    for file in files_of("liger_jax"):
+        own = file.relative_to(ROOT / "liger_jax").with_suffix("").parts[0]
+        if own in ("__init__", "cli"):
+            continue
+        assert own in ranks, f"liger_jax/{own} is in no layer; add it to LAYERS"
+        for name in imports_at_run_time(file):
+            package, _, rest = name.partition(".")
+            if package != "liger_jax":
+                continue
+            imported = _MODULES.get(rest, rest).split(".")[0]
+            if imported:
+                assert imported in ranks and ranks[imported] <= ranks[own], f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_imports_have_no_cycles():
+    modules = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for package in (*PACKAGES, "benchmarks")
+        for file in files_of(package)
+    }
+    graph = defaultdict(set)
+    for module, file in modules.items():
+        for name in imports_at_run_time(file):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name and name != module and modules[name].name != "__init__.py":
+                graph[module].add(name)
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"import cycle: {' -> '.join([*path[path.index(module) :], module])}"
+        if module in done:
+            return
+        for imported in graph[module]:
+            visit(imported, (*path, module))
+        done.add(module)
+
+    for module in modules:
+        visit(module, ())
+
+
+def test_installed_package_holds_only_the_three_packages():
+    """Benchmarks, tests, notebooks and examples stay out of the wheel; type information and data files are in it."""
+    import tomllib
+
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["packages"]["find"]["include"] == ["liger_jax*", "pallas_kernels*", "convert*"]
+    for package in PACKAGES:
+        assert "py.typed" in setuptools["package-data"][package] and (ROOT / package / "py.typed").is_file()
+
+
+# ---- docstrings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings_run(name):
+def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     with_examples = [test for test in doctest.DocTestFinder().find(module) if test.examples]
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -1,6 +1,6 @@
-"""Runs a notebook in a fresh kernel of this interpreter: for the tests, and to make the outputs that are committed.
+"""Runs a notebook in a fresh kernel of this interpreter, for the tests and to store the outputs that are committed.
 
-python tests/notebooks/execute.py notebooks/01_quickstart.ipynb NAME=VALUE ...     (NAME=VALUE: the kernel's environment)
+python tests/_support/execute_notebook.py notebooks/01_quickstart.ipynb NAME=VALUE ...   # NAME=VALUE: kernel environment
 """
 
 import json
@@ -18,20 +18,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def execute(notebook: Path, folder: Path, environment: Mapping[str, str]) -> nbformat.NotebookNode:
-    """Runs all cells with `folder` as working directory; -> the notebook with outputs. A cell that fails raises."""
-    # A kernel of our own, found first: one installed in the user's home may start another interpreter.
+    """Runs all cells with `folder` as working directory. Returns the notebook with outputs; a failing cell raises."""
+    # This kernel precedes any other on the path: one installed in the user's home may start another interpreter.
     kernel = folder / "jupyter" / "kernels" / "this-python"
     kernel.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     kernel.joinpath("kernel.json").write_text(json.dumps({"argv": argv, "display_name": "", "language": "python"}))
-    here = {
+    variables = {
         "JUPYTER_PATH": str(folder / "jupyter"),
         "JUPYTER_RUNTIME_DIR": str(folder / "jupyter" / "runtime"),
         "IPYTHONDIR": str(folder / "jupyter" / "ipython"),
-        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's advice to install widgets, which depends on the machine
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's advice to install widgets depends on the machine
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    with mock.patch.dict(os.environ, here | dict(environment)):
+    with mock.patch.dict(os.environ, variables | dict(environment)):
         node = nbformat.read(notebook, as_version=4)
         resources = {"metadata": {"path": str(folder)}}
         client = NotebookClient(node, kernel_name="this-python", resources=resources, timeout=600, record_timing=False)
