@@ -1,8 +1,8 @@
-"""How a kernel is launched. The only file that imports Pallas: if JAX drops its Triton backend, this is what changes.
+"""Launches kernels. The only file that imports Pallas: if JAX drops its Triton backend, only this file changes.
 
 Kernels are written in the subset that translates line by line to Triton's own language: whole arrays as refs, explicit
-indices and masks, elementwise arithmetic, reductions. Loads and stores are always masked by hand, since what an access
-past the end of an array does differs between JAX versions.
+indices and masks, elementwise arithmetic, reductions. Every load and store has an explicit mask, because the behaviour of an
+access past the end of an array differs between JAX versions.
 """
 
 import functools
@@ -20,32 +20,33 @@ try:
 except ImportError:  # a JAX that has dropped the backend
     plgpu = None
 
-# Given when the user's jit lowers, so a filter around the launch would come too early.
+# The warning is issued when the user's jit lowers, so a filter around the launch would be too early.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 cdiv, next_power_of_2 = pl.cdiv, pl.next_power_of_2
 program_id = pl.program_id
 when = pl.when  # @when(condition): the decorated function runs where the condition holds
 span = pl.ds  # an index: start, number of elements
-LOG2_E = math.log2(math.e)  # e^x is 2^(x LOG2_E), and 2^x is an instruction of the GPU
-TRITON_CALL = "__gpu$xla.gpu.triton"  # what a launched kernel is called in StableHLO
+LOG2_E = math.log2(math.e)  # e^x is 2^(x LOG2_E), and 2^x is a GPU instruction
+TRITON_CALL = "__gpu$xla.gpu.triton"  # target of a kernel's custom call in StableHLO
 
 
 def launch(
     kernel: Callable[..., None],
-    operands: Sequence[jax.Array],
-    results: Sequence[tuple[tuple[int, ...], Any]],
+    operands: Sequence[jax.Array | None],
+    results: Sequence[tuple[tuple[int, ...], Any] | None],
     *,
     grid: tuple[int, ...],
     num_warps: int,
     interpret: bool,
     in_place: dict[int, int] | None = None,
     num_stages: int = 1,
-) -> list[jax.Array]:
+) -> list[jax.Array | None]:
     """Runs `kernel(*operand_refs, *result_refs)` once for each point of the grid.
 
-    Refs are the whole arrays, in memory, their last axis as wide as the next power of two. Arrays inside the kernel must
-    have powers of two for sizes; what lies past the end of the real arrays is for the kernel to mask.
+    Refs are the whole arrays, in memory, with their last axis padded to the next power of two. Arrays inside the kernel must
+    have power-of-two sizes; the kernel masks the elements past the end of the real arrays. The ref of an absent operand or
+    result (None) is None.
 
     Args:
         kernel: the body; see `load` and `store`.
@@ -54,22 +55,41 @@ def launch(
         grid: at most three axes.
         num_warps: warps (of 32 threads) that run one program together.
         interpret: run in Pallas's interpreter, on any platform.
-        in_place: {operand: result} that share their memory. XLA copies the operand first if it is needed later.
-        num_stages: turns of a loop whose loads are under way at once, if a matrix product uses what they bring.
+        in_place: {operand: result} pairs that share memory. XLA copies the operand first if it is needed later.
+        num_stages: iterations of a loop whose loads are in flight at the same time, if a matrix product uses the loads.
     """
-    # inside a shard_map a result says which mesh axes it varies over
-    varying = jax.typeof(operands[0]).manual_axis_type
-    return pl.pallas_call(
+    name = getattr(kernel, "func", kernel).__name__.strip("_")
+    present = [array is not None for array in (*operands, *results)]
+    if not all(present):
+        kernel = _with_absent_refs(kernel, present)
+    arrays = [operand for operand in operands if operand is not None]
+    outputs = [result for result in results if result is not None]
+    aliases = {
+        sum(present[:operand]): sum(present[len(operands) :][:result]) for operand, result in (in_place or {}).items()
+    }
+    # inside a shard_map, a result declares the mesh axes that it varies over
+    varying = jax.typeof(arrays[0]).manual_axis_type
+    values = pl.pallas_call(
         kernel,
         grid=grid,
-        in_specs=[_whole(operand.shape) for operand in operands],
-        out_specs=[_whole(shape) for shape, _ in results],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in results],
+        in_specs=[_whole(array.shape) for array in arrays],
+        out_specs=[_whole(shape) for shape, _ in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
-        input_output_aliases=in_place or {},
-        name=getattr(kernel, "func", kernel).__name__.strip("_"),
-    )(*operands)
+        input_output_aliases=aliases,
+        name=name,
+    )(*arrays)
+    remaining = iter(values)
+    return [None if result is None else next(remaining) for result in results]
+
+
+def _with_absent_refs(kernel: Callable[..., None], present: Sequence[bool]) -> Callable[..., None]:
+    def kernel_of_present(*refs: Any) -> None:
+        remaining = iter(refs)
+        kernel(*(next(remaining) if is_present else None for is_present in present))
+
+    return kernel_of_present
 
 
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -77,28 +97,31 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 
 def overhanging(start: int, size: int) -> Any:
-    """A span that may reach past the end of a small array, where a mask cuts it off: JAX refuses a constant that does."""
+    """Returns a span that may reach past the end of a small array, for masked accesses. JAX refuses a constant one."""
     return span(program_id(0) * 0 + start, size)
 
 
 def load(ref: Any, index: tuple, mask: jax.Array | None, dtype: Any = None, *, other: float = 0) -> jax.Array:
-    """ref[index] as `dtype` (None: its own); `other` where the mask is False. No mask: all of it lies in the array."""
-    found = plgpu.load(ref.at[_index(index)], mask=mask, other=None if mask is None else other)
-    return found.astype(dtype or ref.dtype)
+    """Returns ref[index] as `dtype` (None: that of the ref), and `other` where the mask is False.
+
+    Without a mask, the whole index must lie inside the array.
+    """
+    value = plgpu.load(ref.at[_index(index)], mask=mask, other=None if mask is None else other)
+    return value.astype(dtype or ref.dtype)
 
 
 def store(ref: Any, index: tuple, value: jax.Array, mask: jax.Array | None) -> None:
-    """ref[index] = value where the mask is True (None: everywhere), cast to the dtype of the ref."""
+    """Sets ref[index] = value where the mask is True (None: everywhere), cast to the dtype of the ref."""
     plgpu.store(ref.at[_index(index)], value.astype(ref.dtype), mask=mask)
 
 
 def _index(index: tuple) -> tuple:
-    """With plain numbers as arrays: the interpreter asks an index for its shape."""
+    """Converts plain numbers to arrays, because the interpreter reads the shape of an index."""
     return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
 
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """a [M, K] @ b [K, N], or b [N, K] if `transposed`; summed in float32. Every size is 16 at least.
+    """Computes a [M, K] @ b [K, N], or b [N, K] if `transposed`, with float32 sums. Every size is at least 16.
 
     float32 operands are multiplied exactly.
     """
@@ -113,7 +136,7 @@ def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """2^x; on the GPU one instruction, where the library's function spends five to keep results below 2^-126."""
+    """Computes 2^x, on the GPU as one instruction; the library function takes five, to keep results below 2^-126."""
     if interpret or x.dtype != jnp.float32:
         return jnp.exp2(x)
     instruction = {"asm": "ex2.approx.ftz.f32 $0, $1;", "constraints": "=f,f", "pack": 1}
@@ -121,11 +144,24 @@ def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
     return plgpu.elementwise_inline_asm(**instruction, args=[x], result_shape_dtypes=[result])[0]
 
 
-def pick(implementation: str | None, kernel: Callable, xla: Callable, *operands: jax.Array) -> Any:
+def choose_implementation(kernel: Callable, xla: Callable) -> Callable:
+    """Returns local(static, *operands), which runs the implementation that `static.implementation` chooses.
+
+    kernel(static, *operands, interpret=...) and xla(static, *operands) compute the same results.
+    """
+
+    def local(static: Any, *operands: jax.Array | None) -> Any:
+        functions = (functools.partial(function, static) for function in (kernel, xla))
+        return call_implementation(static.implementation, *functions, *operands)
+
+    return local
+
+
+def call_implementation(implementation: str | None, kernel: Callable, xla: Callable, *operands: Any) -> Any:
     """Calls kernel(*operands, interpret=...) or xla(*operands).
 
-    None decides when the program is lowered, and for the platform it is lowered for: a process without a GPU can lower
-    for one, and the other way round.
+    None decides when the program is lowered, by the platform that it is lowered for: a process without a GPU can lower for
+    one, and vice versa.
     """
     if implementation == "xla" or (implementation is None and plgpu is None):
         return xla(*operands)
@@ -138,18 +174,8 @@ def pick(implementation: str | None, kernel: Callable, xla: Callable, *operands:
     return kernel(*operands, interpret=implementation == "interpret")
 
 
-def either(kernel: Callable, xla: Callable) -> Callable:
-    """local(static, *operands): what `pick` chooses for static.implementation, called with `static` first."""
-
-    def local(static: Any, *operands: jax.Array) -> Any:
-        chosen = (functools.partial(function, static) for function in (kernel, xla))
-        return pick(static.implementation, *chosen, *operands)
-
-    return local
-
-
 def forward_only(op: str, local: Callable) -> Callable:
-    """local(static, *operands) that says so when it is differentiated, whatever the implementation."""
+    """Returns local(static, *operands) that raises NotImplementedError when differentiated, for all implementations."""
     run = jax.custom_jvp(local, nondiff_argnums=(0,))
 
     @run.defjvp
@@ -161,7 +187,7 @@ def forward_only(op: str, local: Callable) -> Callable:
 
 @functools.cache
 def compute_capability() -> float | None:
-    """That of this process's first NVIDIA GPU, such as 9.0; None without one."""
+    """Returns the compute capability of this process's first NVIDIA GPU, such as 9.0; None without one."""
     try:
         return float(jax.local_devices(backend="cuda")[0].compute_capability)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""How kernels over rows of numbers are cut up: what the norms and the gates have in common."""
+"""Divides rows and tiles among the programs of a kernel; shared by the norms and the activations."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,105 +11,140 @@ from pallas_kernels import _pallas, _tuning, _validate
 from pallas_kernels._tuning import Blocks
 
 
-def whole_width(ref: Any, width: int) -> tuple[slice, jax.Array]:
-    """-> an index of all columns and more, up to a power of two; which of them exist."""
-    return slice(None), jnp.arange(ref.shape[-1]) < width
+class RowBlock(NamedTuple):
+    """Some rows of a group, at full width."""
+
+    rows: Any  # index into [rows]
+    in_rows: jax.Array  # [block rows], whether the row exists
+    columns: slice  # index of all columns, up to a power of two
+    inside: jax.Array  # [block rows, columns], whether the element exists
+
+    def load(self, ref: Any) -> jax.Array:
+        """Loads these rows of a ref [rows, width] or [rows], in its dtype."""
+        if len(ref.shape) == 1:
+            return _pallas.load(ref, (self.rows,), self.in_rows)
+        return _pallas.load(ref, (self.rows, self.columns), self.inside)
+
+    def store(self, ref: Any, value: jax.Array) -> None:
+        """Stores a value [block rows, columns] or [block rows] at these rows of a ref."""
+        if len(ref.shape) == 1:
+            _pallas.store(ref, (self.rows,), value, self.in_rows)
+        else:
+            _pallas.store(ref, (self.rows, self.columns), value, self.inside)
 
 
-def tile(rows: int, width: int, blocks: Blocks) -> tuple[tuple, jax.Array]:
-    """For grid (blocks of rows, blocks of columns): -> the index of a program's tile; which of its numbers exist."""
-    first_row, first_column = (_pallas.program_id(i) * n for i, n in enumerate((blocks.rows, blocks.columns)))
-    in_rows = first_row + jnp.arange(blocks.rows) < rows
-    in_columns = first_column + jnp.arange(blocks.columns) < width
-    index = _pallas.span(first_row, blocks.rows), _pallas.span(first_column, blocks.columns)
-    return index, in_rows[:, None] & in_columns[None, :]
+class RowPartition(NamedTuple):
+    """Divides the rows of each group among `programs`, which take `steps` blocks of `block_rows` rows each.
 
-
-class Block(NamedTuple):
-    """Some rows of an array, as indices into [rows] and [rows, width], and which of them exist."""
-
-    rows: tuple
-    in_rows: jax.Array
-    index: tuple
-    inside: jax.Array
-
-
-class Split(NamedTuple):
-    """How the rows of a group are shared out: `programs` that take `steps` blocks of `rows` each."""
+    The grid of the kernel is (groups, programs). Its refs are full [groups * rows, width], per row [groups * rows], vectors
+    [groups, width] and partial sums [groups, programs, width].
+    """
 
     rows: int
+    width: int
+    block_rows: int
     programs: int
     steps: int
 
     @classmethod
-    def of(cls, rows: int, groups: int, blocks: Blocks) -> Self:
-        """One block for each program, unless the blocks say how many programs there are."""
+    def of(cls, groups: int, rows: int, width: int, blocks: Blocks) -> Self:
+        """Takes one block per program, unless the blocks set the number of programs."""
         count = _pallas.cdiv(rows, blocks.rows)
         programs = min(_pallas.cdiv(blocks.programs, groups) or count, count)
-        return cls(blocks.rows, programs, _pallas.cdiv(count, programs))
+        return cls(rows, width, blocks.rows, programs, _pallas.cdiv(count, programs))
 
+    def load_vector(self, ref: Any, dtype: Any) -> jax.Array:
+        """Loads the group's vector of a ref [groups, width]; zeros past the width."""
+        return _pallas.load(ref, (_pallas.program_id(0), slice(None)), self._in_width(ref), dtype)
 
-def walk(
-    step: Callable, sums: Any, refs: Sequence[Any], per_row: Sequence[Any], *, rows: int, width: int, split: Split
-) -> Any:
-    """For grid (groups, programs): a program's blocks of rows, one after the other. -> the last sums.
+    def zeros(self, ref: Any, dtype: Any) -> jax.Array:
+        """Returns zeros [block rows, columns], for sums over the program's rows."""
+        return jnp.zeros((self.block_rows, ref.shape[-1]), dtype)
 
-    step(sums, Block, values) -> sums, with float32 values loaded from `refs` [rows, width and more] and `per_row` [rows].
-    The next block is loaded before a step works on its own, so that the memory is never idle. Programs take turns: those
-    that run at the same time work on rows that lie side by side.
-    """
-    group, program = _pallas.program_id(0), _pallas.program_id(1)
-    columns, in_width = whole_width(refs[0], width)
+    def store_sum(self, ref: Any, sums: jax.Array) -> None:
+        """Stores the program's sum over its rows in a ref [groups, programs, width]."""
+        index = (_pallas.program_id(0), _pallas.program_id(1), slice(None))
+        _pallas.store(ref, index, jnp.sum(sums, axis=0), self._in_width(ref))
 
-    def block(i) -> Block:
-        first = (program + i * split.programs) * split.rows
-        some, in_rows = _pallas.span(group * rows + first, split.rows), first + jnp.arange(split.rows) < rows
-        return Block((some,), in_rows, (some, columns), in_rows[:, None] & in_width[None, :])
+    def for_each_row_block(self, step: Callable, carry: Any, *refs: Any) -> Any:
+        """Runs carry = step(block, carry, *values) for each of the program's blocks; returns the last carry.
 
-    def load(i):
-        here = block(i)
-        full = [_pallas.load(ref, here.index, here.inside) for ref in refs]
-        return full + [_pallas.load(ref, here.rows, here.in_rows) for ref in per_row]
+        The values are the block's rows of `refs`, in float32. The next block is loaded before a step works on its own, so
+        that the memory is never idle. The programs interleave: those that run at the same time work on adjacent rows.
+        """
+        group, program = _pallas.program_id(0), _pallas.program_id(1)
+        in_width = self._in_width(refs[0])
 
-    def work(i, sums, values):
-        return step(sums, block(i), [x.astype(_validate.wide(x.dtype)) for x in values])
+        def block(i) -> RowBlock:
+            first = (program + i * self.programs) * self.block_rows
+            in_rows = first + jnp.arange(self.block_rows) < self.rows
+            index = _pallas.span(group * self.rows + first, self.block_rows)
+            return RowBlock(index, in_rows, slice(None), in_rows[:, None] & in_width[None, :])
 
-    def load_and_work(i, state):
-        sums, values = state
-        following = load(i + 1)
-        return work(i, sums, values), following
+        def load(i):
+            return [block(i).load(ref) for ref in refs]
 
-    sums, values = jax.lax.fori_loop(0, split.steps - 1, load_and_work, (sums, load(0)))
-    return work(split.steps - 1, sums, values)
+        def work(i, carry, values):
+            return step(block(i), carry, *(x.astype(_validate.accumulation_dtype(x.dtype)) for x in values))
+
+        def load_and_work(i, state):
+            carry, values = state
+            next_values = load(i + 1)
+            return work(i, carry, values), next_values
+
+        carry, values = jax.lax.fori_loop(0, self.steps - 1, load_and_work, (carry, load(0)))
+        return work(self.steps - 1, carry, values)
+
+    def _in_width(self, ref: Any) -> jax.Array:
+        return jnp.arange(ref.shape[-1]) < self.width
 
 
 def launch(
     kernel: Callable,
     static: Any,
-    full: Sequence[jax.Array],
-    vectors: Sequence[jax.Array],
-    per_row: Sequence[jax.Array],
-    results: Sequence[tuple[str, Any]],
+    operands: Sequence[tuple[jax.Array, str]],
+    results: Sequence[tuple[Any, str]],
+    *,
     interpret: bool,
-    blocks: Blocks | None = None,
+    blocks: Blocks | None,
 ) -> tuple[jax.Array, ...]:
-    """Runs a kernel over rows: full [g, ..., D], vectors [g, D], per_row [g, ...].
+    """Runs kernel(*operand_refs, *result_refs, static=..., partition=RowPartition) over rows.
 
-    Results are written as (axes, dtype): ".d" is [g, ..., D], "." is [g, ...], "pd" is [g, programs, D].
+    Args:
+        kernel: the body; its name without leading underscores is its name in the table of block sizes.
+        static: options of the operation, for the kernel.
+        operands: arrays with their axes, "G ... D", "G D" or "G ..."; the first one has "G ... D".
+        results: dtypes with their axes, of the same kinds or "G programs D".
+        interpret: as in `_pallas.launch`.
+        blocks: block sizes; None for the measured ones.
     """
-    first = full[0]
-    (groups, width), rows = vectors[0].shape, first.size // vectors[0].size
-    op = kernel.__name__.strip("_")
-    blocks = blocks or _tuning.blocks(op, rows=groups * rows, width=width)
-    split = Split.of(rows, groups, blocks)
-    flat = {".d": (groups * rows, width), ".": (groups * rows,), "pd": (groups, split.programs, width)}
-    shaped = {".d": first.shape, ".": first.shape[:-1], "pd": flat["pd"]}
-    found = _pallas.launch(
-        functools.partial(kernel, static=static, rows=rows, width=width, split=split),
-        [*(x.reshape(flat[".d"]) for x in full), *vectors, *(x.reshape(flat["."]) for x in per_row)],
-        [(flat[axes], dtype) for axes, dtype in results],
-        grid=(groups, split.programs),
+    first, _ = operands[0]
+    groups, *_, width = first.shape
+    rows = first.size // (groups * width)
+    blocks = blocks or _tuning.blocks(kernel.__name__.strip("_"), rows=groups * rows, width=width)
+    partition = RowPartition.of(groups, rows, width, blocks)
+    in_kernel = {
+        "G ... D": (groups * rows, width),
+        "G ...": (groups * rows,),
+        "G D": (groups, width),
+        "G programs D": (groups, partition.programs, width),
+    }
+    outside = in_kernel | {"G ... D": first.shape, "G ...": first.shape[:-1]}
+    outputs = _pallas.launch(
+        functools.partial(kernel, static=static, partition=partition),
+        [x.reshape(in_kernel[axes]) for x, axes in operands],
+        [(in_kernel[axes], dtype) for dtype, axes in results],
+        grid=(groups, partition.programs),
         num_warps=blocks.num_warps,
         interpret=interpret,
     )
-    return tuple(x.reshape(shaped[axes]) for x, (axes, _) in zip(found, results, strict=True))
+    return tuple(x.reshape(outside[axes]) for x, (_, axes) in zip(outputs, results, strict=True))
+
+
+def tile(rows: int, width: int, blocks: Blocks) -> tuple[tuple, jax.Array]:
+    """Returns the index of a program's tile, for the grid (blocks of rows, blocks of columns), and which elements exist."""
+    first_row, first_column = (_pallas.program_id(i) * n for i, n in enumerate((blocks.rows, blocks.columns)))
+    in_rows = first_row + jnp.arange(blocks.rows) < rows
+    in_columns = first_column + jnp.arange(blocks.columns) < width
+    index = _pallas.span(first_row, blocks.rows), _pallas.span(first_column, blocks.columns)
+    return index, in_rows[:, None] & in_columns[None, :]

@@ -71,6 +71,6 @@ def choice(op: str, name: str, found: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: {name} is {found!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
-def wide(dtype: DTypeLike) -> jnp.dtype:
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype that arithmetic on `dtype` is done in: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -1,34 +1,37 @@
-"""Elementwise gates of MLP blocks: swiglu, geglu, quick_gelu.
+"""Elementwise activations of MLP blocks: swiglu, geglu, quick_gelu.
 
-None takes XLA's here on every platform. The forward kernels are as fast as XLA's or faster, but kernels stand in the way of
-fusing a gate with its neighbours, and its forward pass with its backward pass: on an H200 a training step of Qwen2-VL-2B
-takes 459 ms with them and 444 without.
+`implementation=None` is XLA on every platform. The forward kernels are as fast as XLA or faster, but a kernel prevents XLA
+from fusing an activation into its neighbours, and its forward pass into its backward pass: on an H200, a training step of
+Qwen2-VL-2B takes 459 ms with the kernels and 444 ms without.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _pallas, _rows, _sharding, _tuning, _validate
+from pallas_kernels import _pallas, _rows, _tuning, _validate
+from pallas_kernels._operation import DifferentiableOp, Pass
+from pallas_kernels._pallas import choose_implementation
 from pallas_kernels._tuning import Blocks
 
 
 def swiglu(gate: jax.Array, up: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """silu(gate) * up = gate * sigmoid(gate) * up.
+    """Computes silu(gate) * up = gate * sigmoid(gate) * up.
 
     Args:
         gate: [...], float.
-        up: as gate, same shape and dtype.
+        up: [...], gate's dtype.
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        [...] in gate's dtype; the arithmetic is float32. Backward keeps nothing but gate and up.
+        [...] in gate's dtype; the arithmetic is float32. The backward pass saves gate and up only.
 
     Raises:
-        ValueError: shapes or dtypes differ, or are not floating.
+        ValueError: gate and up differ in shape or dtype, a dtype is not floating, or implementation is unknown.
 
     Source: Shazeer 2020, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202
 
@@ -38,23 +41,23 @@ def swiglu(gate: jax.Array, up: jax.Array, *, implementation: str | None = None)
         >>> print(swiglu(jnp.array([0.0, 1.0]), jnp.array([2.0, 2.0])).round(3))
         [0.    1.462]
     """
-    return _checked_and_run("swiglu", "silu", implementation, gate=gate, up=up)
+    return _activate("swiglu", "silu", implementation, gate=gate, up=up)
 
 
 def geglu(gate: jax.Array, up: jax.Array, *, approximate: bool = True, implementation: str | None = None) -> jax.Array:
-    """gelu(gate) * up.
+    """Computes gelu(gate) * up.
 
     Args:
         gate: [...], float.
-        up: as gate, same shape and dtype.
+        up: [...], gate's dtype.
         approximate: True for the tanh formula 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), False for x Phi(x).
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        [...] in gate's dtype; the arithmetic is float32. Backward keeps nothing but gate and up.
+        [...] in gate's dtype; the arithmetic is float32. The backward pass saves gate and up only.
 
     Raises:
-        ValueError: shapes or dtypes differ, or are not floating.
+        ValueError: gate and up differ in shape or dtype, a dtype is not floating, or implementation is unknown.
 
     Source: Shazeer 2020, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202
 
@@ -64,21 +67,21 @@ def geglu(gate: jax.Array, up: jax.Array, *, approximate: bool = True, implement
         >>> print(geglu(jnp.array([0.0, 1.0]), jnp.array([2.0, 2.0]), approximate=False).round(2))
         [0.   1.68]
     """
-    return _checked_and_run("geglu", "gelu_tanh" if approximate else "gelu_exact", implementation, gate=gate, up=up)
+    return _activate("geglu", "gelu_tanh" if approximate else "gelu_exact", implementation, gate=gate, up=up)
 
 
 def quick_gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """x * sigmoid(1.702 x), the activation of Qwen2-VL's vision MLP.
+    """Computes x * sigmoid(1.702 x), the activation of Qwen2-VL's vision MLP.
 
     Args:
         x: [...], float.
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        [...] in x's dtype; the arithmetic is float32. Backward keeps nothing but x.
+        [...] in x's dtype; the arithmetic is float32. The backward pass saves x only.
 
     Raises:
-        ValueError: x is not floating.
+        ValueError: x's dtype is not floating, or implementation is unknown.
 
     Source: Hendrycks and Gimpel 2016, Gaussian Error Linear Units, https://arxiv.org/abs/1606.08415
 
@@ -88,28 +91,31 @@ def quick_gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
         >>> print(quick_gelu(jnp.array([0.0, 1.0])).round(3))
         [0.    0.846]
     """
-    return _checked_and_run("quick_gelu", "quick_gelu", implementation, x=x)
+    return _activate("quick_gelu", "quick_gelu", implementation, x=x)
 
 
-class _Static(NamedTuple):
+class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     activation: str
     implementation: str | None
 
 
-def _checked_and_run(op: str, activation: str, implementation: str | None, **arrays: jax.Array) -> jax.Array:
-    """activation(first array) * the second, if there is one."""
+def _activate(op: str, activation: str, implementation: str | None, **arrays: jax.Array) -> jax.Array:
+    """Returns activation(first array) * second array, or activation(first array) if there is no second."""
     _validate.known_implementation(op, implementation)
     _validate.floating(op, **arrays)
     _validate.same_dtype(op, **arrays)
-    first, *_ = arrays.values()
+    gate, *_ = arrays.values()
     for name, array in arrays.items():
-        _validate.shape(op, name, array.shape, first.shape)
-    static = _Static(activation, implementation if implementation and first.size else "xla")
-    operands = [array[None] if first.ndim else array[None, None] for array in arrays.values()]
-    return _gate(static, *_sharding.agree(_forward_op(static, len(operands)), *operands)).reshape(first.shape)
+        _validate.shape(op, name, array.shape, gate.shape)
+    static = StaticArgs(activation, implementation if implementation and gate.size else "xla")
+    grouped = [array[None] if gate.ndim else array[None, None] for array in arrays.values()]
+    (out,) = _OPERATION(static, *grouped, *(None,) * (2 - len(grouped)))
+    return out.reshape(gate.shape)
 
 
-# ---- activations: x -> value and slope -------------------------------------------------------------------------------
+# ---- activations: each returns its value and its derivative ----------------------------------------------------------
 
 
 def _silu(x):
@@ -125,26 +131,26 @@ def _quick_gelu(x):
 def _gelu_tanh(x):
     scale, cubic = (2 / jnp.pi) ** 0.5, 0.044715
     tanh = jnp.tanh(scale * (x + cubic * x * x * x))
-    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * scale * (1 + 3 * cubic * x * x)
-    return 0.5 * x * (1 + tanh), slope
+    derivative = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * scale * (1 + 3 * cubic * x * x)
+    return 0.5 * x * (1 + tanh), derivative
 
 
 def _gelu_exact(x, erfc=jax.lax.erfc):
-    below = 0.5 * erfc(-x * 0.5**0.5)  # the share of a normal distribution below x
-    return x * below, below + x * jnp.exp(-0.5 * x * x) / (2 * jnp.pi) ** 0.5
+    cdf = 0.5 * erfc(-x * 0.5**0.5)  # of the normal distribution
+    return x * cdf, cdf + x * jnp.exp(-0.5 * x * x) / (2 * jnp.pi) ** 0.5
 
 
 def _erfc_in_kernel(x):
-    """The complementary error function, which Triton's lowering lacks, to two units of float32.
+    """Computes the complementary error function, which Triton's lowering lacks, to within two float32 ulps.
 
-    erfc(|x|) = t exp(p(2 t - 1) - x^2) with t = 2 / (2 + |x|), p a least-squares fit at Chebyshev nodes of t in (0, 1).
+    erfc(|x|) = t exp(p(2 t - 1) - x^2) with t = 2 / (2 + |x|), p is a least-squares fit at Chebyshev nodes of t in (0, 1).
     """
-    away = jnp.abs(x)
-    t = 2 / (2 + away)
+    magnitude = jnp.abs(x)
+    t = 2 / (2 + magnitude)
     exponent = jnp.zeros_like(x)
     for coefficient in reversed(_ERFC):
         exponent = exponent * (2 * t - 1) + coefficient
-    tail = t * jnp.exp(exponent - away * away)
+    tail = t * jnp.exp(exponent - magnitude * magnitude)
     return jnp.where(x >= 0, tail, 2 - tail)
 
 
@@ -162,102 +168,95 @@ _ACTIVATIONS: dict[str, Callable] = {
 _IN_KERNELS = _ACTIVATIONS | {"gelu_exact": functools.partial(_gelu_exact, erfc=_erfc_in_kernel)}
 
 
-# ---- XLA implementation: gate and up [g, ..., D], or gate alone ------------------------------------------------------
+# ---- XLA implementation: gate and up [G, ..., D]; up may be None -----------------------------------------------------
 
 
-def _forward_xla(static: _Static, gate, *up):
-    value, _ = _ACTIVATIONS[static.activation](gate.astype(_validate.wide(gate.dtype)))
+def _forward_xla(static: StaticArgs, gate, up):
+    value, _ = _ACTIVATIONS[static.activation](gate.astype(_validate.accumulation_dtype(gate.dtype)))
     return (_times(value, up).astype(gate.dtype),)
 
 
-def _backward_xla(static: _Static, grad, gate, *up):
-    """-> dgate = grad up slope(gate), and dup = grad activation(gate) if there is an up."""
-    value, slope = _ACTIVATIONS[static.activation](gate.astype(_validate.wide(gate.dtype)))
-    grad = grad.astype(value.dtype)
-    return tuple(g.astype(gate.dtype) for g in (grad * _times(slope, up), *(grad * value for _ in up)))
+def _backward_xla(static: StaticArgs, d_out, gate, up):
+    """Returns d_gate = d_out up activation'(gate), and d_up = d_out activation(gate) if there is an up."""
+    value, derivative = _ACTIVATIONS[static.activation](gate.astype(_validate.accumulation_dtype(gate.dtype)))
+    d_out = d_out.astype(value.dtype)
+    d_gate, d_up = d_out * _times(derivative, up), None if up is None else d_out * value
+    return d_gate.astype(gate.dtype), None if up is None else d_up.astype(gate.dtype)
 
 
 def _times(value, up):
-    """value * up, or value if there is no up."""
-    return value * up[0].astype(value.dtype) if up else value
+    """Returns value * up, or value if there is no up."""
+    return value if up is None else value * up.astype(value.dtype)
 
 
-# ---- kernels: one program for a tile of rows and columns -------------------------------------------------------------
+# ---- kernels: one program per tile of rows and columns ---------------------------------------------------------------
 
 
-def _gate_forward(*refs, static: _Static, rows: int, width: int, blocks: Blocks):
-    """Refs gate, (up,) out; grid (blocks of rows, blocks of columns)."""
-    *inputs, out_ref = refs
+def _gate_forward(gate_ref, up_ref, out_ref, *, static: StaticArgs, rows: int, width: int, blocks: Blocks) -> None:
+    """Grid (blocks of rows, blocks of columns); up_ref may be None."""
     index, inside = _rows.tile(rows, width, blocks)
-    wide = _validate.wide(out_ref.dtype)
-    gate, *up = (_pallas.load(ref, index, inside, wide) for ref in inputs)
+    wide = _validate.accumulation_dtype(gate_ref.dtype)
+    gate = _pallas.load(gate_ref, index, inside, wide)
+    up = None if up_ref is None else _pallas.load(up_ref, index, inside, wide)
     value, _ = _IN_KERNELS[static.activation](gate)
     _pallas.store(out_ref, index, _times(value, up), inside)
 
 
-def _gate_backward(*refs, static: _Static, rows: int, width: int, blocks: Blocks):
-    """Refs grad, gate, (up,) dgate (, dup); grid (blocks of rows, blocks of columns)."""
-    inputs, outputs = refs[: len(refs) // 2 + 1], refs[len(refs) // 2 + 1 :]
+def _gate_backward(
+    d_out_ref, gate_ref, up_ref, d_gate_ref, d_up_ref, *, static: StaticArgs, rows: int, width: int, blocks: Blocks
+) -> None:
+    """Grid (blocks of rows, blocks of columns); up_ref and d_up_ref may be None."""
     index, inside = _rows.tile(rows, width, blocks)
-    wide = _validate.wide(outputs[0].dtype)
-    grad, gate, *up = (_pallas.load(ref, index, inside, wide) for ref in inputs)
-    value, slope = _IN_KERNELS[static.activation](gate)
-    for ref, result in zip(outputs, (grad * _times(slope, up), grad * value), strict=False):
-        _pallas.store(ref, index, result, inside)
+    wide = _validate.accumulation_dtype(gate_ref.dtype)
+    d_out, gate = (_pallas.load(ref, index, inside, wide) for ref in (d_out_ref, gate_ref))
+    up = None if up_ref is None else _pallas.load(up_ref, index, inside, wide)
+    value, derivative = _IN_KERNELS[static.activation](gate)
+    _pallas.store(d_gate_ref, index, d_out * _times(derivative, up), inside)
+    if d_up_ref is not None:
+        _pallas.store(d_up_ref, index, d_out * value, inside)
 
 
-def _launch(kernel, op: str, static: _Static, operands, results: int, interpret: bool, blocks: Blocks | None):
-    first = operands[0]
-    width = first.shape[-1]
-    rows = first.size // width
-    blocks = blocks or _tuning.blocks(op, rows=rows, width=width)
-    found = _pallas.launch(
+def _launch(kernel: Callable, static: StaticArgs, operands, results, interpret: bool, blocks: Blocks | None):
+    """Runs the kernel on operands and for results that are all of one shape, as rows [rows, width]. None is absent."""
+    shape, dtype = operands[0].shape, operands[0].dtype
+    width = shape[-1]
+    rows = math.prod(shape[:-1])
+    blocks = blocks or _tuning.blocks(kernel.__name__.strip("_"), rows=rows, width=width)
+    outputs = _pallas.launch(
         functools.partial(kernel, static=static, rows=rows, width=width, blocks=blocks),
-        [x.reshape(rows, width) for x in operands],
-        [((rows, width), first.dtype)] * results,
+        [None if x is None else x.reshape(rows, width) for x in operands],
+        [((rows, width), dtype) if present else None for present in results],
         grid=(_pallas.cdiv(rows, blocks.rows), _pallas.cdiv(width, blocks.columns)),
         num_warps=blocks.num_warps,
         interpret=interpret,
     )
-    return tuple(x.reshape(first.shape) for x in found)
+    return tuple(None if x is None else x.reshape(shape) for x in outputs)
 
 
-def forward_kernel(static: _Static, *operands, interpret: bool, blocks: Blocks | None = None):
+def forward_kernel(static: StaticArgs, gate, up, *, interpret: bool, blocks: Blocks | None = None):
     """As _forward_xla."""
-    return _launch(_gate_forward, "gate_forward", static, operands, 1, interpret, blocks)
+    return _launch(_gate_forward, static, [gate, up], [True], interpret, blocks)
 
 
-def backward_kernel(static: _Static, *operands, interpret: bool, blocks: Blocks | None = None):
+def backward_kernel(static: StaticArgs, d_out, gate, up, *, interpret: bool, blocks: Blocks | None = None):
     """As _backward_xla."""
-    return _launch(_gate_backward, "gate_backward", static, operands, len(operands) - 1, interpret, blocks)
+    return _launch(_gate_backward, static, [d_out, gate, up], [True, up is not None], interpret, blocks)
 
 
-# ---- gradient and mesh: every axis may be sharded --------------------------------------------------------------------
+# ---- the operation: every axis may be sharded ------------------------------------------------------------------------
 
-
-_forward_local = _pallas.either(forward_kernel, _forward_xla)
-_backward_local = _pallas.either(backward_kernel, _backward_xla)
-
-
-def _forward_op(static: _Static, operands: int) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_forward_local, ("g.d",) * operands, ("g.d",), "g.d", static)
-
-
-def _backward_op(static: _Static, operands: int) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_backward_local, ("g.d",) * (operands + 1), ("g.d",) * operands, "g.d", static)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gate(static: _Static, *operands):
-    return _sharding.run(_forward_op(static, len(operands)), *operands)[0]
-
-
-def _gate_fwd(static, *operands):
-    return _gate(static, *operands), operands
-
-
-def _gate_bwd(static, operands, grad):
-    return _sharding.run(_backward_op(static, len(operands)), grad, *operands)
-
-
-_gate.defvjp(_gate_fwd, _gate_bwd)
+_OPERATION = DifferentiableOp(
+    forward=Pass(
+        choose_implementation(forward_kernel, _forward_xla),
+        operands={"gate": "G ... D", "up": "G ... D"},
+        results={"out": "G ... D"},
+        parallel=("G", "...", "D"),
+    ),
+    backward=Pass(
+        choose_implementation(backward_kernel, _backward_xla),
+        operands={"d_out": "G ... D", "gate": "G ... D", "up": "G ... D"},
+        results={"d_gate": "G ... D", "d_up": "G ... D"},
+        parallel=("G", "...", "D"),
+    ),
+    returns=("out",),
+)

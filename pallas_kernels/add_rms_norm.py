@@ -1,14 +1,16 @@
-"""Residual addition followed by root-mean-square normalisation."""
-
-import functools
+"""Residual addition followed by root-mean-square normalization."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _pallas, _rows, _sharding, _validate
-from pallas_kernels._rows import Split
+from pallas_kernels import _rows, _validate
+from pallas_kernels._operation import DifferentiableOp, Pass
+from pallas_kernels._pallas import choose_implementation
+from pallas_kernels._rows import RowPartition
 from pallas_kernels._tuning import Blocks
-from pallas_kernels.rms_norm import CASTING, Static, backward_xla, forward_xla, normalise, pull_back
+from pallas_kernels.rms_norm import CASTING, StaticArgs, rms_norm_backward_rows, rms_norm_forward_rows
+from pallas_kernels.rms_norm import backward_xla as rms_norm_backward_xla
+from pallas_kernels.rms_norm import forward_xla as rms_norm_forward_xla
 
 
 def add_rms_norm(
@@ -21,11 +23,11 @@ def add_rms_norm(
     casting: str = "llama",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """s = x + residual -> (rms_norm(s, weight), s).
+    """Returns (rms_norm(s, weight), s) with s = x + residual.
 
     Args:
         x: [..., D], float.
-        residual: as x, same shape and dtype.
+        residual: [..., D], x's dtype.
         weight: [D], float.
         eps: as in `rms_norm`.
         offset: as in `rms_norm`.
@@ -33,11 +35,11 @@ def add_rms_norm(
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        (normed, s), both [..., D] in x's dtype; s is rounded to it before the norm. Backward keeps s, weight and one float32
-        a row, and adds the gradient of s in the same pass.
+        (normed, s), both [..., D] in x's dtype; s is rounded to it before the norm. The backward pass saves s, weight and
+        one float32 per row, and adds the gradient of s in the same pass.
 
     Raises:
-        ValueError: x and residual differ in shape or dtype, or what `rms_norm` raises.
+        ValueError: x and residual differ in shape or dtype, or as `rms_norm`.
 
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467
 
@@ -54,30 +56,29 @@ def add_rms_norm(
     _validate.shape(op, "residual", residual.shape, x.shape)
     _validate.choice(op, "casting", casting, CASTING)
     implementation = _validate.rows(op, implementation, x, weight=weight)
-    static = Static(float(eps), float(offset), casting, implementation)
-    x, residual, weight = _sharding.agree(_forward_op(static), x[None], residual[None], weight[None])
-    normed, total = _add_rms_norm(static, x, residual, weight)
+    static = StaticArgs(float(eps), float(offset), casting, implementation)
+    normed, total = _OPERATION(static, x[None], residual[None], weight[None])
     return normed[0], total[0]
 
 
-# ---- XLA implementation: x, residual, total [g, ..., D], weight [g, D] -----------------------------------------------
+# ---- XLA implementation: x, residual, total [G, ..., D], weight [G, D] -----------------------------------------------
 
 
-def _forward_xla(static: Static, x, residual, weight):
-    """-> normed [g, ..., D], total [g, ..., D], inverse rms [g, ...] in float32."""
+def _forward_xla(static: StaticArgs, x, residual, weight):
+    """Returns normed [G, ..., D], total [G, ..., D], and the inverse rms [G, ...] in float32."""
     total = x + residual
-    normed, inverse_rms = forward_xla(static, total, weight)
+    normed, inverse_rms = rms_norm_forward_xla(static, total, weight)
     return normed, total, inverse_rms
 
 
-def _backward_xla(static: Static, total, grad, grad_total, weight, inverse_rms):
-    """-> the gradient of x, and of residual, [g, ..., D]; dweight [g, D] in float32."""
-    wide = _validate.wide(total.dtype)
-    dx, dweight = backward_xla(static, total, grad, weight, inverse_rms, dtype=wide)
-    return (dx + grad_total.astype(wide)).astype(total.dtype), dweight
+def _backward_xla(static: StaticArgs, total, d_normed, d_total, weight, inverse_rms):
+    """Returns the gradient [G, ..., D] of both x and residual, and d_weight [G, D] in float32."""
+    wide = _validate.accumulation_dtype(total.dtype)
+    d_x, d_weight = rms_norm_backward_xla(static, total, d_normed, weight, inverse_rms, dtype=wide)
+    return (d_x + d_total.astype(wide)).astype(total.dtype), d_weight
 
 
-# ---- kernels: those of rms_norm, with one more thing to read and to write --------------------------------------------
+# ---- kernels: as in rms_norm, with one more array to read and to write -----------------------------------------------
 
 
 def _add_rms_norm_forward(
@@ -88,104 +89,101 @@ def _add_rms_norm_forward(
     total_ref,
     inverse_rms_ref,
     *,
-    static: Static,
-    rows: int,
-    width: int,
-    split: Split,
-):
-    """Grid (groups, programs)."""
-    dtype, wide = x_ref.dtype, _validate.wide(x_ref.dtype)
-    columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _pallas.load(weight_ref, (_pallas.program_id(0), columns), in_width, wide)
+    static: StaticArgs,
+    partition: RowPartition,
+) -> None:
+    dtype, wide = x_ref.dtype, _validate.accumulation_dtype(x_ref.dtype)
+    weight = partition.load_vector(weight_ref, wide)
 
-    def step(nothing, block, values):
-        x, residual = values
+    def step(block, carry, x, residual):
         total = (x + residual).astype(dtype)
-        _pallas.store(total_ref, block.index, total, block.inside)
-        normed, inverse_rms = normalise(static, total.astype(wide), weight, width, dtype)
-        _pallas.store(normed_ref, block.index, normed, block.inside)
-        _pallas.store(inverse_rms_ref, block.rows, inverse_rms, block.in_rows)
-        return nothing
+        block.store(total_ref, total)
+        normed, inverse_rms = rms_norm_forward_rows(static, total.astype(wide), weight, partition.width, dtype)
+        block.store(normed_ref, normed)
+        block.store(inverse_rms_ref, inverse_rms)
+        return carry
 
-    _rows.walk(step, (), [x_ref, residual_ref], [], rows=rows, width=width, split=split)
+    partition.for_each_row_block(step, None, x_ref, residual_ref)
 
 
 def _add_rms_norm_backward(
     total_ref,
-    grad_ref,
-    grad_total_ref,
+    d_normed_ref,
+    d_total_ref,
     weight_ref,
     inverse_rms_ref,
-    dx_ref,
-    dweight_ref,
+    d_x_ref,
+    d_weight_ref,
     *,
-    static: Static,
-    rows: int,
-    width: int,
-    split: Split,
-):
-    """Grid (groups, programs). Each program leaves one partial sum of dweight."""
-    group, program = _pallas.program_id(0), _pallas.program_id(1)
-    columns, in_width = _rows.whole_width(total_ref, width)
-    weight = _pallas.load(weight_ref, (group, columns), in_width, _validate.wide(total_ref.dtype))
+    static: StaticArgs,
+    partition: RowPartition,
+) -> None:
+    weight = partition.load_vector(weight_ref, _validate.accumulation_dtype(total_ref.dtype))
 
-    def step(dweight, block, values):
-        total, grad, grad_total, inverse_rms = values
-        dx, dweights = pull_back(static, total, grad, weight, inverse_rms, width)
-        _pallas.store(dx_ref, block.index, dx + grad_total, block.inside)
-        return dweight + dweights
+    def step(block, d_weight, total, d_normed, d_total, inverse_rms):
+        d_x, d_weight_rows = rms_norm_backward_rows(static, total, d_normed, weight, inverse_rms, partition.width)
+        block.store(d_x_ref, d_x + d_total)
+        return d_weight + d_weight_rows
 
-    zeros = jnp.zeros((split.rows, weight.size), weight.dtype)
-    refs = [total_ref, grad_ref, grad_total_ref]
-    dweight = _rows.walk(step, zeros, refs, [inverse_rms_ref], rows=rows, width=width, split=split)
-    _pallas.store(dweight_ref, (group, program, columns), jnp.sum(dweight, axis=0), in_width)
+    d_weight = partition.zeros(weight_ref, weight.dtype)
+    d_weight = partition.for_each_row_block(step, d_weight, total_ref, d_normed_ref, d_total_ref, inverse_rms_ref)
+    partition.store_sum(d_weight_ref, d_weight)
 
 
-def forward_kernel(static: Static, x, residual, weight, *, interpret: bool, blocks: Blocks | None = None):
+def forward_kernel(static: StaticArgs, x, residual, weight, *, interpret: bool, blocks: Blocks | None = None):
     """As _forward_xla."""
-    results = [(".d", x.dtype), (".d", x.dtype), (".", _validate.wide(x.dtype))]
-    return _rows.launch(_add_rms_norm_forward, static, [x, residual], [weight], [], results, interpret, blocks)
+    return _rows.launch(
+        _add_rms_norm_forward,
+        static,
+        [(x, "G ... D"), (residual, "G ... D"), (weight, "G D")],
+        [(x.dtype, "G ... D"), (x.dtype, "G ... D"), (_validate.accumulation_dtype(x.dtype), "G ...")],
+        interpret=interpret,
+        blocks=blocks,
+    )
 
 
 def backward_kernel(
-    static: Static, total, grad, grad_total, weight, inverse_rms, *, interpret: bool, blocks: Blocks | None = None
+    static: StaticArgs, total, d_normed, d_total, weight, inverse_rms, *, interpret: bool, blocks: Blocks | None = None
 ):
     """As _backward_xla."""
-    results = [(".d", total.dtype), ("pd", _validate.wide(total.dtype))]
-    full, vectors, per_row = [total, grad, grad_total], [weight], [inverse_rms]
-    dx, dweight = _rows.launch(_add_rms_norm_backward, static, full, vectors, per_row, results, interpret, blocks)
-    return dx, jnp.sum(dweight, axis=1)
+    d_x, d_weight = _rows.launch(
+        _add_rms_norm_backward,
+        static,
+        [
+            (total, "G ... D"),
+            (d_normed, "G ... D"),
+            (d_total, "G ... D"),
+            (weight, "G D"),
+            (inverse_rms, "G ..."),
+        ],
+        [(total.dtype, "G ... D"), (_validate.accumulation_dtype(total.dtype), "G programs D")],
+        interpret=interpret,
+        blocks=blocks,
+    )
+    return d_x, jnp.sum(d_weight, axis=1)
 
 
-# ---- gradient and mesh -----------------------------------------------------------------------------------------------
+# ---- the operation ---------------------------------------------------------------------------------------------------
 
-
-_forward_local = _pallas.either(forward_kernel, _forward_xla)
-_backward_local = _pallas.either(backward_kernel, _backward_xla)
-
-
-def _forward_op(static: Static) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_forward_local, ("g.d", "g.d", "gd"), ("g.d", "g.d", "g."), "g.", static)
-
-
-def _backward_op(static: Static) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_backward_local, ("g.d", "g.d", "g.d", "gd", "g."), ("g.d", "gd"), "g.", static)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add_rms_norm(static: Static, x, residual, weight):
-    return _sharding.run(_forward_op(static), x, residual, weight)[:2]
-
-
-def _add_rms_norm_fwd(static, x, residual, weight):
-    normed, total, inverse_rms = _sharding.run(_forward_op(static), x, residual, weight)
-    return (normed, total), (total, weight, inverse_rms)
-
-
-def _add_rms_norm_bwd(static, saved, grads):
-    total, weight, inverse_rms = saved
-    dx, dweight = _sharding.run(_backward_op(static), total, *grads, weight, inverse_rms)
-    return dx, dx, dweight.astype(weight.dtype)
-
-
-_add_rms_norm.defvjp(_add_rms_norm_fwd, _add_rms_norm_bwd)
+_OPERATION = DifferentiableOp(
+    forward=Pass(
+        choose_implementation(forward_kernel, _forward_xla),
+        operands={"x": "G ... D", "residual": "G ... D", "weight": "G D"},
+        results={"normed": "G ... D", "total": "G ... D", "inverse_rms": "G ..."},
+        parallel=("G", "..."),
+    ),
+    backward=Pass(
+        choose_implementation(backward_kernel, _backward_xla),
+        operands={
+            "total": "G ... D",
+            "d_normed": "G ... D",
+            "d_total": "G ... D",
+            "weight": "G D",
+            "inverse_rms": "G ...",
+        },
+        results={"d_x": "G ... D", "d_weight": "G D"},
+        parallel=("G", "..."),
+    ),
+    returns=("normed", "total"),
+    gradients={"residual": "d_x"},
+)

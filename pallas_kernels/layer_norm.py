@@ -1,20 +1,21 @@
-"""Layer normalisation."""
+"""Layer normalization."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _pallas, _rows, _sharding, _validate
-from pallas_kernels._rows import Split
+from pallas_kernels import _rows, _sharding, _validate
+from pallas_kernels._operation import DifferentiableOp, Pass
+from pallas_kernels._pallas import choose_implementation
+from pallas_kernels._rows import RowPartition
 from pallas_kernels._tuning import Blocks
 
 
 def layer_norm(
     x: jax.Array, weight: jax.Array, bias: jax.Array, *, eps: float = 1e-6, implementation: str | None = None
 ) -> jax.Array:
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last axis.
+    """Normalizes each row to mean 0 and variance 1: (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last axis.
 
     Args:
         x: [..., D], float.
@@ -24,11 +25,12 @@ def layer_norm(
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        [..., D] in x's dtype; the arithmetic is float32. Backward keeps x, weight and two float32 a row; the gradients of
-        weight and bias are summed in the same order every time.
+        [..., D] in x's dtype; the arithmetic is float32. The backward pass saves x, weight and two float32 per row. The
+        gradients of weight and bias are summed in the same order every time.
 
     Raises:
-        ValueError: weight or bias is not [D], a dtype that is not floating, or a kernel asked for by name at D > 65536.
+        ValueError: weight or bias is not [D], a dtype is not floating, implementation is unknown, or a kernel is requested
+            by name at D > 65536.
 
     Source: Ba et al. 2016, Layer Normalization, https://arxiv.org/abs/1607.06450
 
@@ -39,150 +41,149 @@ def layer_norm(
         [-1.0, 1.0]
     """
     _validate.floating("layer_norm", x=x, weight=weight, bias=bias)
-    static = _Static(float(eps), _validate.rows("layer_norm", implementation, x, weight=weight, bias=bias))
-    x, weight, bias = _sharding.agree(_forward_op(static), x[None], weight[None], bias[None])
-    return _layer_norm(static, x, weight, bias)[0]
+    static = StaticArgs(float(eps), _validate.rows("layer_norm", implementation, x, weight=weight, bias=bias))
+    (out,) = _OPERATION(static, x[None], weight[None], bias[None])
+    return out[0]
 
 
-class _Static(NamedTuple):
+class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     eps: float
     implementation: str | None
 
 
-# ---- XLA implementation: x [g, ..., D], weight and bias [g, D] -------------------------------------------------------
+# ---- XLA implementation: x [G, ..., D], weight and bias [G, D] -------------------------------------------------------
 
 
-def _forward_xla(static: _Static, x, weight, bias):
-    """-> out [g, ..., D], mean and inverse deviation [g, ...] in float32. Two passes: a large mean costs no digits."""
-    wide = _validate.wide(x.dtype)
+def _forward_xla(static: StaticArgs, x, weight, bias):
+    """Returns out [G, ..., D], mean and inverse standard deviation [G, ...] in float32.
+
+    Takes two passes, so that a large mean costs no precision.
+    """
+    wide = _validate.accumulation_dtype(x.dtype)
     centred = x.astype(wide)
     mean = jnp.mean(centred, axis=-1, keepdims=True)
     centred = centred - mean
-    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + static.eps)
-    out = centred * inverse * _sharding.over_rows(weight, x).astype(wide) + _sharding.over_rows(bias, x).astype(wide)
-    return out.astype(x.dtype), mean[..., 0], inverse[..., 0]
+    inverse_std = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + static.eps)
+    out = centred * inverse_std * _sharding.over_rows(weight, x).astype(wide) + _sharding.over_rows(bias, x).astype(
+        wide
+    )
+    return out.astype(x.dtype), mean[..., 0], inverse_std[..., 0]
 
 
-def _backward_xla(static: _Static, x, grad, weight, mean, inverse):
-    """With x_hat = (x - mean) inverse and g = grad weight: dx = inverse (g - mean(g) - x_hat mean(g x_hat)).
+def _backward_xla(static: StaticArgs, x, d_out, weight, mean, inverse_std):
+    """Returns d_x [G, ..., D], d_weight and d_bias [G, D] in float32.
 
-    -> dx [g, ..., D], dweight and dbias [g, D] in float32.
+    With x_hat = (x - mean) inverse_std and g = d_out weight: d_x = inverse_std (g - mean(g) - x_hat mean(g x_hat)).
     """
-    wide = _validate.wide(x.dtype)
-    inverse, grad = inverse[..., None], grad.astype(wide)
-    x_hat = (x.astype(wide) - mean[..., None]) * inverse
-    g = grad * _sharding.over_rows(weight, x).astype(wide)
-    dx = inverse * (g - jnp.mean(g, axis=-1, keepdims=True) - x_hat * jnp.mean(g * x_hat, axis=-1, keepdims=True))
+    wide = _validate.accumulation_dtype(x.dtype)
+    inverse_std, d_out = inverse_std[..., None], d_out.astype(wide)
+    x_hat = (x.astype(wide) - mean[..., None]) * inverse_std
+    g = d_out * _sharding.over_rows(weight, x).astype(wide)
+    d_x = inverse_std * (g - jnp.mean(g, axis=-1, keepdims=True) - x_hat * jnp.mean(g * x_hat, axis=-1, keepdims=True))
     rows = tuple(range(1, x.ndim - 1))
-    return dx.astype(x.dtype), jnp.sum(grad * x_hat, axis=rows), jnp.sum(grad, axis=rows)
+    return d_x.astype(x.dtype), jnp.sum(d_out * x_hat, axis=rows), jnp.sum(d_out, axis=rows)
 
 
-# ---- kernels: one program holds some rows at full width --------------------------------------------------------------
+# ---- kernels: each program holds some rows at full width -------------------------------------------------------------
 
 
 def _layer_norm_forward(
-    x_ref, weight_ref, bias_ref, out_ref, mean_ref, inverse_ref, *, static: _Static, rows: int, width: int, split: Split
-):
-    """Grid (groups, programs)."""
-    group, wide = _pallas.program_id(0), _validate.wide(x_ref.dtype)
-    columns, in_width = _rows.whole_width(x_ref, width)
-    weight, bias = (_pallas.load(ref, (group, columns), in_width, wide)[None, :] for ref in (weight_ref, bias_ref))
+    x_ref, weight_ref, bias_ref, out_ref, mean_ref, inverse_std_ref, *, static: StaticArgs, partition: RowPartition
+) -> None:
+    wide, width = _validate.accumulation_dtype(x_ref.dtype), partition.width
+    weight = partition.load_vector(weight_ref, wide)[None, :]
+    bias = partition.load_vector(bias_ref, wide)[None, :]
 
-    def step(nothing, block, values):
-        (x,) = values
+    def step(block, carry, x):
         mean = jnp.sum(x, axis=1) / width
         centred = jnp.where(block.inside, x - mean[:, None], 0)
-        inverse = jax.lax.rsqrt(jnp.sum(centred * centred, axis=1) / width + static.eps)
-        _pallas.store(out_ref, block.index, centred * inverse[:, None] * weight + bias, block.inside)
-        _pallas.store(mean_ref, block.rows, mean, block.in_rows)
-        _pallas.store(inverse_ref, block.rows, inverse, block.in_rows)
-        return nothing
+        inverse_std = jax.lax.rsqrt(jnp.sum(centred * centred, axis=1) / width + static.eps)
+        block.store(out_ref, centred * inverse_std[:, None] * weight + bias)
+        block.store(mean_ref, mean)
+        block.store(inverse_std_ref, inverse_std)
+        return carry
 
-    _rows.walk(step, (), [x_ref], [], rows=rows, width=width, split=split)
+    partition.for_each_row_block(step, None, x_ref)
 
 
 def _layer_norm_backward(
     x_ref,
-    grad_ref,
+    d_out_ref,
     weight_ref,
     mean_ref,
-    inverse_ref,
-    dx_ref,
-    dweight_ref,
-    dbias_ref,
+    inverse_std_ref,
+    d_x_ref,
+    d_weight_ref,
+    d_bias_ref,
     *,
-    static: _Static,
-    rows: int,
-    width: int,
-    split: Split,
-):
-    """Grid (groups, programs). Each program leaves one partial sum of dweight and of dbias."""
-    group, program = _pallas.program_id(0), _pallas.program_id(1)
-    columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _pallas.load(weight_ref, (group, columns), in_width, _validate.wide(x_ref.dtype))[None, :]
+    static: StaticArgs,
+    partition: RowPartition,
+) -> None:
+    width = partition.width
+    weight = partition.load_vector(weight_ref, _validate.accumulation_dtype(x_ref.dtype))[None, :]
 
-    def step(sums, block, values):
-        x, grad, mean, inverse = values
-        dweight, dbias = sums
-        inverse = inverse[:, None]
-        x_hat = (x - mean[:, None]) * inverse
-        g = grad * weight  # zero past the width, and so are both products below
-        mean_g, mean_gx = (jnp.sum(value, axis=1)[:, None] / width for value in (g, g * x_hat))
-        _pallas.store(dx_ref, block.index, inverse * (g - mean_g - x_hat * mean_gx), block.inside)
-        return dweight + grad * x_hat, dbias + grad
+    def step(block, sums, x, d_out, mean, inverse_std):
+        d_weight, d_bias = sums
+        inverse_std = inverse_std[:, None]
+        x_hat = (x - mean[:, None]) * inverse_std
+        g = d_out * weight  # zero past the width, and so are its products below
+        mean_g = jnp.sum(g, axis=1)[:, None] / width
+        mean_gx = jnp.sum(g * x_hat, axis=1)[:, None] / width
+        block.store(d_x_ref, inverse_std * (g - mean_g - x_hat * mean_gx))
+        return d_weight + d_out * x_hat, d_bias + d_out
 
-    zeros = jnp.zeros((split.rows, weight.size), weight.dtype)
-    full, per_row = [x_ref, grad_ref], [mean_ref, inverse_ref]
-    sums = _rows.walk(step, (zeros, zeros), full, per_row, rows=rows, width=width, split=split)
-    for ref, total in zip((dweight_ref, dbias_ref), sums, strict=True):
-        _pallas.store(ref, (group, program, columns), jnp.sum(total, axis=0), in_width)
+    zeros = partition.zeros(weight_ref, weight.dtype)
+    refs = x_ref, d_out_ref, mean_ref, inverse_std_ref
+    d_weight, d_bias = partition.for_each_row_block(step, (zeros, zeros), *refs)
+    partition.store_sum(d_weight_ref, d_weight)
+    partition.store_sum(d_bias_ref, d_bias)
 
 
-def forward_kernel(static: _Static, x, weight, bias, *, interpret: bool, blocks: Blocks | None = None):
+def forward_kernel(static: StaticArgs, x, weight, bias, *, interpret: bool, blocks: Blocks | None = None):
     """As _forward_xla."""
-    wide = _validate.wide(x.dtype)
-    results = [(".d", x.dtype), (".", wide), (".", wide)]
-    return _rows.launch(_layer_norm_forward, static, [x], [weight, bias], [], results, interpret, blocks)
+    wide = _validate.accumulation_dtype(x.dtype)
+    return _rows.launch(
+        _layer_norm_forward,
+        static,
+        [(x, "G ... D"), (weight, "G D"), (bias, "G D")],
+        [(x.dtype, "G ... D"), (wide, "G ..."), (wide, "G ...")],
+        interpret=interpret,
+        blocks=blocks,
+    )
 
 
-def backward_kernel(static: _Static, x, grad, weight, mean, inverse, *, interpret: bool, blocks: Blocks | None = None):
+def backward_kernel(
+    static: StaticArgs, x, d_out, weight, mean, inverse_std, *, interpret: bool, blocks: Blocks | None = None
+):
     """As _backward_xla."""
-    wide = _validate.wide(x.dtype)
-    results = [(".d", x.dtype), ("pd", wide), ("pd", wide)]
-    full, vectors, per_row = [x, grad], [weight], [mean, inverse]
-    dx, *sums = _rows.launch(_layer_norm_backward, static, full, vectors, per_row, results, interpret, blocks)
-    return dx, *(jnp.sum(partial, axis=1) for partial in sums)
+    wide = _validate.accumulation_dtype(x.dtype)
+    d_x, d_weight, d_bias = _rows.launch(
+        _layer_norm_backward,
+        static,
+        [(x, "G ... D"), (d_out, "G ... D"), (weight, "G D"), (mean, "G ..."), (inverse_std, "G ...")],
+        [(x.dtype, "G ... D"), (wide, "G programs D"), (wide, "G programs D")],
+        interpret=interpret,
+        blocks=blocks,
+    )
+    return d_x, jnp.sum(d_weight, axis=1), jnp.sum(d_bias, axis=1)
 
 
-# ---- gradient and mesh -----------------------------------------------------------------------------------------------
+# ---- the operation ---------------------------------------------------------------------------------------------------
 
-
-_forward_local = _pallas.either(forward_kernel, _forward_xla)
-_backward_local = _pallas.either(backward_kernel, _backward_xla)
-
-
-def _forward_op(static: _Static) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_forward_local, ("g.d", "gd", "gd"), ("g.d", "g.", "g."), "g.", static)
-
-
-def _backward_op(static: _Static) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_backward_local, ("g.d", "g.d", "gd", "g.", "g."), ("g.d", "gd", "gd"), "g.", static)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer_norm(static: _Static, x, weight, bias):
-    return _sharding.run(_forward_op(static), x, weight, bias)[0]
-
-
-def _layer_norm_fwd(static, x, weight, bias):
-    out, mean, inverse = _sharding.run(_forward_op(static), x, weight, bias)
-    return out, (x, weight, bias, mean, inverse)
-
-
-def _layer_norm_bwd(static, saved, grad):
-    x, weight, bias, mean, inverse = saved
-    dx, dweight, dbias = _sharding.run(_backward_op(static), x, grad, weight, mean, inverse)
-    return dx, dweight.astype(weight.dtype), dbias.astype(bias.dtype)
-
-
-_layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+_OPERATION = DifferentiableOp(
+    forward=Pass(
+        choose_implementation(forward_kernel, _forward_xla),
+        operands={"x": "G ... D", "weight": "G D", "bias": "G D"},
+        results={"out": "G ... D", "mean": "G ...", "inverse_std": "G ..."},
+        parallel=("G", "..."),
+    ),
+    backward=Pass(
+        choose_implementation(backward_kernel, _backward_xla),
+        operands={"x": "G ... D", "d_out": "G ... D", "weight": "G D", "mean": "G ...", "inverse_std": "G ..."},
+        results={"d_x": "G ... D", "d_weight": "G D", "d_bias": "G D"},
+        parallel=("G", "..."),
+    ),
+    returns=("out",),
+)

@@ -1,13 +1,14 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalization."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _pallas, _rows, _sharding, _validate
-from pallas_kernels._rows import Split
+from pallas_kernels import _rows, _sharding, _validate
+from pallas_kernels._operation import DifferentiableOp, Pass
+from pallas_kernels._pallas import choose_implementation
+from pallas_kernels._rows import RowPartition
 from pallas_kernels._tuning import Blocks
 
 CASTING = ("llama", "gemma", "none")
@@ -22,24 +23,24 @@ def rms_norm(
     casting: str = "llama",
     implementation: str | None = None,
 ) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis.
+    """Normalizes each row by its root mean square: x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis.
 
     Args:
         x: [..., D], float.
         weight: [D], float.
         eps: added to the mean square.
         offset: added to the weight; 1.0 for models that store weight - 1.
-        casting: where values are rounded to x's dtype. "llama": before the product with the weight, and the result;
-            "gemma": the result only; "none": after every step. Sums are float32 in all three.
+        casting: where values are rounded to x's dtype. "llama": before the product with the weight, and in the result;
+            "gemma": in the result only; "none": after every step. Sums are float32 in all three.
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        [..., D] in x's dtype. Backward keeps x, weight and one float32 a row; the gradient is that of the formula, in
-        float32, and the gradient of weight is summed in the same order every time.
+        [..., D] in x's dtype. The backward pass saves x, weight and one float32 per row. The gradient is that of the formula
+        without rounding, in float32; the gradient of weight is summed in the same order every time.
 
     Raises:
-        ValueError: weight is not [D], a dtype that is not floating, an unknown casting or implementation, or a kernel
-            asked for by name at D > 65536.
+        ValueError: weight is not [D], a dtype is not floating, casting or implementation is unknown, or a kernel is
+            requested by name at D > 65536.
 
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467
 
@@ -52,163 +53,158 @@ def rms_norm(
     _validate.floating("rms_norm", x=x, weight=weight)
     _validate.choice("rms_norm", "casting", casting, CASTING)
     implementation = _validate.rows("rms_norm", implementation, x, weight=weight)
-    static = Static(float(eps), float(offset), casting, implementation)
-    x, weight = _sharding.agree(_forward_op(static), x[None], weight[None])
-    return _rms_norm(static, x, weight)[0]
+    static = StaticArgs(float(eps), float(offset), casting, implementation)
+    (out,) = _OPERATION(static, x[None], weight[None])
+    return out[0]
 
 
-class Static(NamedTuple):
+class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     eps: float
     offset: float
     casting: str
     implementation: str | None
 
 
-# ---- XLA implementation: x [g, ..., D], weight [g, D] ------------------------------------------------------------------
+# ---- XLA implementation: x [G, ..., D], weight [G, D] ------------------------------------------------------------------
 
 
-def forward_xla(static: Static, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-> out [g, ..., D], inverse rms [g, ...] in float32."""
-    wide = _validate.wide(x.dtype)
+def forward_xla(static: StaticArgs, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns out [G, ..., D], and the inverse rms [G, ...] in float32."""
+    wide = _validate.accumulation_dtype(x.dtype)
     finfo = jnp.finfo(x.dtype)
 
-    def rounded(value: jax.Array, to_dtype_of_x: bool) -> jax.Array:
-        # not a pair of casts: XLA takes those away
+    def round_if(to_dtype_of_x: bool, value: jax.Array) -> jax.Array:
+        # not a pair of casts: XLA removes those
         return jax.lax.reduce_precision(value, finfo.nexp, finfo.nmant) if to_dtype_of_x else value
 
     every_step, before_weight = static.casting == "none", static.casting != "gemma"
     x32 = x.astype(wide)
-    mean_square = rounded(jnp.mean(rounded(x32 * x32, every_step), axis=-1, keepdims=True), every_step)
-    inverse_rms = rounded(jax.lax.rsqrt(mean_square + static.eps), every_step)
-    scale = rounded(static.offset + _sharding.over_rows(weight, x).astype(wide), every_step)
-    return (rounded(x32 * inverse_rms, before_weight) * scale).astype(x.dtype), inverse_rms[..., 0]
+    mean_square = round_if(every_step, jnp.mean(round_if(every_step, x32 * x32), axis=-1, keepdims=True))
+    inverse_rms = round_if(every_step, jax.lax.rsqrt(mean_square + static.eps))
+    scale = round_if(every_step, static.offset + _sharding.over_rows(weight, x).astype(wide))
+    return (round_if(before_weight, x32 * inverse_rms) * scale).astype(x.dtype), inverse_rms[..., 0]
 
 
-def backward_xla(static: Static, x, grad, weight, inverse_rms, *, dtype=None) -> tuple[jax.Array, jax.Array]:
-    """With x_hat = x inverse_rms and g = grad (offset + weight): dx = inverse_rms (g - x_hat mean(g x_hat)).
+def backward_xla(static: StaticArgs, x, d_out, weight, inverse_rms, *, dtype=None) -> tuple[jax.Array, jax.Array]:
+    """Returns d_x [G, ..., D] in `dtype` (None: that of x), and d_weight [G, D] in float32.
 
-    -> dx [g, ..., D] in `dtype` or that of x, dweight [g, D] in float32.
+    With x_hat = x inverse_rms and g = d_out (offset + weight): d_x = inverse_rms (g - x_hat mean(g x_hat)).
     """
-    wide = _validate.wide(x.dtype)
-    inverse_rms, grad = inverse_rms[..., None], grad.astype(wide)
+    wide = _validate.accumulation_dtype(x.dtype)
+    inverse_rms, d_out = inverse_rms[..., None], d_out.astype(wide)
     x_hat = x.astype(wide) * inverse_rms
-    g = grad * (static.offset + _sharding.over_rows(weight, x).astype(wide))
-    dx = inverse_rms * (g - x_hat * jnp.mean(g * x_hat, axis=-1, keepdims=True))
-    return dx.astype(dtype or x.dtype), jnp.sum(grad * x_hat, axis=tuple(range(1, x.ndim - 1)))
+    g = d_out * (static.offset + _sharding.over_rows(weight, x).astype(wide))
+    d_x = inverse_rms * (g - x_hat * jnp.mean(g * x_hat, axis=-1, keepdims=True))
+    return d_x.astype(dtype or x.dtype), jnp.sum(d_out * x_hat, axis=tuple(range(1, x.ndim - 1)))
 
 
-# ---- kernels: one program holds some rows at full width ----------------------------------------------------------------
+# ---- kernels: each program holds some rows at full width ---------------------------------------------------------------
 
 
-def normalise(static: Static, x, weight, width: int, dtype):
-    """Inside a kernel: x [rows, D and zeros], weight [D and zeros], both wide -> out, inverse rms [rows]."""
-    every_step, before_weight = static.casting == "none", static.casting != "gemma"
+def rms_norm_forward_rows(static: StaticArgs, x, weight, width: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """Inside a kernel: returns out [rows, columns] and the inverse rms [rows] of x [rows, columns], which is zero past D."""
 
-    def rounded(value: jax.Array, to_dtype_of_x: bool) -> jax.Array:
+    def round_if(to_dtype_of_x: bool, value: jax.Array) -> jax.Array:
         return value.astype(dtype).astype(value.dtype) if to_dtype_of_x else value
 
-    mean_square = rounded(jnp.sum(rounded(x * x, every_step), axis=1) / width, every_step)
-    inverse_rms = rounded(jax.lax.rsqrt(mean_square + static.eps), every_step)
-    scale = rounded(static.offset + weight, every_step)
-    return rounded(x * inverse_rms[:, None], before_weight) * scale[None, :], inverse_rms
+    every_step, before_weight = static.casting == "none", static.casting != "gemma"
+    mean_square = round_if(every_step, jnp.sum(round_if(every_step, x * x), axis=1) / width)
+    inverse_rms = round_if(every_step, jax.lax.rsqrt(mean_square + static.eps))
+    scale = round_if(every_step, static.offset + weight)
+    return round_if(before_weight, x * inverse_rms[:, None]) * scale[None, :], inverse_rms
 
 
-def pull_back(static: Static, x, grad, weight, inverse_rms, width: int):
-    """Inside a kernel: -> dx [rows, D and more], and what each row adds to dweight."""
+def rms_norm_backward_rows(
+    static: StaticArgs, x, d_out, weight, inverse_rms, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """Inside a kernel: returns d_x [rows, columns], and each row's contribution to d_weight [rows, columns]."""
     x_hat = x * inverse_rms[:, None]
-    g = grad * (static.offset + weight)[None, :]
+    g = d_out * (static.offset + weight)[None, :]
     mean = jnp.sum(g * x_hat, axis=1)[:, None] / width
-    return inverse_rms[:, None] * (g - x_hat * mean), grad * x_hat
+    return inverse_rms[:, None] * (g - x_hat * mean), d_out * x_hat
 
 
 def _rms_norm_forward(
-    x_ref, weight_ref, out_ref, inverse_rms_ref, *, static: Static, rows: int, width: int, split: Split
-):
-    """Grid (groups, programs)."""
-    columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _pallas.load(weight_ref, (_pallas.program_id(0), columns), in_width, _validate.wide(x_ref.dtype))
+    x_ref, weight_ref, out_ref, inverse_rms_ref, *, static: StaticArgs, partition: RowPartition
+) -> None:
+    dtype = x_ref.dtype
+    weight = partition.load_vector(weight_ref, _validate.accumulation_dtype(dtype))
 
-    def step(nothing, block, values):
-        out, inverse_rms = normalise(static, *values, weight, width, x_ref.dtype)
-        _pallas.store(out_ref, block.index, out, block.inside)
-        _pallas.store(inverse_rms_ref, block.rows, inverse_rms, block.in_rows)
-        return nothing
+    def step(block, carry, x):
+        out, inverse_rms = rms_norm_forward_rows(static, x, weight, partition.width, dtype)
+        block.store(out_ref, out)
+        block.store(inverse_rms_ref, inverse_rms)
+        return carry
 
-    _rows.walk(step, (), [x_ref], [], rows=rows, width=width, split=split)
+    partition.for_each_row_block(step, None, x_ref)
 
 
 def _rms_norm_backward(
     x_ref,
-    grad_ref,
+    d_out_ref,
     weight_ref,
     inverse_rms_ref,
-    dx_ref,
-    dweight_ref,
+    d_x_ref,
+    d_weight_ref,
     *,
-    static: Static,
-    rows: int,
-    width: int,
-    split: Split,
-):
-    """Grid (groups, programs). Each program leaves one partial sum of dweight."""
-    group, program = _pallas.program_id(0), _pallas.program_id(1)
-    columns, in_width = _rows.whole_width(x_ref, width)
-    weight = _pallas.load(weight_ref, (group, columns), in_width, _validate.wide(x_ref.dtype))
+    static: StaticArgs,
+    partition: RowPartition,
+) -> None:
+    weight = partition.load_vector(weight_ref, _validate.accumulation_dtype(x_ref.dtype))
 
-    def step(dweight, block, values):
-        x, grad, inverse_rms = values
-        dx, dweights = pull_back(static, x, grad, weight, inverse_rms, width)
-        _pallas.store(dx_ref, block.index, dx, block.inside)
-        return dweight + dweights
+    def step(block, d_weight, x, d_out, inverse_rms):
+        d_x, d_weight_rows = rms_norm_backward_rows(static, x, d_out, weight, inverse_rms, partition.width)
+        block.store(d_x_ref, d_x)
+        return d_weight + d_weight_rows
 
-    zeros = jnp.zeros((split.rows, weight.size), weight.dtype)
-    dweight = _rows.walk(step, zeros, [x_ref, grad_ref], [inverse_rms_ref], rows=rows, width=width, split=split)
-    _pallas.store(dweight_ref, (group, program, columns), jnp.sum(dweight, axis=0), in_width)
+    d_weight = partition.zeros(weight_ref, weight.dtype)
+    d_weight = partition.for_each_row_block(step, d_weight, x_ref, d_out_ref, inverse_rms_ref)
+    partition.store_sum(d_weight_ref, d_weight)
 
 
-def forward_kernel(static: Static, x, weight, *, interpret: bool, blocks: Blocks | None = None):
+def forward_kernel(static: StaticArgs, x, weight, *, interpret: bool, blocks: Blocks | None = None):
     """As forward_xla."""
-    results = [(".d", x.dtype), (".", _validate.wide(x.dtype))]
-    return _rows.launch(_rms_norm_forward, static, [x], [weight], [], results, interpret, blocks)
+    return _rows.launch(
+        _rms_norm_forward,
+        static,
+        [(x, "G ... D"), (weight, "G D")],
+        [(x.dtype, "G ... D"), (_validate.accumulation_dtype(x.dtype), "G ...")],
+        interpret=interpret,
+        blocks=blocks,
+    )
 
 
-def backward_kernel(static: Static, x, grad, weight, inverse_rms, *, interpret: bool, blocks: Blocks | None = None):
+def backward_kernel(
+    static: StaticArgs, x, d_out, weight, inverse_rms, *, interpret: bool, blocks: Blocks | None = None
+):
     """As backward_xla."""
-    results = [(".d", x.dtype), ("pd", _validate.wide(x.dtype))]
-    full, vectors, per_row = [x, grad], [weight], [inverse_rms]
-    dx, dweight = _rows.launch(_rms_norm_backward, static, full, vectors, per_row, results, interpret, blocks)
-    return dx, jnp.sum(dweight, axis=1)
+    d_x, d_weight = _rows.launch(
+        _rms_norm_backward,
+        static,
+        [(x, "G ... D"), (d_out, "G ... D"), (weight, "G D"), (inverse_rms, "G ...")],
+        [(x.dtype, "G ... D"), (_validate.accumulation_dtype(x.dtype), "G programs D")],
+        interpret=interpret,
+        blocks=blocks,
+    )
+    return d_x, jnp.sum(d_weight, axis=1)
 
 
-# ---- gradient and mesh -------------------------------------------------------------------------------------------------
+# ---- the operation -----------------------------------------------------------------------------------------------------
 
-
-_forward_local = _pallas.either(forward_kernel, forward_xla)
-_backward_local = _pallas.either(backward_kernel, backward_xla)
-
-
-def _forward_op(static: Static) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_forward_local, ("g.d", "gd"), ("g.d", "g."), "g.", static)
-
-
-def _backward_op(static: Static) -> _sharding.ParallelOp:
-    return _sharding.ParallelOp(_backward_local, ("g.d", "g.d", "gd", "g."), ("g.d", "gd"), "g.", static)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rms_norm(static: Static, x, weight):
-    return _sharding.run(_forward_op(static), x, weight)[0]
-
-
-def _rms_norm_fwd(static, x, weight):
-    out, inverse_rms = _sharding.run(_forward_op(static), x, weight)
-    return out, (x, weight, inverse_rms)
-
-
-def _rms_norm_bwd(static, saved, grad):
-    x, weight, inverse_rms = saved
-    dx, dweight = _sharding.run(_backward_op(static), x, grad, weight, inverse_rms)
-    return dx, dweight.astype(weight.dtype)
-
-
-_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+_OPERATION = DifferentiableOp(
+    forward=Pass(
+        choose_implementation(forward_kernel, forward_xla),
+        operands={"x": "G ... D", "weight": "G D"},
+        results={"out": "G ... D", "inverse_rms": "G ..."},
+        parallel=("G", "..."),
+    ),
+    backward=Pass(
+        choose_implementation(backward_kernel, backward_xla),
+        operands={"x": "G ... D", "d_out": "G ... D", "weight": "G D", "inverse_rms": "G ..."},
+        results={"d_x": "G ... D", "d_weight": "G D"},
+        parallel=("G", "..."),
+    ),
+    returns=("out",),
+)

@@ -44,7 +44,7 @@ def test_programs_walk_over_several_blocks():
     from importlib import import_module
 
     norm = import_module("pallas_kernels.layer_norm")
-    static = norm._Static(1e-6, "interpret")
+    static = norm.StaticArgs(1e-6, "interpret")
     rng = np.random.default_rng(0)
     x, grad = (jnp.asarray(rng.normal(size=(2, 21, 20)), jnp.float32) for _ in range(2))
     weight, bias = (jnp.asarray(rng.normal(size=(2, 20)), jnp.float32) for _ in range(2))
@@ -59,9 +59,10 @@ def test_programs_walk_over_several_blocks():
 @pytest.mark.parametrize("rows, programs, blocks", [(0, 4, 1), (1, 4, 2), (21, 4, 4), (5, 0, 2)])
 def test_every_row_has_one_program(rows, programs, blocks):
     """Programs and their steps cover all blocks of rows, and hardly more."""
-    split = _rows.Split.of(max(rows, 1), 1, _tuning.Blocks(rows=blocks, num_warps=4, programs=programs))
-    covered = split.programs * split.steps * split.rows
-    assert rows <= covered < max(rows, 1) + (split.programs + 1) * split.rows
+    blocks = _tuning.Blocks(rows=blocks, num_warps=4, programs=programs)
+    partition = _rows.RowPartition.of(1, max(rows, 1), 8, blocks)
+    covered = partition.programs * partition.steps * partition.block_rows
+    assert rows <= covered < max(rows, 1) + (partition.programs + 1) * partition.block_rows
 
 
 @pytest.mark.parametrize("label", [0, 15, 16, 47, 99])
