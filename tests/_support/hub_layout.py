@@ -1,4 +1,4 @@
-"""Checkpoints as the hub has them, written from a list of names and shapes made by hand."""
+"""Writes checkpoints in the hub's layout, from a handwritten list of names and shapes."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-# No two numbers that could be mistaken for each other are equal.
-V, H, N, K, D, F, LAYERS = (
-    50,
-    24,
-    3,
-    1,
-    16,
-    40,
-    3,
-)  # vocabulary, hidden, heads, kv heads, head size, intermediate, text layers
-E, BLOCKS, C, T, P = 16, 2, 3, 2, 4  # vision width, blocks, channels, frames, patch side; 2 heads of 8
+# All sizes that could be confused differ.
+V, H, N, K, D, F, LAYERS = 50, 24, 3, 1, 16, 40, 3  # text: vocabulary, width, heads, kv heads, head size, MLP, layers
+E, BLOCKS, C, T, P = 16, 2, 3, 2, 4  # vision: width, layers, channels, frames, patch side; 2 heads of 8
 M = 4 * E
 
 CONFIG = {  # the flat layout of the original checkpoints
@@ -92,21 +84,21 @@ SHAPES = {
 
 
 def tensors(dtype="float32", *, tied: bool = False) -> dict[str, np.ndarray]:
-    """Random weights under the original names."""
+    """Returns random weights under the original names."""
     rng = np.random.default_rng(0)
-    made = {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
-    return {name: array for name, array in made.items() if not (tied and name == "lm_head.weight")}
+    weights = {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
+    return {name: array for name, array in weights.items() if not (tied and name == "lm_head.weight")}
 
 
 def new_name(name: str) -> str:
-    """The name that transformers 4.52 and later gave the tensor."""
+    """Returns the name of a tensor in transformers 4.52 and later."""
     if name.startswith("visual."):
         return "model." + name
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
 
 
 def write(folder: Path, state: dict[str, np.ndarray], *, shards: int = 1, tied: bool = False, **config) -> Path:
-    """A checkpoint folder; tensors go to the shards in turn."""
+    """Writes a checkpoint folder and returns it. Tensors are assigned to the shards in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": tied} | config))
     if shards == 1:
@@ -122,7 +114,7 @@ def write(folder: Path, state: dict[str, np.ndarray], *, shards: int = 1, tied: 
 
 
 def expected_parameters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The parameters that these tensors make, rearranged tensor by tensor without the table."""
+    """Returns the parameters for these tensors, rearranged one by one without the table."""
 
     def text(name, change=lambda w: w):
         return np.stack([change(state[f"model.layers.{i}.{name}"]) for i in range(LAYERS)])
@@ -133,7 +125,7 @@ def expected_parameters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     def heads(n, d):
         return lambda w: w.T.reshape(w.shape[1], n, d)
 
-    made = {
+    parameters = {
         "language_model/embed_tokens/weight": state["model.embed_tokens.weight"],
         "language_model/norm/weight": state["model.norm.weight"],
         "language_model/layers/input_layernorm/weight": text("input_layernorm.weight"),
@@ -170,5 +162,5 @@ def expected_parameters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "visual/merger/fc2/bias": state["visual.merger.mlp.2.bias"],
     }  # fmt: skip
     if "lm_head.weight" in state:
-        made["lm_head/weight"] = state["lm_head.weight"]
-    return made
+        parameters["lm_head/weight"] = state["lm_head.weight"]
+    return parameters

@@ -1,4 +1,4 @@
-"""Reads what tests/references/make_model.py stored, and compares with it."""
+"""Access to the reference values of tests/references/make_model.py, and comparison with them."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ PACKED = ("packed_batch_left", "packed_text_batch_left")
 SCENARIOS = TEXT + VISION
 PROMPTS = tuple(name for name in SCENARIOS if not name.endswith("_right"))
 SAME_PIXELS = {"batch_right": "batch_left", "packed_batch_left": "batch_left", "back_to_back": "two_images"}
-TOLERANCE = 2e-4  # float32, of the largest number in the array
+TOLERANCE = 2e-4  # in float32, relative to the largest number of the array
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def model(name: str = "untied") -> Qwen2VL:
 
 
 def inputs(scenario: str, *, prompt: bool = False) -> dict[str, np.ndarray]:
-    """What `prepare` takes, with as many rows and columns as transformers was given."""
+    """Returns arguments of `prepare`, in the shapes that transformers was run with."""
     folder = f"prompt/{scenario}/" if prompt else f"{scenario}/"
     names = ("input_ids", "labels", "attention_mask", "segment_ids", "image_grid_thw", "video_grid_thw")
     arrays = {key: stored("scenarios")[folder + key] for key in names if folder + key in stored("scenarios")}
@@ -55,12 +55,12 @@ def inputs(scenario: str, *, prompt: bool = False) -> dict[str, np.ndarray]:
     return arrays
 
 
-def batch(scenario: str, *, prompt: bool = False, video_positions: str = "hf5", **more) -> Batch:
-    return prepare(config(), **inputs(scenario, prompt=prompt), video_positions=video_positions, **more)
+def batch(scenario: str, *, prompt: bool = False, video_positions: str = "hf5", **options) -> Batch:
+    return prepare(config(), **inputs(scenario, prompt=prompt), video_positions=video_positions, **options)
 
 
 def common(batch: Batch) -> Batch:
-    """`max_segments` is an upper bound and static: with the same for all scenarios, few programs serve them."""
+    """Returns the batch with a common `max_segments`, a static upper bound, so that scenarios share programs."""
     vision = batch.vision and dataclasses.replace(batch.vision, max_segments=4)
     return dataclasses.replace(batch, max_segments=2, vision=vision)
 
@@ -75,15 +75,15 @@ def expected_gradients(scenario: str, *, name: str = "untied") -> dict[str, np.n
 
 
 def tokens(scenario: str) -> np.ndarray:
-    """[B, L] bool: where a row has a token of its own. What a model says of padding means nothing."""
+    """Returns [B, T] bool: True for tokens and False for padding, for which a model's outputs are meaningless."""
     arrays = inputs(scenario)
     return (arrays["segment_ids"] if "segment_ids" in arrays else arrays["attention_mask"]) > 0
 
 
-def assert_near(found, expected, *, tolerance: float = TOLERANCE, what: str = "") -> None:
-    """Every entry within `tolerance` of the largest expected one. Counts NaN as far off."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert found.shape == expected.shape, f"{what}: shape {found.shape}, expected {expected.shape}"
+def assert_near(actual, expected, *, tolerance: float = TOLERANCE, name: str = "") -> None:
+    """Asserts that no entry differs by more than `tolerance` times the largest expected one. NaN fails."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     scale = max(np.abs(expected).max(initial=0.0), 1e-30)
-    error = np.abs(found - expected).max(initial=0.0) / scale
-    assert error <= tolerance, f"{what}: differs by {error:.1e} of the largest entry {scale:.2g}"
+    error = np.abs(actual - expected).max(initial=0.0) / scale
+    assert error <= tolerance, f"{name}: differs by {error:.1e} of the largest entry {scale:.2g}"

@@ -74,14 +74,14 @@ def test_logits_loss_and_gradients_equal_peft(tmp_path):
     batch, tokens, expected = parity.common(parity.batch("image")), parity.tokens("image"), parity.stored("adapter")
     logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))
     logits = logits[: tokens.shape[0], : tokens.shape[1]]
-    parity.assert_near(logits[tokens], expected["logits"][tokens], what="logits")
+    parity.assert_near(logits[tokens], expected["logits"][tokens], name="logits")
     (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, batch)
-    parity.assert_near(loss, expected["loss"], what="loss")
+    parity.assert_near(loss, expected["loss"], name="loss")
     save_adapter(grads, tmp_path)  # gradients have the structure of the model
     saved = load_file(tmp_path / WEIGHTS)
     assert saved.keys() == {key.removeprefix("grad/") for key in expected if key.startswith("grad/")}
     for name, value in saved.items():
-        parity.assert_near(value, expected[f"grad/{name}"], what=name)
+        parity.assert_near(value, expected[f"grad/{name}"], name=name)
 
 
 def test_saved_adapter_equals_pefts(tmp_path):
@@ -110,7 +110,7 @@ def test_merged_weights_follow_pefts_formula():
         if module in MODULES:
             a, b = (lora[f"{module}.lora_{half}.weight"].astype(np.float64) for half in "AB")
             weight = weight + 6 / 3 * b @ a
-        parity.assert_near(merged[name], weight, tolerance=1e-6, what=name)
+        parity.assert_near(merged[name], weight, tolerance=1e-6, name=name)
 
 
 # ---- round trips

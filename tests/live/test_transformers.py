@@ -1,4 +1,4 @@
-"""Live, against the transformers and torch that are installed: other models than the stored ones, with other seeds."""
+"""The model equals the installed transformers' (needs torch), for other models and seeds than the stored ones."""
 
 import functools
 
@@ -17,7 +17,7 @@ from tests.references import make_model as reference
 
 pytestmark = pytest.mark.live
 
-# Three query heads on each key head, and sizes that differ from those of the stored models throughout.
+# Three query heads per key head, and sizes that all differ from those of the stored models.
 WIDER = {
     "text": reference.TEXT
     | {"hidden_size": 96, "intermediate_size": 80, "num_attention_heads": 6, "num_hidden_layers": 3}
@@ -29,7 +29,7 @@ SCENARIOS = ("batch_left", "batch_mixed_text", "image_video")
 
 
 @functools.cache
-def theirs(name):
+def make_hf_model(name):
     model = reference.make_model(name.split()[0], seed=1234, **MODELS[name])
     model.generation_config.eos_token_id = None
     return model
@@ -37,10 +37,10 @@ def theirs(name):
 
 @pytest.fixture(scope="module", params=MODELS)
 def models(request, tmp_path_factory):
-    """The same weights in both libraries, by way of a checkpoint."""
+    """Returns models with the same weights in both libraries, transferred by a checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    theirs(request.param).save_pretrained(folder)
-    return theirs(request.param), from_hf(folder, dtype="float32")
+    make_hf_model(request.param).save_pretrained(folder)
+    return make_hf_model(request.param), from_hf(folder, dtype="float32")
 
 
 @functools.cache
@@ -48,13 +48,13 @@ def scenarios():
     return reference.make_scenarios(np.random.default_rng(4321))
 
 
-def ours(model, inputs):
+def make_batch(model, inputs):
     arrays = {key: value.numpy() for key, value in inputs.items()}
     return parity.common(prepare(model.config, **arrays, video_positions="hf5"))
 
 
 loss_and_gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-logits_of = jax.jit(lambda model, batch: model(batch))
+compute_logits = jax.jit(lambda model, batch: model(batch))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -63,17 +63,17 @@ def test_logits_loss_and_gradients(models, scenario):
     inputs = scenarios()[0][scenario]
     recorder = reference.Recorder(hf)
     recorder.training(scenario, inputs)
-    wanted = {key.removeprefix(f"{scenario}/"): value for key, value in recorder.arrays.items()}
-    batch = ours(model, inputs).pad_rows(2)
+    expected = {key.removeprefix(f"{scenario}/"): value for key, value in recorder.arrays.items()}
+    batch = make_batch(model, inputs).pad_rows(2)
     mask = inputs["attention_mask"].numpy() > 0
-    logits = np.asarray(logits_of(model, batch))[: mask.shape[0], : mask.shape[1]]
-    assert_near(logits[mask], wanted["logits"][mask], what="logits")
+    logits = np.asarray(compute_logits(model, batch))[: mask.shape[0], : mask.shape[1]]
+    assert_near(logits[mask], expected["logits"][mask], name="logits")
     (loss, _), grads = loss_and_gradients(model, batch)
-    assert_near(loss, wanted["loss"], what="loss")
+    assert_near(loss, expected["loss"], name="loss")
     grads = to_hf_state(grads)
-    assert grads.keys() == {key.removeprefix("grad/") for key in wanted if key.startswith("grad/")}
+    assert grads.keys() == {key.removeprefix("grad/") for key in expected if key.startswith("grad/")}
     for key, value in grads.items():
-        assert_near(value, wanted[f"grad/{key}"], what=key)
+        assert_near(value, expected[f"grad/{key}"], name=key)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -82,26 +82,26 @@ def test_greedy_tokens(models, scenario):
     prompt = scenarios()[1][scenario]
     recorder = reference.Recorder(hf)
     recorder.generation(scenario, prompt)
-    found = generate(model, ours(model, prompt), max_new_tokens=reference.NEW_TOKENS, eos_token_id=())
+    tokens = generate(model, make_batch(model, prompt), max_new_tokens=reference.NEW_TOKENS, eos_token_id=())
     assert min(recorder.margins) > 1e-3, "too close a choice for float32: take another seed"
-    np.testing.assert_array_equal(found, recorder.arrays[f"{scenario}/greedy"])
+    np.testing.assert_array_equal(tokens, recorder.arrays[f"{scenario}/greedy"])
 
 
 def test_written_checkpoints_load_in_transformers(models, tmp_path):
-    """Not a name missing or left over, and the very same logits."""
+    """No name is missing or left over, and the logits are equal."""
     hf, model = models
     to_hf(model, tmp_path)
-    again, report = type(hf).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    loaded, report = type(hf).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
     assert not any(report.values()), report
     ids = scenarios()[0]["text"]["input_ids"]
     with reference.torch.no_grad():
-        np.testing.assert_array_equal(again.eval()(ids).logits.numpy(), hf(ids).logits.numpy())
+        np.testing.assert_array_equal(loaded.eval()(ids).logits.numpy(), hf(ids).logits.numpy())
     for key, value in hf.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[key].numpy(), value.numpy(), err_msg=key)
+        np.testing.assert_array_equal(loaded.state_dict()[key].numpy(), value.numpy(), err_msg=key)
 
 
 def test_names_of_newer_transformers(models, tmp_path):
-    """`model.visual.*`, `model.language_model.*`, in shards, as 4.52 and later wrote them: the same weights."""
+    """`model.visual.*` and `model.language_model.*` in shards, as in 4.52 and later, give the same weights."""
     hf, model = models
     hf.save_pretrained(tmp_path, save_original_format=False, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

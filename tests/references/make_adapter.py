@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What PEFT writes and computes for an adapter of the tiny model that make_model.py stores.
+"""Writes a PEFT adapter of make_model.py's tiny model, and the values that PEFT computes with it.
 
     pip install torch==2.13.0 transformers==5.17.0 peft==0.21.2
-    python tests/references/make_adapter.py               # 10 s; writes beside this file
+    python tests/references/make_adapter.py               # 10 s; writes next to this file
 
 Files
-  adapter/      as save_pretrained writes it: all linear layers, B as if it had been trained
-  adapter.npz   of the scenario "image": logits, loss, and the gradients of A and B under their names in the file
+  adapter/      written by save_pretrained: all linear layers, with a random B as after training
+  adapter.npz   for the scenario "image": logits, loss, and the gradients of A and B under their names in the file
 """
 
 import json
@@ -31,15 +31,15 @@ def main():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     inputs = make_scenarios(np.random.default_rng(9))[0]["image"]
-    out = model.eval()(**inputs, mm_token_type_ids=token_types(inputs["input_ids"]), use_cache=False)
-    out.loss.backward()
-    arrays = {"logits": out.logits, "loss": out.loss}
+    output = model.eval()(**inputs, mm_token_type_ids=token_types(inputs["input_ids"]), use_cache=False)
+    output.loss.backward()
+    arrays = {"logits": output.logits, "loss": output.loss}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             arrays[f"grad/{name.replace('.default', '')}"] = weight.grad
     np.savez_compressed(HERE / "adapter.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
 
-    model.peft_config["default"].base_model_name_or_path = None  # the place it was read from says nothing elsewhere
+    model.peft_config["default"].base_model_name_or_path = None  # a path of this machine
     model.save_pretrained(HERE / "adapter")
     (HERE / "adapter" / "README.md").unlink()
     config = HERE / "adapter" / "adapter_config.json"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Writes the four layouts of config.json that Qwen2-VL checkpoints come in to configs.json, for the 2B and the 7B.
 
-Each release of transformers writes another layout: run this once with each of `pip install transformers==4.49.0`,
-`4.57.6` and `5.17.0` (no torch needed); every run adds the layout of its release to the file. The layout of the hub
-itself, "hub", was written by 4.41 and is spelled out below.
+Each of these releases of transformers writes a different layout: run this script with `pip install transformers==4.49.0`,
+`4.57.6` and `5.17.0` (torch is not needed). Each run adds one layout to the file. The layout on the hub, "hub", was written
+by 4.41 and is spelled out below.
 """
 
 import json

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""What transformers makes of the options of generation: reference values.
+"""Writes reference values for the generation options, computed by transformers.
 
     pip install torch==2.13.0 transformers==5.17.0        # the CPU builds suffice
-    python tests/references/make_generation.py            # 20 s; writes beside this file
+    python tests/references/make_generation.py            # 20 s; writes next to this file
 
 Files
-  generation.npz   processors/history, logits: fixed inputs; processors/<option>=<value>: what the logits processor makes of
-                   them. <scenario>/<option>=<value>: greedy tokens of model_untied with it; <scenario>/logprobs: log-softmax
-                   of the model's own logits at each step.
-  generation.json  stop_strings: token sequences, strings, and the number of tokens after which StopStringCriteria first says
-                   stop, or null. defaults: generation_config.json files, and the options that generate() takes from them.
+  generation.npz   processors/history, logits: fixed inputs. processors/<option>=<value>: outputs of the logits processor.
+                   <scenario>/<option>=<value>: greedy tokens of model_untied with the option. <scenario>/logprobs:
+                   log-softmax of the model's own logits at each step.
+  generation.json  stop_strings: token sequences, strings, and the number of tokens after which StopStringCriteria first
+                   stops, or null. defaults: generation_config.json files, and the options that generate() reads from them.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from liger_jax.demo.tokenizer import train_tokenizer
 HERE = Path(__file__).parent
 SCENARIOS = ("text_batch_left", "batch_left")
 NEW_TOKENS, PAD, END, IMAGE = 12, 150, 152, 158
-BAD_WORDS = [[7], [3, 4], [5, 6, 7], [END]]  # an end token alone is not forbidden
+BAD_WORDS = [[7], [3, 4], [5, 6, 7], [END]]  # an eos token alone is not forbidden
 OPTIONS = ("no_repeat_ngram_size=1", "no_repeat_ngram_size=2", "min_new_tokens=6", "bad_words_ids", "all")
 TEXTS = ["Hello world, ünï😀cödé and stop there", "a\nb\n\nc", "<|im_start|>user<|im_end|>!"]
 STRINGS = [
@@ -76,10 +76,10 @@ def processors(rng) -> dict[str, np.ndarray]:
     ]
     arrays = {"processors/logits": logits.numpy(), "processors/history": history.numpy()}
     for name, chain in chains.items():
-        out = logits.clone()
+        processed = logits.clone()
         for processor in chain:
-            out = processor(history, out)
-        arrays[f"processors/{name}"] = out.numpy()
+            processed = processor(history, processed)
+        arrays[f"processors/{name}"] = processed.numpy()
     return arrays
 
 
@@ -108,9 +108,9 @@ def generations() -> dict[str, np.ndarray]:
                     output_scores=True,
                 )
 
-        columns = prompt["input_ids"].shape[1]
+        prompt_length = prompt["input_ids"].shape[1]
         plain = run()
-        tokens = plain.sequences[:, columns:]
+        tokens = plain.sequences[:, prompt_length:]
         arrays[f"{scenario}/logprobs"] = torch.stack(plain.logits, 1).log_softmax(-1).numpy()
         ends, words = [int(tokens[0, 2]), int(tokens[1, 4])], [[int(tokens[0, 1])], tokens[1, 2:4].tolist()]
         arrays |= {f"{scenario}/ends": np.array(ends), f"{scenario}/words": np.array(words[0] + words[1])}
@@ -128,17 +128,17 @@ def generations() -> dict[str, np.ndarray]:
                 },
             }[name]
             options = options | {"eos": ends} if name == "all" else options
-            found = run(**options)
-            scores = torch.stack(found.scores, 1).topk(2, -1).values
+            output = run(**options)
+            scores = torch.stack(output.scores, 1).topk(2, -1).values
             assert float((scores[..., 0] - scores[..., 1]).min()) > 1e-3, f"{scenario} {name}: too close a choice"
-            sequences = found.sequences[:, columns:].numpy()
+            sequences = output.sequences[:, prompt_length:].numpy()
             missing = NEW_TOKENS - sequences.shape[1]
             arrays[f"{scenario}/{name}"] = np.pad(sequences, [(0, 0), (0, missing)], constant_values=PAD)
     return arrays
 
 
 def stop_strings() -> list[dict]:
-    """With tokens of whole words and with tokens of a byte, where StopStringCriteria knows ASCII only."""
+    """With tokens of whole words, and with tokens of single bytes, for which StopStringCriteria supports only ASCII."""
     cases = []
     for learnt, text, strings in itertools.product((TEXTS[:1] * 4, []), TEXTS, STRINGS):
         if not learnt and not "".join(strings).isascii():
@@ -152,7 +152,7 @@ def stop_strings() -> list[dict]:
 
 
 def defaults() -> list[dict]:
-    """As generate() fills them in: the file first, then what transformers has for what is left out."""
+    """The options that generate() uses: those in the file, then transformers' defaults."""
     cases = []
     for stored in DEFAULTS:
         with tempfile.TemporaryDirectory() as folder:

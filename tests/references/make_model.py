@@ -1,23 +1,23 @@
 #!/usr/bin/env python
-"""What Hugging Face transformers computes for tiny random Qwen2-VL models: the reference values of the tests.
+"""Writes reference values of the tests: tiny random Qwen2-VL models, and the outputs of Hugging Face transformers.
 
     pip install torch==2.13.0 transformers==5.17.0        # the CPU builds suffice
-    python tests/references/make_model.py                 # 30 s; writes beside this file
+    python tests/references/make_model.py                 # 30 s; writes next to this file
 
-A turn of the conversation is random words around images and videos of random pixels. Eleven batches of them
-("scenarios") cover text, images of several sizes, video, padding on both sides and text-only rows beside image rows.
-Two packed ones and one with images back to back come on top.
+A turn consists of random words around images and videos of random pixels. Eleven batches of turns ("scenarios") cover
+text, images of several sizes, video, padding on both sides, and text-only rows in a batch with images. Two packed scenarios
+and one with images back to back are derived from them.
 
 Files
-  model_untied/, model_tied/   checkpoints as save_pretrained writes them: original hub names, 5.x config
-  scenarios.npz   <scenario>/<model input>, and in the two rules for what follows a vision block
+  model_untied/, model_tied/   checkpoints written by save_pretrained: original hub names, 5.x config
+  scenarios.npz   <scenario>/<model input>, and the positions by both rules for the text after an image or video:
                   <scenario>/position_ids_hf5, rope_deltas_hf5 (transformers 5.17), position_ids_max, rope_deltas_max
-                  (transformers 4.x, the paper); prompt/<scenario>/<model input>: the rows cut before the answer,
-                  left-padded. Pixels are stored as float16, exactly. batch_right and packed_batch_left have those of
+                  (transformers 4.x, the paper). prompt/<scenario>/<model input>: the rows cut before the answer,
+                  left-padded. Pixels are stored exactly, as float16. batch_right and packed_batch_left share those of
                   batch_left, back_to_back those of two_images.
   untied.npz      <scenario>/<output>: every layer, logits, loss, gradients under hub names, tokens of greedy generation
-  tied.npz        the same without layers, gradients for two scenarios only
-  sampling.npz    what the sampling processors make of fixed logits
+  tied.npz        the same without layers, and with gradients for two scenarios only
+  sampling.npz    outputs of the sampling processors for fixed logits
 
 Compare logits only where attention_mask is 1. Seeds are chosen so that no greedy choice is closer than 0.03.
 """
@@ -79,7 +79,7 @@ def make_model(name: str, seed: int, text=TEXT, vision=VISION) -> Qwen2VLForCond
     config._attn_implementation = "eager"
     model = Qwen2VLForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # fresh models have zero biases and unit norms: random ones make mistakes show
+    with torch.no_grad():  # new models have zero biases and unit norms, which would hide mistakes
         for key, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
@@ -107,14 +107,14 @@ def hub_name(name: str) -> str:
 
 
 def make_scenarios(rng: np.random.Generator) -> tuple[dict, dict]:
-    """-> {name: model inputs}, {name: the same cut before the answers}."""
+    """Returns {name: model inputs}, and {name: the same inputs cut before the answers}."""
     inputs, prompts = {}, {}
 
     def words(count):
         return rng.integers(FIRST_WORD, LAST_WORD, size=count).tolist()
 
     def turn(*parts, answer=6):
-        """A question and its answer. A part is a number of random words, or (IMAGE | VIDEO, grid)."""
+        """Returns a question and its answer. A part is a number of random words, or (IMAGE | VIDEO, grid)."""
         ids = [IM_START, *words(2)]
         for part in parts:
             if isinstance(part, int):
@@ -176,7 +176,7 @@ def token_types(ids):
 
 
 def max_rule(input_ids, attention_mask, image_grid_thw=None, video_grid_thw=None, **_):
-    """What follows a vision block starts at the largest of its t, h, w indices + 1 (the paper, transformers 4.x)."""
+    """Text after an image or video starts at the largest of its t, h, w indices + 1 (the paper, transformers 4.x)."""
     grids = {
         kind: iter([] if grid is None else grid.tolist())
         for kind, grid in ((IMAGE, image_grid_thw), (VIDEO, video_grid_thw))
@@ -184,11 +184,11 @@ def max_rule(input_ids, attention_mask, image_grid_thw=None, video_grid_thw=None
     positions = np.zeros((3, *input_ids.shape), np.int64)
     deltas = np.zeros((len(input_ids), 1), np.int64)
     for b, (ids, mask) in enumerate(zip(input_ids.numpy(), attention_mask.numpy(), strict=True)):
-        columns = np.flatnonzero(mask)
+        tokens = np.flatnonzero(mask)
         blocks, start, i = [], 0, 0
-        while i < len(columns):
-            if ids[columns[i]] in grids:
-                t, h, w = next(grids[ids[columns[i]]])
+        while i < len(tokens):
+            if ids[tokens[i]] in grids:
+                t, h, w = next(grids[ids[tokens[i]]])
                 axes = np.meshgrid(np.arange(t), np.arange(h // MERGE), np.arange(w // MERGE), indexing="ij")
                 block = np.stack(axes).reshape(3, -1) + start
             else:
@@ -196,8 +196,8 @@ def max_rule(input_ids, attention_mask, image_grid_thw=None, video_grid_thw=None
             blocks.append(block)
             start = block.max() + 1
             i += block.shape[1]
-        positions[:, b, columns] = np.concatenate(blocks, 1)
-        deltas[b] = start - len(columns)
+        positions[:, b, tokens] = np.concatenate(blocks, 1)
+        deltas[b] = start - len(tokens)
     return torch.from_numpy(positions), torch.from_numpy(deltas)
 
 
@@ -208,7 +208,7 @@ def hf5_rule(model, inputs):
 
 
 def packed(inputs):
-    """The rows of a batch in one row, told apart by segment_ids 1, 2, ..."""
+    """Packs the rows of a batch into one row with segment_ids 1, 2, ..."""
     mask = inputs["attention_mask"].bool()
     vision = {key: value for key, value in inputs.items() if "pixel" in key or "grid" in key}
     return vision | {
@@ -219,7 +219,7 @@ def packed(inputs):
 
 
 def back_to_back(inputs):
-    """The scenario "two_images" with nothing between its images. transformers 5.17 has no positions for it, 4.x had."""
+    """Removes the text between the images of "two_images". transformers 5.17 has no positions for this, 4.x had."""
     ids = inputs["input_ids"]
     outside = torch.ones_like(ids, dtype=torch.bool)
     images = torch.nonzero(ids[0] == IMAGE).flatten()
@@ -229,7 +229,7 @@ def back_to_back(inputs):
     return inputs | cut
 
 
-# ---- what is recorded
+# ---- recording
 
 
 class Recorder:
@@ -240,11 +240,11 @@ class Recorder:
         for key, value in values.items():
             self.arrays[f"{scenario}/{key}"] = value.detach().numpy().copy()
 
-    def forward(self, inputs, **more):
-        self.model.model.rope_deltas = None  # state that an earlier call leaves behind
-        types = {} if "position_ids" in more else {"mm_token_type_ids": token_types(inputs["input_ids"])}
+    def forward(self, inputs, **options):
+        self.model.model.rope_deltas = None  # reset the state of an earlier call
+        types = {} if "position_ids" in options else {"mm_token_type_ids": token_types(inputs["input_ids"])}
         inputs = {key: value for key, value in inputs.items() if key != "segment_ids"}
-        return self.model(**inputs, **types, **more, use_cache=False)
+        return self.model(**inputs, **types, **options, use_cache=False)
 
     def vision(self, name, inputs):
         visual = self.model.model.visual
@@ -253,11 +253,11 @@ class Recorder:
                 continue
             layers = {}
 
-            def keep(key, layers=layers):
+            def capture(key, layers=layers):
                 return lambda module, args, out: layers.update({key: out})
 
-            hooks = [visual.patch_embed.register_forward_hook(keep(f"{kind}_patch_embed"))]
-            hooks += [b.register_forward_hook(keep(f"{kind}_vision_block{i}")) for i, b in enumerate(visual.blocks)]
+            hooks = [visual.patch_embed.register_forward_hook(capture(f"{kind}_patch_embed"))]
+            hooks += [b.register_forward_hook(capture(f"{kind}_vision_block{i}")) for i, b in enumerate(visual.blocks)]
             with torch.no_grad():
                 out = visual(inputs[pixels], grid_thw=inputs[grid])
             for hook in hooks:
@@ -265,22 +265,22 @@ class Recorder:
             self.put(name, **layers, **{f"{kind}_features": out.pooler_output})
 
     def training(self, name, inputs, *, layers=True, gradients=True):
-        text, kept = self.model.model.language_model, {}
+        text, activations = self.model.model.language_model, {}
 
-        def keep(key):
-            return lambda module, args, out: kept.update({key: out})
+        def capture(key):
+            return lambda module, args, out: activations.update({key: out})
 
-        def keep_input(module, args, kwargs):
-            kept["inputs_embeds"] = args[0] if args else kwargs["hidden_states"]
+        def capture_input(module, args, kwargs):
+            activations["inputs_embeds"] = args[0] if args else kwargs["hidden_states"]
 
-        hooks = [layer.register_forward_hook(keep(f"text_layer{i}")) for i, layer in enumerate(text.layers)]
-        hooks.append(text.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
-        hooks.append(text.norm.register_forward_hook(keep("final_hidden")))
+        hooks = [layer.register_forward_hook(capture(f"text_layer{i}")) for i, layer in enumerate(text.layers)]
+        hooks.append(text.layers[0].register_forward_pre_hook(capture_input, with_kwargs=True))
+        hooks.append(text.norm.register_forward_hook(capture("final_hidden")))
         self.model.zero_grad(set_to_none=True)
         out = self.forward(inputs)
         for hook in hooks:
             hook.remove()
-        self.put(name, **(kept if layers else {}), logits=out.logits, loss=out.loss)
+        self.put(name, **(activations if layers else {}), logits=out.logits, loss=out.loss)
         if gradients:
             out.loss.backward()
             for key, p in self.model.named_parameters():
@@ -312,13 +312,13 @@ class Recorder:
             return tokens
 
         greedy = run("greedy")
-        eos = int(greedy[0, 3])  # an end token that row 0 is sure to meet
+        eos = int(greedy[0, 3])  # an eos token that row 0 is certain to generate
         self.put(name, eos_id=torch.tensor(eos))
         run("greedy_eos", eos=eos)
         run("greedy_two_eos", eos=[eos, int(greedy[-1, 1])])
         self.put(name, second_eos_id=greedy[-1, 1])
         penalised = run("greedy_repetition1.3", repetition_penalty=1.3)
-        # transformers also punishes the padding of the prompt; that must not be what decided
+        # transformers also penalises the padding of the prompt, which must not change the result
         unpadded = PenaltyWithoutPadding(prompt["attention_mask"].bool(), 1.3)
         again = run("greedy_repetition1.3", logits_processor=[unpadded])
         assert torch.equal(penalised, again), f"{name}: the padding token decided, take another seed"
@@ -337,7 +337,7 @@ class PenaltyWithoutPadding:
 
 
 def packed_logits(recorder, name, inputs):
-    """transformers tells packed rows apart by position_ids [4, 1, L]: the place in the text, then the M-RoPE axes."""
+    """transformers separates packed sequences by position_ids [4, 1, L]: the text position, then the M-RoPE axes."""
     mask = inputs["attention_mask"].bool()
     text_positions = torch.cat([torch.arange(int(n)) for n in mask.sum(1)])
     positions, _ = hf5_rule(recorder.model, inputs)
@@ -386,9 +386,9 @@ def record_outputs(model, name, inputs, prompts) -> dict[str, np.ndarray]:
     with torch.no_grad():
         by_max, _ = max_rule(**inputs["video"])
         recorder.put("video", logits_max=recorder.forward(inputs["video"], position_ids=by_max).logits)
-        touching = back_to_back(inputs["two_images"])
-        by_max, _ = max_rule(**touching)
-        out = recorder.forward(touching, position_ids=by_max)
+        adjacent = back_to_back(inputs["two_images"])
+        by_max, _ = max_rule(**adjacent)
+        out = recorder.forward(adjacent, position_ids=by_max)
         recorder.put("back_to_back", logits=out.logits, loss=out.loss)
     for scenario in ("batch_left", "text_batch_left"):
         packed_logits(recorder, scenario, inputs[scenario])
@@ -398,7 +398,7 @@ def record_outputs(model, name, inputs, prompts) -> dict[str, np.ndarray]:
 
 
 def record_sampling(rng) -> dict[str, np.ndarray]:
-    """Filters in the order in which generate() applies them; what they exclude is -inf."""
+    """Records filters in the order in which generate() applies them; excluded tokens are -inf."""
     p = logits_process
     logits = torch.from_numpy(rng.normal(size=(4, VOCAB)).astype(np.float32) * 3)
     seen = torch.from_numpy(rng.integers(0, VOCAB, size=(4, 12)))
