@@ -1,4 +1,4 @@
-"""The demo, shortened to two steps: every result is written and can be used; its data are what they claim to be."""
+"""The demo, shortened to two steps: it writes usable results, and its data are as documented."""
 
 import itertools
 import json
@@ -11,6 +11,7 @@ from liger_jax import Processor
 from liger_jax.checkpoint import load_model
 from liger_jax.demo.data import conversations, load_digits
 from liger_jax.demo.run import RESULTS, make_processor, run_demo
+from liger_jax.errors import AlreadyExistsError, UserError
 
 SHORT = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 0, "held_out": 3, "progress": False}
 
@@ -28,7 +29,7 @@ def test_every_result_is_written(finished):
             assert min(image.size) > 100
 
 
-def test_metrics_have_a_line_for_each_step_and_the_result(finished):
+def test_metrics_have_a_line_per_step_and_the_result(finished):
     *steps, last = [json.loads(line) for line in finished.metrics.read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2]
     for line in steps:
@@ -36,15 +37,15 @@ def test_metrics_have_a_line_for_each_step_and_the_result(finished):
     assert last["held_out_accuracy"] == finished.accuracy
 
 
-def test_the_checkpoint_is_a_model_with_its_processor(finished):
+def test_checkpoint_holds_model_and_processor(finished):
     model, processor = load_model(finished.checkpoint), Processor.from_pretrained(finished.checkpoint)
     assert model.config.image_token_id == processor.token_ids["image"]
     assert model.config.text.vocab_size >= len(processor.tokenizer)
 
 
-def test_an_earlier_demo_is_replaced_and_anything_else_is_not(finished, tmp_path):
+def test_output_of_an_earlier_demo_is_replaced_and_other_files_are_kept(finished, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+    with pytest.raises(AlreadyExistsError, match=r"thesis\.tex"):
         run_demo(tmp_path, **SHORT)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     again = run_demo(finished.metrics.parent, **SHORT)
@@ -52,32 +53,28 @@ def test_an_earlier_demo_is_replaced_and_anything_else_is_not(finished, tmp_path
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "held_out", "learning_rate"])
-def test_arguments_out_of_range_are_refused_before_anything_is_written(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} must be .* got 0"):
+def test_invalid_arguments_are_rejected_before_anything_is_written(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} is 0; expected"):
         run_demo(tmp_path / "out", **(SHORT | {name: 0}))
     assert not (tmp_path / "out").exists()
 
 
 def test_held_out_digits_are_never_trained_on():
-    train, held = load_digits()
-    assert len(train.labels) + len(held.labels) == 1797
-    seen = {image.tobytes() for image in train.images}
-    assert not any(image.tobytes() in seen for image in held.images)
-    assert set(held.labels.tolist()) == set(range(10))
+    train, held_out = load_digits()
+    assert len(train.labels) + len(held_out.labels) == 1797
+    train_images = {image.tobytes() for image in train.images}
+    assert not any(image.tobytes() in train_images for image in held_out.images)
+    assert set(held_out.labels.tolist()) == set(range(10))
 
 
-def test_conversations_have_several_pictures_and_sizes_and_true_answers():
-    """A batch mixes grids and numbers of pictures, and equal seeds give equal conversations."""
+def test_conversations_vary_in_images_and_sizes():
+    """A batch mixes grids and numbers of images, and equal seeds give equal conversations."""
     train, _ = load_digits()
-    some, same = (list(itertools.islice(conversations(train, np.random.default_rng(5)), 40)) for _ in range(2))
-    inputs = make_processor(train)(some, labels=True, add_vision_id=True)
+    first, second = (list(itertools.islice(conversations(train, np.random.default_rng(5)), 40)) for _ in range(2))
+    inputs = make_processor(train)(first, labels=True, add_vision_id=True)
     assert len(np.unique(inputs["image_grid_thw"], axis=0)) > 2
-    pictures = [
-        sum(part["type"] == "image" for m in c for part in m["content"] if isinstance(part, dict)) for c in some
-    ]
-    assert {1, 2, 3} <= set(pictures)
-    for one, other in zip(some, same, strict=True):
-        assert [m["content"] for m in one if m["role"] == "assistant"] == [
-            m["content"] for m in other if m["role"] == "assistant"
-        ]
-    assert all(c[-1]["role"] == "assistant" and set(c[-1]["content"]) <= set("0123456789, ") for c in some)
+    image_counts = {sum(part["type"] == "image" for part in question["content"]) for _, question, _ in first}
+    assert image_counts == {1, 2, 3}
+    answers = [answer for *_, answer in first]
+    assert answers == [answer for *_, answer in second]
+    assert all(answer["role"] == "assistant" and set(answer["content"]) <= set("0123456789, ") for answer in answers)

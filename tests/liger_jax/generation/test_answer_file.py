@@ -1,4 +1,4 @@
-"""Answers to a file of questions: those of the questions one by one, whatever they are batched with, stopped or not."""
+"""Answers to a file of questions equal those to each question alone, in any batch, interrupted or not."""
 
 import base64
 import functools
@@ -13,6 +13,7 @@ import liger_jax.generation.answer_file
 from liger_jax import Qwen2VL, generate, prepare
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
+from liger_jax.errors import NotFoundError, UserError
 from liger_jax.generation.answer_file import answer_file
 from liger_jax.generation.options import GenerationOptions
 
@@ -20,30 +21,30 @@ OPTIONS = GenerationOptions(max_new_tokens=6, do_sample=True, temperature=2.0, s
 
 
 @functools.cache
-def parts():
+def model_and_processor():
     processor = make_processor(load_digits()[0])
     return Qwen2VL.init(make_config(processor), seed=1, dtype="float32"), processor
 
 
-def picture(width):
+def encode_image(width):
     pixels = np.random.default_rng(width).integers(0, 256, (28, width, 3), np.uint8)
     Image.fromarray(pixels).save(file := io.BytesIO(), "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def records():
-    """Text and pictures of some sizes; with answers and without; ids or none."""
-    found = []
+def make_records():
+    """Text and images of several sizes, with and without answers and ids."""
+    records = []
     for number in range(7):
         text = f"Which digit is {number}?\u2028" + " And?" * (30 if number == 5 else 1)
         record = {"messages": [{"role": "user", "content": text}]}
         if number % 3 == 1:
             record["messages"][0]["content"] = "<image>" + text
-            record["image"] = picture(28 * number)
+            record["image"] = encode_image(28 * number)
         if number == 2:
             record["messages"].append({"role": "assistant", "content": "7"})
-        found.append(record | ({"id": f"q{number}"} if number % 2 else {}))
-    return found
+        records.append(record | ({"id": f"q{number}"} if number % 2 else {}))
+    return records
 
 
 def write(path, lines):
@@ -52,7 +53,8 @@ def write(path, lines):
 
 
 def run(data, output, **options):
-    return answer_file(*parts(), data, output, **{"options": OPTIONS, "batch_size": 2, "progress": False} | options)
+    defaults = {"options": OPTIONS, "batch_size": 2, "progress": False}
+    return answer_file(*model_and_processor(), data, output, **defaults | options)
 
 
 def read(output):
@@ -62,18 +64,18 @@ def read(output):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("answers")
-    data = write(folder / "in.jsonl", records())
+    data = write(folder / "in.jsonl", make_records())
     assert run(data, folder / "out.jsonl") == 7
     return data, folder / "out.jsonl"
 
 
-def test_answers_are_those_of_each_question_alone(finished):
-    model, processor = parts()
+def test_answers_match_each_question_alone(finished):
+    model, processor = model_and_processor()
     answers = read(finished[1])
     for number in (1, 2, 3, 5):
-        message = dict(records()[number - 1]["messages"][0])
+        message = dict(make_records()[number - 1]["messages"][0])
         if "<image>" in message["content"]:
-            source = records()[number - 1]["image"]
+            source = make_records()[number - 1]["image"]
             text = {"type": "text", "text": message["content"].removeprefix("<image>")}
             message["content"] = [{"type": "image", "image": source}, text]
         batch = prepare(model.config, **processor([message], add_generation_prompt=True))
@@ -84,21 +86,21 @@ def test_answers_are_those_of_each_question_alone(finished):
     }
 
 
-def test_a_run_that_was_stopped_goes_on(finished, tmp_path):
-    """After some answers and half a line of the next; nothing is answered twice, and all is as in one run."""
-    data, whole = finished
-    lines = whole.read_bytes().splitlines(keepends=True)
+def test_resumed_run_matches_uninterrupted_run(finished, tmp_path):
+    """Interrupted after some answers and half a line; nothing is answered twice."""
+    data, complete = finished
+    lines = complete.read_bytes().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:17])
     assert run(data, tmp_path / "out.jsonl") == 7
-    assert read(tmp_path / "out.jsonl") == read(whole)
+    assert read(tmp_path / "out.jsonl") == read(complete)
     assert (tmp_path / "out.jsonl").read_bytes().startswith(b"".join(lines[:3]))
     before = (tmp_path / "out.jsonl").read_bytes()
     assert run(data, tmp_path / "out.jsonl") == 7  # nothing is left to do
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
-def test_few_may_wait(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(liger_jax.generation.answer_file, "WAITING", 0.5)
+def test_answers_do_not_depend_on_the_waiting_limit(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(liger_jax.generation.answer_file, "MAX_WAITING", 0.5)
     run(finished[0], tmp_path / "out.jsonl")
     assert read(tmp_path / "out.jsonl") == read(finished[1])
 
@@ -111,28 +113,28 @@ BROKEN = {
 }
 
 
-def test_broken_records_are_left_out_if_asked(tmp_path):
-    data = write(tmp_path / "in.jsonl", [records()[0], *(record for record, _ in BROKEN.values())])
-    with pytest.warns(UserWarning, match="left out"):
+def test_broken_records_are_skipped_on_request(tmp_path):
+    data = write(tmp_path / "in.jsonl", [make_records()[0], *(record for record, _ in BROKEN.values())])
+    with pytest.warns(UserWarning, match="skipped 4 of 5 records: line 2: "):
         assert run(data, tmp_path / "out.jsonl", skip_broken=True) == 1
     lines = read(tmp_path / "out.jsonl")
-    for number, (_, told) in BROKEN.items():
-        assert told in lines[number]["error"]
-    with pytest.raises(ValueError, match="line 2"):  # they are tried again, each time
+    for number, (_, message) in BROKEN.items():
+        assert message in lines[number]["error"]
+    with pytest.raises(UserError, match="line 2"):  # every run retries them
         run(data, tmp_path / "out.jsonl")
     assert list(read(tmp_path / "out.jsonl")) == [1]
 
 
 @pytest.mark.parametrize("number", BROKEN)
-def test_a_broken_record_is_named(number, tmp_path):
-    record, told = BROKEN[number]
-    data = write(tmp_path / "in.jsonl", [records()[0], record | {"id": "that one"}])
-    with pytest.raises(ValueError, match=r"line 2 \(id 'that one'\).*" + told):
+def test_error_names_the_broken_record(number, tmp_path):
+    record, message = BROKEN[number]
+    data = write(tmp_path / "in.jsonl", [make_records()[0], record | {"id": "that one"}])
+    with pytest.raises(UserError, match=r"line 2 \(id 'that one'\).*" + message):
         run(data, tmp_path / "out.jsonl")
-    assert (tmp_path / "out.jsonl").exists() == (number in (4, 5))  # a format is seen before anything is written
+    assert (tmp_path / "out.jsonl").exists() == (number in (4, 5))  # formats are checked before anything is written
 
 
-def test_an_output_of_other_data_is_refused(finished, tmp_path):
+def test_output_of_other_data_is_rejected(finished, tmp_path):
     for line in (
         {"record": 99, "answer": ""},
         {"record": 2, "id": "other", "answer": ""},
@@ -143,16 +145,16 @@ def test_an_output_of_other_data_is_refused(finished, tmp_path):
     ):
         output = write(tmp_path / "out.jsonl", [line])
         before = output.read_bytes()
-        with pytest.raises(ValueError, match=r"out\.jsonl, line 1 is"):
+        with pytest.raises(UserError, match=r"out\.jsonl, line 1 is"):
             run(finished[0], output)
         assert output.read_bytes() == before
 
 
-def test_arguments_out_of_range(finished, tmp_path):
-    with pytest.raises(ValueError, match="batch_size is 0"):
+def test_invalid_arguments(finished, tmp_path):
+    with pytest.raises(UserError, match="batch_size is 0"):
         run(finished[0], tmp_path / "out", batch_size=0)
-    with pytest.raises(ValueError, match="one answer"):
+    with pytest.raises(UserError, match="logprobs is 1; expected None"):
         run(finished[0], tmp_path / "out", options=GenerationOptions(logprobs=1))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(NotFoundError):
         run(tmp_path / "missing", tmp_path / "out")
     assert not list(tmp_path.iterdir())

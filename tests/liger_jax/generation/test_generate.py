@@ -1,4 +1,4 @@
-"""`generate` writes the tokens that transformers writes, and its cache changes nothing but the time it takes."""
+"""`generate` returns the tokens of transformers, with the cache as without it."""
 
 import dataclasses
 
@@ -7,21 +7,22 @@ import numpy as np
 import pytest
 
 from liger_jax import generate, prepare
+from liger_jax.errors import UserError
 from tests._support import parity
 
 NEW = 8
 SAMPLING = {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
-PENALISED = SAMPLING | {"repetition_penalty": 1.2}
+PENALIZED = SAMPLING | {"repetition_penalty": 1.2}
 
 
-def prompt(scenario):
+def make_prompt(scenario):
     return parity.common(parity.batch(scenario, prompt=True))
 
 
-def tokens_of(scenario, name="untied", **options):
-    """Without end tokens, unless some are given."""
+def generate_tokens(scenario, name="untied", **options):
+    """Generates without end tokens by default."""
     options = {"eos_token_id": (), "max_new_tokens": NEW} | options
-    return np.asarray(generate(parity.model(name), prompt(scenario), **options))
+    return np.asarray(generate(parity.model(name), make_prompt(scenario), **options))
 
 
 # ---- greedy, against transformers
@@ -29,42 +30,42 @@ def tokens_of(scenario, name="untied", **options):
 
 @pytest.mark.parametrize("scenario", parity.PROMPTS)
 def test_greedy(scenario):
-    tokens = tokens_of(scenario)
+    tokens = generate_tokens(scenario)
     assert tokens.dtype == np.int32
     np.testing.assert_array_equal(tokens, parity.expected(scenario, "greedy"))
 
 
 @pytest.mark.parametrize("scenario", ["text_batch_left", "image_video"])
 def test_greedy_tied(scenario):
-    np.testing.assert_array_equal(tokens_of(scenario, "tied"), parity.expected(scenario, "greedy", name="tied"))
+    np.testing.assert_array_equal(generate_tokens(scenario, "tied"), parity.expected(scenario, "greedy", name="tied"))
 
 
 @pytest.mark.parametrize("scenario", parity.PROMPTS)
 def test_end_tokens(scenario):
-    """One end token, then several: a finished row is filled with the padding token of the checkpoint."""
+    """With one or several end tokens, a finished row is filled with the checkpoint's padding token."""
     eos, second = int(parity.expected(scenario, "eos_id")), int(parity.expected(scenario, "second_eos_id"))
     for key, ids in (("greedy_eos", eos), ("greedy_two_eos", [eos, second])):
-        wanted = parity.expected(scenario, key)  # transformers stops when all rows are done; here the shape is fixed
-        filled = np.pad(wanted, ((0, 0), (0, NEW - wanted.shape[1])), constant_values=150)
-        np.testing.assert_array_equal(tokens_of(scenario, eos_token_id=ids), filled)
+        expected = parity.expected(scenario, key)  # transformers stops when all rows are done; here the shape is fixed
+        filled = np.pad(expected, ((0, 0), (0, NEW - expected.shape[1])), constant_values=150)
+        np.testing.assert_array_equal(generate_tokens(scenario, eos_token_id=ids), filled)
 
 
 @pytest.mark.parametrize("scenario", parity.PROMPTS)
 def test_repetition_penalty(scenario):
-    """Tokens of the prompt count, those of its padding do not."""
-    found = tokens_of(scenario, repetition_penalty=1.3)
-    np.testing.assert_array_equal(found, parity.expected(scenario, "greedy_repetition1.3"))
+    """The prompt's tokens count, its padding does not."""
+    tokens = generate_tokens(scenario, repetition_penalty=1.3)
+    np.testing.assert_array_equal(tokens, parity.expected(scenario, "greedy_repetition1.3"))
 
 
 # ---- the cache
 
 
 @pytest.mark.parametrize("scenario", ["batch_left", "batch_mixed_text", "image_video"])
-def test_cache_changes_nothing(scenario):
-    """Each token is the argmax of a pass over the whole row, with positions computed anew."""
+def test_cache_matches_full_forward(scenario):
+    """Each token is the argmax of a forward pass over the whole row, with positions computed from scratch."""
     forward = jax.jit(lambda model, batch: model(batch))
     arrays = parity.inputs(scenario, prompt=True)
-    tokens = tokens_of(scenario)
+    tokens = generate_tokens(scenario)
     for step in range(NEW):
         ids = np.concatenate([arrays["input_ids"], tokens[:, :step]], axis=1)
         mask = np.pad(arrays["attention_mask"], ((0, 0), (0, step)), constant_values=1)
@@ -75,52 +76,55 @@ def test_cache_changes_nothing(scenario):
 
 @pytest.mark.parametrize("scenario", ["text_batch_left", "batch_left", "batch_image_video"])
 def test_any_side_of_padding(scenario):
-    """Prompts padded on the right, or on both sides, continue like those padded on the left."""
+    """Prompts padded on the right or on both sides give the tokens of those padded on the left."""
     arrays = parity.inputs(scenario, prompt=True)
     ids, mask = arrays["input_ids"], arrays["attention_mask"]
-    right = np.argsort(1 - mask, axis=1, kind="stable")  # the columns of tokens first
-    moved = {"input_ids": np.take_along_axis(ids, right, 1), "attention_mask": np.take_along_axis(mask, right, 1)}
-    both = {
-        "input_ids": np.pad(moved["input_ids"], ((0, 0), (2, 0)), constant_values=150),
-        "attention_mask": np.pad(moved["attention_mask"], ((0, 0), (2, 0))),
+    tokens_first = np.argsort(1 - mask, axis=1, kind="stable")
+    right = {
+        "input_ids": np.take_along_axis(ids, tokens_first, 1),
+        "attention_mask": np.take_along_axis(mask, tokens_first, 1),
     }
-    for padded in (moved, both):
+    both = {
+        "input_ids": np.pad(right["input_ids"], ((0, 0), (2, 0)), constant_values=150),
+        "attention_mask": np.pad(right["attention_mask"], ((0, 0), (2, 0))),
+    }
+    for padded in (right, both):
         batch = parity.common(prepare(parity.config(), **arrays | padded, video_positions="hf5"))
-        found = generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=())
-        np.testing.assert_array_equal(found, parity.expected(scenario, "greedy"))
+        tokens = generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=())
+        np.testing.assert_array_equal(tokens, parity.expected(scenario, "greedy"))
 
 
-def test_rows_do_not_see_each_other():
-    """A row alone continues as it does beside others."""
+def test_rows_are_independent():
+    """A row alone gives the same tokens as in a batch."""
     arrays = parity.inputs("text_batch_left", prompt=True)
     for row in range(2):
         batch = parity.common(prepare(parity.config(), **{key: value[row : row + 1] for key, value in arrays.items()}))
-        found = generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=())
-        np.testing.assert_array_equal(found[0], parity.expected("text_batch_left", "greedy")[row])
+        tokens = generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=())
+        np.testing.assert_array_equal(tokens[0], parity.expected("text_batch_left", "greedy")[row])
 
 
 # ---- end and padding tokens
 
 
 def test_end_tokens_of_the_checkpoint():
-    """None means generation_config.json: here 152 and 150, and 150 as padding."""
+    """None means those of generation_config.json: 152 and 150, with 150 for padding."""
     assert parity.config().eos_token_ids == (152, 150)
     first = int(parity.expected("text_batch_left", "greedy")[0, 0])
-    model = jax.tree.map(lambda weight: weight, parity.model())  # a copy, to be given another configuration
+    model = jax.tree.map(lambda weight: weight, parity.model())  # a copy whose configuration can be replaced
     model.config = dataclasses.replace(model.config, eos_token_ids=(first,), pad_token_id=7)
-    found = np.asarray(generate(model, prompt("text_batch_left"), max_new_tokens=NEW))
-    assert found[0].tolist() == [first] + [7] * (NEW - 1)
+    tokens = np.asarray(generate(model, make_prompt("text_batch_left"), max_new_tokens=NEW))
+    assert tokens[0].tolist() == [first] + [7] * (NEW - 1)
 
 
-def test_own_padding_token():
+def test_pad_token_id():
     first = int(parity.expected("text_batch_left", "greedy")[0, 0])
-    found = tokens_of("text_batch_left", eos_token_id=first, pad_token_id=3)
-    assert found[0].tolist() == [first] + [3] * (NEW - 1)
+    tokens = generate_tokens("text_batch_left", eos_token_id=first, pad_token_id=3)
+    assert tokens[0].tolist() == [first] + [3] * (NEW - 1)
 
 
 def test_fewer_tokens_are_a_prefix():
-    found = tokens_of("text_batch_left", max_new_tokens=3)
-    np.testing.assert_array_equal(found, parity.expected("text_batch_left", "greedy")[:, :3])
+    tokens = generate_tokens("text_batch_left", max_new_tokens=3)
+    np.testing.assert_array_equal(tokens, parity.expected("text_batch_left", "greedy")[:, :3])
 
 
 # ---- sampling
@@ -131,15 +135,15 @@ def test_fewer_tokens_are_a_prefix():
     "name", ["no_repeat_ngram_size=1", "no_repeat_ngram_size=2", "min_new_tokens=6", "bad_words_ids"]
 )
 def test_options(scenario, name):
-    """Greedy with each option: the tokens of transformers."""
-    np.testing.assert_array_equal(tokens_with(scenario, **option(scenario, name)), stored(scenario, name))
+    """Greedy decoding with each option gives the tokens of transformers."""
+    np.testing.assert_array_equal(generate_twelve(scenario, **option(scenario, name)), stored(scenario, name))
 
 
 @pytest.mark.parametrize("scenario", ["text_batch_left", "batch_left"])
 def test_all_options_together(scenario):
     options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.2, "bad_words_ids": words(scenario)}
-    found = tokens_with(scenario, **options, min_new_tokens=6, eos_token_id=stored(scenario, "ends"))
-    np.testing.assert_array_equal(found, stored(scenario, "all"))
+    tokens = generate_twelve(scenario, **options, min_new_tokens=6, eos_token_id=stored(scenario, "ends"))
+    np.testing.assert_array_equal(tokens, stored(scenario, "all"))
 
 
 def stored(scenario, key):
@@ -151,8 +155,8 @@ def words(scenario):
     return [[first], second]
 
 
-def tokens_with(scenario, **options):
-    return tokens_of(scenario, **{"max_new_tokens": 12} | options)
+def generate_twelve(scenario, **options):
+    return generate_tokens(scenario, **{"max_new_tokens": 12} | options)
 
 
 def option(scenario, name):
@@ -163,21 +167,21 @@ def option(scenario, name):
 
 
 def test_logprobs():
-    """Of the tokens, and of the most likely ones at each place: log-softmax of transformers' logits; 0 behind the end."""
-    wanted = stored("batch_left", "logprobs")
-    found = generate(parity.model(), prompt("batch_left"), max_new_tokens=12, eos_token_id=(), logprobs=3)
-    np.testing.assert_array_equal(found.tokens, wanted.argmax(-1))
-    np.testing.assert_allclose(found.logprobs, wanted.max(-1), atol=1e-4)
-    np.testing.assert_array_equal(found.top_tokens, np.argsort(-wanted, axis=-1)[..., :3])
-    np.testing.assert_allclose(found.top_logprobs, -np.sort(-wanted, axis=-1)[..., :3], atol=1e-4)
-    end = int(found.tokens[0, 2])
-    ended = generate(parity.model(), prompt("batch_left"), max_new_tokens=12, eos_token_id=end, logprobs=3)
-    np.testing.assert_array_equal(ended.logprobs[0, :3], found.logprobs[0, :3])
+    """Chosen and most likely tokens have the log-softmax of transformers' logits; after a row's end all are 0."""
+    expected = stored("batch_left", "logprobs")
+    generated = generate(parity.model(), make_prompt("batch_left"), max_new_tokens=12, eos_token_id=(), logprobs=3)
+    np.testing.assert_array_equal(generated.tokens, expected.argmax(-1))
+    np.testing.assert_allclose(generated.logprobs, expected.max(-1), atol=1e-4)
+    np.testing.assert_array_equal(generated.top_tokens, np.argsort(-expected, axis=-1)[..., :3])
+    np.testing.assert_allclose(generated.top_logprobs, -np.sort(-expected, axis=-1)[..., :3], atol=1e-4)
+    end = int(generated.tokens[0, 2])
+    ended = generate(parity.model(), make_prompt("batch_left"), max_new_tokens=12, eos_token_id=end, logprobs=3)
+    np.testing.assert_array_equal(ended.logprobs[0, :3], generated.logprobs[0, :3])
     assert not ended.logprobs[0, 3:].any() and not ended.top_tokens[0, 3:].any()
 
 
-def test_logprobs_of_drawn_tokens_are_the_models_own():
-    """Neither temperature nor filters nor penalties enter; none of the most likely may be asked for."""
+def test_logprobs_of_sampled_tokens_are_the_models_own():
+    """Temperature, filters and penalties do not affect them; logprobs=0 returns no top tokens."""
     options = {
         "max_new_tokens": 1,
         "eos_token_id": (),
@@ -185,63 +189,65 @@ def test_logprobs_of_drawn_tokens_are_the_models_own():
         "temperature": 3.0,
         "repetition_penalty": 1.5,
     }
-    found = generate(parity.model(), prompt("batch_left"), **options, logprobs=0)
-    wanted = np.take_along_axis(stored("batch_left", "logprobs")[:, 0], found.tokens, axis=1)
-    np.testing.assert_allclose(found.logprobs, wanted, atol=1e-4)
-    assert found.top_tokens.shape == (2, 1, 0)
+    generated = generate(parity.model(), make_prompt("batch_left"), **options, logprobs=0)
+    expected = np.take_along_axis(stored("batch_left", "logprobs")[:, 0], generated.tokens, axis=1)
+    np.testing.assert_allclose(generated.logprobs, expected, atol=1e-4)
+    assert generated.top_tokens.shape == (2, 1, 0)
 
 
-def test_samples_of_a_prompt():
-    """Rows of a prompt stand together; they differ; a penalty sees each row's own prompt."""
-    options = PENALISED | {"num_return_sequences": 2, "seed": 4}
-    found = tokens_of("text_batch_left", **options)
-    assert found.shape == (4, NEW)
-    assert len({tuple(row) for row in found.tolist()}) == 4
-    narrow = tokens_of("text_batch_left", **options | {"temperature": 1e-4})
-    np.testing.assert_array_equal(narrow, np.repeat(tokens_of("text_batch_left", repetition_penalty=1.2), 2, axis=0))
+def test_num_return_sequences():
+    """Continuations of a prompt are adjacent and differ; a penalty sees each row's own prompt."""
+    options = PENALIZED | {"num_return_sequences": 2, "seed": 4}
+    tokens = generate_tokens("text_batch_left", **options)
+    assert tokens.shape == (4, NEW)
+    assert len({tuple(row) for row in tokens.tolist()}) == 4
+    narrow = generate_tokens("text_batch_left", **options | {"temperature": 1e-4})
+    np.testing.assert_array_equal(
+        narrow, np.repeat(generate_tokens("text_batch_left", repetition_penalty=1.2), 2, axis=0)
+    )
 
 
-def test_a_seed_of_its_own_draws_the_same_whatever_stands_beside():
-    """Alone, beside other rows, in another order, padded on the other side, with more samples."""
+def test_samples_of_a_seed_per_prompt_do_not_depend_on_the_batch():
+    """Alone, in a batch, in another order, padded on the other side, and with more samples."""
     arrays = parity.inputs("text_batch_left", prompt=True)
-    together = tokens_of("text_batch_left", **PENALISED, seed=[11, 12])
+    together = generate_tokens("text_batch_left", **PENALIZED, seed=[11, 12])
 
-    def draw(order, seed, padding=0, **more):
-        columns = np.roll(np.arange(arrays["input_ids"].shape[1]), padding)
-        rows = {key: value[order][:, columns] for key, value in arrays.items()}
+    def sample(order, seed, shift=0, **options):
+        positions = np.roll(np.arange(arrays["input_ids"].shape[1]), shift)
+        rows = {key: value[order][:, positions] for key, value in arrays.items()}
         batch = parity.common(prepare(parity.config(), **rows))
-        return generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=(), **PENALISED | more, seed=seed)
+        return generate(parity.model(), batch, max_new_tokens=NEW, eos_token_id=(), **PENALIZED | options, seed=seed)
 
-    np.testing.assert_array_equal(draw([1, 0], [12, 11]), together[::-1])
-    np.testing.assert_array_equal(draw([0], [11]), together[:1])
-    np.testing.assert_array_equal(draw([0], 11), together[:1])
+    np.testing.assert_array_equal(sample([1, 0], [12, 11]), together[::-1])
+    np.testing.assert_array_equal(sample([0], [11]), together[:1])
+    np.testing.assert_array_equal(sample([0], 11), together[:1])
     padding = int((arrays["attention_mask"][1] == 0).sum())
-    np.testing.assert_array_equal(draw([1], [12], padding=-padding), together[1:])
-    np.testing.assert_array_equal(draw([0, 1], [11, 12], num_return_sequences=2)[::2], together)
+    np.testing.assert_array_equal(sample([1], [12], shift=-padding), together[1:])
+    np.testing.assert_array_equal(sample([0, 1], [11, 12], num_return_sequences=2)[::2], together)
 
 
 def test_seeds():
-    """Equal seeds give equal tokens, other seeds others; each token is one that the filters leave."""
-    first, again, other = (tokens_of("text_batch_left", **SAMPLING, seed=seed) for seed in (1, 1, 2))
+    """Equal seeds give equal tokens, different seeds different ones, and rows differ."""
+    first, again, other = (generate_tokens("text_batch_left", **SAMPLING, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert (first[0] != first[1]).any()
 
 
-def test_sampling_of_one_token_is_greedy():
-    """A filter that leaves a single token decides alone, whichever it is and whatever the seed."""
-    open_options = SAMPLING | {"temperature": 1.0, "top_k": 160, "top_p": 1.0, "min_p": 0.0}
+def test_filter_that_keeps_one_token_is_greedy():
+    """Any filter, with any seed."""
+    wide = SAMPLING | {"temperature": 1.0, "top_k": 160, "top_p": 1.0, "min_p": 0.0}
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}):
-        found = tokens_of("text_batch_left", **open_options | narrow, seed=5)
-        np.testing.assert_array_equal(found, parity.expected("text_batch_left", "greedy"))
+        tokens = generate_tokens("text_batch_left", **wide | narrow, seed=5)
+        np.testing.assert_array_equal(tokens, parity.expected("text_batch_left", "greedy"))
 
 
-def test_filters_mean_nothing_to_greedy():
-    found = tokens_of("text_batch_left", temperature=0.3, top_k=3, top_p=0.5, min_p=0.2)
-    np.testing.assert_array_equal(found, parity.expected("text_batch_left", "greedy"))
+def test_greedy_ignores_filters():
+    tokens = generate_tokens("text_batch_left", temperature=0.3, top_k=3, top_p=0.5, min_p=0.2)
+    np.testing.assert_array_equal(tokens, parity.expected("text_batch_left", "greedy"))
 
 
-# ---- refused, before anything is computed
+# ---- errors, raised before any computation
 
 
 @pytest.mark.parametrize(
@@ -274,29 +280,29 @@ def test_filters_mean_nothing_to_greedy():
         ({"seed": [1, 2]}, "seed has shape"),
     ],
 )
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        tokens_of("text", **options)
+def test_invalid_options(options, message):
+    with pytest.raises(UserError, match=message):
+        generate_tokens("text", **options)
 
 
 def test_unknown_option():
     with pytest.raises(TypeError, match="num_beam_groups"):
-        tokens_of("text", num_beam_groups=2)
+        generate_tokens("text", num_beam_groups=2)
 
 
-def test_packed_rows_are_refused():
-    with pytest.raises(ValueError, match="Row 0 holds 2 packed sequences"):
+def test_packed_rows_are_rejected():
+    with pytest.raises(UserError, match="Row 0 holds 2 packed sequences"):
         generate(parity.model(), parity.batch("packed_text_batch_left"), max_new_tokens=2)
 
 
-def test_a_row_without_tokens_is_refused():
+def test_row_without_tokens_is_rejected():
     batch = prepare(parity.config(), input_ids=np.array([[5, 6], [5, 6]]), attention_mask=np.array([[1, 1], [0, 0]]))
-    with pytest.raises(ValueError, match="Row 1 has no tokens"):
+    with pytest.raises(UserError, match="Row 1 has no tokens"):
         generate(parity.model(), batch, max_new_tokens=2)
 
 
-def test_longer_than_the_model():
-    """The last position is 511: the cache would have room, the model has no such position."""
+def test_too_many_positions():
+    """The last position of the model is 511; the cache would have room for more."""
     batch = prepare(parity.config(), input_ids=np.full((1, 505), 5))
-    with pytest.raises(ValueError, match="512"):
+    with pytest.raises(UserError, match="512"):
         generate(parity.model(), batch, max_new_tokens=100)
