@@ -237,8 +237,15 @@ def _bucket_size(name: str, requested: int | None, needed: int, default: int) ->
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _array(name: str, values) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise UserError(f"{name} is not rectangular ({error}); expected rows of one length") from error
+
+
 def _integers(name: str, values, ndim: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    values = np.asarray(values)
+    values = _array(name, values)
     if not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
         raise UserError(f"{name} has dtype {values.dtype}; expected integers")
     if values.ndim != ndim or (shape is not None and values.shape != shape):
@@ -308,7 +315,7 @@ def _single_segments(mask: np.ndarray) -> np.ndarray:
 def _grid(name: str, grid, config: Qwen2VLConfig) -> np.ndarray | None:
     if grid is None:
         return None
-    grid = np.asarray(grid)
+    grid = _array(name, grid)
     if grid.size == 0:
         return None
     if not np.issubdtype(grid.dtype, np.integer) or grid.ndim != 2 or grid.shape[1] != 3:

@@ -311,6 +311,7 @@ BAD = {
     # ids, mask, labels
     "no sequences": ({"input_ids": np.zeros((0, 4), int)}, r"input_ids has shape \[0, 4\]"),
     "no tokens": ({"input_ids": np.zeros((2, 0), int)}, r"input_ids has shape \[2, 0\]"),
+    "ragged ids": ({"input_ids": [[5, 6], [7]]}, r"input_ids is not rectangular"),
     "one axis": ({"input_ids": np.array([5, 6])}, r"input_ids has shape \[2\]; expected 2 axes"),
     "float ids": ({"input_ids": np.array([[5.0, 6.0]])}, r"input_ids has dtype float64"),
     "id above the vocabulary": ({"input_ids": np.array([[5, 160]])}, r"input_ids\[0, 1\] is 160.*\[0, 160\)"),

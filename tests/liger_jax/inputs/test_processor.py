@@ -195,12 +195,12 @@ def test_default_template_renders_the_published_format(processor):
 def test_inline_images_and_placeholders_are_equivalent(processor):
     image = STORED["image/up30x40"]
     inline = processor([user({"type": "image", "image": image}, text("?"))])
-    given = processor([user(PLACEHOLDER, text("?"))], images=[image])
+    from_list = processor([user(PLACEHOLDER, text("?"))], images=[image])
     alone = processor([user(PLACEHOLDER, text("?"))], images=Image.fromarray(image))
     written = processor([user(text("<|vision_start|><|image_pad|><|vision_end|>?"))], images=[image])
     as_string = processor([{"role": "user", "content": "<|vision_start|><|image_pad|><|vision_end|>?"}], images=[image])
     without_type = processor([user({"image": image}, {"text": "?"})])
-    for other in (given, alone, written, as_string, without_type):
+    for other in (from_list, alone, written, as_string, without_type):
         assert inline.keys() == other.keys()
         for key in inline:
             np.testing.assert_array_equal(inline[key], other[key])
