@@ -1,28 +1,59 @@
 """The command line: `liger-jax demo | finetune | generate | chat | convert | tune | env`.
 
-A command imports what it needs.
+Each command parses its arguments, loads what it needs and calls the library. Heavy packages are imported inside the
+commands, so that --help is quick.
 """
 
 import contextlib
 import dataclasses
+import errno
 import os
 import sys
-from collections.abc import Generator
+import typing
+from collections.abc import Generator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from liger_jax import runtime
+from liger_jax.errors import NotFoundError, UserError
+from liger_jax.generation.options import AnswerOptions
+from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 
 if TYPE_CHECKING:
-    from liger_jax import Processor, Qwen2VL
-    from liger_jax.generation.options import GenerationOptions
+    from liger_jax import Chat, GenerationOptions, Processor, Qwen2VL
+    from liger_jax.model.lora import LoraOptions
 
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
+# Errors of the operating system about a path or its disk, which the user can mend.
+SYSTEM_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPIPE),
+)
+BUG_HINT = "This looks like a bug in liger-jax. Please report it with this traceback and the output of `liger-jax env`."
+
+ModelArgument = Annotated[str, tyro.conf.Positional]
 
 app = tyro.extras.SubcommandApp()
+
+
+def flags(options: type, **names: str | None) -> Any:
+    """Returns a tyro annotation that renames the flags of some fields of an options dataclass, or hides them (None)."""
+    types = typing.get_type_hints(options)
+    markers = {name: tyro.conf.Suppress if flag is None else tyro.conf.arg(name=flag) for name, flag in names.items()}
+    fields = [
+        (field.name, Annotated[types[field.name], markers[field.name]], dataclasses.field(default=field.default))
+        for field in dataclasses.fields(options)
+        if field.name in names
+    ]
+    flagged = dataclasses.make_dataclass(options.__name__, fields, bases=(options,), frozen=True)
+    flagged.__doc__ = options.__doc__
+    return tyro.conf.arg(constructor=flagged)
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
 
 
 @app.command
@@ -34,212 +65,164 @@ def demo(
     seed: int = 0,
     held_out: int = 256,
 ) -> None:
-    """Fine-tune a small Qwen2-VL on pictures of handwritten digits, then ask it about digits it has not seen.
+    """Train a small Qwen2-VL on images of handwritten digits, then ask it about digits that it has not seen.
 
-    Two minutes on two CPU cores. Leaves behind a checkpoint, a curve of the loss, a picture of answers, and metrics.jsonl.
+    Takes two minutes on two CPU cores. Writes a checkpoint, a loss curve, an image of answers, and metrics.jsonl.
 
     Args:
-        output: folder for all results; an earlier demo's results in it are replaced.
-        steps: training steps.
-        batch_size: conversations in a step.
-        learning_rate: highest learning rate, after warming up and before falling along a cosine.
-        seed: of the weights and of the order of pictures.
-        held_out: questions about unseen digits to measure the accuracy with.
+        output: Folder for the results; those of an earlier demo are replaced.
+        steps: Number of training steps.
+        batch_size: Conversations per step.
+        learning_rate: Peak learning rate, reached after warmup and followed by a cosine decay.
+        seed: Seed for the weights and the order of the images.
+        held_out: Number of questions about unseen digits that measure the accuracy.
     """
-    # Timing several ways of each product takes a third of a demo on a GPU, and gains nothing for a model this small.
+    # Autotuning matmuls takes a third of the demo's time on a GPU and gains nothing for a model this small.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     from liger_jax.demo.run import run_demo
 
     runtime.enable_compilation_cache()
-    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    report = run_demo(output, **options, held_out=held_out)
+    report = run_demo(
+        output, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, held_out=held_out
+    )
     print(f"{report.accuracy:.1%} of {held_out} questions about unseen digits answered exactly, {report.seconds:.0f} s")
     for name in ("answers", "loss", "metrics", "checkpoint"):
         print(f"{name:<11}{getattr(report, name)}")
 
 
+# ---- finetune --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The conversations to train and to evaluate on."""
+
+    conversations: Annotated[Path, tyro.conf.Positional]
+    """File of conversations in LLaVA, ShareGPT or messages format: a JSON list, or JSON lines."""
+    held_out: Path | None = None
+    """File of conversations to evaluate on at each checkpoint: loss and accuracy."""
+    media: Path | None = None
+    """Folder that relative image paths start from; by default the folder of the conversations."""
+    max_pixels: int | None = None
+    """Maximum number of pixels per image; by default the model's limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraFlags:
+    """LoRA: train low-rank matrices instead of the weights."""
+
+    lora: int | None = None
+    """Train only LoRA matrices of this rank. They are also written to adapter/ in PEFT's format."""
+    lora_alpha: float | None = None
+    """LoRA scaling is alpha / rank; default 2 * rank."""
+    lora_targets: tuple[str, ...] = ()
+    """PEFT's names of the layers that get LoRA, or all-linear; by default the linear layers of the text model."""
+
+    def resolve(self, optimization: Optimization) -> "LoraOptions | None":
+        """Returns the options of LoRA, or None to train the weights.
+
+        Raises:
+            UserError: contradictory flags, or unknown targets.
+        """
+        if self.lora is None:
+            if self.lora_alpha is not None or self.lora_targets:
+                raise UserError("--lora is missing; expected --lora RANK together with --lora-alpha or --lora-targets")
+            return None
+        part_rates = (optimization.vision_learning_rate, optimization.merger_learning_rate)
+        if optimization.freeze or part_rates != (None, None):
+            raise UserError("--lora trains nothing else; expected no --freeze and no learning rate of a part with it")
+        if optimization.master_weights:
+            raise UserError("--lora trains float32 matrices; expected no --master-weights with it")
+        from liger_jax.model.lora import TEXT_TARGETS, LoraOptions
+
+        targets = "all-linear" if self.lora_targets == ("all-linear",) else self.lora_targets or tuple(TEXT_TARGETS)
+        alpha = 2 * self.lora if self.lora_alpha is None else self.lora_alpha
+        return LoraOptions(rank=self.lora, alpha=alpha, targets=targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices to train on."""
+
+    data: int = 1
+    """Devices that each hold all weights and split the batch."""
+    fsdp: int = 1
+    """Devices that split the weights and the batch."""
+    tensor: int = 1
+    """Devices that split attention heads and MLPs."""
+
+
 @app.command
 def finetune(
-    model: Annotated[str, tyro.conf.Positional],
-    conversations: Annotated[Path, tyro.conf.Positional],
+    model: ModelArgument,
+    data: TrainingData,
     output: Path = Path("outputs/finetune"),
-    held_out: Path | None = None,
-    eval_generate: int = 0,
-    max_new_tokens: int = 64,
-    media: Path | None = None,
-    skip_broken: bool = False,
     steps: int = 1000,
-    batch_size: int = 8,
-    learning_rate: float = 1e-5,
-    vision_learning_rate: float | None = None,
-    merger_learning_rate: float | None = None,
-    freeze: tuple[Literal["vision", "merger", "text"], ...] = (),
-    lora: int | None = None,
-    lora_alpha: float | None = None,
-    lora_targets: tuple[str, ...] = (),
-    weight_decay: float = 0.0,
-    warmup: float = 0.03,
     dtype: Literal["bfloat16", "float32"] | None = None,
-    master_weights: bool = False,
-    pack: int | None = None,
-    group_by_length: bool = False,
-    max_pixels: int | None = None,
-    accumulate: int = 1,
-    remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "auto",
-    unroll: bool = False,
-    save_every: int = 500,
-    keep: int = 3,
-    workers: int | None = None,
-    data: int = 1,
-    fsdp: int = 1,
-    tensor: int = 1,
-    seed: int = 0,
+    batching: Annotated[Batching, flags(Batching, pack_length="pack", length=None, patches=None)] = Batching(),
+    optimization: Optimization = Optimization(),
+    lora: LoraFlags = LoraFlags(),
+    execution: LayerExecution = LayerExecution(remat="auto"),
+    saving: Annotated[Saving, flags(Saving, max_to_keep="keep", asynchronous=None, generation_config=None)] = Saving(),
+    evaluation: Evaluation = Evaluation(),
+    mesh: MeshShape = MeshShape(),
 ) -> None:
-    """Fine-tune a model on a file of conversations; run again with the same --output, it goes on where it was stopped.
+    """Fine-tune a model on a file of conversations. Run again with the same --output, it resumes.
 
     Args:
-        model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        conversations: a file in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
-        output: folder of checkpoints, metrics.jsonl, and curves for TensorBoard.
-        held_out: such a file that is not trained, to measure loss and accuracy on at each checkpoint.
-        eval_generate: how many of these the model also answers; answers.jsonl has its answers beside the right ones.
-        max_new_tokens: longest of these answers.
-        media: folder that relative paths of pictures start from; by default that of the conversations.
-        skip_broken: leave out what is broken or too large, with a warning, instead of stopping.
-        steps: training steps of the whole run.
-        batch_size: conversations in a step; with --pack, rows.
-        learning_rate: highest learning rate, after warming up and before falling along a cosine.
-        vision_learning_rate: that of the vision tower.
-        merger_learning_rate: that of the layers between vision tower and language model.
-        freeze: parts that are not trained.
-        lora: train matrices of this rank beside the weights, and nothing else; written to adapter/ in PEFT's format too.
-        lora_alpha: they count alpha / rank times; by default twice.
-        lora_targets: what gets them, by PEFT's names, or all-linear; by default the products of the text layers.
-        weight_decay: of the weights of products and tables.
-        warmup: share of the steps in which the learning rate rises.
-        dtype: of weights and computation; by default bfloat16 from Hugging Face, and as they are from Orbax.
-        master_weights: keep weights and moments in float32 too, and compute in bfloat16.
-        pack: put several conversations into rows of so many tokens.
-        group_by_length: put conversations of similar sizes into a batch.
-        max_pixels: largest number of pixels of a picture; by default the model's.
-        accumulate: parts that a batch is computed in, one after the other.
-        remat: what the backward pass computes again; auto takes the fastest that fits the memory.
-        unroll: a faster step for a longer compilation.
-        save_every: steps between checkpoints.
-        keep: checkpoints that stay.
-        workers: processes that read pictures; by default some, where there are cores for them.
-        data: devices that each have all weights, and split the rows of a batch.
-        fsdp: devices that split the weights and the rows of a batch.
-        tensor: devices that split heads and MLPs.
-        seed: of the order of the data.
+        model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        output: Folder for checkpoints, metrics.jsonl, and TensorBoard curves.
+        steps: Number of training steps of the whole run.
+        dtype: Dtype of weights and computation; by default bfloat16 for Hugging Face, and as stored for Orbax.
     """
     from convert import open_model, save_adapter
-    from liger_jax import Processor
-    from liger_jax.checkpoint import GENERATION
-    from liger_jax.data.records import read_conversations
-    from liger_jax.files import local_folder
-    from liger_jax.model.lora import TEXT_TARGETS, add_lora
+    from liger_jax import add_lora, read_conversations
+    from liger_jax import finetune as run_finetune
+    from liger_jax.files import GENERATION_CONFIG, local_folder
+    from liger_jax.model.params import PARTS
     from liger_jax.model.sharding import make_mesh
-    from liger_jax.train.finetune import finetune as run
-    from liger_jax.train.optimizer import BASE, make_optimizer, warmup_cosine
+    from liger_jax.train.optimizer import build_optimizer
 
-    if lora is None and (lora_alpha is not None or lora_targets):
-        raise ValueError("lora_alpha and lora_targets are of --lora RANK, which is missing")
-    if lora is not None and (freeze or vision_learning_rate is not None or merger_learning_rate is not None):
-        raise ValueError("with --lora nothing else is trained; expected no --freeze and no learning rate of a part")
-    if lora is not None and master_weights:
-        raise ValueError("--lora trains float32 matrices, which need no --master-weights; expected one of the two")
+    lora_options = lora.resolve(optimization)
+    if lora_options is not None:
+        optimization = dataclasses.replace(optimization, freeze=PARTS)
+    build_optimizer(optimization, steps)  # only to raise its errors before the model is loaded
     runtime.enable_compilation_cache()
-    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
-    on_error = "skip" if skip_broken else "raise"
-    how = {"media": media, "on_error": on_error}
-    seen, unseen = read_conversations(conversations, **how), held_out and read_conversations(held_out, **how)
-    rates = {"vision": vision_learning_rate, "merger": merger_learning_rate}
-    schedules = {part: rate if rate is None else warmup_cosine(rate, steps, warmup) for part, rate in rates.items()}
-    optimizer = make_optimizer(
-        warmup_cosine(learning_rate, steps, warmup),
-        **schedules,
-        freeze=freeze if lora is None else BASE,
-        weight_decay=weight_decay,
-        master_weights=master_weights,
-    )
-    processor = Processor.from_pretrained(model)
-    processor.image = processor.image.with_limits(None, max_pixels)
-    loaded = open_model(model, mesh=mesh, dtype=dtype)
-    if lora is not None:
-        targets = lora_targets if lora_targets != ("all-linear",) else "all-linear"
-        alpha = 2 * lora if lora_alpha is None else lora_alpha
-        loaded = add_lora(loaded, rank=lora, alpha=alpha, targets=targets or tuple(TEXT_TARGETS), seed=seed)
-    state = run(
-        loaded,
+    devices = make_mesh(**vars(mesh))
+
+    def read(path: Path) -> list:
+        return read_conversations(path, media=data.media, on_error="skip" if batching.skip_broken else "raise")
+
+    conversations, held_out = read(data.conversations), read(data.held_out) if data.held_out else ()
+    processor = open_processor(model, data.max_pixels)
+    weights = open_model(model, mesh=devices, dtype=dtype)
+    if lora_options is not None:
+        weights = add_lora(weights, **vars(lora_options), seed=batching.seed)
+    generation_config = local_folder(model, [GENERATION_CONFIG]) / GENERATION_CONFIG
+    state = run_finetune(
+        weights,
         processor,
-        seen,
+        conversations,
         output,
-        generation_config=local_folder(model, [GENERATION]) / GENERATION,
         steps=steps,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        held_out=unseen or (),
-        eval_generate=eval_generate,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        pack_length=pack,
-        group_by_length=group_by_length,
-        on_error=on_error,
-        remat=remat,
-        accumulate=accumulate,
-        unroll=unroll,
-        save_every=save_every,
-        keep=keep,
-        workers=workers,
-        frozen=freeze if lora is None else BASE,
+        optimizer=optimization,
+        batching=batching,
+        execution=execution,
+        saving=dataclasses.replace(saving, generation_config=generation_config),
+        held_out=held_out,
+        evaluation=evaluation,
     )
-    if lora is not None:
+    if lora_options is not None:
         save_adapter(state.model, output / "adapter", base_model=model)
     print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
 
 
-@dataclasses.dataclass(frozen=True)
-class AnswerFlags:
-    """How answers are made. What is not given is as the checkpoint's generation_config.json has it."""
-
-    max_new_tokens: int | None = None
-    """Longest answer, in tokens; 512 where the checkpoint has none."""
-    temperature: float | None = None
-    """Draw answers, from a distribution so much flatter; by default as the checkpoint has it. Naming this, top_k, top_p or
-    min_p switches drawing on and those that are not named off; 0 is the most likely token, always."""
-    top_k: int | None = None
-    """Draw from so many of the most likely tokens."""
-    top_p: float | None = None
-    """Draw from the most likely tokens that have this probability together."""
-    min_p: float | None = None
-    """Draw from the tokens that are at least so likely beside the most likely one."""
-    repetition_penalty: float | None = None
-    """Above 1 makes tokens less likely that occurred, also in the question."""
-    no_repeat_ngram_size: int | None = None
-    """No run of so many tokens occurs twice."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer."""
-    seed: int = 0
-    """Of what is drawn."""
-
-    def options(self, folder: Path) -> "GenerationOptions":
-        from liger_jax.generation.options import GenerationOptions
-
-        given = {name: value for name, value in vars(self).items() if value not in (None, ())}
-        if self.stop:
-            given["stop_strings"] = given.pop("stop")
-        filters = ("temperature", "top_k", "top_p", "min_p")
-        if self.temperature == 0:
-            given = {name: value for name, value in given.items() if name not in filters} | {"do_sample": False}
-        elif given.keys() & filters:
-            given = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None} | given
-        return GenerationOptions.from_hf(folder, **given)
+# ---- generate, chat --------------------------------------------------------------------------------------------------
 
 
 @app.command
 def generate(
-    model: Annotated[str, tyro.conf.Positional],
+    model: ModelArgument,
     question: Annotated[str | None, tyro.conf.Positional] = None,
     images: tuple[Path, ...] = (),
     system: str | None = None,
@@ -249,111 +232,140 @@ def generate(
     batch_size: int | None = None,
     skip_broken: bool = False,
     max_pixels: int | None = None,
-    answers: Annotated[AnswerFlags, tyro.conf.arg(name="")] = AnswerFlags(),
+    answers: AnswerOptions = AnswerOptions(),
 ) -> None:
-    """Answer one question, with pictures or without, or all questions of a file.
+    """Answer one question, with or without images, or all questions of a file.
 
-    Answering a file can be stopped at any moment; run again with the same --output, it goes on.
+    Answering a file can be interrupted. Run again with the same --output, it resumes.
 
     Args:
-        model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        question: what to ask; the answer is printed as it comes.
-        images: pictures to ask about.
-        system: the system message of the question.
-        data: instead of a question, a file of them in LLaVA, ShareGPT or messages format, a JSON list or a record a line.
-        output: file of the answers, a JSON record a line.
-        media: folder that relative paths of pictures in the data start from; by default that of the data.
-        batch_size: questions of the data that are answered together, 8 if not given.
-        skip_broken: leave broken records of the data out, with a warning, instead of stopping.
-        max_pixels: largest number of pixels of a picture; by default the model's.
+        model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        question: The question; its answer is printed as it is generated.
+        images: Images that the question is about.
+        system: System message for the question.
+        data: File of questions, instead of a question, in LLaVA, ShareGPT or messages format: a JSON list, or JSON lines.
+        output: File for the answers to --data, as JSON lines.
+        media: Folder that relative image paths in --data start from; by default the folder of the data.
+        batch_size: Number of questions of --data to answer together; default 8.
+        skip_broken: Skip broken records of --data with a warning instead of stopping.
+        max_pixels: Maximum number of pixels per image; by default the model's limit.
     """
     if (question is None) == (data is None) or (data is None) != (output is None):
-        raise ValueError("expected a question, or --data and --output")
-    given = {"--images": images, "--system": system}
+        raise UserError("expected a question, or --data and --output")
     if data is None:
-        given = {"--media": media, "--batch-size": batch_size, "--skip-broken": skip_broken}
-    if useless := [name for name, value in given.items() if value or (value == 0 and value is not False)]:
-        raise ValueError(f"{' and '.join(useless)} is not for {'a file of questions' if data else 'a single question'}")
+        unused = {"--media": media, "--batch-size": batch_size, "--skip-broken": skip_broken or None}
+    else:
+        unused = {"--images": images or None, "--system": system}
+    if names := [name for name, value in unused.items() if value is not None]:
+        raise UserError(f"{' and '.join(names)} is not for {'a file of questions' if data else 'a single question'}")
     if data is not None and not data.is_file():
-        raise FileNotFoundError(f"{data}: no such file of questions")
+        raise NotFoundError(f"{data}: no such file of questions")
     if missing := [str(path) for path in images if not path.is_file()]:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such picture")
-    from liger_jax import Chat
+        raise NotFoundError(f"{', '.join(missing)}: no such image")
+    weights, processor, options = open_for_answers(model, answers, max_pixels)
+    if data is None:
+        from liger_jax import Chat
+
+        print_stream(Chat(weights, processor, system=system, **vars(options)).stream(question, images=images))
+        return
     from liger_jax.generation.answer_file import answer_file
 
-    *both, options = open_for_answers(model, answers, max_pixels)
-    if data is not None:
-        how = {"batch_size": 8 if batch_size is None else batch_size, "media": media, "skip_broken": skip_broken}
-        print(f"{answer_file(*both, data, output, options=options, **how)} answers in {output}")
-    else:
-        print_pieces(Chat(*both, system=system, **vars(options)).stream(question, images=images))
+    count = answer_file(
+        weights,
+        processor,
+        data,
+        output,
+        options=options,
+        batch_size=8 if batch_size is None else batch_size,
+        media=media,
+        skip_broken=skip_broken,
+    )
+    print(f"{count} answers in {output}")
 
 
 @app.command
 def chat(
-    model: Annotated[str, tyro.conf.Positional],
+    model: ModelArgument,
     system: str | None = None,
     max_pixels: int | None = None,
-    answers: Annotated[AnswerFlags, tyro.conf.arg(name="")] = AnswerFlags(),
+    answers: AnswerOptions = AnswerOptions(),
 ) -> None:
-    """Talk with a model about texts and pictures, in the terminal.
+    """Chat with a model about text and images, in the terminal.
 
-    `/image PATH` shows a picture with the next question, `/reset` begins anew, `/quit` ends. Ctrl-C ends an answer.
+    `/image PATH` adds an image to the next question, `/reset` starts a new chat, `/quit` ends. Ctrl-C stops an answer.
 
     Args:
-        model: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        system: the system message.
-        max_pixels: largest number of pixels of a picture; by default the model's.
+        model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        system: System message.
+        max_pixels: Maximum number of pixels per image; by default the model's limit.
     """
     from liger_jax import Chat
-    from liger_jax.inputs.images import load_image
 
-    *both, options = open_for_answers(model, answers, max_pixels)
-    talk, images = Chat(*both, system=system, **vars(options)), []
+    weights, processor, options = open_for_answers(model, answers, max_pixels)
+    session, images = Chat(weights, processor, system=system, **vars(options)), []
     while True:
         try:
-            command, _, rest = (line := input("> ").strip()).partition(" ")
+            line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        if line == "/quit":
+            return
         try:
-            if command == "/quit":
-                return
-            elif command == "/reset":
-                talk.reset()
-                images = []
-            elif command == "/image":
-                images.append(load_image(rest.strip().strip("'\"")))
-            elif command.startswith("/"):
-                print("expected a question, /image PATH, /reset or /quit")
-            elif line:
-                answer, images = talk.stream(line, images=images), []
-                print_pieces(answer)
-        except (ValueError, FileNotFoundError) as error:
+            images = respond(session, line, images)
+        except UserError as error:
             print(f"! {error}")
         except KeyboardInterrupt:
             print()
 
 
-def print_pieces(pieces: Generator[str]) -> None:
-    with contextlib.closing(pieces):  # or an answer that Ctrl-C ends would keep the decoder's copy of the weights
+def respond(session: "Chat", line: str, images: list) -> list:
+    """Runs a command of the chat or prints the answer to a question; returns the images for the next question."""
+    from liger_jax.inputs.images import load_image
+
+    command, _, argument = line.partition(" ")
+    if command == "/reset":
+        session.reset()
+        return []
+    if command == "/image":
+        return [*images, load_image(argument.strip().strip("'\""))]
+    if command.startswith("/"):
+        print("expected a question, /image PATH, /reset or /quit")
+    elif line:
+        print_stream(session.stream(line, images=images))
+        return []
+    return images
+
+
+def print_stream(pieces: Generator[str]) -> None:
+    """Prints an answer as it is generated."""
+    with contextlib.closing(pieces):  # otherwise an answer stopped by Ctrl-C keeps the decoder's copy of the weights
         for piece in pieces:
             print(piece, end="", flush=True)
     print()
 
 
 def open_for_answers(
-    name: str, flags: AnswerFlags, max_pixels: int | None
+    model: str, answers: AnswerOptions, max_pixels: int | None
 ) -> tuple["Qwen2VL", "Processor", "GenerationOptions"]:
     from convert import open_model
-    from liger_jax import Processor
-    from liger_jax.files import local_folder
+    from liger_jax.files import GENERATION_CONFIG, local_folder
 
     runtime.enable_compilation_cache()
-    options = flags.options(local_folder(name, ["generation_config.json"]))
-    processor = Processor.from_pretrained(name)
+    options = answers.resolve(local_folder(model, [GENERATION_CONFIG]))
+    processor = open_processor(model, max_pixels)
+    return open_model(model), processor, options
+
+
+def open_processor(model: str, max_pixels: int | None) -> "Processor":
+    from liger_jax import Processor
+
+    processor = Processor.from_pretrained(model)
     processor.image = processor.image.with_limits(None, max_pixels)
-    return open_model(name), processor, options
+    return processor
+
+
+# ---- convert, tune, env ----------------------------------------------------------------------------------------------
 
 
 @app.command
@@ -370,27 +382,36 @@ def convert(
     """Convert a Hugging Face checkpoint to an Orbax folder, or back.
 
     Args:
-        source: an Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        target: the folder to write.
-        to: format to write; by default the one that the source is not in.
-        dtype: of the weights; by default bfloat16 from Hugging Face, and as they are from Orbax.
-        max_shard_size: largest file of a Hugging Face checkpoint.
-        revision: branch, tag or commit of the hub.
-        allow_pickle: read pytorch_model*.bin files, which can run code.
-        overwrite: write into a folder that has files in it.
+        source: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        target: Folder to write.
+        to: Format to write; by default the one that the source does not have.
+        dtype: Dtype of the weights; by default bfloat16 from Hugging Face, and as stored from Orbax.
+        max_shard_size: Maximum size of a Hugging Face weight file.
+        revision: Branch, tag or commit on the hub.
+        allow_pickle: Also read pytorch_model*.bin files, which can run code.
+        overwrite: Write into a folder that has files.
     """
-    from convert.__main__ import convert as run
+    from convert.load import convert_checkpoint
 
-    options = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size, "revision": revision}
-    print(run(source, target, **options, allow_pickle=allow_pickle, overwrite=overwrite))
+    summary = convert_checkpoint(
+        source,
+        target,
+        to=to,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+    )
+    print(summary)
 
 
 @app.command
 def tune(*only: str) -> None:
-    """Time the candidate block sizes of the kernels on the GPU at hand and keep the fastest for it.
+    """Time the candidate block sizes of the kernels on this GPU and save the fastest for it.
 
     Args:
-        only: kernels by name; by default all.
+        only: Names of kernels; by default all.
     """
     from pallas_kernels.tune import main as tune_kernels
 
@@ -416,9 +437,22 @@ def env() -> None:
         print("device", device.id, device.device_kind, *([f"{memory / 2**30:.1f} GiB"] if memory else []))
 
 
-def main() -> None:
-    """Runs a command; what the user got wrong is one line on stderr, without a traceback."""
+def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> None:
+    """Runs a command. A user's mistake ends it with one line on stderr; any other error keeps its traceback.
+
+    Args:
+        arguments: the command and its arguments; by default those of the process.
+        prog: name of the program in help texts.
+    """
     try:
-        app.cli(prog="liger-jax", description="Qwen2-VL for JAX: train, ask, convert, inspect.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"liger-jax: {error}")
+        app.cli(
+            args=arguments,
+            prog=prog,
+            description="Qwen2-VL for JAX: fine-tune, ask questions, convert checkpoints.",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except Exception as error:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS):
+            sys.exit(f"liger-jax: {' '.join(str(error).split())}")
+        error.add_note(BUG_HINT)  # printed after the traceback
+        raise

@@ -1,37 +1,37 @@
-"""Training from conversations to checkpoints: batches, steps, a log, and going on where a run was stopped."""
+"""Fine-tuning from conversations to checkpoints: batches, steps, a log, and resuming an interrupted run."""
 
 import contextlib
-import itertools
+import dataclasses
 import json
 import signal
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import optax
 
-from liger_jax.checkpoint import GENERATION, checkpoint_manager, is_model, latest_step, restore_state, save_state
-from liger_jax.data.dataset import OnError, make_dataset
+from liger_jax.checkpoint import checkpoint_manager, restore_state, save_state
+from liger_jax.data.dataset import Dataset, check_batching, make_dataset
 from liger_jax.data.loader import load_batches
-from liger_jax.files import atomic_write, fingerprint
-from liger_jax.generation.loop import check_prompts
-from liger_jax.inputs.batch import Batch, prepare
+from liger_jax.errors import UserError
+from liger_jax.generation.answer import prepare_prompt
+from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
-from liger_jax.model.lora import adapted_parts, lora_config
-from liger_jax.train.evaluation import compare_answers, evaluate, question
-from liger_jax.train.metrics import HELD_OUT, RunLog, batch_work, step_rates, truncate_after, was_measured
-from liger_jax.train.run import check_record, is_run, write_record
-from liger_jax.train.step import TrainState, make_train_step
+from liger_jax.model.lora import adapted_parts
+from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
+from liger_jax.train.evaluation import compare_answers, evaluate, split_last_answer
+from liger_jax.train.metrics import HELD_OUT, RunLog, batch_work, step_rates
+from liger_jax.train.optimizer import build_optimizer
+from liger_jax.train.run import Run, RunOptions, make_record, open_run
+from liger_jax.train.step import Metrics, TrainState, make_train_step
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
-METRICS = "metrics.jsonl"
-ANSWERS = "answers.jsonl"
-TENSORBOARD = "tensorboard"
+Evaluator = Callable[[Qwen2VL, int], dict[str, float]]
 
 
 def finetune(
@@ -41,244 +41,294 @@ def finetune(
     output: str | Path,
     *,
     steps: int,
-    batch_size: int,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimization | optax.GradientTransformation = Optimization(),
+    batching: Batching = Batching(),
+    execution: LayerExecution = LayerExecution(remat="auto"),
+    saving: Saving = Saving(),
     held_out: Sequence[Conversation] = (),
-    eval_generate: int = 0,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    length: int | None = None,
-    patches: int | None = None,
-    pack_length: int | None = None,
-    group_by_length: bool = False,
-    on_error: OnError = "raise",
-    remat: str = "auto",
-    accumulate: int = 1,
-    unroll: bool = False,
-    save_every: int = 500,
-    keep: int | None = 3,
-    asynchronous: bool = True,
-    workers: int | None = None,
-    frozen: Collection[str] = (),
-    generation_config: Path | None = None,
+    evaluation: Evaluation = Evaluation(),
     progress: bool = True,
 ) -> TrainState:
-    """Trains a model on the assistants' answers in conversations.
+    """Trains a model on the assistant's answers in conversations.
 
-    Each time through the data has an order of its own, made from `seed`. If `output` holds a run, it is continued: on the
-    same device the losses that follow are those of a run that was never stopped. At SIGTERM the state is saved and
-    training ends.
+    If `output` has a run, it is resumed: on the same device, its losses are bit for bit those of an uninterrupted run. On
+    SIGTERM the state is saved and training ends.
 
     Args:
-        model: where to begin; its arrays are given away. On a mesh, training is, too. A run that goes on has weights of its
-            own, and takes the shapes alone.
-        processor: of the model; saved along, so that `load_model` and `Processor.from_pretrained` find both in `output`.
-        conversations: as `read_conversations` returns them.
-        output: folder of the run: checkpoints, metrics.jsonl with a line a step, tensorboard/ with the same as curves,
-            answers.jsonl with generated answers, run.json with what a continuation must have in common.
-        steps: of the whole run, those before a continuation included.
-        batch_size: rows in a step: conversations, or packs of them.
-        optimizer: as `make_optimizer` returns it; a run must be continued with an optimizer of the same structure.
-        held_out: conversations to measure loss and accuracy on, `evaluate`, whenever the state is saved; first, if a run
-            goes on from such a step and was stopped before, or had no `held_out`.
-        eval_generate: how many of them are also answered then, for the share of answers that are exactly right.
-        max_new_tokens: longest of these answers.
-        seed: of the order of the data.
-        length, patches, pack_length, group_by_length, on_error: shapes of the batches, see `make_dataset`.
-        remat, accumulate, unroll: see `make_train_step`.
-        save_every, keep: steps between checkpoints; how many of them stay.
-        asynchronous: write checkpoints while training goes on; takes memory for the whole state on the host.
-        workers: see `load_batches`.
-        frozen: parts that the optimizer does not train, for the count of operations in the log.
-        generation_config: the model's generation_config.json, if there is such a file: how answers are made is not trained,
-            and stands beside the checkpoints as it was.
-        progress: show a bar.
+        model: the initial weights; the buffers are donated. A sharded model trains sharded. A resumed run takes only the
+            shapes and shardings.
+        processor: the model's processor. It is saved too, so that `load_model` and `Processor.from_pretrained` accept
+            `output`.
+        conversations: as returned by `read_conversations`. Their order differs between epochs.
+        output: folder of the run, see `liger_jax.train.run`.
+        steps: number of steps of the whole run, including those before it was resumed.
+        optimizer: options for AdamW, or any optax transformation. A resumed run needs one with the same state structure.
+        batching: how conversations become batches.
+        execution: how the layers run.
+        saving: when checkpoints are written.
+        held_out: conversations for evaluation whenever a checkpoint is saved. A resumed run first evaluates its latest
+            checkpoint, if that has not been done.
+        evaluation: how they are evaluated.
+        progress: show progress bars.
 
     Returns:
         The last state.
 
     Raises:
-        ValueError: an argument out of range, a conversation that does not fit or cannot be read, or a run in `output` of
+        UserError: an option out of range; a conversation that is too large or cannot be read; or `output` has a run with
             other data, another model or another optimizer.
-        FileExistsError: `output` holds files and no run.
+        AlreadyExistsError: `output` has files and no run.
+
+    Example:
+        >>> from liger_jax import finetune
+        >>> from liger_jax.options import Batching, Optimization
+        >>> finetune(  # doctest: +SKIP
+        ...     model, processor, read_conversations("train.json"), "runs/first", steps=1000,
+        ...     optimizer=Optimization(learning_rate=2e-5), batching=Batching(batch_size=16, pack_length=2048),
+        ... )
     """
-    counts = {"steps": steps, "batch_size": batch_size, "save_every": save_every, "conversations": len(conversations)}
-    counts |= {"keep": 1 if keep is None else keep, "accumulate": accumulate, "max_new_tokens": max_new_tokens}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
-    for name, value in {"seed": seed, "workers": workers or 0}.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}; expected at least 0")
-    if not 0 <= eval_generate <= len(held_out):
-        raise ValueError(f"eval_generate is {eval_generate}; expected at most the {len(held_out)} of held_out")
-    output = Path(output)
-    if not is_run(output) and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} holds files and no training run: give an empty folder or a run to go on with")
-    layout = {"length": length, "patches": patches, "pack_length": pack_length, "group_by_length": group_by_length}
-    vocabulary = processor.tokenizer.get_vocab()
-    record = {
-        "conversations": len(conversations),
-        "data": fingerprint(conversations),
-        "tokenizer": fingerprint([sorted(vocabulary, key=vocabulary.get), processor.tokenizer.chat_template]),
-        **{f"{name} of pictures": value for name, value in vars(processor.image).items()},
-        **{f"{name} of videos": value for name, value in vars(processor.video).items()},
-        "seed": seed,
-        "batch_size": batch_size,
-        **layout,
-    }
-    if (told := lora_config(model)) is not None:
-        record["lora"] = told
-    going_on = is_model(output)
-    if going_on:
-        check_record(output, record)
-    start = latest_step(output) if going_on else 0
-    if start > steps:
-        raise ValueError(f"steps is {steps}, but the run in {output} is at step {start} already")
+    optimization = optimizer if isinstance(optimizer, Optimization) else None
+    options = RunOptions(steps, optimization, batching, execution, saving, evaluation)
+    validate(options, conversations=len(conversations), held_out=len(held_out))
+    if optimization:
+        optimizer = build_optimizer(optimization, steps)
+    train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=execution.unroll)
 
-    def can_be_asked(number: int) -> bool:
-        try:
-            prompt = prepare(model.config, **processor(question(held_out[number])[0], add_generation_prompt=True))
-            check_prompts(prompt, max_new_tokens, model.config.text.max_position_embeddings)
-        except ValueError as error:
-            if on_error == "raise":
-                raise ValueError(f"conversation {number} cannot be answered: {error}") from error
-            return False
-        return True
-
-    shapes = layout | {"batch_size": batch_size, "on_error": on_error, "progress": progress}
-    dataset = make_dataset(processor, model.config, conversations, seed=seed, **shapes)
-    with _held_out_named():
-        unseen = make_dataset(processor, model.config, held_out, seed=None, **shapes) if held_out else None
-        readable = (number for number in range(len(held_out)) if unseen.read(number) and can_be_asked(number))
-        asked = list(itertools.islice(readable, eval_generate))
-    due = going_on and unseen is not None and (start == steps or start % save_every == 0)
-    to_measure = due and not was_measured(output / METRICS, start)
-
-    state = TrainState.create(model, optimizer)
-    if going_on:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        del state
-        state = restore_state(output, like, step=start)
-        for weight in jax.tree.leaves(model):
-            weight.delete()  # a run that goes on has no use for it, and its step none for the memory
-    if start == steps and not to_measure:
+    run = open_run(Path(output), make_record(options, model, processor, conversations))
+    dataset = make_dataset(processor, model.config, conversations, batching, progress=progress)
+    evaluator = None
+    if held_out:
+        with _named_held_out():
+            held_out_dataset = make_dataset(
+                processor, model.config, held_out, batching, shuffle=False, progress=progress
+            )
+            evaluator = HeldOutEvaluator.create(held_out_dataset, evaluation, answers_file=run.answers)
+    evaluate_first = evaluator is not None and run.owes_evaluation(options)
+    state = open_state(model, optimizer, run)
+    if run.start == steps and not evaluate_first:
         return state
-    write_record(output, record)
-    processor.save_pretrained(output)
-    if generation_config is not None and generation_config.is_file() and not (output / GENERATION).exists():
-        atomic_write(output / GENERATION, generation_config.read_bytes())
-    truncate_after(output / ANSWERS, start - to_measure)
 
-    def measure(model: Qwen2VL, step: int) -> dict[str, float]:
-        with _held_out_named():
-            found = evaluate(model, load_batches(unseen, range(unseen.plan.epoch_batches), workers=0))
-        if asked:
-            questions = [held_out[number] for number in asked]
-            room = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            answers = compare_answers(model, processor, questions, **room)
-            with (output / ANSWERS).open("a", encoding="utf-8") as file:
-                for number, line in zip(asked, answers, strict=True):
-                    print(json.dumps({"step": step, "conversation": number} | line, ensure_ascii=False), file=file)
-            found["exact_match"] = sum(line["exact"] for line in answers) / len(answers)
-        return found
+    last_answers = run.start - 1 if evaluate_first else run.start
+    run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
+    batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
+    with (
+        checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
+        RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
+        catch_sigterm() as stop_requested,
+    ):
+        if evaluate_first:
+            log.write(run.start, evaluator(state.model, run.start))
+        checkpoints = Checkpoints(manager, saving.save_every, evaluator)
+        frozen = optimization.freeze if optimization else ()
+        return fit(
+            state, batches, train_step, log, checkpoints=checkpoints, frozen=frozen, stop_requested=stop_requested
+        )
 
-    batches = load_batches(dataset, range(start, steps), workers=workers)
-    with checkpoint_manager(output, keep=keep, asynchronous=asynchronous) as manager, _sigterm() as stop:
-        how = {"remat": remat, "accumulate": accumulate, "unroll": unroll, "frozen": frozen, "progress": progress}
-        after = {"save": (manager, save_every), "stop": stop, "measure": measure if unseen else None}
-        after["measure_first"] = to_measure
-        tensorboard = output / TENSORBOARD
-        state, _ = fit(state, batches, output / METRICS, steps=steps, tensorboard=tensorboard, **after, **how)
+
+def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
+    """Raises UserError for an option out of range, before anything is read or written."""
+    check_batching(options.batching)
+    saving, evaluation = options.saving, options.evaluation
+    for name, value in {
+        "steps": options.steps,
+        "conversations": conversations,
+        "save_every": saving.save_every,
+        "max_to_keep": 1 if saving.max_to_keep is None else saving.max_to_keep,
+        "max_new_tokens": evaluation.max_new_tokens,
+    }.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; expected at least 1")
+    if not 0 <= evaluation.eval_generate <= held_out:
+        raise UserError(
+            f"eval_generate is {evaluation.eval_generate}; expected 0 to {held_out}, the number of held_out conversations"
+        )
+
+
+def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run) -> TrainState:
+    """Returns the initial state of a new run, or the latest one of a run to resume, whose `model` is freed."""
+    state = TrainState.create(model, optimizer)
+    if not run.resumes:
+        return state
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    del state  # frees the optimizer's arrays before the stored ones are read
+    state = restore_state(run.folder, abstract, step=run.start)
+    for weight in jax.tree.leaves(model):
+        weight.delete()  # not needed any more, and the step needs the memory
     return state
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints(NamedTuple):
+    """Where and how often `fit` saves the state, and how it evaluates what it saved."""
+
+    manager: "CheckpointManager"
+    save_every: int
+    evaluator: Evaluator | None = None
+
+
+class PendingStep(NamedTuple):
+    """A step that was dispatched to the device and whose metrics have not been read yet."""
+
+    step: int
+    metrics: Metrics
+    work: dict[str, float]
 
 
 def fit(
     state: TrainState,
-    batches: Iterator[Batch],
-    metrics_file: Path,
+    batches: Iterable[Batch],
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    log: RunLog,
     *,
-    steps: int,
-    remat: str = "auto",
-    accumulate: int = 1,
-    unroll: bool = False,
-    save: "tuple[CheckpointManager, int] | None" = None,
-    stop: Callable[[], bool] = lambda: False,
-    measure: Callable[[Qwen2VL, int], dict[str, float]] | None = None,
-    measure_first: bool = False,
-    tensorboard: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     frozen: Collection[str] = (),
-    progress: bool = True,
-) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains on all batches; -> the last state, and what was added to `metrics_file`, one line a step.
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Trains on all batches and logs every step.
 
-    A step's metrics are read when the next step has been handed to the device, so that it never waits for the host.
-    `save` is where to save and every how many steps; it also happens at the end, and when `stop` says so. What `measure`
-    finds of the model that is saved is a line of its own; with `measure_first` also of the model as it is given.
+    The metrics of a step are read after the next one has been dispatched, so that the device never waits for the host.
+
+    Args:
+        state: the initial state; donated.
+        batches: the batches, one per step.
+        train_step: as returned by `make_train_step`.
+        log: the open log of the run.
+        checkpoints: if given, the state is saved every few steps, after the last one, and when a stop is requested.
+        frozen: parts that the optimizer does not train, for the FLOPs in the log.
+        stop_requested: whether to stop after the current step.
+
+    Returns:
+        The last state. The logged steps are in `log.history`.
+
+    Raises:
+        UserError: at the first checkpoint, no step had a token to train.
     """
-    step_fn = make_train_step(remat=remat, accumulate=accumulate, unroll=unroll)
-    config, devices = state.model.config, sorted(state.step.devices(), key=lambda device: device.id)
-    adapted = adapted_parts(state.model)
-    done = int(state.step)
-    history: list[dict[str, Any]] = []
-    running: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
-    with RunLog(metrics_file, begin=done, steps=steps, tensorboard=tensorboard, progress=progress) as log:
+    config, adapted = state.model.config, adapted_parts(state.model)
+    devices = sorted(state.step.devices(), key=lambda device: device.id)
+    step, pending = int(state.step), None
+    log.seconds_since_last()
+    for batch in batches:
+        work = batch_work(config, batch, frozen=frozen, adapted=adapted)
+        state, metrics = train_step(state, batch)
+        if pending:
+            _log_step(log, pending, devices)
+        step += 1
+        pending, stopping = PendingStep(step, metrics, work), stop_requested()
+        if checkpoints and (step % checkpoints.save_every == 0 or step == log.steps or stopping):
+            _log_step(log, pending, devices)  # first, so that the log is complete up to every checkpoint
+            pending = None
+            _check_trained(log)
+            save_state(checkpoints.manager, state)
+            if checkpoints.evaluator and not stopping:
+                log.write(step, checkpoints.evaluator(state.model, step))
+            log.seconds_since_last()  # the next step's time starts here
+        if stopping:
+            break
+    if pending:
+        _log_step(log, pending, devices)
+    return state
 
-        def finish(step: int, metrics: dict[str, jax.Array], work: dict[str, float]) -> None:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            values |= step_rates(work, values["num_tokens"], log.lap(), devices)
-            history.append({"step": step} | values)
-            log.write(step, values)
-            log.advance(values)
 
-        def tell_held_out() -> None:
-            log.write(done, {f"{HELD_OUT}{name}": value for name, value in measure(state.model, done).items()})
+def _log_step(log: RunLog, pending: PendingStep, devices: list[jax.Device]) -> None:
+    """Waits for a step's metrics and logs them."""
+    values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+    values |= step_rates(pending.work, values["num_tokens"], log.seconds_since_last(), devices)
+    log.write_step(pending.step, values)
 
-        if measure_first:
-            tell_held_out()
-        log.lap()
-        for batch in batches:
-            work = batch_work(config, batch, frozen=frozen, adapted=adapted)
-            state, metrics = step_fn(state, batch)
-            if running:
-                finish(*running)
-            done += 1
-            running, stopping = (done, metrics, work), stop()
-            if save and (done % save[1] == 0 or done == steps or stopping):
-                finish(*running)  # the log is never behind a checkpoint
-                running = None
-                if not any(line["num_tokens"] for line in history):
-                    raise ValueError(f"Steps {history[0]['step']} to {done} had no token to train: nothing is saved")
-                save_state(save[0], state)
-                if measure and not stopping:
-                    tell_held_out()
-                log.lap()
-            if stopping:
-                break
-        if running:
-            finish(*running)
-    return state, history
+
+def _check_trained(log: RunLog) -> None:
+    if not any(line["num_tokens"] for line in log.history):
+        first, last = log.history[0]["step"], log.history[-1]["step"]
+        raise UserError(f"Steps {first} to {last} had no token to train; expected at least one. Nothing is saved")
 
 
 @contextlib.contextmanager
-def _held_out_named() -> Iterator[None]:
-    """A ValueError from inside says that it is about the held-out conversations."""
+def catch_sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields a function that returns whether SIGTERM has arrived. Outside the main thread, it never has."""
+    received: list[int] = []
     try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"held-out data: {error}") from error
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """-> whether SIGTERM has come while the block runs; outside of the main thread it cannot be seen."""
-    came: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     except ValueError:
         yield lambda: False
         return
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
+
+
+# ---- held-out data ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutEvaluator:
+    """Evaluates a model on held-out conversations: their loss and accuracy, and answers to some of them.
+
+    Attributes:
+        dataset: the conversations, one epoch of which is evaluated.
+        questions: indices of the conversations to answer.
+        max_new_tokens: maximum length of an answer.
+        answers_file: JSON lines, to which the answers are appended.
+    """
+
+    dataset: Dataset
+    questions: list[int]
+    max_new_tokens: int
+    answers_file: Path
+
+    @classmethod
+    def create(cls, dataset: Dataset, evaluation: Evaluation, *, answers_file: Path) -> "HeldOutEvaluator":
+        """Returns an evaluator that answers the first conversations that can be answered."""
+        questions: list[int] = []
+        for index in range(len(dataset.conversations)):
+            if len(questions) == evaluation.eval_generate:
+                break
+            if dataset.read(index) and _can_be_answered(dataset, index, evaluation.max_new_tokens):
+                questions.append(index)
+        return cls(dataset, questions, evaluation.max_new_tokens, answers_file)
+
+    def __call__(self, model: Qwen2VL, step: int) -> dict[str, float]:
+        """Returns the metrics for the log, named held_out_loss and so on."""
+        batches = range(self.dataset.schedule.epoch_batches)
+        with _named_held_out():
+            metrics = evaluate(model, load_batches(self.dataset, batches, workers=0))
+        if self.questions:
+            metrics["exact_match"] = self._answer_questions(model, step)
+        return {f"{HELD_OUT}{name}": value for name, value in metrics.items()}
+
+    def _answer_questions(self, model: Qwen2VL, step: int) -> float:
+        """Appends the model's answers to the file and returns the fraction that equals the expected ones."""
+        answers = compare_answers(
+            model,
+            self.dataset.processor,
+            [self.dataset.conversations[index] for index in self.questions],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.dataset.schedule.batch_size,
+        )
+        with self.answers_file.open("a", encoding="utf-8") as file:
+            for index, answer in zip(self.questions, answers, strict=True):
+                print(json.dumps({"step": step, "conversation": index} | answer, ensure_ascii=False), file=file)
+        return sum(answer["exact"] for answer in answers) / len(answers)
+
+
+def _can_be_answered(dataset: Dataset, index: int, max_new_tokens: int) -> bool:
+    """Whether a conversation has a question and room for an answer. Raises a UserError unless the dataset skips it."""
+    try:
+        prompt, _ = split_last_answer(dataset.conversations[index])
+        prepare_prompt(dataset.processor, dataset.config, prompt, max_new_tokens)
+    except UserError as error:
+        if not dataset.skip_broken:
+            raise UserError(f"conversation {index} cannot be answered: {error}") from error
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _named_held_out() -> Iterator[None]:
+    """Adds to a UserError that it concerns the held-out conversations."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"held-out data: {error}") from error

@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: metrics.jsonl, TensorBoard, a progress bar."""
+"""The log of a training run: metrics.jsonl, TensorBoard, a progress bar; and the throughput of a step."""
 
 import contextlib
 import json
@@ -12,54 +12,62 @@ import numpy as np
 from tqdm import tqdm
 
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.errors import UserError
 from liger_jax.files import atomic_write
 from liger_jax.inputs.batch import Batch
 from liger_jax.train.flops import peak_flops, step_flops
 
-HELD_OUT = "held_out_"  # what names of what was measured there begin with
+HELD_OUT = "held_out_"  # prefix of the metrics measured on held-out data
 
 
 def batch_work(
     config: Qwen2VLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
 ) -> dict[str, float]:
-    """What there is to do in a batch, counted in host memory before the step is handed to the device.
-
-    Returns:
-        tokens: padding aside; columns: with it; images: pictures, and of a video each pair of frames that
-        makes one layer of patches; flops, `step_flops`.
-    """
-    images = 0 if batch.vision is None else int(np.max(batch.vision.segment_ids, axis=1).sum())
-    tokens, columns = int(np.count_nonzero(batch.segment_ids)), int(np.size(batch.segment_ids))
-    flops = step_flops(config, batch, frozen=frozen, adapted=adapted)
-    return {"tokens": tokens, "columns": columns, "images": images, "flops": flops}
-
-
-def step_rates(work: dict[str, float], trained: float, seconds: float, devices: list[jax.Device]) -> dict[str, float]:
-    """What a step achieved, for the log.
+    """Returns the amount of work in a batch, counted in host memory before the step is dispatched.
 
     Args:
-        work: from `batch_work`.
-        trained: trained tokens.
-        seconds: from the end of the step before to the end of this one.
-        devices: those that computed it.
+        config: the model's configuration.
+        batch: a batch of numpy arrays.
+        frozen, adapted: see `step_flops`.
 
     Returns:
-        tokens_per_second (padding aside), trained_tokens_per_second, images_per_second; token_utilisation: share of the
-        columns that are tokens; model_flops_utilisation: share of what the devices can do in bfloat16, and
-        peak_memory_gib: most memory so far in use on the first, where they tell.
+        tokens: without padding; positions: with padding; images, and each pair of video frames that shares a layer of
+        patches; flops: see `step_flops`.
+    """
+    images = 0 if batch.vision is None else int(np.max(batch.vision.segment_ids, axis=1).sum())
+    tokens, positions = int(np.count_nonzero(batch.segment_ids)), int(np.size(batch.segment_ids))
+    flops = step_flops(config, batch, frozen=frozen, adapted=adapted)
+    return {"tokens": tokens, "positions": positions, "images": images, "flops": flops}
+
+
+def step_rates(
+    work: dict[str, float], trained_tokens: float, seconds: float, devices: list[jax.Device]
+) -> dict[str, float]:
+    """Returns the throughput of a step, for the log.
+
+    Args:
+        work: as returned by `batch_work`.
+        trained_tokens: number of tokens that the loss counts.
+        seconds: time between the end of the previous step and the end of this one.
+        devices: the devices that computed it.
+
+    Returns:
+        tokens_per_second (without padding), trained_tokens_per_second, images_per_second; token_utilisation: fraction of the
+        positions that are tokens; model_flops_utilisation: fraction of the devices' peak bfloat16 FLOPs; and
+        peak_memory_gib: peak memory so far on the first device. Devices that do not report the last two leave them out.
 
     Example:
         >>> import jax
-        >>> work = {"tokens": 30, "columns": 40, "images": 2, "flops": 1e9}
-        >>> rates = step_rates(work, trained=10, seconds=0.5, devices=jax.devices())
+        >>> work = {"tokens": 30, "positions": 40, "images": 2, "flops": 1e9}
+        >>> rates = step_rates(work, trained_tokens=10, seconds=0.5, devices=jax.devices())
         >>> rates["tokens_per_second"], rates["images_per_second"], rates["token_utilisation"]
         (60.0, 4.0, 0.75)
     """
     rates = {
         "tokens_per_second": work["tokens"] / seconds,
-        "trained_tokens_per_second": trained / seconds,
+        "trained_tokens_per_second": trained_tokens / seconds,
         "images_per_second": work["images"] / seconds,
-        "token_utilisation": work["tokens"] / work["columns"],
+        "token_utilisation": work["tokens"] / work["positions"],
     }
     if peak := peak_flops(devices[0]):
         rates["model_flops_utilisation"] = work["flops"] / seconds / (peak * len(devices))
@@ -69,13 +77,22 @@ def step_rates(work: dict[str, float], trained: float, seconds: float, devices: 
 
 
 class RunLog:
-    """The log of a run that begins at a step; what an earlier one wrote of later steps is dropped. A context manager.
+    """The log of a training run from a given step on: a file, TensorBoard curves and a progress bar.
+
+    A context manager. Lines of later steps, from a run that was interrupted after its last checkpoint, are dropped.
 
     Args:
-        file: metrics.jsonl; a line a step.
-        begin, steps: the step that training goes on from, and the last one.
-        tensorboard: folder for TensorBoard; None for none.
-        progress: show a bar.
+        file: metrics.jsonl, with one line per step.
+        begin: number of steps already trained.
+        steps: number of steps of the whole run.
+        tensorboard: folder for the curves; None writes none.
+        progress: show a progress bar.
+
+    Attributes:
+        history: the lines of the training steps logged so far.
+
+    Raises:
+        UserError: `file` has a line that is not one of a log.
 
     Example:
         >>> import pathlib, tempfile
@@ -92,6 +109,8 @@ class RunLog:
         self, file: Path, *, begin: int, steps: int, tensorboard: Path | None = None, progress: bool = True
     ) -> None:
         truncate_after(file, begin)
+        self.steps = steps
+        self.history: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
             self.file = stack.enter_context(file.open("a"))
             self.bar = stack.enter_context(tqdm(total=steps, initial=begin, unit="step", disable=not progress))
@@ -109,52 +128,54 @@ class RunLog:
     def __exit__(self, *error: Any) -> None:
         self.stack.close()
 
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        before, self.clock = self.clock, time.perf_counter()
-        return self.clock - before
+    def seconds_since_last(self) -> float:
+        """Returns the seconds since the last call, or since the log was opened."""
+        previous, self.clock = self.clock, time.perf_counter()
+        return self.clock - previous
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """A line of the file, and a point of each curve."""
+        """Adds a line to the file and a point to each curve."""
         print(json.dumps({"step": step} | values), file=self.file, flush=True)
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def advance(self, values: dict[str, float]) -> None:
-        """A step more on the bar."""
+    def write_step(self, step: int, values: dict[str, float]) -> None:
+        """Logs a training step and advances the progress bar."""
+        self.history.append({"step": step} | values)
+        self.write(step, values)
         shown = {name: f"{values[name]:.3g}" for name in ("loss", "grad_norm") if name in values}
         self.bar.set_postfix(shown | {"tokens_per_s": f"{values['tokens_per_second']:,.0f}"}, refresh=False)
         self.bar.update()
 
 
 def truncate_after(file: Path, step: int) -> None:
-    """Drops lines of steps after the checkpoint that a run continues from, the last of which may have been cut short.
+    """Drops the lines of later steps, and an incomplete last line.
 
     Raises:
-        ValueError: a line that is none of a log's.
+        UserError: the file has a line that is not one of a log.
     """
     if file.exists():
-        atomic_write(file, b"".join(line + b"\n" for line, values in _lines(file) if values["step"] <= step))
+        atomic_write(file, b"".join(line + b"\n" for line, values in _read_lines(file) if values["step"] <= step))
 
 
-def was_measured(file: Path, step: int) -> bool:
-    """Whether the log has what was measured on held-out data at a step."""
-    told = [values for _, values in _lines(file) if values["step"] == step] if file.exists() else []
-    return any(name.startswith(HELD_OUT) for values in told for name in values)
+def was_evaluated(file: Path, step: int) -> bool:
+    """Whether the log has held-out metrics of a step."""
+    lines = [values for _, values in _read_lines(file) if values["step"] == step] if file.exists() else []
+    return any(name.startswith(HELD_OUT) for values in lines for name in values)
 
 
-def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each whole line, and what is in it."""
-    *lines, _ = file.read_bytes().split(b"\n")  # not splitlines: an answer may hold other line ends
-    found = []
+def _read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Returns each complete line and its parsed content."""
+    *lines, _ = file.read_bytes().split(b"\n")  # not splitlines: an answer may contain other line separators
+    parsed = []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            values["step"] + 0  # a number
+            values["step"] + 0  # must be a number
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}, line {number} is {line[:60]!r}; expected JSON with a step, or no such line"
             ) from error
-        found.append((line, values))
-    return found
+        parsed.append((line, values))
+    return parsed

@@ -1,45 +1,181 @@
-"""What a run was made of, kept beside its checkpoints, so that it goes on with the same data or not at all."""
+"""The folder of a training run: its layout, the record of its data and options, and the step that it resumes from.
 
+run.json               data, tokenizer and options of the run
+100/, 200/, ...        checkpoints
+config.json, ...       the model's configuration and processor, so that the folder can be loaded like any model
+metrics.jsonl          a line per training step, and one per evaluation
+tensorboard/           the same as curves
+answers.jsonl          generated answers to held-out questions
+"""
+
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liger_jax.files import atomic_write
+from liger_jax.checkpoint import is_model, latest_step
+from liger_jax.errors import AlreadyExistsError, UserError
+from liger_jax.files import GENERATION_CONFIG, atomic_write, fingerprint
+from liger_jax.inputs.messages import Conversation
+from liger_jax.inputs.processor import Processor
+from liger_jax.model import Qwen2VL
+from liger_jax.model.lora import lora_config
+from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
+from liger_jax.train.metrics import truncate_after, was_evaluated
 
 RECORD = "run.json"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+ANSWERS = "answers.jsonl"
+
+# Entries of run.json that may differ when a run is resumed. All others determine its batches or its weights.
+MAY_CHANGE = (
+    *("steps", "optimization", "execution", "saving", "evaluation"),
+    *("batching.accumulate", "batching.skip_broken", "batching.workers"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The options of a run, as recorded in run.json. `optimization` is None for a user's own optimizer."""
+
+    steps: int
+    optimization: Optimization | None
+    batching: Batching
+    execution: LayerExecution
+    saving: Saving
+    evaluation: Evaluation
+
+
+def make_record(
+    options: RunOptions, model: Qwen2VL, processor: Processor, conversations: Sequence[Conversation]
+) -> dict[str, Any]:
+    """Returns the content of run.json."""
+    vocabulary = processor.tokenizer.get_vocab()
+    lora = lora_config(model)
+    record = {
+        "conversations": len(conversations),
+        "data": fingerprint(conversations),
+        "tokenizer": fingerprint([sorted(vocabulary, key=vocabulary.get), processor.tokenizer.chat_template]),
+        "images": vars(processor.image),
+        "videos": vars(processor.video),
+        "lora": lora and dataclasses.asdict(lora),
+        **dataclasses.asdict(options),
+    }
+    return json.loads(json.dumps(record, default=str))  # tuples become lists and paths strings, as in the file
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's folder, new or to be resumed. Opened by `open_run`.
+
+    Attributes:
+        folder: the folder, which may not exist yet.
+        record: the content of its run.json.
+        resumes: whether the folder has a checkpoint.
+        start: step of its latest checkpoint, or 0.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    resumes: bool
+    start: int
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / METRICS
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder / TENSORBOARD
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / ANSWERS
+
+    def owes_evaluation(self, options: RunOptions) -> bool:
+        """Whether the checkpoint that it resumes from should have been evaluated, but was not.
+
+        The run was interrupted during the evaluation, or had no held-out data before.
+        """
+        due = self.start == options.steps or self.start % options.saving.save_every == 0
+        return self.resumes and due and not was_evaluated(self.metrics, self.start)
+
+    def begin(self, processor: Processor, *, generation_config: Path | None, last_answers: int) -> None:
+        """Writes the record, the processor and generation_config.json; drops answers of steps after `last_answers`."""
+        write_record(self.folder, self.record)
+        processor.save_pretrained(self.folder)
+        target = self.folder / GENERATION_CONFIG
+        if generation_config is not None and generation_config.is_file() and not target.exists():
+            atomic_write(target, generation_config.read_bytes())
+        truncate_after(self.answers, last_answers)
+
+
+def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
+    """Opens a folder for a new run, or to resume the run in it. Writes nothing.
+
+    Args:
+        folder: an empty or missing folder, or that of a run.
+        record: as returned by `make_record`.
+
+    Raises:
+        AlreadyExistsError: the folder has files, but no run.
+        UserError: its run has other data or options, or more steps.
+    """
+    if not is_run(folder) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AlreadyExistsError(
+            f"{folder} has files and no training run; expected an empty folder, or a run to resume"
+        )
+    if not is_model(folder):
+        return Run(folder, record, resumes=False, start=0)
+    check_record(folder, record)
+    start = latest_step(folder)
+    if start > record["steps"]:
+        raise UserError(
+            f"steps is {record['steps']}; expected at least {start}, the latest step of the run in {folder}"
+        )
+    return Run(folder, record, resumes=True, start=start)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was started in a folder, even if it has no checkpoint yet."""
+    return (folder / RECORD).is_file()
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes run.json, all of it or nothing."""
+    """Writes run.json atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a run was begun in a folder, perhaps without coming to a checkpoint."""
-    return (folder / RECORD).is_file()
-
-
 def check_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Compares with the record of the run in a folder.
+    """Compares a record with that of the run in a folder, except for the options that may change.
 
     Raises:
-        ValueError: they differ; names all differences.
+        UserError: the records differ; the message names all differences. Or the stored one is damaged.
     """
     try:
-        stored = json.loads((folder / RECORD).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / RECORD} is damaged: {error}") from error
-    record = json.loads(json.dumps(record))
+        stored = _flatten(json.loads((folder / RECORD).read_text()))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / RECORD} is damaged ({error}); expected the record of a training run") from error
+    record = _flatten(record)
     names = [*record, *(name for name in stored if name not in record)]
-    different = [
+    differences = [
         f"{name} was {stored.get(name)!r} and is {record.get(name)!r}"
         for name in names
-        if stored.get(name) != record.get(name)
+        if stored.get(name) != record.get(name) and not name.startswith(MAY_CHANGE)
     ]
-    if different:
-        raise ValueError(
-            f"The run in {folder} was made with other settings, so it cannot go on: {'; '.join(different)}. "
-            "Give the same ones, or another output"
+    if differences:
+        raise UserError(
+            f"The run in {folder} has other settings: {'; '.join(differences)}. "
+            "Use the same settings to resume it, or another output folder"
         )
+
+
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"batching.seed": 0} for {"batching": {"seed": 0}}."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

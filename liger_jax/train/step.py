@@ -1,4 +1,4 @@
-"""Loss, state and step of fine-tuning."""
+"""The loss, the state and the step of training."""
 
 import dataclasses
 import functools
@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 import pallas_kernels as pk
 from liger_jax import runtime
+from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE, Batch
 from liger_jax.model import Qwen2VL
-from liger_jax.model.remat import REMAT, LayerExecution
+from liger_jax.model.remat import REMAT
 from liger_jax.model.sharding import (
     constrain_batch,
     constrain_batch_and_seq,
@@ -24,22 +25,31 @@ from liger_jax.model.sharding import (
     param_shardings,
     shard_batch,
 )
-from liger_jax.train.grad_stats import reported
+from liger_jax.options import LayerExecution
+from liger_jax.train.optimizer import read_grad_stats
 
-AUTO = ("dots", "narrow", "attention", "full")  # from the fastest to the smallest
+AUTO_REMAT = ("dots", "narrow", "attention", "full")  # from the fastest to the one that needs the least memory
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
 
 
 def next_token_labels(batch: Batch) -> jax.Array:
-    """What each position shall predict, [B, L]: the label of the column behind it, if that belongs to the same sequence."""
-    if batch.labels is None:
-        raise ValueError("The batch has no labels: give `labels` to prepare()")
+    """Returns the label that each position predicts, [B, T]: the label of the next position in the same sequence.
+
+    Raises:
+        UserError: the batch has no labels.
+    """
+    check_labels(batch)
     labels, segments = jnp.asarray(batch.labels), jnp.asarray(batch.segment_ids)
-    behind = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
-    same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1))) & (segments > 0)
-    return jnp.where(same, behind, IGNORE)
+    next_labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    same_sequence = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1))) & (segments > 0)
+    return jnp.where(same_sequence, next_labels, IGNORE)
+
+
+def check_labels(batch: Batch) -> None:
+    if batch.labels is None:
+        raise UserError("batch.labels is None; expected labels, which prepare(..., labels=) adds")
 
 
 def loss_fn(
@@ -50,19 +60,24 @@ def loss_fn(
     remat: str = "none",
     unroll: bool = False,
 ) -> tuple[jax.Array, Metrics]:
-    """Cross entropy of the next token, without ever making the logits.
+    """Returns the next-token cross entropy, computed without materializing the logits.
 
-    loss = - sum over trained tokens of log p(token | what comes before) / num_items
+        loss = - sum over trained tokens of log p(token | previous tokens) / num_items
 
     Args:
-        batch: with labels; the labels are shifted here, as in Hugging Face's models.
-        num_items: what the sum is divided by; by default the number of trained tokens. Give the total of all parts when
-            a batch is spread over several calls.
-        remat, unroll: how the layers run, see `liger_jax.model.remat.LayerExecution`.
+        model: the model.
+        batch: a batch with labels. The labels are shifted here, as in Hugging Face's models.
+        num_items: divisor of the sum, by default the number of trained tokens. When a batch is split over several calls,
+            pass the total of all of them.
+        remat, unroll: how the layers run, see `liger_jax.options.LayerExecution`.
 
     Returns:
-        The loss, and {"loss", "num_tokens": trained tokens, "accuracy": share of them that argmax gets right}. Without a
-        trained token all are 0, and so are the gradients.
+        loss: float32 scalar.
+        metrics: {"loss", "num_tokens", "accuracy"}: the loss, the number of trained tokens, and the fraction of them that
+            argmax predicts correctly. Without a trained token, all of them and the gradients are 0.
+
+    Raises:
+        UserError: the batch has no labels.
 
     Example:
         >>> import jax, numpy as np
@@ -74,7 +89,9 @@ def loss_fn(
         2
     """
     targets = next_token_labels(batch)
-    hidden = constrain_batch_and_seq(constrain_batch(model.hidden_states(batch, loop=LayerExecution(remat, unroll))))
+    hidden = constrain_batch_and_seq(
+        constrain_batch(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
+    )
     loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
     return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
 
@@ -84,7 +101,7 @@ def loss_fn(
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a training run carries from step to step: a pytree, so it can be jitted, donated, sharded and saved.
+    """The state of a training run: a pytree that can be jitted, donated, sharded and saved.
 
     Example:
         >>> import optax
@@ -94,41 +111,46 @@ class TrainState:
         0
     """
 
-    step: jax.Array
+    step: jax.Array  # int32 scalar: number of updates so far
     model: Qwen2VL
     opt_state: optax.OptState
     optimizer: optax.GradientTransformation
 
     @classmethod
     def create(cls, model: Qwen2VL, optimizer: optax.GradientTransformation) -> Self:
-        """A state before its first step; the optimizer's arrays are split over the mesh as the weights are."""
+        """Returns the state before the first step. The optimizer's arrays are sharded like the weights."""
         mesh = get_mesh(model)
-        make = functools.partial(_start, optimizer=optimizer)
-        shardings = None if mesh is None else param_shardings(jax.eval_shape(make, model), mesh)
-        step, opt_state = jax.jit(make, out_shardings=shardings)(model)
+        init = functools.partial(_init_state, optimizer=optimizer)
+        shardings = None if mesh is None else param_shardings(jax.eval_shape(init, model), mesh, strict=False)
+        step, opt_state = jax.jit(init, out_shardings=shardings)(model)
         return cls(step, model, opt_state, optimizer)
 
 
-def _start(model: Qwen2VL, *, optimizer: optax.GradientTransformation):
+def _init_state(model: Qwen2VL, *, optimizer: optax.GradientTransformation) -> tuple[jax.Array, optax.OptState]:
     return jnp.zeros((), jnp.int32), optimizer.init(model)
 
 
 def make_train_step(
     *, remat: str = "auto", accumulate: int = 1, unroll: bool = False
-) -> Callable[[TrainState, Batch], tuple]:
-    """A compiled training step: `state, metrics = step(state, batch)`. The old state's memory is reused for the new one.
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns a compiled training step: `state, metrics = step(state, batch)`.
+
+    The old state is donated: its memory is reused for the new one. The step compiles once per bucket of batch shapes.
 
     Args:
-        remat: what the backward pass keeps: "none", "dots", "narrow", "attention" or "full" (see `liger_jax.model.remat`);
-            "auto" takes the first but "none" whose memory, as the compiler reports it, fits the device.
-        accumulate: parts that the batch is computed in, one after the other. The gradient is that of the whole batch:
-            each part's loss is divided by the trained tokens of all.
-        unroll: a faster step for a longer compilation, see `liger_jax.model.remat.LayerExecution`.
+        remat: which activations the backward pass recomputes: "none", "dots", "narrow", "attention" or "full", see
+            `liger_jax.model.remat`. "auto" tries all but "none" in this order and takes the first one whose memory, as
+            reported by the compiler, fits the device.
+        accumulate: number of parts that the batch is computed in, one after the other. The gradient is that of the whole
+            batch: the loss of each part is divided by the number of trained tokens in all of them.
+        unroll: unroll the layers for a faster step and a longer compilation, see `liger_jax.options.LayerExecution`.
 
     Returns:
-        A function of a `TrainState` and a `Batch` as `prepare` returns it. Its metrics are those of `loss_fn`, and what
-        the optimizer reports: grad_norm and learning_rate, if `make_optimizer` made it. It compiles once for each bucket
-        of shapes.
+        A function of a `TrainState` and a `Batch`. Its metrics are those of `loss_fn`, and grad_norm and learning_rate if
+        the optimizer was made by `make_optimizer`.
+
+    Raises:
+        UserError: an unknown remat, or accumulate below 1.
 
     Example:
         >>> import numpy as np, optax
@@ -140,26 +162,24 @@ def make_train_step(
         ['accuracy', 'loss', 'num_tokens']
     """
     if remat not in ("auto", *REMAT):
-        raise ValueError(f"remat is {remat!r}; expected one of {('auto', *REMAT)}")
+        raise UserError(f"remat is {remat!r}; expected one of {('auto', *REMAT)}")
     if accumulate < 1:
-        raise ValueError(f"accumulate is {accumulate}; expected at least 1")
-    return TrainStep(remat, accumulate, unroll)
+        raise UserError(f"accumulate is {accumulate}; expected at least 1")
+    return TrainStep(LayerExecution(remat, unroll), accumulate)
 
 
 class TrainStep:
-    """What `make_train_step` returns: compiles on the first batch of each bucket, then runs."""
+    """A training step that compiles on the first batch of each bucket. Made by `make_train_step`."""
 
-    def __init__(self, remat: str, accumulate: int, unroll: bool):
-        self.remat = remat
+    def __init__(self, execution: LayerExecution, accumulate: int):
+        self.execution = execution
         self.accumulate = accumulate
-        self.unroll = unroll
-        self.chosen: str | None = None  # remat of the latest compilation
+        self.chosen_remat: str | None = None  # by the latest compilation
         self.compiled: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if batch.labels is None:
-            raise ValueError("The batch has no labels: give `labels` to prepare()")
-        # once a step: modules are taken apart and put together in Python, which takes milliseconds
+        check_labels(batch)
+        # flattened once per step: NNX modules are flattened and unflattened in Python, which takes milliseconds
         leaves, structure = jax.tree.flatten(state)
         mesh = get_mesh(leaves)
         batch = shard_batch(batch, mesh, multiple=self.accumulate)
@@ -170,24 +190,26 @@ class TrainStep:
         return structure.unflatten(leaves), metrics
 
     def compile(self, state: TrainState, batch: Batch):
-        """The step's executable for arrays like these; `.memory_analysis()` and `.as_text()` tell what it is."""
+        """Returns the executable for arrays of these shapes, for its `.memory_analysis()` and `.as_text()`."""
         leaves, structure = jax.tree.flatten(state)
         mesh = get_mesh(leaves)
         return self._compile(leaves, structure, mesh, shard_batch(batch, mesh, multiple=self.accumulate))
 
     def _compile(self, leaves: list[jax.Array], structure, mesh: Mesh | None, batch: Batch):
-        """-> an executable (leaves of a state, batch) -> leaves of the next one, metrics."""
+        """Returns an executable that maps (leaves of a state, batch) to (leaves of the next state, metrics)."""
         shardings = mesh and ([leaf.sharding for leaf in leaves], None)
-        policies = AUTO if self.remat == "auto" else (self.remat,)
+        policies = AUTO_REMAT if self.execution.remat == "auto" else (self.execution.remat,)
         for remat in policies:
-            how = {"accumulate": self.accumulate, "remat": remat, "unroll": self.unroll}
-            step = functools.partial(_flat_step, structure=structure, **how)
+            execution = dataclasses.replace(self.execution, remat=remat)
+            step = functools.partial(
+                _flat_train_step, structure=structure, accumulate=self.accumulate, execution=execution
+            )
             with mesh_context(mesh):
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
                 compiled = jitted.lower(leaves, batch).compile(compiler_options=runtime.COMPILER_OPTIONS)
-            if remat == policies[-1] or _fits(compiled):
+            if remat == policies[-1] or _fits_memory(compiled):
                 break
-        self.chosen = remat
+        self.chosen_remat = remat
         logger.info("train step compiled for %s, remat=%s", batch.shape, remat)
         return compiled
 
@@ -196,17 +218,8 @@ def _shapes(leaves: list[jax.Array]) -> tuple:
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def _flat_step(leaves: list[jax.Array], batch: Batch, *, structure, **options: Any) -> tuple[list[jax.Array], Metrics]:
-    """`train_step` on the leaves of a state."""
-    state, metrics = train_step(structure.unflatten(leaves), batch, **options)
-    leaves, after = jax.tree.flatten(state)
-    if after != structure:
-        raise ValueError(f"The optimizer makes another state of its state: it was {structure} and is {after}")
-    return leaves, metrics
-
-
-def _fits(compiled) -> bool:
-    """Whether the program's arguments and temporaries fit its device; True where the device does not tell its size."""
+def _fits_memory(compiled) -> bool:
+    """Whether a program's arguments and temporaries fit its device. True if the device does not report its memory."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     memory = compiled.memory_analysis()
     if limit is None or memory is None:
@@ -214,37 +227,58 @@ def _fits(compiled) -> bool:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes <= limit
 
 
-def train_step(state: TrainState, batch: Batch, *, accumulate: int, **how: Any) -> tuple[TrainState, Metrics]:
-    """One update, as a plain function to be jitted. `how` the layers run: see `loss_fn`."""
+def _flat_train_step(
+    leaves: list[jax.Array], batch: Batch, *, structure, accumulate: int, execution: LayerExecution
+) -> tuple[list[jax.Array], Metrics]:
+    """Applies `train_step` to the leaves of a state."""
+    state = structure.unflatten(leaves)
+    state, metrics = train_step(state, batch, accumulate=accumulate, execution=execution)
+    leaves, new_structure = jax.tree.flatten(state)
+    if new_structure != structure:
+        raise UserError(
+            f"The optimizer changes the structure of its state: it is {new_structure}; expected {structure}, as before"
+        )
+    return leaves, metrics
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, accumulate: int, execution: LayerExecution
+) -> tuple[TrainState, Metrics]:
+    """Computes one update. A plain function, to be jitted."""
     if accumulate == 1:
-        grads, metrics = gradients(state.model, batch, None, **how)
+        grads, metrics = gradients(state.model, batch, None, execution=execution)
     else:
-        grads, metrics = _accumulated(state.model, batch, accumulate, **how)
+        grads, metrics = _accumulated_gradients(state.model, batch, accumulate, execution=execution)
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
     state = dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state)
-    return state, metrics | reported(opt_state)
+    return state, metrics | read_grad_stats(opt_state)
 
 
-def gradients(model: Qwen2VL, batch: Batch, num_items, **how: Any) -> tuple[Qwen2VL, Metrics]:
-    """Gradient of `loss_fn` by every weight, shaped like the model, and the metrics."""
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(model, batch, num_items, **how)
+def gradients(
+    model: Qwen2VL, batch: Batch, num_items: jax.Array | None, *, execution: LayerExecution
+) -> tuple[Qwen2VL, Metrics]:
+    """Returns the gradient of `loss_fn` with respect to every weight, as a pytree like the model, and the metrics."""
+    loss = functools.partial(loss_fn, remat=execution.remat, unroll=execution.unroll)
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, num_items)
     return grads, metrics
 
 
-def _accumulated(model: Qwen2VL, batch: Batch, parts: int, **how: Any) -> tuple[Qwen2VL, Metrics]:
-    """`gradients` of the whole batch, computed in parts and summed in float32."""
+def _accumulated_gradients(
+    model: Qwen2VL, batch: Batch, parts: int, *, execution: LayerExecution
+) -> tuple[Qwen2VL, Metrics]:
+    """Returns the `gradients` of the whole batch, computed in parts and summed in float32."""
     num_items = jnp.sum(next_token_labels(batch) != IGNORE)
-    # part i gets rows i, i + parts, ...: on a mesh each device splits the rows that it has
+    # part i takes sequences i, i + parts, ...: on a mesh, each device splits the sequences that it holds
     batches = jax.tree.map(lambda a: jnp.reshape(a, (-1, parts, *a.shape[1:])).swapaxes(0, 1), batch)
 
-    def add(total, part):
-        grads, metrics = gradients(model, part, num_items, **how)
+    def add_part(totals, part):
+        grads, metrics = gradients(model, part, num_items, execution=execution)
         correct = metrics["accuracy"] * metrics["num_tokens"]
-        new = (grads, metrics["loss"], correct)
-        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, new), None
+        terms = (grads, metrics["loss"], correct)
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), totals, terms), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), model)
-    (grads, loss, correct), _ = jax.lax.scan(add, (zeros, 0.0, 0.0), batches)
+    (grads, loss, correct), _ = jax.lax.scan(add_part, (zeros, 0.0, 0.0), batches)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, model)
     return grads, {"loss": loss, "num_tokens": num_items, "accuracy": correct / jnp.maximum(num_items, 1)}

@@ -1,6 +1,7 @@
-"""finetune: a run that is stopped and continued is the run that was not; what it writes can be used."""
+"""finetune: a resumed run equals an uninterrupted one, and its output folder can be used like any model."""
 
 import base64
+import dataclasses
 import functools
 import io
 import itertools
@@ -19,29 +20,34 @@ import pytest
 
 import liger_jax.train.finetune as module
 from convert import from_hf, load_adapter
-from convert.__main__ import convert
+from convert.load import convert_checkpoint
 from liger_jax import Processor, Qwen2VL, loss_fn, make_train_step, prepare
 from liger_jax.checkpoint import load_model, save_model
+from liger_jax.data.dataset import make_dataset
 from liger_jax.data.loader import load_batches
 from liger_jax.demo.data import conversations, load_digits
 from liger_jax.demo.run import make_config, make_processor
+from liger_jax.errors import AlreadyExistsError, UserError
+from liger_jax.generation.answer import answer_conversations
+from liger_jax.generation.options import GenerationOptions
 from liger_jax.model.lora import TARGETS, adapted_parts
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import make_mesh, param_shardings
-from liger_jax.train.evaluation import answer, question
-from liger_jax.train.finetune import _sigterm, finetune
+from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
+from liger_jax.train.evaluation import split_last_answer
+from liger_jax.train.finetune import catch_sigterm, finetune
 from liger_jax.train.optimizer import make_optimizer
 
 ROWS = 7
-# all batches have the demo's shapes, so that one program serves most of these tests
-FIXED = {
+# All batches have the same shape, so that one program serves most of these tests.
+DEFAULTS = {
     "batch_size": 2,
-    "optimizer": make_optimizer(1e-3),
-    "remat": "none",
-    "workers": 0,
-    "progress": False,
     "length": 64,
     "patches": 64,
+    "workers": 0,
+    "remat": "none",
+    "optimizer": make_optimizer(1e-3),
+    "progress": False,
 }
 
 
@@ -73,53 +79,64 @@ def compiled_once():
 
 
 @functools.cache
-def start(config):
+def initial_model(config):
     return Qwen2VL.init(config, dtype="float32")
 
 
-def run(config, processor, data, output, **options):
-    model = jax.tree.map(jnp.copy, start(config))
-    return finetune(model, processor, data, output, **(FIXED | options))
+def run(config, processor, data, output, *, model=None, **options):
+    """Calls finetune with the defaults above; `options` may name any field of its options."""
+    options = DEFAULTS | options
+    for argument, kind in {
+        "batching": Batching,
+        "execution": LayerExecution,
+        "saving": Saving,
+        "evaluation": Evaluation,
+    }.items():
+        names = {field.name for field in dataclasses.fields(kind)} & options.keys()
+        options[argument] = kind(**{name: options.pop(name) for name in names})
+    model = jax.tree.map(jnp.copy, initial_model(config)) if model is None else model
+    return finetune(model, processor, data, output, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(config, processor, data, tmp_path_factory):
-    """-> the folder of a run that nothing disturbed, and its last state."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(config, processor, data, tmp_path_factory):
+    """The folder of an uninterrupted run and its last state."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     options = {"held_out": data[:3], "eval_generate": 2, "max_new_tokens": 4}
     return folder, run(config, processor, data, folder, steps=6, save_every=3, **options)
 
 
-def lines(output, having="loss"):
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if having in line]
+def logged(output, name="loss"):
+    """Returns the lines of the log that have this metric."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if name in line]
 
 
 def losses(output):
-    return [(line["step"], line["loss"]) for line in lines(output)]
+    return [(line["step"], line["loss"]) for line in logged(output)]
 
 
-def assert_same(state, other):
-    for (path, got), want in zip(param_paths(state).items(), param_paths(other).values(), strict=True):
-        assert (got == want).all(), path
+def assert_equal(state, expected):
+    for (path, array), other in zip(param_paths(state).items(), param_paths(expected).values(), strict=True):
+        assert (array == other).all(), path
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, processor, data, tmp_path, whole):
-    """Stopped after a checkpoint and a step more: the same losses and weights, bit for bit; nothing is logged twice."""
+def test_resumed_run_matches_uninterrupted_run(config, processor, data, tmp_path, uninterrupted):
+    """Killed one step after a checkpoint: the same losses and weights, bit for bit, and nothing is logged twice."""
     run(config, processor, data, tmp_path / "parts", steps=3, save_every=3)
     with (tmp_path / "parts/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')  # killed before the next checkpoint, and while writing
-    parts = run(config, processor, data, tmp_path / "parts", steps=6, save_every=2)
-    folder, state = whole
+    resumed = run(config, processor, data, tmp_path / "parts", steps=6, save_every=2)
+    folder, state = uninterrupted
     assert losses(tmp_path / "parts") == losses(folder)
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4, 5, 6]
-    assert_same(parts, state)
+    assert_equal(resumed, state)
     assert sorted(p.name for p in (tmp_path / "parts").iterdir() if p.name.isdigit()) == ["3", "4", "6"]
     assert int(run(config, processor, data, tmp_path / "parts", steps=6).step) == 6  # nothing left to do
 
 
-def test_killed_while_a_checkpoint_is_written(config, processor, data, tmp_path, whole):
-    """SIGKILL when step 4 is half-written, in the background: it is not taken, and the run goes on from step 2."""
+def test_resume_after_kill_during_a_checkpoint(config, processor, data, tmp_path, uninterrupted):
+    """SIGKILL while step 4 is written in the background: the run ignores it and resumes from step 2."""
     script = """
         import os, signal, sys
         import jax
@@ -127,36 +144,35 @@ def test_killed_while_a_checkpoint_is_written(config, processor, data, tmp_path,
         jax.config.update("jax_default_matmul_precision", "highest")
         from pathlib import Path
         from liger_jax import Qwen2VL
-        from tests.liger_jax import test_finetune as test
+        from tests.liger_jax.train import test_finetune as test
         rename = os.rename
-        def killing(source, target, *more, **options):
+        def rename_or_kill(source, target, *arguments, **options):
             if "4.orbax-checkpoint-tmp" in str(source):
                 os.kill(os.getpid(), signal.SIGKILL)
-            rename(source, target, *more, **options)
-        os.rename = killing
+            rename(source, target, *arguments, **options)
+        os.rename = rename_or_kill
         processor = test.make_processor(test.load_digits()[0])
         config = test.make_config(processor)
         test.run(config, processor, test.make_data(), Path(sys.argv[1]), steps=6, save_every=2)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
     steps = {path.name for path in tmp_path.iterdir() if path.name[0].isdigit()}
     assert steps == {"2", "4.orbax-checkpoint-tmp"}
-    folder, state = whole
+    folder, state = uninterrupted
     assert losses(tmp_path)[:4] == losses(folder)[:4]
-    assert_same(run(config, processor, data, tmp_path, steps=6), state)
+    assert_equal(run(config, processor, data, tmp_path, steps=6), state)
     assert losses(tmp_path) == losses(folder)
 
 
-def test_what_it_leaves_can_be_used(processor, whole):
-    """The folder is a model with its processor."""
-    folder, state = whole
+def test_output_folder_is_a_model_with_its_processor(processor, uninterrupted):
+    folder, state = uninterrupted
     assert Processor.from_pretrained(folder).token_ids == processor.token_ids
-    assert_same(load_model(folder), state.model)
+    assert_equal(load_model(folder), state.model)
 
 
-def test_how_answers_are_made_stands_beside_the_checkpoints(config, processor, data, tmp_path):
-    """Of the model's generation_config.json: from the first checkpoint on, with the ids of the model's configuration."""
+def test_generation_config_is_copied(config, processor, data, tmp_path):
+    """The model's generation_config.json, with the end and padding ids of the model's configuration."""
     defaults = tmp_path / "generation_config.json"
     defaults.write_text('{"eos_token_id": 1, "top_k": 7}')
     run(config, processor, data, tmp_path / "run", steps=1, generation_config=defaults)
@@ -165,29 +181,29 @@ def test_how_answers_are_made_stands_beside_the_checkpoints(config, processor, d
     assert stored == {"top_k": 7} | ends
 
 
-def test_log(whole):
-    """A line a step, with what the optimizer saw and what the step achieved; the same as curves."""
+def test_log(uninterrupted):
+    """One line per step with the optimizer's metrics and the throughput; TensorBoard has the same values."""
     from tensorboardX.proto.event_pb2 import Event
 
-    folder, _ = whole
-    for line in lines(folder):
+    folder, _ = uninterrupted
+    for line in logged(folder):
         assert line["learning_rate"] == pytest.approx(1e-3) and line["grad_norm"] > 0
         assert 0 < line["token_utilisation"] <= 1 and line["images_per_second"] > 0
         assert 0 < line["trained_tokens_per_second"] < line["tokens_per_second"]
-        assert not {"model_flops_utilisation", "peak_memory_gib"} & line.keys()  # a CPU tells neither
+        assert not {"model_flops_utilisation", "peak_memory_gib"} & line.keys()  # a CPU reports neither
     (file,) = (folder / "tensorboard").iterdir()
-    curve, rest = [], file.read_bytes()
-    while rest:  # each record: its length (8 bytes), a checksum (4), the event, a checksum (4)
-        length = int.from_bytes(rest[:8], "little")
-        event, rest = Event.FromString(rest[12 : 12 + length]), rest[16 + length :]
+    curve, data = [], file.read_bytes()
+    while data:  # each record: its length (8 bytes), a checksum (4), the event, a checksum (4)
+        length = int.from_bytes(data[:8], "little")
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
         curve += [(event.step, value.simple_value) for value in event.summary.value if value.tag == "loss"]
     assert curve == [(step, np.float32(loss)) for step, loss in losses(folder)]
 
 
-def test_held_out_conversations_are_measured(config, processor, data, whole):
-    """At each checkpoint, per token over all of them: as one batch would have it, though the last one is not full."""
-    folder, state = whole
-    first, second = lines(folder, "held_out_loss")
+def test_held_out_loss_and_accuracy(config, processor, data, uninterrupted):
+    """At each checkpoint, per token over all conversations: those of a single batch, though the last batch is not full."""
+    folder, state = uninterrupted
+    first, second = logged(folder, "held_out_loss")
     assert (first["step"], second["step"]) == (3, 6) and first["held_out_loss"] != second["held_out_loss"]
     loss, metrics = jax.jit(loss_fn)(state.model, prepare(config, **processor(data[:3], labels=True)))
     assert second["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -195,50 +211,51 @@ def test_held_out_conversations_are_measured(config, processor, data, whole):
     assert second["held_out_num_tokens"] == int(metrics["num_tokens"])
 
 
-def test_held_out_conversations_of_a_run_that_has_ended(config, processor, data, tmp_path, whole):
-    """What a run was stopped before it could measure, or was not asked for, is measured when it goes on; once."""
+def test_missing_evaluation_is_made_up_on_resume(config, processor, data, tmp_path, uninterrupted):
+    """An evaluation that was interrupted, or that the run had no held-out data for, is made up once."""
     folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
-    before, answers = lines(whole[0], "held_out_loss"), (folder / "answers.jsonl").read_bytes()
+    shutil.copytree(uninterrupted[0], folder)
+    before, answers = logged(uninterrupted[0], "held_out_loss"), (folder / "answers.jsonl").read_bytes()
     text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(text[:-1]))  # killed while it measured
-    assert lines(folder, "held_out_loss") == before[:1]
+    (folder / "metrics.jsonl").write_text("".join(text[:-1]))  # killed during the evaluation
+    assert logged(folder, "held_out_loss") == before[:1]
     options = {"steps": 6, "save_every": 3, "eval_generate": 2, "max_new_tokens": 4}
     for _ in range(2):
         run(config, processor, data, folder, **options, held_out=data[:3])
-        assert lines(folder, "held_out_loss") == before
+        assert logged(folder, "held_out_loss") == before
         assert (folder / "answers.jsonl").read_bytes() == answers
 
 
-def test_held_out_conversations_are_answered(processor, data, whole):
-    """The answers, beside the right ones, are those that the model gives when it is asked."""
-    folder, state = whole
+def test_held_out_answers(processor, data, uninterrupted):
+    """answers.jsonl has the expected answers and those that the model generates."""
+    folder, state = uninterrupted
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [(line["step"], line["conversation"]) for line in answers] == [(3, 0), (3, 1), (6, 0), (6, 1)]
     for line, conversation in zip(answers[2:], data, strict=False):
-        prompt, expected = question(conversation)
+        prompt, expected = split_last_answer(conversation)
+        options = GenerationOptions(max_new_tokens=4)
         assert line["expected"] == expected
-        assert [line["answer"]] == answer(state.model, processor, [prompt], max_new_tokens=4, batch_size=1)
+        assert [line["answer"]] == answer_conversations(state.model, processor, [prompt], options, batch_size=1)
         assert line["exact"] == (line["answer"].strip() == expected)
     right = np.mean([line["exact"] for line in answers[2:]])
-    assert lines(folder, "held_out_exact_match")[1]["held_out_exact_match"] == right
+    assert logged(folder, "held_out_exact_match")[1]["held_out_exact_match"] == right
 
 
-def test_on_a_mesh(config, processor, data, tmp_path, whole):
-    """Weights split four ways: the losses of one device."""
+def test_on_a_mesh(config, processor, data, tmp_path, uninterrupted):
+    """Weights sharded over four devices: the losses of one device."""
     mesh = make_mesh(fsdp=2, tensor=2)
-    model = jax.tree.map(jnp.copy, start(config))
+    model = jax.tree.map(jnp.copy, initial_model(config))
     model = jax.device_put(model, param_shardings(model, mesh))
-    finetune(model, processor, data, tmp_path, steps=3, **FIXED | {"remat": "dots"})
+    run(config, processor, data, tmp_path, model=model, steps=3, remat="dots")
     for key in ("loss", "grad_norm", "num_tokens"):
-        found, wanted = ([line[key] for line in lines(folder)[:3]] for folder in (tmp_path, whole[0]))
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=key)
-    with pytest.raises(ValueError, match="has 8 devices; found 4"):
+        values, expected = ([line[key] for line in logged(folder)[:3]] for folder in (tmp_path, uninterrupted[0]))
+        np.testing.assert_allclose(values, expected, rtol=1e-5, err_msg=key)
+    with pytest.raises(UserError, match="has 8 devices; expected at most 4"):
         make_mesh(data=8)
 
 
-def test_sigterm_saves_and_ends(config, processor, data, tmp_path, monkeypatch):
-    """The signal comes during the second step: that step is the last, and it is saved."""
+def test_sigterm_saves_and_stops(config, processor, data, tmp_path, monkeypatch):
+    """The signal arrives during the second step: it is the last one, and is saved."""
 
     def load(make, steps, workers):
         for step in steps:
@@ -249,82 +266,88 @@ def test_sigterm_saves_and_ends(config, processor, data, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_batches", load)
     state = run(config, processor, data, tmp_path, steps=5)
     assert int(state.step) == 2 and (tmp_path / "2").is_dir() and len(losses(tmp_path)) == 2
-    with _sigterm() as stop:
-        assert not stop()
+    with catch_sigterm() as stop_requested:
+        assert not stop_requested()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_workers_make_the_same_batches(config, processor, data):
-    """In a thread or in processes, from any step on; what goes wrong there is raised here."""
-    dataset = module.make_dataset(processor, config, data, batch_size=2)
+    """In a thread or in processes, starting at any step. Their errors are raised here."""
+    dataset = make_dataset(processor, config, data, Batching(batch_size=2))
     for workers in (0, 2):
-        found = list(load_batches(dataset, range(1, 4), workers=workers))
-        assert len(found) == 3
-        for batch, index in zip(found, range(1, 4), strict=True):
+        batches = list(load_batches(dataset, range(1, 4), workers=workers))
+        assert len(batches) == 3
+        for batch, index in zip(batches, range(1, 4), strict=True):
             assert (batch.input_ids == dataset(index).input_ids).all()
             assert (batch.vision.pixel_values == dataset(index).vision.pixel_values).all()
-    broken = module.make_dataset(processor, config, [*data[:2], [{"role": "user", "content": "?"}]], batch_size=3)
+    broken = make_dataset(processor, config, [*data[:2], [{"role": "user", "content": "?"}]], Batching(batch_size=3))
     for workers in (0, 2):
-        with pytest.raises(Exception, match=r"conversation 2: .*nothing to train on"):
+        with pytest.raises(Exception, match=r"conversation 2: .*no message of the assistant"):
             list(load_batches(broken, range(2), workers=workers))
 
 
-def test_what_cannot_be(config, processor, data, tmp_path, whole):
-    """Arguments out of range, a folder of something else, fewer steps than were made, another optimizer."""
-    new = functools.partial(run, config, processor, data, tmp_path / "new")
-    for name in ("steps", "batch_size", "save_every", "max_new_tokens"):
-        with pytest.raises(ValueError, match=f"{name} is 0"):
-            new(**({"steps": 1} | {name: 0}))
-    with pytest.raises(ValueError, match="conversations is 0"):
+def test_no_conversations(config, processor, tmp_path):
+    with pytest.raises(UserError, match="conversations is 0"):
         run(config, processor, [], tmp_path / "new", steps=1)
-    with pytest.raises(ValueError, match="eval_generate is 4; expected at most the 3 of held_out"):
-        new(steps=1, held_out=data[:3], eval_generate=4)
-    with pytest.raises(ValueError, match="on_error is 'ignore'"):
-        new(steps=1, on_error="ignore")
     assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_refused(config, processor, data, tmp_path, uninterrupted):
+    """Other files, a run with more steps, a run with another optimizer."""
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no training run"):
+    with pytest.raises(AlreadyExistsError, match="no training run"):
         run(config, processor, data, tmp_path, steps=1)
-    with pytest.raises(ValueError, match="at step 6 already"):
-        run(config, processor, data, whole[0], steps=1)
-    with pytest.raises(ValueError, match=r"missing|unexpected"):
-        run(config, processor, data, whole[0], steps=7, optimizer=make_optimizer(1e-3, freeze=["vision"]))
+    with pytest.raises(UserError, match=r"steps is 1; expected at least 6, the latest step of the run in"):
+        run(config, processor, data, uninterrupted[0], steps=1)
+    with pytest.raises(UserError, match=r"missing|unexpected"):
+        run(config, processor, data, uninterrupted[0], steps=7, optimizer=make_optimizer(1e-3, freeze=["vision"]))
 
 
-def test_a_run_goes_on_with_the_same_data_only(config, processor, data, whole):
+def test_resuming_requires_the_same_data_and_batches(config, processor, data, uninterrupted):
     """All differences are named, before anything is written."""
-    folder, _ = whole
+    folder, _ = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=r"seed was 0 and is 1; batch_size was 2 and is 3; length was 64 and is 48"):
+    differences = (
+        r"batching\.batch_size was 2 and is 3; batching\.length was 64 and is 48; batching\.seed was 0 and is 1\. Use"
+    )
+    with pytest.raises(UserError, match=differences):
         run(config, processor, data, folder, steps=7, batch_size=3, length=48, seed=1)
-    with pytest.raises(ValueError, match=r"conversations was 7 and is 6; data was '\w+' and is '\w+'\. Give"):
+    with pytest.raises(UserError, match=r"conversations was 7 and is 6; data was '\w+' and is '\w+'\. Use"):
         run(config, processor, data[:-1], folder, steps=7)
-    with pytest.raises(ValueError, match="pack_length was None and is 64"):
+    with pytest.raises(UserError, match="pack_length was None and is 64"):
         run(config, processor, data, folder, steps=7, pack_length=64, length=None)
     limited = Processor(processor.tokenizer, processor.image.with_limits(max_pixels=28 * 28), processor.video)
-    with pytest.raises(ValueError, match="max_pixels of pictures was 12544 and is 784"):
+    with pytest.raises(UserError, match=r"images\.max_pixels was 12544 and is 784"):
         run(config, limited, data, folder, steps=7)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_a_step_that_is_half_there_is_written_anew(config, processor, data, tmp_path, whole):
-    """A copy or a deletion that was interrupted is not taken, and does not stand in the way."""
+def test_incomplete_checkpoint_is_replaced(config, processor, data, tmp_path, uninterrupted):
+    """One left by an interrupted copy or deletion is ignored when the run resumes, and overwritten."""
     run(config, processor, data, tmp_path / "run", steps=6, save_every=3)
     (tmp_path / "run/6/default/_METADATA").unlink()
-    assert_same(run(config, processor, data, tmp_path / "run", steps=6, save_every=3), whole[1])
+    assert_equal(run(config, processor, data, tmp_path / "run", steps=6, save_every=3), uninterrupted[1])
 
 
-def test_a_run_that_goes_on_frees_what_it_was_given(config, processor, data, tmp_path):
+def test_resumed_run_frees_the_initial_weights(config, processor, data, tmp_path):
     run(config, processor, data, tmp_path / "run", steps=1)
-    model = jax.tree.map(jnp.copy, start(config))
-    finetune(model, processor, data, tmp_path / "run", steps=2, **FIXED)
+    model = jax.tree.map(jnp.copy, initial_model(config))
+    run(config, processor, data, tmp_path / "run", model=model, steps=2)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model))
-    with pytest.raises(ValueError, match=r"steps is 1, but the run in .* is at step 2 already"):
+    with pytest.raises(UserError, match=r"steps is 1; expected at least 2, the latest step of the run in"):
         run(config, processor, data, tmp_path / "run", steps=1)
 
 
 REFUSED = {
-    "keep": ({"keep": 0}, "keep is 0; expected at least 1"),
+    **{name: ({name: 0}, f"{name} is 0; expected at least 1") for name in ("steps", "batch_size", "save_every")},
+    "max_to_keep": ({"max_to_keep": 0}, "max_to_keep is 0; expected at least 1"),
+    "max_new_tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+    "eval_generate": (
+        {"held_out": make_data()[:3], "eval_generate": 4},
+        "eval_generate is 4; expected 0 to 3, the number of held_out conversations",
+    ),
+    "remat": ({"remat": "some"}, "remat is 'some'; expected one of"),
+    "learning rate": ({"optimizer": Optimization(learning_rate=-1.0)}, "learning_rate is -1.0; expected 0 or more"),
     "accumulate": ({"accumulate": 0}, "accumulate is 0; expected at least 1"),
     "seed": ({"seed": -1}, "seed is -1; expected at least 0"),
     "workers": ({"workers": -1}, "workers is -1; expected at least 0"),
@@ -341,40 +364,40 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_anything_is_written(config, processor, data, tmp_path, case):
-    options, told = REFUSED[case]
-    with pytest.raises(ValueError, match=told):
-        run(config, processor, data, tmp_path / "run", steps=1, **options)
+    options, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        run(config, processor, data, tmp_path / "run", **({"steps": 1} | options))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_a_token_to_train_saves_nothing(config, processor, tmp_path):
+def test_run_without_a_trained_token_saves_nothing(config, processor, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     content = [{"type": "image", "image": str(tmp_path / "cut.png")}, {"type": "text", "text": "Which?"}]
     data = [[{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]]
-    options = {"length": None, "patches": None, "on_error": "skip", "batch_size": 1}
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no token to train"):
+    options = {"length": None, "patches": None, "skip_broken": True, "batch_size": 1}
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(UserError, match="no token to train"):
         run(config, processor, data, tmp_path / "run", steps=1, **options)
     assert not (tmp_path / "run/1").exists()
 
 
 def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
-    """`liger-jax finetune` from files to a checkpoint: pictures in base64, packed, a frozen part, bfloat16 with master
-    weights, two devices, a broken record left out."""
+    """`liger-jax finetune` from files to a checkpoint: base64 images, packing, a frozen part, bfloat16 with master weights,
+    two devices, a skipped record."""
     from liger_jax.cli import main
 
     def as_record(messages):
         *_, user, answer = messages
-        pictures, text = [], ""
+        images, text = [], ""
         for part in user["content"]:
             if part["type"] == "image":
                 file = io.BytesIO()
                 part["image"].save(file, "PNG")
-                pictures.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+                images.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
                 text += "<image>"
             else:
                 text += part["text"]
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer["content"]}]
-        return {"image": pictures, "conversations": turns}
+        return {"image": images, "conversations": turns}
 
     records = [*map(as_record, data), {"image": "gone.png", "conversations": []}]
     (tmp_path / "data.json").write_text(json.dumps(records))
@@ -396,17 +419,17 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
         main()
     assert "step 2 of 2" in capsys.readouterr().out
     assert "held_out_loss" in (tmp_path / "out/metrics.jsonl").read_text()
-    assert all(line["token_utilisation"] > 0.5 for line in lines(tmp_path / "out"))
+    assert all(line["token_utilisation"] > 0.5 for line in logged(tmp_path / "out"))
     assert "repetition_penalty" in (tmp_path / "out/generation_config.json").read_text()
     before, after = (param_paths(load_model(tmp_path / name, dtype="bfloat16")) for name in ("model", "out"))
     assert (before["visual/patch_embed/kernel"] == after["visual/patch_embed/kernel"]).all()
     assert (before["visual/merger/fc1/kernel"] != after["visual/merger/fc1/kernel"]).any()
 
-    # LoRA alone: the base stays, the adapter is there for PEFT, and converting merges it into the weights
+    # LoRA: the base weights stay, the adapter is written for PEFT, and converting merges it into the weights
     arguments[-1] = str(tmp_path / "lora")
     options = "--steps 2 --batch-size 2 --skip-broken --workers 0 --remat none --learning-rate 0.1"
-    for wrong in ("--lora-alpha 4", "--lora 4 --freeze vision", "--lora 4 --master-weights"):
-        monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split(), *wrong.split()])
+    for contradiction in ("--lora-alpha 4", "--lora 4 --freeze vision", "--lora 4 --master-weights"):
+        monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split(), *contradiction.split()])
         with pytest.raises(SystemExit, match="lora"):
             main()
     monkeypatch.setattr(
@@ -419,9 +442,9 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     after = param_paths(model)
     before = param_paths(load_model(tmp_path / "model"))
     assert all((before[path] == after[path]).all() for path in before)
-    again = param_paths(load_adapter(load_model(tmp_path / "model"), tmp_path / "lora/adapter"))
-    assert all((again[path] == after[path]).all() for path in after)
-    convert(tmp_path / "lora", tmp_path / "merged", dtype="float32")
+    reloaded = param_paths(load_adapter(load_model(tmp_path / "model"), tmp_path / "lora/adapter"))
+    assert all((reloaded[path] == after[path]).all() for path in after)
+    convert_checkpoint(tmp_path / "lora", tmp_path / "merged", dtype="float32")
     merged = param_paths(from_hf(tmp_path / "merged", dtype="float32"))
     changed = {path for path in before if (before[path] != merged[path]).any()}
     assert changed == {f"{TARGETS[name]}/kernel" for name in ("v_proj", "fc2")}

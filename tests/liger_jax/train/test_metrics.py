@@ -1,4 +1,4 @@
-"""What is counted of a batch, what is made of it, and what of an earlier log stays."""
+"""Counting the work of a batch, throughput, and the log of a resumed run."""
 
 import json
 import types
@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from liger_jax import Qwen2VLConfig, prepare
+from liger_jax.errors import UserError
 from liger_jax.train.flops import step_flops
 from liger_jax.train.metrics import RunLog, batch_work, step_rates, truncate_after
 
 CONFIG = Qwen2VLConfig.tiny()
 
 
-def two_pictures_and_padding():
+def batch_of_two_images_and_padding():
     ids = np.full((2, 20), 7)
     ids[0, 1:5] = ids[0, 8:12] = CONFIG.image_token_id
     mask = np.array([[1] * 20, [1] * 12 + [0] * 8])
@@ -24,18 +25,18 @@ def two_pictures_and_padding():
     ).pad_rows(4)
 
 
-def test_work_of_a_batch():
-    """Tokens without padding and empty rows; pictures of all rows."""
-    batch = two_pictures_and_padding()
+def test_batch_work():
+    """Tokens are counted without padding and empty sequences, images over all sequences."""
+    batch = batch_of_two_images_and_padding()
     work = batch_work(CONFIG, batch)
-    assert work == {"tokens": 32, "columns": 4 * 64, "images": 2, "flops": step_flops(CONFIG, batch)}
+    assert work == {"tokens": 32, "positions": 4 * 64, "images": 2, "flops": step_flops(CONFIG, batch)}
     assert batch_work(CONFIG, prepare(CONFIG, input_ids=np.ones((1, 9), int)))["images"] == 0
 
 
-def test_rates():
-    """Utilisation is of all devices; a device that tells nothing has none."""
+def test_step_rates():
+    """Utilisation relates to all devices. It is left out if the device is unknown or does not report its memory."""
     device = types.SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: {"peak_bytes_in_use": 2**31})
-    work = {"tokens": 100, "columns": 200, "images": 4, "flops": 989.4e12}
+    work = {"tokens": 100, "positions": 200, "images": 4, "flops": 989.4e12}
     rates = step_rates(work, 30, 0.5, [device] * 4)
     assert rates == {
         "tokens_per_second": 200,
@@ -45,23 +46,23 @@ def test_rates():
         "model_flops_utilisation": pytest.approx(0.5),
         "peak_memory_gib": 2,
     }
-    silent = types.SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
-    assert not {"model_flops_utilisation", "peak_memory_gib"} & step_rates(work, 30, 0.5, [silent]).keys()
+    unknown = types.SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
+    assert not {"model_flops_utilisation", "peak_memory_gib"} & step_rates(work, 30, 0.5, [unknown]).keys()
 
 
-def test_a_log_goes_on(tmp_path):
-    """Lines of later steps, and one that was cut short, make room."""
+def test_resumed_log_drops_later_steps(tmp_path):
+    """Lines of later steps and an incomplete last line are removed; other lines are refused."""
     file = tmp_path / "metrics.jsonl"
     for begin, end in ((0, 4), (2, 3)):
         with RunLog(file, begin=begin, steps=4, progress=False) as log:
             for step in range(begin, end):
                 log.write(step + 1, {"loss": float(begin)})
-    with file.open("a", encoding="utf-8") as more:
-        more.write('{"step": 3, "loss": 5, "answer": "a\u2028b\x85c"}\n{"step": 3, "lo')
+    with file.open("a", encoding="utf-8") as log:
+        log.write('{"step": 3, "loss": 5, "answer": "a\u2028b\x85c"}\n{"step": 3, "lo')
     truncate_after(file, 3)
     lines = [json.loads(line) for line in file.read_bytes().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0), (2, 0), (3, 2), (3, 5)]
     assert lines[-1]["answer"] == "a\u2028b\x85c"
     file.write_bytes(file.read_bytes() + b"[1]\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 5 is b'\[1\]'; expected JSON with a step"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 5 is b'\[1\]'; expected JSON with a step"):
         truncate_after(file, 3)

@@ -1,4 +1,4 @@
-"""The record of a run: equal data have equal fingerprints, whatever is different is named, and half a record is none."""
+"""A run's record: fingerprints of equal data are equal, all differences are named, and an incomplete record is ignored."""
 
 import json
 from pathlib import Path
@@ -7,42 +7,83 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.files import fingerprint
-from liger_jax.train.run import RECORD, check_record, is_run, write_record
+from liger_jax.train.run import RECORD, check_record, is_run, open_run, write_record
 
 
-def ask(picture, text="Which?"):
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+def ask_about(image, text="Which?"):
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
 
 
 def test_fingerprints(tmp_path):
-    """Texts, paths, bytes, pictures in memory: equal where they are, different where anything is."""
+    """Of texts, paths, bytes and images in memory: equal for equal data, different for any difference."""
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
     with Image.open(tmp_path / "red.png") as opened:
-        pictures = ["a.png", b"a.png", red, blue, np.asarray(red), opened, red.convert("L"), None, "a"]
-        found = [fingerprint(ask(picture)) for picture in pictures]
-        assert found == [fingerprint(ask(picture)) for picture in pictures]
-    assert len(set(found)) == len(found)
+        images = ["a.png", b"a.png", red, blue, np.asarray(red), opened, red.convert("L"), None, "a"]
+        fingerprints = [fingerprint(ask_about(image)) for image in images]
+        assert fingerprints == [fingerprint(ask_about(image)) for image in images]
+    assert len(set(fingerprints)) == len(fingerprints)
     assert (
-        fingerprint(ask(Path("a.png")))
-        == fingerprint(ask("a.png"))
-        == fingerprint(json.loads(json.dumps(ask("a.png"))))
+        fingerprint(ask_about(Path("a.png")))
+        == fingerprint(ask_about("a.png"))
+        == fingerprint(json.loads(json.dumps(ask_about("a.png"))))
     )
-    assert fingerprint(ask("a.png")) != fingerprint(ask("a.png", "Who?"))
+    assert fingerprint(ask_about("a.png")) != fingerprint(ask_about("a.png", "Who?"))
     assert fingerprint(["a", "bc"]) != fingerprint(["ab", "c"]) != fingerprint([["ab"], "c"])
 
 
-def test_records(tmp_path):
-    """What was written is compared name by name; a record that was being written does not count."""
-    folder, record = tmp_path / "run", {"seed": 0, "length": None}
+def test_record_is_compared_by_name(tmp_path):
+    folder, record = tmp_path / "run", {"data": "a", "batching": {"seed": 0, "length": None}}
     assert not is_run(folder)
     write_record(folder, record)
     assert is_run(folder) and [path.name for path in folder.iterdir()] == [RECORD]
     check_record(folder, record)
-    with pytest.raises(
-        ValueError, match=r"seed was 0 and is 1; length was None and is 64; pack was None and is 2\. Give"
-    ):
-        check_record(folder, {"seed": 1, "length": 64, "pack": 2})
+    other = {"batching": {"seed": 1, "length": 64, "pack_length": 2}}
+    differences = (
+        r"batching\.seed was 0 and is 1; batching\.length was None and is 64; "
+        r"batching\.pack_length was None and is 2; data was 'a' and is None\. Use"
+    )
+    with pytest.raises(UserError, match=differences):
+        check_record(folder, other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 9},
+        {"optimization": {"learning_rate": 1.0}},
+        {"optimization": None},
+        {"saving": {"save_every": 1}},
+        {"execution": {"remat": "full"}},
+        {"evaluation": {"eval_generate": 1}},
+        *({"batching": {"seed": 0, name: 2}} for name in ("accumulate", "workers", "skip_broken")),
+    ],
+    ids=str,
+)
+def test_options_that_may_change(tmp_path, change):
+    record = {"steps": 3, "optimization": {"learning_rate": 0.1}, "batching": {"seed": 0, "workers": None}}
+    write_record(tmp_path, record)
+    check_record(tmp_path, record | change)
+
+
+def test_damaged_record(tmp_path):
+    for text in ("{", "[1]"):
+        (tmp_path / RECORD).write_text(text)
+        with pytest.raises(UserError, match=r"run\.json is damaged"):
+            check_record(tmp_path, {})
+
+
+def test_incomplete_record_is_ignored(tmp_path):
     (tmp_path / f"{RECORD}.tmp").write_text("{")
     assert not is_run(tmp_path)
+
+
+def test_opening_a_folder_of_something_else(tmp_path):
+    run = open_run(tmp_path / "new", {"steps": 1})
+    assert (run.start, run.resumes) == (0, False) and not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(AlreadyExistsError, match="no training run"):
+            open_run(path, {"steps": 1})

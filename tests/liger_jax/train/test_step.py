@@ -1,4 +1,4 @@
-"""The training step does what its pieces promise: the gradient of the whole batch, however it is computed, and an update."""
+"""The training step: the gradient of the whole batch, however it is computed, and the optimizer's update."""
 
 import dataclasses
 import functools
@@ -11,26 +11,23 @@ import pytest
 
 from convert import to_hf_state
 from liger_jax import TrainState, loss_fn, make_train_step
+from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
-from liger_jax.train.step import AUTO, gradients, next_token_labels
+from liger_jax.options import LayerExecution
+from liger_jax.train.step import AUTO_REMAT, gradients, next_token_labels
 from tests._support import parity
 
 SCENARIO = "batch_left"
 RATE = 0.25
-OPTIMIZER = optax.sgd(RATE, momentum=0.5)  # whose first update is the gradient
+OPTIMIZER = optax.sgd(RATE, momentum=0.5)  # its first update is the gradient
 
 
-@functools.cache
-def step_of(**options):
-    """Compiled steps, shared by the tests of this file."""
-    return make_train_step(**options)
-
-
-WAYS = [{"remat": "dots"}, {"remat": "full", "accumulate": 2}, {"remat": "attention", "unroll": True}]
+shared_train_step = functools.cache(make_train_step)  # compiled once for all tests of this file
+VARIANTS = [{"remat": "dots"}, {"remat": "full", "accumulate": 2}, {"remat": "attention", "unroll": True}]
 
 
 def fresh_state(model=None):
-    """The step takes its state's memory: each test gets weights of its own."""
+    """Returns a state with its own copy of the weights, because the step donates them."""
     return TrainState.create(jax.tree.map(jnp.copy, model or parity.model()), OPTIMIZER)
 
 
@@ -39,107 +36,109 @@ def batch(**changes):
 
 
 def uneven_labels():
-    """Seven trained tokens in one row, two in the other: a mean of the rows' means is not the mean of the tokens."""
+    """Returns labels with seven trained tokens in one sequence and two in the other, so that their means differ."""
     labels = batch().labels.copy()
     labels[1, np.flatnonzero(labels[1] != IGNORE)[:-2]] = IGNORE
     return labels
 
 
-def change(after, *, before=None):
-    """What was subtracted from the weights, divided by the rate: {hub name: gradient}."""
-    before, after = to_hf_state(before or parity.model()), to_hf_state(after)
-    return {key: (before[key] - after[key]) / RATE for key in after}
+def applied_gradient(new_model, *, old_model=None):
+    """Returns the change of the weights, divided by the learning rate: {hub name: gradient}."""
+    old, new = to_hf_state(old_model or parity.model()), to_hf_state(new_model)
+    return {key: (old[key] - new[key]) / RATE for key in new}
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_update_is_the_gradient(way):
-    """Whatever is kept for the backward pass, and in parts or not: the gradient that transformers computes."""
-    state, metrics = step_of(**way)(fresh_state(), batch())
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_update_equals_the_gradient_of_transformers(options):
+    """With any rematerialization, accumulated or not."""
+    state, metrics = shared_train_step(**options)(fresh_state(), batch())
     assert int(state.step) == 1
-    parity.assert_near(metrics["loss"], parity.expected(SCENARIO, "loss"), what="loss")
+    parity.assert_near(metrics["loss"], parity.expected(SCENARIO, "loss"), name="loss")
     assert metrics["num_tokens"] == 14
-    found = change(state.model)
+    update = applied_gradient(state.model)
     for key, value in parity.expected_gradients(SCENARIO).items():
         rounding = np.finfo(np.float32).eps * np.abs(to_hf_state(parity.model())[key]).max() / RATE
         scale = np.abs(value).max()
-        parity.assert_near(found[key], value, tolerance=parity.TOLERANCE + 2 * rounding / scale, what=key)
+        parity.assert_near(update[key], value, tolerance=parity.TOLERANCE + 2 * rounding / scale, name=key)
 
 
-def test_accumulation_weighs_tokens_not_parts():
-    """Parts with different numbers of trained tokens: metrics and update equal those of the whole batch."""
+def test_accumulation_weights_tokens_equally():
+    """With different numbers of trained tokens in the parts, metrics and update equal those of the whole batch."""
     uneven = batch(labels=uneven_labels())
-    (whole, whole_metrics), (parts, parts_metrics) = (step_of(**way)(fresh_state(), uneven) for way in WAYS[:2])
+    (whole, whole_metrics), (parts, parts_metrics) = (
+        shared_train_step(**options)(fresh_state(), uneven) for options in VARIANTS[:2]
+    )
     assert whole_metrics.keys() == parts_metrics.keys() == {"loss", "num_tokens", "accuracy"}
     assert whole_metrics["num_tokens"] == parts_metrics["num_tokens"] == 9
     for key, value in whole_metrics.items():
         np.testing.assert_allclose(parts_metrics[key], value, rtol=1e-5, err_msg=key)
-    found, wanted = to_hf_state(parts.model), to_hf_state(whole.model)
-    for key, value in wanted.items():
-        parity.assert_near(found[key], value, tolerance=1e-5, what=key)
+    accumulated = to_hf_state(parts.model)
+    for key, value in to_hf_state(whole.model).items():
+        parity.assert_near(accumulated[key], value, tolerance=1e-5, name=key)
 
 
-def test_what_is_computed_again():
-    """narrow makes the products into the MLPs' hidden sizes again (gate, up, fc1); attention all others of a layer, too."""
+def test_recomputed_matmuls():
+    """narrow recomputes the matmuls into the MLPs' hidden sizes (gate, up, fc1); attention all matmuls of a layer."""
 
-    def products(remat):
-        grads = functools.partial(gradients, num_items=None, remat=remat)
+    def count_matmuls(remat):
+        grads = functools.partial(gradients, num_items=None, execution=LayerExecution(remat))
         return str(jax.make_jaxpr(grads)(parity.model(), batch())).count("dot_general[")
 
-    dots, narrow, attention, full = (products(remat) for remat in AUTO)
+    dots, narrow, attention, full = (count_matmuls(remat) for remat in AUTO_REMAT)
     assert narrow == dots + 3 and attention > narrow and full >= attention
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_nothing_to_train(way):
-    """All labels ignored: loss 0, gradient 0, no NaN. transformers gives NaN."""
-    state, metrics = step_of(**way)(fresh_state(), batch(labels=np.full_like(batch().labels, IGNORE)))
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_batch_without_trained_tokens(options):
+    """Loss and gradient are 0, not NaN as in transformers."""
+    state, metrics = shared_train_step(**options)(fresh_state(), batch(labels=np.full_like(batch().labels, IGNORE)))
     assert {key: float(value) for key, value in metrics.items()} == {"loss": 0, "num_tokens": 0, "accuracy": 0}
-    assert not any(value.any() for value in change(state.model).values())
+    assert not any(value.any() for value in applied_gradient(state.model).values())
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_an_ignored_row_changes_nothing(way):
-    """With the second row's labels ignored, one part of the accumulation has nothing to train."""
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_sequence_without_trained_tokens(options):
+    """One part of the accumulation has no trained token; loss and gradient stay finite."""
     labels = batch().labels.copy()
     labels[1] = IGNORE
-    state, metrics = step_of(**way)(fresh_state(), batch(labels=labels))
+    state, metrics = shared_train_step(**options)(fresh_state(), batch(labels=labels))
     assert metrics["num_tokens"] == 7
     assert np.isfinite(float(metrics["loss"]))
-    assert all(np.isfinite(value).all() for value in change(state.model).values())
+    assert all(np.isfinite(value).all() for value in applied_gradient(state.model).values())
 
 
 def test_overfits_one_batch():
-    """Twenty steps on the same two answers: the loss falls to a tenth, and the answers are learnt."""
+    """In twenty steps on the same two answers, the loss falls to a tenth and the answers are learnt."""
     state, losses = fresh_state(), []
     for _ in range(20):
-        state, metrics = step_of(**WAYS[0])(state, batch())
+        state, metrics = shared_train_step(**VARIANTS[0])(state, batch())
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.1 * losses[0]
     assert float(metrics["accuracy"]) == 1
     assert int(state.step) == 20
 
 
-def test_the_state_is_donated():
-    """The old state's arrays are gone after the step: a run needs memory for one state, not two."""
+def test_state_is_donated():
+    """The step deletes the old state's arrays: a run needs memory for one state, not two."""
     state = fresh_state()
     weights = jax.tree.leaves(state.model)
-    step_of(**WAYS[0])(state, batch())
+    shared_train_step(**VARIANTS[0])(state, batch())
     assert all(weight.is_deleted() for weight in weights)
 
 
-def test_the_optimizer_remembers():
-    """Momentum: a second step goes further than one of a fresh optimizer from the same weights, by half of the first."""
-    once, _ = step_of(**WAYS[0])(fresh_state(), batch())
+def test_optimizer_state_is_carried_over():
+    """With momentum, a second step exceeds that of a fresh optimizer from the same weights by half of the first step."""
+    once, _ = shared_train_step(**VARIANTS[0])(fresh_state(), batch())
     middle = jax.tree.map(jnp.copy, once.model)
-    twice, _ = step_of(**WAYS[0])(once, batch())
-    forgetful, _ = step_of(**WAYS[0])(fresh_state(middle), batch())
-    first, found = change(middle), change(twice.model, before=forgetful.model)
+    twice, _ = shared_train_step(**VARIANTS[0])(once, batch())
+    without_momentum, _ = shared_train_step(**VARIANTS[0])(fresh_state(middle), batch())
+    first, extra = applied_gradient(middle), applied_gradient(twice.model, old_model=without_momentum.model)
     for key, value in first.items():
-        np.testing.assert_allclose(found[key], 0.5 * value, atol=1e-4 * np.abs(value).max() + 1e-5, err_msg=key)
+        np.testing.assert_allclose(extra[key], 0.5 * value, atol=1e-4 * np.abs(value).max() + 1e-5, err_msg=key)
 
 
-def test_targets():
-    """Labels move one column to the left, within their sequence."""
+def test_next_token_labels():
+    """Labels shift by one position to the left, within their sequence."""
     packed = parity.batch("packed_text_batch_left")
     packed = dataclasses.replace(packed, labels=packed.input_ids)
     targets = np.asarray(next_token_labels(packed))
@@ -153,16 +152,16 @@ def test_targets():
 @pytest.mark.parametrize(
     ("options", "message"), [({"remat": "some"}, "remat is 'some'"), ({"accumulate": 0}, "accumulate is 0")]
 )
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_options(options, message):
+    with pytest.raises(UserError, match=message):
         make_train_step(**options)
 
 
-def test_no_labels():
-    """Before anything is compiled, and with the state still usable."""
+def test_batch_without_labels():
+    """It is refused before anything is compiled, and the state remains usable."""
     state = fresh_state()
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(UserError, match="labels"):
         make_train_step()(state, batch(labels=None))
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(UserError, match="labels"):
         loss_fn(state.model, batch(labels=None))
     assert not jax.tree.leaves(state.model)[0].is_deleted()
