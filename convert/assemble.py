@@ -61,6 +61,7 @@ class OnDevice:
         self.value.block_until_ready()
 
     def finish(self) -> jax.Array:
+        assert self.value is not None, "finish before put"
         return self.value
 
     def _hub_sharding(self, layer: int | None) -> NamedSharding | None:
@@ -68,7 +69,7 @@ class OnDevice:
         if self.sharding is None:
             return None
         spec = self.sharding.spec if layer is None else self.sharding.spec[1:]
-        return NamedSharding(self.sharding.mesh, PartitionSpec(*hub_partition(self.layout, spec)))
+        return NamedSharding(self.sharding.mesh, PartitionSpec(*hub_partition(self.layout, tuple(spec))))
 
 
 def _send(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:

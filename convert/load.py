@@ -101,12 +101,15 @@ def convert_checkpoint(
     if Path(source).exists() and target.resolve() == Path(source).resolve():
         raise UserError(f"SRC and DST are both {target}; expected different folders")
     if is_model(source):
-        source_format, folder = "orbax", Path(source)
+        source_format: Literal["orbax", "hf"] = "orbax"
+        folder = Path(source)
         model = load_model(folder, dtype=dtype)
     else:
-        source_format, folder = "hf", find_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
+        source_format = "hf"
+        folder = find_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
         model = from_hf(folder, dtype=dtype or "bfloat16", allow_pickle=allow_pickle)
-    to = to or {"orbax": "hf", "hf": "orbax"}[source_format]
+    if to is None:
+        to = "hf" if source_format == "orbax" else "orbax"
     if to == "hf":
         model = model if lora_config(model) is None else merge_lora(model)
         to_hf(model, target, max_shard_size=max_shard_size)

@@ -155,10 +155,13 @@ def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
 def _check_tied_head(head: StoredTensor, embedding: StoredTensor, rows: int = 65_536) -> None:
     """Raises UserError if the stored head of a tied model differs from its embedding. Compares some rows at a time."""
     with contextlib.ExitStack() as stack:
-        readers = [(stack.enter_context(open_weights(tensor.file)).read, tensor.name) for tensor in (head, embedding)]
+        head_file = stack.enter_context(open_weights(head.file))
+        embedding_file = stack.enter_context(open_weights(embedding.file))
+        length = head.shape[0]
+        slices = [(start, min(start + rows, length)) for start in range(0, length, rows)]
         equal = head.shape == embedding.shape and all(
-            np.array_equal(*(read(name, start, min(start + rows, head.shape[0])) for read, name in readers))
-            for start in range(0, head.shape[0], rows)
+            np.array_equal(head_file.read(head.name, *part), embedding_file.read(embedding.name, *part))
+            for part in slices
         )
     if not equal:
         raise UserError(

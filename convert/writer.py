@@ -108,7 +108,8 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
     orbax = ("params",) if (directory / "params" / "_METADATA").is_file() else ()
     with staged_folder(directory, stale=(*HUB_WEIGHTS, LORA, *orbax)) as folder:
         write_config(folder, config, _TORCH_NAMES[_DTYPE_NAMES[leaves["language_model/norm/weight"].dtype]])
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for number, tensors in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= {tensor.name: name for tensor in tensors}
@@ -138,7 +139,8 @@ def _refuse_lora(tree: Any) -> None:
 
 def _split(tensors: list[HubTensor], leaves: dict[str, Any], shard_bytes: int) -> list[list[HubTensor]]:
     """Distributes tensors over shards, in order."""
-    shards, free = [], 0
+    shards: list[list[HubTensor]] = []
+    free = 0
     for tensor in tensors:
         size = _nbytes(tensor, leaves)
         if not shards or size > free:
@@ -173,7 +175,7 @@ def write_safetensors(file: Path, tensors: list[HubTensor], leaves: dict[str, An
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            stream.write(_fetch(tensor, leaves[tensor.row.path], sizes).reshape(-1).view(np.uint8))
+            stream.write(_fetch(tensor, leaves[tensor.row.path], sizes).reshape(-1).view(np.uint8).data)
     return end
 
 

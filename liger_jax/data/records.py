@@ -72,7 +72,9 @@ def read_conversations(
                 raise UserError(f"{path}, {name}: {error}") from error
             broken.append(f"{name}: {error}")
     if not conversations:
-        raise UserError(f"{path} has no usable record{': ' if broken else ''}{'; '.join(broken[:3])}")
+        raise UserError(
+            f"{path} has no usable record ({'; '.join(broken[:3]) or 'it is empty'}); expected at least one"
+        )
     total = len(conversations) + len(broken)
     warn_skipped(f"{path}: left out {len(broken)} of {total} records", broken)
     return conversations

@@ -81,7 +81,7 @@ class _Grids:
 
     def __init__(self, kind: str, grid_thw: np.ndarray | None):
         self.kind = kind
-        self.grids = [] if grid_thw is None else [tuple(map(int, grid)) for grid in np.asarray(grid_thw)]
+        self.grids = [] if grid_thw is None else [(int(t), int(h), int(w)) for t, h, w in np.asarray(grid_thw)]
         self.taken = self.first_patch = 0
 
     def take(self, row: int) -> tuple[str, tuple[int, int, int], int]:

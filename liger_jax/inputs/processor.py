@@ -14,15 +14,15 @@ from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import CONFIG, local_folder, make_folder, read_json_object, write_json
 from liger_jax.inputs.batch import IGNORE
 from liger_jax.inputs.images import VisionSettings
-from liger_jax.inputs.messages import KINDS, Conversation, MediaItem, MediaReader, Message, as_conversations
+from liger_jax.inputs.messages import KINDS, Conversation, MediaReader, Message, as_conversations
 
 # transformers' limits for the frames of a video, for checkpoints without any
-VIDEO_DEFAULTS = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+VIDEO_DEFAULTS: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
 # Classes that are looked up by name: AutoTokenizer would import all models, and PyTorch if installed, which takes seconds.
 TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 PROCESSOR_FILES = ["*processor_config.json", "chat_template.*", CONFIG]
-# Private-use characters that mark the begin and end of an answer while the template is rendered.
+# Private-use characters that mark the start and end of an answer while the template is rendered.
 BEGIN, END = "\ue0f0\ue0f1", "\ue0f2\ue0f3"
 
 
@@ -132,7 +132,7 @@ class Processor:
         padding: Literal["left", "right"] = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """Returns one conversation, or a batch of them, as arrays in Hugging Face's layout.
 
         A message is `{"role": ..., "content": ...}`. Its content is a string or a list of parts, each of the form
@@ -173,7 +173,8 @@ class Processor:
         options = {"add_generation_prompt": add_generation_prompt, "add_vision_id": add_vision_id}
         rows = self._tokenize(cleaned, labels, options)
         self._check_placeholders(rows, items)
-        arrays, counts = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        counts: dict[str, Iterator[int]] = {}
         for kind in KINDS:
             patches = [item.patches() for row in items for item in row[kind.name]]
             if patches:
@@ -225,9 +226,9 @@ class Processor:
             raise UserError(
                 f"tokens has dtype {tokens.dtype} and shape {list(tokens.shape)}; expected integers [T] or [B, T]"
             )
-        if tokens.ndim == 2:
-            return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in tokens]
-        return self.tokenizer.decode(tokens[tokens >= 0].tolist(), skip_special_tokens=skip_special_tokens)
+        rows = tokens if tokens.ndim == 2 else [tokens]
+        texts = [self.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=skip_special_tokens) for row in rows]
+        return texts if tokens.ndim == 2 else texts[0]
 
     def _render(self, conversation: Conversation, options: dict[str, bool]) -> str:
         from jinja2 import TemplateError
@@ -245,8 +246,9 @@ class Processor:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=labels)
         rows = [{"input_ids": np.array(ids, np.int64)} for ids in encoded["input_ids"]]
         if labels:
-            for row, offsets, *rendered in zip(rows, encoded["offset_mapping"], conversations, texts, strict=True):
-                spans = self._answer_spans(*rendered, options)
+            offset_mapping = encoded["offset_mapping"]
+            for row, offsets, conversation, text in zip(rows, offset_mapping, conversations, texts, strict=True):
+                spans = self._answer_spans(conversation, text, options)
                 row["labels"] = self._labels(row["input_ids"], np.array(offsets, np.int64).reshape(-1, 2), spans)
         return rows
 
@@ -270,7 +272,7 @@ class Processor:
                 f"text contains {BEGIN!r} or {END!r}; expected none of these, as they mark answers internally"
             )
         if not any(message["role"] == "assistant" for message in conversation):
-            raise UserError("conversation has no message of the assistant; expected one to train on, for labels=True")
+            raise UserError("conversation has no assistant message; expected one to train on, for labels=True")
         marked = self._render([_mark(message) for message in conversation], options)
         if marked.replace(BEGIN, "").replace(END, "") != text:
             raise UserError(
@@ -284,7 +286,7 @@ class Processor:
         return spans
 
     def _check_placeholders(
-        self, rows: list[dict[str, np.ndarray]], items: Sequence[Mapping[str, Sequence[MediaItem]]]
+        self, rows: list[dict[str, np.ndarray]], items: Sequence[Mapping[str, Sequence[Any]]]
     ) -> None:
         """Raises UserError unless there are as many placeholders as media. Only another model's template violates this."""
         for index, (row, media) in enumerate(zip(rows, items, strict=True)):

@@ -102,7 +102,10 @@ def _has_scheme(text: str, scheme: str) -> bool:
 
 
 def _file_url_path(url: str) -> str:
-    return unquote(urlparse(url).path)
+    try:
+        return unquote(urlparse(url).path)
+    except ValueError as error:  # such as file://[
+        raise UserError(f"image is {url!r:.200}, a malformed URL ({error}); expected {EXPECTED}") from error
 
 
 def _refuse_web_url(text: str) -> None:

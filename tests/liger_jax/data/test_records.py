@@ -162,6 +162,7 @@ BROKEN = {
     "'role' is ['user']": {"messages": [{"role": ["user"], "content": "?"}]},
     "no.png', which does not exist": llava(image="file:///no.png"),
     "which is not a file": llava(image="."),
+    "a malformed URL": llava(image="file://["),
     "half of a surrogate pair": llava([("human", "a \ud83d"), ("gpt", "7")]),
     "the record lists no more images": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
     "expected one of type": {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},

@@ -558,7 +558,7 @@ BAD_CALLS = {
         'audio.*expected the type "text", "image" or "video"',
     ),
     "text without text": ([user({"type": "text"})], {}, '"text", "image" or "video", and its value'),
-    "no answer": ([user(text("x"))], {"labels": True}, "no message of the assistant"),
+    "no answer": ([user(text("x"))], {"labels": True}, "no assistant message"),
     "marks": ([user(text("\ue0f0\ue0f1")), ASSISTANT], {"labels": True}, "mark answers internally"),
 }
 
