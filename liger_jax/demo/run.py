@@ -117,7 +117,7 @@ def make_processor(digits: Digits) -> Processor:
     """Returns a processor with a tokenizer trained on the demo's texts, and limits for small images."""
     byte_tokenizer = train_tokenizer([])
     sample = itertools.islice(conversations(digits, np.random.default_rng(0)), 200)
-    texts = [byte_tokenizer.apply_chat_template(messages, tokenize=False) for messages in sample]
+    texts = [str(byte_tokenizer.apply_chat_template(messages, tokenize=False)) for messages in sample]
     return Processor(train_tokenizer(texts), VisionSettings(min_pixels=28 * 28, max_pixels=16 * 28 * 28))
 
 

@@ -50,12 +50,13 @@ def answer_conversations(
         length: positions per row, see `prepare`.
         patches: image patches per row, see `prepare`.
     """
+    first_seed = options.single_seed()
     answers: list[str] = []
     for start in range(0, len(conversations), batch_size):
         chunk = list(conversations[start : start + batch_size])
         inputs = processor(chunk, add_generation_prompt=True)
         batch = prepare(model.config, **inputs, length=length, patches=patches)
-        seeds = [options.seed + start + row for row in range(len(chunk))]
+        seeds = [first_seed + start + row for row in range(len(chunk))]
         answers += answer_batch(model, processor, batch, options, seeds=seeds, batch_size=batch_size)
     return answers
 
@@ -86,4 +87,4 @@ def answer_batch(
     rows = [*range(prompts), *[0] * (batch_size - prompts)]
     filled = jax.tree.map(lambda array: np.asarray(array)[rows], batch)
     options = dataclasses.replace(options, seed=[seeds[row] for row in rows])
-    return processor.decode(generate_with(model, filled, options, processor))[:prompts]
+    return list(processor.decode(generate_with(model, filled, options, processor))[:prompts])

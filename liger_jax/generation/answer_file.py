@@ -95,8 +95,7 @@ def answer_file(
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
-    if np.ndim(options.seed):
-        raise UserError(f"seed is {options.seed}; expected a single seed for a file of questions")
+    first_seed = options.single_seed()
     options.check_single_text()
     options.check_against(model.config, prompts=1)
     data, output = Path(data), Path(output)
@@ -119,7 +118,7 @@ def answer_file(
 
         for group in _group_by_shape(prompts, batch_size):
             batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(prompt.batch for prompt in group))
-            seeds = [options.seed + prompt.record.number for prompt in group]
+            seeds = [first_seed + prompt.record.number for prompt in group]
             answers = answer_batch(model, processor, batch, options, seeds=seeds, batch_size=batch_size)
             write([prompt.record.label | {"answer": text} for prompt, text in zip(group, answers, strict=True)])
         write(broken.lines)
@@ -218,10 +217,10 @@ def _read_answered(output: Path, labels: dict[int, dict]) -> set[int]:
             label = labels[line["record"]]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"{output}, line {number} is {text[:80]}; expected an answer to a record of this data"
+                f"{output}, line {number} is {text[:80]!r}; expected an answer to a record of this data"
             ) from error
         if not label.items() <= line.items() or not ({"answer", "error"} & line.keys()):
-            raise UserError(f"{output}, line {number} is {text[:80]}; expected an answer to {label}")
+            raise UserError(f"{output}, line {number} is {text[:80]!r}; expected an answer to {label}")
         if "answer" in line:
             answered.add(line["record"])
             answer_lines.append(text)

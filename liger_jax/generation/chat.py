@@ -23,7 +23,7 @@ from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
 
-SLOTS = 1024  # cache sizes are buckets of this: it grows by this at first, later by a quarter or more, so it rarely compiles
+SLOTS = 1024  # the cache grows by this at first, later by a quarter or more: few sizes, few compilations
 
 Patches = tuple[np.ndarray, np.ndarray]  # of one image or video: its grid (t, h, w), and its patches
 
@@ -64,12 +64,15 @@ class Chat:
 
     def reset(self) -> None:
         """Starts a new conversation."""
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        # By kind, in order. Prefilled again if the cache is lost, or if the chat template renders earlier turns differently.
+        self.messages: list[dict[str, Any]] = (
+            [] if self.system is None else [{"role": "system", "content": self.system}]
+        )
+        # By kind, in order; prefilled again if the cache is lost or the chat template renders an earlier turn differently.
         self._media: dict[str, list[Patches]] = {kind.name: [] for kind in KINDS}
         self._session: DecodeSession | None = None  # of the last answer; holds the cache
-        self._prompt: list[int] = []  # The cache holds the tokens of the last prompt and of its answer so far,
-        self._answer: list[int] = []  # except the answer's last token, which has not been computed with yet.
+        # The cache holds the last prompt and its answer so far, except the answer's last token.
+        self._prompt: list[int] = []
+        self._answer: list[int] = []
 
     def ask(self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
         """Returns the whole answer to a question; the arguments are those of `stream`."""
@@ -89,7 +92,9 @@ class Chat:
                 then unchanged.
         """
         sources = {"image": as_list(images), "video": as_list(videos)}
-        parts = [{"type": kind.name, kind.name: source} for kind in KINDS for source in sources[kind.name]]
+        parts: list[dict[str, Any]] = [
+            {"type": kind.name, kind.name: source} for kind in KINDS for source in sources[kind.name]
+        ]
         text = {"type": "text", "text": question}
         arrays = self.processor([{"role": "user", "content": [*parts, text]}])
         media = {kind.name: [*self._media[kind.name], *_split_patches(arrays, kind)] for kind in KINDS}
@@ -113,7 +118,7 @@ class Chat:
         items = vision_items(config, ids[None], segment_ids, *grid_arrays)
         position_ids = rope_positions(config, segment_ids, items, "max")
         cached = self._count_cached(ids, items[0])
-        new_media = {}
+        new_media: dict[str, Any] = {}
         for kind in KINDS:
             count = sum(KINDS[item.is_video] is kind and item.positions[0] >= cached for item in items[0])
             if count:
@@ -123,7 +128,7 @@ class Chat:
         return ids, batch, cached
 
     def _count_cached(self, ids: np.ndarray, items: list[VisionItem]) -> int:
-        """Returns the number of leading tokens that the cache holds; at least one token and only whole images remain."""
+        """Returns the number of leading tokens that the cache holds; at least one token remains, and only whole images."""
         cache_ids = np.array(self._prompt + self._answer[:-1], np.int64)[: len(ids) - 1]
         mismatches = np.flatnonzero(cache_ids != ids[: len(cache_ids)])
         cached = int(mismatches[0]) if len(mismatches) else len(cache_ids)
@@ -138,14 +143,14 @@ class Chat:
         slots = bucket(max(cached + positions, len(ids) + self.options.max_new_tokens), SLOTS)
         batch = shard_batch(batch, mesh)
         with mesh_context(mesh):
-            if not cached:
-                hidden, keys_values = prefill(self.model, batch)
-                cache = init_cache(*keys_values, batch.segment_ids, room=slots - positions)
-            else:
+            if cached and self._session:
                 cache, self._prompt, self._answer = self._session.cache, [], []  # the cache is donated
                 missing = slots - cache.valid.shape[1]
                 cache = grow(cache, room=missing) if missing > 0 else cache
                 hidden, cache = extend(self.model, cache, batch, np.int32(cached))
+            else:
+                hidden, keys_values = prefill(self.model, batch)
+                cache = init_cache(*keys_values, batch.segment_ids, room=slots - positions)
             first_step = first_token_logits(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(cached))
         return DecodeSession(self.model, cache, first_step, self.options, ids[None], np.ones((1, len(ids)), np.int64))
 

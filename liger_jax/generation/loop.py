@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,10 @@ CHUNK = 8  # tokens that the device generates while the host reads the previous 
 class Generated(NamedTuple):
     """New tokens with their log-probabilities, which are 0 after a row's end."""
 
-    tokens: np.ndarray  # [B, T] int32
-    logprobs: np.ndarray  # [B, T] float32: log-probability of each token
-    top_tokens: np.ndarray  # [B, T, n] int32: the n most likely tokens at each position, most likely first
-    top_logprobs: np.ndarray  # [B, T, n] float32: their log-probabilities
+    tokens: Any  # [B, T] int32
+    logprobs: Any  # [B, T] float32: log-probability of each token
+    top_tokens: Any  # [B, T, n] int32: the n most likely tokens at each position, most likely first
+    top_logprobs: Any  # [B, T, n] float32: their log-probabilities
 
 
 def check_prompts(config: Qwen2VLConfig, batch: Batch, max_new_tokens: int) -> None:

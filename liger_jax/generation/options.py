@@ -71,7 +71,7 @@ class GenerationOptions:
     min_p: float | None = None
     """Sample from the tokens at least this fraction as likely as the most likely token; None disables the filter."""
     repetition_penalty: float = 1.0
-    """Above 1, makes tokens less likely that have occurred, in the prompt too."""
+    """Values above 1 make tokens that have occurred less likely, including those of the prompt."""
     no_repeat_ngram_size: int | None = None
     """No sequence of this many tokens occurs twice, counting the prompt; None allows all."""
     bad_words_ids: Sequence[Sequence[int]] = ()
@@ -189,6 +189,12 @@ class GenerationOptions:
                 f"seed has shape {np.shape(self.seed)}; expected one integer, or one for each of {prompts} prompts"
             )
 
+    def single_seed(self) -> int:
+        """Returns the seed; raises UserError if there is one for each prompt."""
+        if not isinstance(self.seed, Integral):
+            raise UserError(f"seed is {self.seed}; expected a single integer")
+        return int(self.seed)
+
     def check_single_text(self) -> None:
         """Raises UserError for options that ask for more than one text per prompt."""
         for name, expected in (("num_return_sequences", 1), ("logprobs", None)):
@@ -198,13 +204,13 @@ class GenerationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerOptions:
-    """How the command line generates answers. Options not given come from the checkpoint's generation_config.json."""
+    """Generation options of the command line. One that is not given comes from the checkpoint's generation_config.json."""
 
     max_new_tokens: int | None = None
     """Largest number of tokens per answer; 512 if the checkpoint does not say."""
     temperature: float | None = None
-    """Sample answers at this temperature; by default the checkpoint decides. Giving this, top_k, top_p or min_p enables
-    sampling and disables those that are not given; 0 always takes the most likely token."""
+    """Sample answers at this temperature; by default the checkpoint decides. Any of temperature, top_k,
+    top_p and min_p enables sampling and disables those not given; temperature 0 always takes the most likely token."""
     top_k: int | None = None
     """Sample from this many most likely tokens."""
     top_p: float | None = None
@@ -212,7 +218,7 @@ class AnswerOptions:
     min_p: float | None = None
     """Sample from the tokens at least this fraction as likely as the most likely token."""
     repetition_penalty: float | None = None
-    """Above 1, makes tokens less likely that have occurred, in the question too."""
+    """Values above 1 make tokens that have occurred less likely, including those of the question."""
     no_repeat_ngram_size: int | None = None
     """No sequence of this many tokens occurs twice."""
     stop: tuple[str, ...] = ()

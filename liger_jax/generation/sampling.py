@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import numpy as np
 
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.generation.options import GenerationOptions
+
+Scalar = float | np.number | jax.Array
 
 
 @functools.partial(
@@ -38,19 +40,19 @@ class Sampling:
     with the largest logit is taken, which temperature, top_k, top_p and min_p never change.
     """
 
-    seeds: np.ndarray | None = None  # [B] uint32
-    stream_ids: np.ndarray | None = None  # [B] int32: distinguishes rows with the same seed
-    end_tokens: np.ndarray | None = None  # [E] int32: end tokens, then -1
-    pad_token: int = 0  # fills a row after its end token
+    seeds: Any = None  # [B] uint32
+    stream_ids: Any = None  # [B] int32: distinguishes rows with the same seed
+    end_tokens: Any = None  # [E] int32: end tokens, then -1
+    pad_token: Scalar = 0  # fills a row after its end token
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: np.float32 | None = None  # a float because it is compared with a sum of floats
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    temperature: Scalar = 1.0
+    top_k: Scalar | None = None  # a float because it is compared with a sum of floats
+    top_p: Scalar | None = None
+    min_p: Scalar | None = None
+    repetition_penalty: Scalar | None = None
     no_repeat_ngram_size: int | None = None
-    min_new_tokens: int | None = None
-    bad_words: np.ndarray | None = None  # [W, longest] int32: token sequences, left-padded with -1
+    min_new_tokens: Scalar | None = None
+    bad_words: Any = None  # [W, longest] int32: token sequences, left-padded with -1
     logprobs: int | None = None  # number of most likely tokens to record at each step
 
     @classmethod
@@ -122,8 +124,8 @@ def _round_up(count: int) -> int:
 class History:
     """Each row's tokens so far, starting with the prompt, without padding in between."""
 
-    tokens: jax.Array  # [B, S] int32, of which the first `length` are valid
-    length: jax.Array  # [B] int32
+    tokens: Any  # [B, S] int32, of which the first `length` are valid
+    length: Any  # [B] int32
 
     @classmethod
     def from_prompts(cls, input_ids: np.ndarray, segment_ids: np.ndarray, width: int) -> Self:
@@ -139,7 +141,7 @@ class History:
         tokens[:, : input_ids.shape[1]] = np.take_along_axis(input_ids, tokens_first, axis=1)
         return cls(tokens, (segment_ids > 0).sum(axis=1).astype(np.int32))
 
-    def append(self, token: jax.Array) -> Self:
+    def append(self, token: jax.Array) -> "History":
         """Returns the history with one more token [B]."""
         rows = jnp.arange(len(token))
         return History(self.tokens.at[rows, self.length].set(token, mode="drop"), self.length + 1)
@@ -164,16 +166,14 @@ def constrain_logits(logits: jax.Array, sampling: Sampling, history: History | N
         history: None unless `sampling.needs_history`.
         step: scalar, the number of new tokens so far.
     """
-    if sampling.repetition_penalty is not None:
-        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
-    if sampling.no_repeat_ngram_size is not None:
-        logits = _forbid(logits, *repeated_ngrams(history, sampling.no_repeat_ngram_size))
-    if sampling.bad_words is not None:
-        *prefix, last = jnp.asarray(sampling.bad_words).T
-        matches = jnp.ones((len(logits), len(last)), bool)
-        for word_token, row_token in zip(prefix, history.last(len(prefix)).T, strict=True):
-            matches &= (word_token < 0) | (word_token == row_token[:, None])
-        logits = _forbid(logits, jnp.broadcast_to(last, matches.shape), matches & (last >= 0))
+    if sampling.needs_history:
+        assert history is not None
+        if sampling.repetition_penalty is not None:
+            logits = penalize_repetition(logits, history, sampling.repetition_penalty)
+        if sampling.no_repeat_ngram_size is not None:
+            logits = _forbid(logits, *repeated_ngrams(history, sampling.no_repeat_ngram_size))
+        if sampling.bad_words is not None:
+            logits = _forbid(logits, *completed_words(history, jnp.asarray(sampling.bad_words)))
     if sampling.min_new_tokens is not None:
         ends = jnp.broadcast_to(sampling.end_tokens, (len(logits), len(sampling.end_tokens)))
         logits = _forbid(logits, ends, (ends >= 0) & (step < sampling.min_new_tokens))
@@ -186,7 +186,7 @@ def _forbid(logits: jax.Array, tokens: jax.Array, forbidden: jax.Array) -> jax.A
     return logits.at[rows, jnp.where(forbidden, tokens, logits.shape[1])].set(-jnp.inf, mode="drop")
 
 
-def penalize_repetition(logits: jax.Array, history: History, penalty: jax.Array | float) -> jax.Array:
+def penalize_repetition(logits: jax.Array, history: History, penalty: Scalar) -> jax.Array:
     """Makes tokens that have occurred less likely: divides a positive logit by the penalty, multiplies a negative one.
 
     The prompt's tokens count, image placeholders included, as in transformers; padding does not.
@@ -204,6 +204,15 @@ def repeated_ngrams(history: History, size: int) -> tuple[jax.Array, jax.Array]:
     for distance, token in enumerate(history.last(size - 1).T[::-1], start=1):
         completes &= jnp.roll(history.tokens, distance, axis=1) == token[:, None]
     return history.tokens, completes
+
+
+def completed_words(history: History, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the last tokens of words [W, longest], and [B, W] bool: whether each would complete its word; both [B, W]."""
+    *prefix, last = words.T
+    matches = jnp.ones((len(history.tokens), len(last)), bool)
+    for word_token, row_token in zip(prefix, history.last(len(prefix)).T, strict=True):
+        matches &= (word_token < 0) | (word_token == row_token[:, None])
+    return jnp.broadcast_to(last, matches.shape), matches & (last >= 0)
 
 
 def next_token(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
@@ -242,7 +251,7 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def _keep_largest(logits: jax.Array, weights: jax.Array, threshold: jax.Array) -> jax.Array:
+def _keep_largest(logits: jax.Array, weights: jax.Array, threshold: Scalar) -> jax.Array:
     """Keeps each row's largest logits, as few as reach `threshold` in total weight, and ties; the others become -inf.
 
     Finds the smallest logit to keep by its 32 bits, four at a time: eight passes over the logits instead of a sort.

@@ -78,8 +78,9 @@ def compare_answers(
     """
     prompts, expected_answers = zip(*map(split_last_answer, conversations), strict=True)
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    shape = {"batch_size": batch_size, "length": length, "patches": patches}
-    answers = answer_conversations(model, processor, prompts, options, **shape)
+    answers = answer_conversations(
+        model, processor, prompts, options, batch_size=batch_size, length=length, patches=patches
+    )
     return [
         {"expected": expected, "answer": answer, "exact": expected.strip() == answer.strip()}
         for expected, answer in zip(expected_answers, answers, strict=True)
