@@ -38,8 +38,8 @@ def from_hf(
     """Loads a Qwen2-VL checkpoint of transformers, from a folder or from the Hugging Face hub.
 
     Supports the original tensor names and those of transformers 4.52 and later, a single file or shards, tied and separate
-    heads. Each tensor is sent to its devices as it is read and rearranged there, so the host never holds more than the
-    largest tensor.
+    heads. Each tensor is sent to its devices right after it is read, and rearranged there: the host never holds more than
+    the largest tensor.
 
     Args:
         path_or_repo_id: the folder (config.json, model.safetensors or shards with an index), or a hub id.
