@@ -257,7 +257,7 @@ _OPTIONAL_TEXT = ("head_dim", "rms_norm_eps", "max_position_embeddings", "initia
 _REQUIRED_TEXT = tuple(n for n in _SAME_NAME_TEXT if n not in _OPTIONAL_TEXT)
 
 
-def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2VLConfig:
+def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
     if hub.get("model_type") != "qwen2_vl":
         raise UserError(f"model_type is {hub.get('model_type')!r}; expected 'qwen2_vl'")
     # nested since transformers 4.52, at the top level before

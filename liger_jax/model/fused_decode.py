@@ -50,7 +50,7 @@ class PackedLayer:
         return cls(
             input_norm=layer.input_layernorm.weight[...],
             qkv=qkv.T,
-            qkv_bias=jnp.concatenate([p.bias[...].reshape(-1) for p in projections]),
+            qkv_bias=jnp.concatenate([p.bias[...].reshape(-1) for p in projections]),  # type: ignore[index]
             o=attention.o_proj.kernel[...].reshape(-1, width).T,
             mlp_norm=layer.post_attention_layernorm.weight[...],
             gate_up=gate_up.transpose(0, 2, 1),

@@ -117,9 +117,9 @@ def add_lora(
             loras[f"{path}/lora"] = LoRA(a, b, alpha=options.alpha, rslora=options.rslora)
         return loras
 
-    mesh, seed = get_mesh(model), np.uint32(seed % 2**32)
-    shardings = None if mesh is None else param_shardings(jax.eval_shape(init, seed), mesh)
-    for path, lora in jax.jit(init, out_shardings=shardings)(seed).items():
+    mesh, seed_bits = get_mesh(model), np.uint32(seed % 2**32)
+    shardings = None if mesh is None else param_shardings(jax.eval_shape(init, seed_bits), mesh)
+    for path, lora in jax.jit(init, out_shardings=shardings)(seed_bits).items():
         _get_linear(model, path.removesuffix("/lora")).lora = lora
     return model
 
@@ -143,6 +143,7 @@ def merge_lora(model: Qwen2VL) -> Qwen2VL:
     for name in options.targets:
         linear = _get_linear(model, TARGETS[name])
         kernel, lora = linear.kernel[...], linear.lora
+        assert lora is not None
         stacked = kernel.ndim > linear.in_axes + linear.out_axes
         static = {"scale": lora.scale, "stacked": stacked, "sharding": kernel.sharding}
         linear.kernel = nnx.Param(_merge(kernel, lora.a[...], lora.b[...], **static))
@@ -176,7 +177,7 @@ def lora_leaves(tree: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in param_paths(tree).items() if "/lora/" in path}
 
 
-def _get_linear(model: Qwen2VL, path: str) -> Linear:
+def _get_linear(model: Any, path: str) -> Linear:
     return functools.reduce(getattr, path.split("/"), model)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +118,7 @@ def _scatter_features(x: jax.Array, positions: jax.Array, features: jax.Array) -
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_init(
-    cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Mesh | None
-) -> Callable[[int], Qwen2VL]:
+def _compiled_init(cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Mesh | None) -> Callable[..., Any]:
     """Returns a function from a seed to a model with random weights, which is compiled once."""
     shardings = None if mesh is None else param_shardings(cls.abstract(config, dtype=dtype), mesh)
     scale = config.text.initializer_range

@@ -12,7 +12,7 @@ from liger_jax.model.params import PARTS, find_row, param_group, path_name
 from liger_jax.options import Optimization
 from liger_jax.train.master_weights import with_master_weights
 
-LearningRate = float | optax.Schedule
+LearningRate = float | Callable[[Any], Any]  # a number, or an optax schedule
 
 
 def build_optimizer(options: Optimization, steps: int) -> optax.GradientTransformation:
@@ -26,13 +26,14 @@ def build_optimizer(options: Optimization, steps: int) -> optax.GradientTransfor
         >>> optimizer = build_optimizer(Optimization(learning_rate=2e-5, freeze=("vision",)), steps=1000)
     """
 
-    def schedule(peak: float | None) -> optax.Schedule | None:
-        return None if peak is None else warmup_cosine(peak, steps, options.warmup)
+    def schedule(peak: float) -> optax.Schedule:
+        return warmup_cosine(peak, steps, options.warmup)
 
+    vision, merger = options.vision_learning_rate, options.merger_learning_rate
     return make_optimizer(
         schedule(options.learning_rate),
-        vision=schedule(options.vision_learning_rate),
-        merger=schedule(options.merger_learning_rate),
+        vision=None if vision is None else schedule(vision),
+        merger=None if merger is None else schedule(merger),
         freeze=options.freeze,
         weight_decay=options.weight_decay,
         master_weights=options.master_weights,
@@ -152,7 +153,7 @@ def _map_paths(function: Callable[[str], Any], tree: Any) -> Any:
 class GradStats(NamedTuple):
     """The part of an optimizer's state that the log shows."""
 
-    count: jax.Array  # number of updates
+    count: jax.Array  # type: ignore[assignment]  # number of updates; tuples have a method of this name
     grad_norm: jax.Array  # of the latest gradients
     learning_rate: jax.Array
 
