@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, on a random model, and show what they promise."""
+"""The notebooks run from the first cell to the last on a random model, and are stored with their outputs."""
 
 import base64
 import io
@@ -24,13 +24,13 @@ def code_cells(node):
 
 
 def figures(node) -> list[np.ndarray]:
-    pictures = [
+    images = [
         output.data["image/png"]
         for cell in code_cells(node)
         for output in cell.outputs
         if output.output_type == "display_data" and "image/png" in output.data
     ]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))) for picture in pictures]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))) for image in images]
 
 
 def printed(node) -> str:
@@ -39,7 +39,7 @@ def printed(node) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A random model of the demo's size in a Hugging Face folder."""
+    """Returns a Hugging Face folder with a random model of the demo's size."""
     folder = tmp_path_factory.mktemp("checkpoint")
     processor = make_processor(load_digits()[0])
     to_hf(Qwen2VL.init(make_config(processor), dtype="float32"), folder)
@@ -48,19 +48,19 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_quickstart_runs(checkpoint, tmp_path):
-    """Every cell ends without an error or a warning; as many figures as in the stored outputs, none of them blank."""
+    """Every cell runs without errors and warnings, and draws as many figures as are stored, none of them blank."""
     environment = {"LIGER_JAX_CHECKPOINT": str(checkpoint), "LIGER_JAX_STEPS": "2", "JAX_PLATFORMS": "cpu"}
     node = execute(QUICKSTART, tmp_path, environment)
     stderr = [o.text for cell in code_cells(node) for o in cell.outputs if o.get("name") == "stderr"]
-    assert not [text for text in stderr if "[transformers]" not in text]  # which remarks on small vocabularies
-    shown = figures(node)
-    assert len(shown) == len(figures(nbformat.read(QUICKSTART, as_version=4))) >= 5
-    assert all(figure.std() > 5 for figure in shown)
+    assert not [text for text in stderr if "[transformers]" not in text]  # transformers comments on small vocabularies
+    drawn = figures(node)
+    assert len(drawn) == len(figures(nbformat.read(QUICKSTART, as_version=4))) >= 5
+    assert all(figure.std() > 5 for figure in drawn)
     assert (tmp_path / "outputs" / "quickstart" / "hf" / "model.safetensors").is_file()
 
 
 def test_quickstart_is_stored_with_its_outputs():
-    """Every code cell was run, in order, without an error; no path of the machine it ran on is in what it printed."""
+    """Every code cell was run in order without an error, and its output contains no path of the machine it ran on."""
     node = nbformat.read(QUICKSTART, as_version=4)
     nbformat.validate(node)
     cells = code_cells(node)
