@@ -272,7 +272,7 @@ class Processor:
                 f"text contains {BEGIN!r} or {END!r}; expected none of these, as they mark answers internally"
             )
         if not any(message["role"] == "assistant" for message in conversation):
-            raise UserError("conversation has no assistant message; expected one to train on, for labels=True")
+            raise UserError("there is no assistant message; expected one to train on, for labels=True")
         marked = self._render([_mark(message) for message in conversation], options)
         if marked.replace(BEGIN, "").replace(END, "") != text:
             raise UserError(
