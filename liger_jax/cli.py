@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from liger_jax.model.lora import LoraOptions
 
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
-# Errors of the operating system about a path or its disk, which the user can mend.
-SYSTEM_ERRORS = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPIPE),
-)
+# Errors of the operating system that the user can mend: about a disk, and about a path.
+DISK_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+SYSTEM_ERRORS = (*DISK_ERRORS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPIPE)
 BUG_HINT = "This looks like a bug in liger-jax. Please report it with this traceback and the output of `liger-jax env`."
 
 ModelArgument = Annotated[str, tyro.conf.Positional]
@@ -240,7 +238,7 @@ def generate(
 
     Args:
         model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        question: The question; its answer is printed as it is generated.
+        question: The question; its answer is printed token by token.
         images: Images that the question is about.
         system: System message for the question.
         data: File of questions, instead of a question, in LLaVA, ShareGPT or messages format: a JSON list, or JSON lines.
@@ -338,7 +336,7 @@ def respond(session: "Chat", line: str, images: list) -> list:
 
 
 def print_stream(pieces: Generator[str]) -> None:
-    """Prints an answer as it is generated."""
+    """Prints an answer piece by piece."""
     with contextlib.closing(pieces):  # otherwise an answer stopped by Ctrl-C keeps the decoder's copy of the weights
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -373,7 +371,7 @@ def convert(
     source: Annotated[str, tyro.conf.Positional],
     target: Annotated[Path, tyro.conf.Positional],
     to: Literal["orbax", "hf"] | None = None,
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    dtype: str | None = None,
     max_shard_size: str = "5GB",
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -385,7 +383,8 @@ def convert(
         source: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
         target: Folder to write.
         to: Format to write; by default the one that the source does not have.
-        dtype: Dtype of the weights; by default bfloat16 from Hugging Face, and as stored from Orbax.
+        dtype: Dtype of the weights: bfloat16, float16 or float32; by default bfloat16 from Hugging Face, and as stored from
+            Orbax.
         max_shard_size: Maximum size of a Hugging Face weight file.
         revision: Branch, tag or commit on the hub.
         allow_pickle: Also read pytorch_model*.bin files, which can run code.
@@ -452,7 +451,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except Exception as error:
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS):
+        if is_users_mistake(error):
             sys.exit(f"liger-jax: {' '.join(str(error).split())}")
         error.add_note(BUG_HINT)  # printed after the traceback
         raise
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether the user can mend an error, including a full or read-only disk."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in SYSTEM_ERRORS
+    # TensorStore, which writes checkpoints, reports the disk's errors as ValueErrors
+    disk_error = isinstance(error, ValueError) and any(os.strerror(code) in str(error) for code in DISK_ERRORS)
+    return isinstance(error, UserError) or disk_error

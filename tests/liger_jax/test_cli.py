@@ -1,7 +1,9 @@
-"""The command line: help is quick and complete, env and convert work, and mistakes are told in one line."""
+"""The command line: help is quick and complete, commands work, a user's mistake is reported in one line."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +16,17 @@ from liger_jax import Chat, Processor, Qwen2VL, Qwen2VLConfig
 from liger_jax.checkpoint import load_model, save_model
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
+from liger_jax.errors import UserError
 from liger_jax.generation.options import GenerationOptions
 
 ROOT = Path(__file__).parents[2]
 CALL = "import sys; from liger_jax.cli import main; sys.argv[0] = 'liger-jax'; main()"
 
 
-def command(*arguments):
-    """Runs `liger-jax ARGUMENTS` in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-c", CALL, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
+def run_process(code, *arguments, **environment):
+    """Runs Python code in a new process."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
 
 
 def call(monkeypatch, *arguments):
@@ -35,29 +36,45 @@ def call(monkeypatch, *arguments):
 
 
 def test_help_names_every_command():
-    result = command("--help")
+    result = run_process(CALL, "--help")
     assert result.returncode == 0, result.stderr
-    for name in ("demo", "finetune", "generate", "chat", "convert", "tune", "bench", "env"):
-        assert name in result.stdout
+    assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
+
+
+FINETUNE_FLAGS = """
+    output held-out eval-generate max-new-tokens media skip-broken steps batch-size learning-rate vision-learning-rate
+    merger-learning-rate freeze lora lora-alpha lora-targets weight-decay warmup dtype master-weights pack group-by-length
+    max-pixels accumulate remat unroll save-every keep workers data fsdp tensor seed
+"""
+
+
+def test_flags_of_finetune(monkeypatch, capsys):
+    """Fields of the options are flags without prefixes; those that only the library needs are hidden."""
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "finetune", "--help")
+    flags = set(re.findall(r"--([a-z][a-z-]*)", capsys.readouterr().out))
+    without_opposites = {flag for flag in flags if not flag.startswith("no-")} - {"help"}
+    assert without_opposites == set(FINETUNE_FLAGS.split())
 
 
 def test_help_takes_less_than_one_and_a_half_seconds():
-    """Processor time, which does not depend on what else runs; the better of two, as the first may fill caches."""
+    """CPU time, which does not depend on other processes; the better of two runs, as the first one may fill caches."""
     resource = pytest.importorskip("resource")
     times = []
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command("--help")
+        run_process(CALL, "finetune", "--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 1.5
 
 
-def test_commands_import_what_they_need_only_when_they_run():
-    """The heavy packages that a mere --help must not load."""
+def test_help_imports_no_heavy_package():
     code = "import liger_jax.cli, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = [
         "jax",
+        "numpy",
+        "PIL",
         "flax",
         "transformers",
         "orbax.checkpoint",
@@ -66,19 +83,18 @@ def test_commands_import_what_they_need_only_when_they_run():
         "liger_jax.demo.run",
         "safetensors",
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, env=environment)
+    result = run_process(code, *heavy)
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_env_tells_versions_and_devices(monkeypatch, capsys):
+def test_env_shows_versions_and_devices(monkeypatch, capsys):
     call(monkeypatch, "env")
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in ("python ", "jax ", "flax ", "platform ", "device 0 "):
-        assert line in told
+        assert line in output
 
 
-def test_convert_goes_to_hugging_face_and_back(monkeypatch, capsys, tmp_path):
+def test_convert_to_hugging_face_and_back(monkeypatch, capsys, tmp_path):
     config = Qwen2VLConfig.tiny()
     save_model(Qwen2VL.init(config, dtype="float32"), tmp_path / "orbax")
     call(monkeypatch, "convert", tmp_path / "orbax", tmp_path / "hf")
@@ -88,12 +104,12 @@ def test_convert_goes_to_hugging_face_and_back(monkeypatch, capsys, tmp_path):
     assert "->" in capsys.readouterr().out
 
 
-# ---- generate and chat
+# ---- generate and chat -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A model that has learnt nothing, with its processor, and a picture beside it."""
+    """A folder with a random model, its processor, and an image."""
     folder = tmp_path_factory.mktemp("model")
     processor = make_processor(load_digits()[0])
     save_model(Qwen2VL.init(make_config(processor), seed=1, dtype="float32"), folder / "orbax")
@@ -112,15 +128,15 @@ def expected(checkpoint, question, images=(), **options):
 
 
 def test_generate_answers_a_question(checkpoint, monkeypatch, capsys):
-    """With a picture, and the checkpoint's own options; then with others, which switch drawing on."""
-    picture = checkpoint / "dog.png"
-    call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", "--images", picture, picture)
-    greedy = expected(checkpoint, "What is this?", [picture, picture])
+    """About images, with the checkpoint's generation options; then with flags, which enable sampling."""
+    image = checkpoint / "dog.png"
+    call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", "--images", image, image)
+    greedy = expected(checkpoint, "What is this?", [image, image])
     assert capsys.readouterr().out == greedy + "\n"
     flags = ("--temperature", "2", "--seed", "4", "--max-new-tokens", "7", "--stop", "never", "--max-pixels", "784")
     call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", *flags)
-    drawn = {"temperature": 2.0, "seed": 4, "max_new_tokens": 7, "top_k": None}
-    assert capsys.readouterr().out == expected(checkpoint, "What is this?", **drawn) + "\n"
+    sampled = {"temperature": 2.0, "seed": 4, "max_new_tokens": 7, "top_k": None}
+    assert capsys.readouterr().out == expected(checkpoint, "What is this?", **sampled) + "\n"
     call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", "--temperature", "0", "--top-p", "0.5")
     assert capsys.readouterr().out == expected(checkpoint, "What is this?", do_sample=False) + "\n"
 
@@ -137,10 +153,10 @@ def test_generate_answers_a_file(checkpoint, monkeypatch, capsys, tmp_path):
 
 
 def test_chat(checkpoint, monkeypatch, capsys):
-    """Pictures by path, errors told and the talk goes on, a new beginning, the end by a word or by Ctrl-D."""
-    picture = checkpoint / "dog.png"
+    """Images by path, errors that do not end the chat, /reset, and the end by /quit or Ctrl-D."""
+    image = checkpoint / "dog.png"
     for last in ("/quit", None):
-        typed = iter([f"/image {picture}", "What is this?", "/image missing.png", "/help", "", "/reset", "Hello", last])
+        typed = iter([f"/image {image}", "What is this?", "/image missing.png", "/help", "", "/reset", "Hello", last])
 
         def type_next(prompt):
             line = next(typed)
@@ -150,49 +166,50 @@ def test_chat(checkpoint, monkeypatch, capsys):
 
         monkeypatch.setattr("builtins.input", type_next)
         call(monkeypatch, "chat", checkpoint / "orbax")
-        told = capsys.readouterr().out
-        assert told.startswith(expected(checkpoint, "What is this?", [picture]) + "\n! ")
-        assert "missing.png" in told and "expected a question, /image PATH, /reset or /quit" in told
-        assert told.rstrip("\n").endswith("\n" + expected(checkpoint, "Hello"))
+        output = capsys.readouterr().out
+        assert output.startswith(expected(checkpoint, "What is this?", [image]) + "\n! ")
+        assert "missing.png" in output and "expected a question, /image PATH, /reset or /quit" in output
+        assert output.rstrip("\n").endswith("\n" + expected(checkpoint, "Hello"))
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_chat(checkpoint, monkeypatch, capsys):
+def test_ctrl_c_stops_an_answer_but_not_the_chat(checkpoint, monkeypatch, capsys):
     typed = iter(["What is this?", "/reset", "Hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    told = cli.print_pieces
+    print_stream = cli.print_stream
 
     def interrupted(pieces):
         print(next(iter(pieces)), end="")
-        monkeypatch.setattr(cli, "print_pieces", told)
+        monkeypatch.setattr(cli, "print_stream", print_stream)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "print_pieces", interrupted)
+    monkeypatch.setattr(cli, "print_stream", interrupted)
     call(monkeypatch, "chat", checkpoint / "orbax")
     assert capsys.readouterr().out.endswith("\n" + expected(checkpoint, "Hello") + "\n")
 
 
-def test_compiled_programs_are_kept(checkpoint, tmp_path):
-    """In the user's cache folder, where a second process finds them; in another, or nowhere, if the user says so."""
-    code = "import jax; from liger_jax import runtime; runtime.enable_compilation_cache(); print(jax.config.{})"
+def test_compilation_cache(tmp_path):
+    """In the user's cache folder by default; the environment can choose another one or disable it."""
+    code = (
+        "import jax; from liger_jax import runtime; runtime.enable_compilation_cache(); "
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
 
-    def told(setting, **more):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"PYTHONPATH": str(ROOT)}
-        environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"} | more
-        run = subprocess.run(
-            [sys.executable, "-c", code.format(setting)], capture_output=True, text=True, env=environment
-        )
-        return run.stdout.strip() or run.stderr
+    def cache_folder(**variables):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+        environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"} | variables
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        return result.stdout.strip() or result.stderr
 
-    assert told("jax_compilation_cache_dir") == str(tmp_path / "liger-jax")
-    assert told("jax_compilation_cache_dir", JAX_COMPILATION_CACHE_DIR="mine") == "mine"
-    assert told("jax_compilation_cache_dir", JAX_ENABLE_COMPILATION_CACHE="false") == "None"
+    assert cache_folder() == str(tmp_path / "liger-jax")
+    assert cache_folder(JAX_COMPILATION_CACHE_DIR="mine") == "mine"
+    assert cache_folder(JAX_ENABLE_COMPILATION_CACHE="false") == "None"
 
 
-# ---- mistakes
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected_message"),
     [
         (("generate", "m"), "expected a question, or --data and --output"),
         (("generate", "m", "What?", "--data", "x", "--output", "y"), "expected a question, or --data and --output"),
@@ -201,18 +218,92 @@ def test_compiled_programs_are_kept(checkpoint, tmp_path):
         (("generate", "m", "--data", "x", "--output", "y", "--images", "z"), "--images is not for a file of questions"),
         (("generate", "m", "What?", "--batch-size", "0"), "--batch-size is not for a single question"),
         (("generate", "m", "What?", "--skip-broken"), "--skip-broken is not for a single question"),
-        (("generate", "m", "What?", "--images", "dog.jpg"), "dog.jpg: no such picture"),
+        (("generate", "m", "What?", "--images", "dog.jpg"), "dog.jpg: no such image"),
         (("generate", "missing/folder/x", "What?"), "missing/folder/x"),
         (("chat", "missing/folder/x"), "missing/folder/x"),
         (("convert", "missing/folder/x", "out"), "missing/folder/x"),
-        (("demo", "--steps", "0", "--output", "out"), "steps must be at least 1, got 0"),
-        (("demo", "--learning-rate", "-1", "--output", "out"), "learning_rate must be above 0"),
+        (("demo", "--steps", "0", "--output", "out"), "steps is 0; expected at least 1"),
+        (("demo", "--learning-rate", "-1", "--output", "out"), "learning_rate is -1.0; expected above 0"),
     ],
 )
-def test_mistakes_are_one_line_without_a_traceback(monkeypatch, tmp_path, arguments, told):
+def test_mistakes_are_one_line_without_a_traceback(monkeypatch, tmp_path, arguments, expected_message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         call(monkeypatch, *arguments)
     message = str(error.value)
-    assert message.startswith("liger-jax: ") and told in message
+    assert message.startswith("liger-jax: ") and expected_message in message and "\n" not in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lora-alpha", "4"),
+        ("--lora-targets", "q_proj"),
+        ("--lora", "4", "--freeze", "vision"),
+        ("--lora", "4", "--vision-learning-rate", "1e-5"),
+        ("--lora", "4", "--master-weights"),
+    ],
+    ids=" ".join,
+)
+def test_contradictory_flags_of_lora(monkeypatch, flags):
+    with pytest.raises(SystemExit, match="--lora"):
+        call(monkeypatch, "finetune", "m", "data.json", *flags)
+
+
+def failing_env(monkeypatch, error):
+    """Runs `liger-jax env`, which raises an error."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr("jax.default_backend", fail)
+    call(monkeypatch, "env")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "out"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system", "out"),
+        ValueError('RESOURCE_EXHAUSTED: Error writing "params.kernel/0.0": No space left on device'),  # TensorStore's
+        UserError("steps is 0;\n  expected at least 1"),
+    ],
+    ids=str,
+)
+def test_errors_that_the_user_can_mend_are_one_line(monkeypatch, error):
+    """Also an error of the operating system about a path, and a message of several lines."""
+    with pytest.raises(SystemExit) as exit_error:
+        failing_env(monkeypatch, error)
+    message = exit_error.value.code  # printed on stderr, with exit status 1
+    assert message == f"liger-jax: {' '.join(str(error).split())}"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("odd"), RuntimeError("odd"), OSError("odd"), FileNotFoundError(errno.ENOENT, "odd", "ours")]
+)
+def test_other_errors_are_not_caught(monkeypatch, error):
+    with pytest.raises(type(error)) as caught:
+        failing_env(monkeypatch, error)
+    assert caught.value.__notes__ == [cli.BUG_HINT]
+
+
+def test_traceback_of_a_bug_ends_with_a_hint():
+    code = (
+        "import jax; from liger_jax.cli import main\n"
+        "def fail(): raise ValueError('a bug')\n"
+        "jax.default_backend = fail\n"
+        "main(['env'])"
+    )
+    result = run_process(code)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.splitlines()[-2:] == ["ValueError: a bug", cli.BUG_HINT]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_permission_denied(checkpoint, monkeypatch, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(SystemExit, match=r"liger-jax: .*Permission denied"):
+        call(monkeypatch, "convert", checkpoint / "orbax", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A second batch in the same bucket compiles nothing, whatever the sizes of its pictures: counted, not timed."""
+"""Counts compilations: a second batch in the same bucket compiles nothing, even if its images have other sizes."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from liger_jax import TrainState, generate, make_train_step, prepare
-from liger_jax.generation import loop as decoding
+from liger_jax.generation import loop
 from tests._support import parity
 
 CONFIG = parity.config()
@@ -19,23 +19,24 @@ events: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def listener():
-    """jax reports each compilation. Listeners cannot be taken off again without private functions; this one only counts."""
+    """JAX reports each compilation. Removing a listener requires private functions; this one only counts, so it stays."""
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: events.append(event))
 
 
 @contextlib.contextmanager
 def compilations(expected):
+    """Checks the number of programs that the block compiles; None: at least one."""
     start = len(events)
     yield
-    found = events[start:].count(COMPILED)
+    count = events[start:].count(COMPILED)
     if expected is None:
-        assert found > 0, "nothing was compiled: the counter does not work"
+        assert count > 0, "nothing was compiled: the counter does not work"
     else:
-        assert found == expected, f"{found} programs were compiled, expected {expected}"
+        assert count == expected, f"{count} programs were compiled, expected {expected}"
 
 
 def conversation(*grids, words, rows=2):
-    """Rows with one picture for each grid; another number of words in each."""
+    """Returns a batch of sequences of different lengths, each with one image per grid."""
     rng = np.random.default_rng(len(grids) + words)
     ids = [5] * words
     for grid in grids:
@@ -80,7 +81,7 @@ def test_train_step():
 
 
 def test_generate():
-    """Nor do other end tokens, a few more or fewer new tokens, or another seed."""
+    """Other end tokens, or a few more or fewer new tokens, compile nothing either."""
     model = parity.model()
     with compilations(None):
         generate(model, FIRST, max_new_tokens=8)
@@ -92,12 +93,12 @@ def test_generate():
 
 
 def test_more_new_tokens():
-    """Room for more tokens is another cache and another loop; the prompts are read by the program that there is."""
+    """Room for more tokens requires another cache and another loop; prefill is not compiled again."""
     generate(parity.model(), FIRST, max_new_tokens=8)
-    programs = decoding.prefill._cache_size()
+    programs = loop.prefill._cache_size()
     with compilations(None):
-        generate(parity.model(), FIRST, max_new_tokens=decoding.NEW_TOKENS + 1)
-    assert decoding.prefill._cache_size() == programs
+        generate(parity.model(), FIRST, max_new_tokens=loop.NEW_TOKENS + 1)
+    assert loop.prefill._cache_size() == programs
 
 
 def test_sampling():
@@ -108,9 +109,9 @@ def test_sampling():
 
 
 def test_fifty_requests():
-    """Other lengths, pictures, padding, values of options: of each function at most a program a bucket and batch size."""
+    """With different lengths, images, padding and options: at most one program per function, bucket and batch size."""
     rng = np.random.default_rng(0)
-    functions = ("prefill", "first_token_logits", "init_cache", "begin", "decode")
+    functions = ("prefill", "first_token_logits", "init_cache", "init_decode_state", "decode_loop")
     buckets = {function: set() for function in functions} | {"_packed": {parity.model}}
     requests = []
     for _ in range(50):
@@ -125,14 +126,14 @@ def test_fifty_requests():
                 start = columns.start or 0
                 ids[b, start + 6 * place : start + 6 * place + np.prod(grid) // 4] = CONFIG.image_token_id
                 grids.append(grid)
-        pictures = {}
+        images = {}
         if grids:
             pixels = rng.normal(size=(int(np.prod(grids, axis=1).sum()), 1176)).astype(np.float32)
-            pictures = {"image_grid_thw": np.array(grids), "pixel_values": pixels}
-        batch = prepare(CONFIG, input_ids=ids, attention_mask=mask, **pictures)
+            images = {"image_grid_thw": np.array(grids), "pixel_values": pixels}
+        batch = prepare(CONFIG, input_ids=ids, attention_mask=mask, **images)
         for function in functions:
-            of_pictures = str(jax.tree.map(np.shape, batch.vision)) if function == "prefill" else None
-            buckets[function].add((batch.shape, of_pictures))
+            image_shapes = str(jax.tree.map(np.shape, batch.vision)) if function == "prefill" else None
+            buckets[function].add((batch.shape, image_shapes))
         options = {
             "max_new_tokens": int(rng.integers(5, 9)),
             "min_new_tokens": int(rng.integers(1, 4)),

@@ -182,10 +182,10 @@ def test_damaged_pixels(processor, config, data, truncated_image, layout):
     assert missing == intact.read(10)["input_ids"].size
     if layout != "packed":
         (row,) = (i for i, sequence in enumerate(intact.schedule.batch(step)) if 10 in sequence)
-        others = np.delete(np.arange(len(batch.input_ids)), row)
+        other_rows = np.delete(np.arange(len(batch.input_ids)), row)
         length = min(batch.shape[1], intact(step).shape[1])
         assert not batch.segment_ids[row].any()
-        assert (batch.input_ids[others, :length] == intact(step).input_ids[others, :length]).all()
+        assert (batch.input_ids[other_rows, :length] == intact(step).input_ids[other_rows, :length]).all()
 
 
 def test_batch_whose_conversations_are_all_skipped(processor, config, truncated_image):

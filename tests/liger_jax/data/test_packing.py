@@ -79,4 +79,4 @@ def test_packed_batch_trains_like_a_padded_one():
     assert int(metrics["num_tokens"]) == int(padded_metrics["num_tokens"])
     np.testing.assert_allclose(loss, padded_loss, rtol=1e-6)
     for (path, grad), expected in zip(param_paths(grads).items(), param_paths(padded_grads).values(), strict=True):
-        assert_near(grad, expected, tolerance=2e-5, what=path)
+        assert_near(grad, expected, tolerance=2e-5, name=path)
