@@ -1,14 +1,20 @@
-"""Fused operations for transformer language models on NVIDIA GPUs. They know arrays, not models, and import JAX only.
+"""Fused Pallas/Triton kernels for transformers on NVIDIA GPUs, each with an equivalent pure-XLA implementation.
 
-Every operation takes `implementation`: None picks by the platform that the program is lowered for (gates and rotations are
-XLA's on all of them, see there), "triton" is the Pallas kernel lowered to Triton, "interpret" the same kernel in Pallas's
-interpreter (any platform, slow, for tests), "xla" plain JAX. For `attention` it is None, "cudnn" or "xla". A name that
-cannot run raises.
+The operations take arrays, know nothing about models, and depend on JAX only. Every operation takes `implementation`:
+
+  None         the kernel on a GPU and XLA elsewhere, decided by the platform that the program is lowered for (activations
+               and RoPE: XLA everywhere; attention: cuDNN where it supports the call)
+  "triton"     the Pallas kernel, lowered to Triton
+  "xla"        plain JAX
+  "interpret"  the same kernel in Pallas's interpreter: on any platform, slow, for tests
+  "cudnn"      cuDNN, for `attention` only
+
+An implementation that cannot run raises.
 """
 
 from pallas_kernels.activations import geglu, quick_gelu, swiglu
 from pallas_kernels.add_rms_norm import add_rms_norm
-from pallas_kernels.attention import Segments, attention, find_segments
+from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_linear import linear_add, norm_linear, norm_swiglu
@@ -16,6 +22,7 @@ from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope import mrope, rope
+from pallas_kernels.segments import Segments, find_segments
 
 __all__ = [
     "Segments",

@@ -61,7 +61,7 @@ class Pass:
             static,
         )
 
-    def align(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    def align(self, static: Any, *operands: jax.Array | None) -> tuple[Any, ...]:
         """Returns the operands in the layout that the pass takes; see `_sharding.align_operands`."""
         op = self.parallel_op(static, *operands)
         aligned = iter(_sharding.align_operands(op, *_present(operands)))
@@ -94,11 +94,11 @@ class DifferentiableOp:
     def __call__(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array, ...]:
         return self.apply(static, *self.align(static, *operands))
 
-    def align(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    def align(self, static: Any, *operands: jax.Array | None) -> tuple[Any, ...]:
         """Returns the operands in the layout of the forward pass, with constants cut off from differentiation."""
         constants = (self._gradient_name(name) not in self.backward.results for name in self.forward.operands)
-        operands = [jax.lax.stop_gradient(x) if cut else x for x, cut in zip(operands, constants, strict=True)]
-        return self.forward.align(static, *operands)
+        cut = (jax.lax.stop_gradient(x) if constant else x for x, constant in zip(operands, constants, strict=True))
+        return self.forward.align(static, *cut)
 
     def apply(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array, ...]:
         """As a call, for operands that are aligned already."""

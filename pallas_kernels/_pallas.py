@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 try:
     from jax.experimental.pallas import triton as plgpu
 except ImportError:  # a JAX that has dropped the backend
-    plgpu = None
+    plgpu = None  # type: ignore[assignment]  # checked before every use
 
 # The warning is issued when the user's jit lowers, so a filter around the launch would be too early.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
@@ -41,7 +41,7 @@ def launch(
     interpret: bool,
     in_place: dict[int, int] | None = None,
     num_stages: int = 1,
-) -> list[jax.Array | None]:
+) -> list[Any]:
     """Runs `kernel(*operand_refs, *result_refs)` once for each point of the grid.
 
     Refs are the whole arrays, in memory, with their last axis padded to the next power of two. Arrays inside the kernel must
@@ -139,7 +139,7 @@ def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
     """Computes 2^x, on the GPU as one instruction; the library function takes five, to keep results below 2^-126."""
     if interpret or x.dtype != jnp.float32:
         return jnp.exp2(x)
-    instruction = {"asm": "ex2.approx.ftz.f32 $0, $1;", "constraints": "=f,f", "pack": 1}
+    instruction: dict[str, Any] = {"asm": "ex2.approx.ftz.f32 $0, $1;", "constraints": "=f,f", "pack": 1}
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return plgpu.elementwise_inline_asm(**instruction, args=[x], result_shape_dtypes=[result])[0]
 

@@ -82,7 +82,8 @@ class RowPartition(NamedTuple):
             return RowBlock(index, in_rows, slice(None), in_rows[:, None] & in_width[None, :])
 
         def load(i):
-            return [block(i).load(ref) for ref in refs]
+            row_block = block(i)
+            return [row_block.load(ref) for ref in refs]
 
         def work(i, carry, values):
             return step(block(i), carry, *(x.astype(_validate.accumulation_dtype(x.dtype)) for x in values))

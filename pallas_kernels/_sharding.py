@@ -63,7 +63,7 @@ class ParallelOp:
         spec = tuple(getattr(sharding, "spec", None) or ())
         spec += (None,) * (len(shapes[0]) - len(spec))
         axes = [self._axes(operand, shapes) for operand in self.operands]
-        layout = dict.fromkeys(self.parallel, ())
+        layout: Layout = dict.fromkeys(self.parallel, ())
         for axis, entry in zip(axes[0], spec, strict=True):
             if axis in layout:
                 layout[axis] += (entry,)
@@ -200,8 +200,10 @@ def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
         automatic = {
             name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual
         }
-        specs = {"in_specs": (P(),) * len(op.operands), "out_specs": (P(),) * len(op.results)}
-        results = jax.shard_map(local, **specs, axis_names=automatic, check_vma=False)(*operands)
+        in_specs, out_specs = (P(),) * len(op.operands), (P(),) * len(op.results)
+        results = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=automatic, check_vma=False)(
+            *operands
+        )
         # an unchecked shard_map does not say over which axes its results vary
         varying = set().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
         return tuple(_varying_over(varying, x) for x in results)

@@ -1,4 +1,4 @@
-"""Block sizes: measured ones from tuned/<device kind>.json, which `python -m pallas_kernels.tune` writes, else a rule."""
+"""Block sizes of kernels: measured, from tuned/<device kind>.json (see `pallas_kernels.tune`), or else by a rule."""
 
 import dataclasses
 import functools
@@ -15,17 +15,17 @@ TUNED = Path(__file__).parent / "tuned"
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a kernel over rows is cut up."""
+    """The block sizes of a kernel over rows."""
 
-    rows: int  # of one block
+    rows: int  # per block
     num_warps: int
-    programs: int = 0  # that take turns with the blocks of rows; 0: one for each
-    columns: int = 0  # of one block, in kernels that do not hold rows at full width
-    loads: int = 1  # turns of a loop around a product whose loads are under way at once
+    programs: int = 0  # that share the blocks of rows; 0: one program per block
+    columns: int = 0  # per block, in kernels that do not hold rows at full width
+    loads: int = 1  # iterations of a loop around a product whose loads are in flight at the same time
 
 
 def blocks(op: str, *, rows: int, width: int) -> Blocks:
-    """The measured blocks for this width, at the nearest number of rows; else the rule's."""
+    """Returns the measured blocks for this width, at the nearest number of rows, or else those of the rule."""
     measured = [entry for entry in _tuned(device_kind()) if entry["op"] == op and entry["width"] == width]
     if not measured:
         return rule(op, width=width)
@@ -34,10 +34,13 @@ def blocks(op: str, *, rows: int, width: int) -> Blocks:
 
 
 def rule(op: str, *, width: int) -> Blocks:
-    """What was good on an H200 at most widths: 4 to 32 numbers a thread, two programs an SM where rows are summed."""
+    """Returns blocks that were fast on an H200 at most widths.
+
+    They hold 4 to 32 elements per thread, and use two programs per SM where rows are summed.
+    """
     block_width = 1 << max(width - 1, 0).bit_length()
     columns = min(block_width, COLUMNS.get(_family(op), block_width))
-    rows = max(1, min(64, NUMBERS[_family(op)] // columns))
+    rows = max(1, min(64, ELEMENTS[_family(op)] // columns))
     num_warps = min(max(rows * columns // 512, 4), 16)
     return Blocks(
         rows=rows,
@@ -48,11 +51,11 @@ def rule(op: str, *, width: int) -> Blocks:
     )
 
 
-# A block has so many numbers, and at most so many columns where rows are not held at full width.
-NUMBERS = {"one_row": 512, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
+# The rule's elements per block, and columns per block in kernels that do not hold rows at full width.
+ELEMENTS = {"one_row": 512, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
 COLUMNS = {"one_row": 512, "gate": 1024, "cross_entropy": 4096}
 LOADS = {"one_row": 3}
-# What the tuner tries.
+# The values that the tuner tries.
 CHOICES = {
     "one_row": {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4), "columns": (512, 1024), "loads": (1, 2, 3)},
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
@@ -72,20 +75,21 @@ def _family(op: str) -> str:
 
 
 def candidates(op: str, *, width: int) -> Iterator[Blocks]:
-    """What the tuner tries for a shape: the rule's choice, then all that give a thread 4 to 64 numbers."""
+    """Yields the blocks that the tuner tries: the rule's, then all with 4 to 64 elements per thread."""
     first, choices = rule(op, width=width), CHOICES[_family(op)]
     yield first
     for values in itertools.product(*choices.values()):
-        found = dataclasses.replace(first, **dict(zip(choices, values, strict=True)))
-        numbers = found.rows * (found.columns or 1 << max(width - 1, 0).bit_length()) / (32 * found.num_warps)
-        walks_without_end = op.endswith("norm_backward") and not found.programs  # a partial sum for every block
-        if 4 <= numbers <= 64 and found != first and not walks_without_end:
-            yield found
+        candidate = dataclasses.replace(first, **dict(zip(choices, values, strict=True)))
+        columns = candidate.columns or 1 << max(width - 1, 0).bit_length()
+        elements_per_thread = candidate.rows * columns / (32 * candidate.num_warps)
+        stores_a_sum_per_block = op.endswith("norm_backward") and not candidate.programs
+        if 4 <= elements_per_thread <= 64 and candidate != first and not stores_a_sum_per_block:
+            yield candidate
 
 
 @functools.cache
 def device_kind() -> str | None:
-    """The GPU of this process, None without one. A program lowered for another device gets the same blocks."""
+    """Returns the kind of this process's GPU, None without one; programs lowered for other devices get its blocks too."""
     try:
         return jax.devices("gpu")[0].device_kind
     except RuntimeError:
@@ -93,7 +97,7 @@ def device_kind() -> str | None:
 
 
 def file_of(kind: str) -> Path:
-    """Where the measured blocks of a kind of device are kept."""
+    """Returns the file with the measured blocks of a kind of device."""
     return TUNED / f"{kind.lower().replace(' ', '_')}.json"
 
 

@@ -1,4 +1,4 @@
-"""Checks that every operation makes of its arguments, before any compute."""
+"""Checks of arguments, which every operation makes before any compute."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ def known_implementation(op: str, implementation: str | None, available: tuple[s
 
 
 def rows(op: str, implementation: str | None, x: jax.Array, **vectors: jax.Array) -> str | None:
-    """The implementation for rows x [..., D] with vectors [D], which a kernel holds at full width.
+    """Returns the implementation for rows x [..., D] with vectors [D], which a kernel holds at full width.
 
-    Raises ValueError for shapes that do not fit, and for a kernel asked for by name at D > WIDEST_ROW.
+    Raises ValueError for shapes that do not match, and for a kernel requested by name at D > WIDEST_ROW.
     """
     known_implementation(op, implementation)
     if x.ndim < 1:
@@ -34,12 +34,12 @@ def rows(op: str, implementation: str | None, x: jax.Array, **vectors: jax.Array
 
 
 def floating(op: str, **arrays: jax.Array) -> None:
-    """Raises ValueError if an array is not of a floating dtype, TypeError if it is none."""
+    """Raises ValueError if the dtype of an array is not floating, TypeError for an argument that is not an array."""
     _of_kind(op, jnp.floating, "a floating", arrays)
 
 
 def integer(op: str, **arrays: jax.Array) -> None:
-    """Raises ValueError if an array is not of an integer dtype, TypeError if it is none."""
+    """Raises ValueError if the dtype of an array is not integer, TypeError for an argument that is not an array."""
     _of_kind(op, jnp.integer, "an integer", arrays)
 
 
@@ -51,26 +51,26 @@ def _of_kind(op: str, kind: type, name_of_kind: str, arrays: dict[str, jax.Array
             raise ValueError(f"{op}: {name} has dtype {array.dtype}; expected {name_of_kind} dtype")
 
 
-def shape(op: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def shape(op: str, name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Raises ValueError if a shape is not the expected one."""
-    if tuple(found) != tuple(expected):
-        raise ValueError(f"{op}: {name} has shape {tuple(found)}; expected {tuple(expected)}")
+    if tuple(actual) != tuple(expected):
+        raise ValueError(f"{op}: {name} has shape {tuple(actual)}; expected {tuple(expected)}")
 
 
 def same_dtype(op: str, **arrays: jax.Array) -> None:
     """Raises ValueError if the arrays differ in dtype."""
     dtypes = {name: str(array.dtype) for name, array in arrays.items()}
     if len(set(dtypes.values())) > 1:
-        found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise ValueError(f"{op}: {found}; expected one dtype")
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"{op}: {listed}; expected one dtype")
 
 
-def choice(op: str, name: str, found: str, allowed: tuple[str, ...]) -> None:
+def choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises ValueError if an option is not one of the allowed ones."""
-    if found not in allowed:
-        raise ValueError(f"{op}: {name} is {found!r}; expected one of {', '.join(map(repr, allowed))}")
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype that arithmetic on `dtype` is done in: float32, or float64 for float64."""
+    """Returns the dtype for arithmetic on `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)

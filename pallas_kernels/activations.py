@@ -181,7 +181,7 @@ def _backward_xla(static: StaticArgs, d_out, gate, up):
     value, derivative = _ACTIVATIONS[static.activation](gate.astype(_validate.accumulation_dtype(gate.dtype)))
     d_out = d_out.astype(value.dtype)
     d_gate, d_up = d_out * _times(derivative, up), None if up is None else d_out * value
-    return d_gate.astype(gate.dtype), None if up is None else d_up.astype(gate.dtype)
+    return d_gate.astype(gate.dtype), None if d_up is None else d_up.astype(gate.dtype)
 
 
 def _times(value, up):

@@ -231,5 +231,5 @@ def _rotation(tables: str) -> DifferentiableOp:
     )
 
 
-_ROPE = _rotation("B T frequencies")
-_MROPE = _rotation("positions B T frequencies")
+_ROPE = _rotation("B T D/2")
+_MROPE = _rotation("3 B T D/2")

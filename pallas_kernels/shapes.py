@@ -1,11 +1,11 @@
-"""The sizes of Qwen2-VL, once, for tests, tuning and benchmarks."""
+"""The sizes of Qwen2-VL, as a plain list, for tests, tuning and benchmarks."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSizes:
-    """One language model."""
+    """The sizes of one language model."""
 
     hidden: int
     intermediate: int
@@ -25,7 +25,7 @@ TEXT = {
 
 @dataclasses.dataclass(frozen=True)
 class VisionSizes:
-    """The vision tower, the same in all models."""
+    """The sizes of the vision tower, which all models share."""
 
     embed: int = 1280
     intermediate: int = 5120

@@ -1,4 +1,4 @@
-"""Lowering for GPUs that are not there."""
+"""Lowers functions for GPUs that this machine does not have."""
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -6,10 +6,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from pallas_kernels import _pallas
 
 
-def triton_calls(function, *args, device_kind="NVIDIA H200"):
-    """How many kernels a function becomes for a kind of GPU, found out without one."""
+def lowered_for_cuda(function, *args, device_kind="NVIDIA H200", mesh_shape=(1,)):
+    """Returns the StableHLO of `function` for a kind of GPU; `args` are arrays or their shapes and dtypes."""
     device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    mesh = AbstractMesh(mesh_shape, ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count(_pallas.TRITON_CALL)
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def triton_calls(function, *args, device_kind="NVIDIA H200"):
+    """Returns the number of kernels that `function` launches on a kind of GPU."""
+    return lowered_for_cuda(function, *args, device_kind=device_kind).count(_pallas.TRITON_CALL)

@@ -1,6 +1,6 @@
-"""The kernels of all operations as compiled for the GPU at hand, against float32; skipped without one.
+"""The kernels of all operations, compiled for this machine's GPU, against float32; skipped without a GPU.
 
-Several processes may share the GPU but for the tests marked "large", which are to run alone:
+Several processes may share the GPU, except for the tests marked "large", which run alone:
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/gpu -m "not large" -n 8
     pytest tests/gpu -m large
@@ -35,58 +35,70 @@ LIGER = [
     (2, 8, 64),
     (2, 131, 128),
     (3, 423, 92),
-]  # its tests' shapes
+]  # the shapes of Liger-Kernel's tests
 SHAPES = {name: [((7,), 80), ((33,), 100), ((1,), 29_568), *(((b, t), d) for b, t, d in LIGER)] for name in OPS}
 SHAPES |= {name: [((2, 131), 128)] for name in ("mrope",)}
 SHAPES |= {"rope": [((2, 131), 128), ((3, 423), 92), ((1, 7), 80)]}
-CASES = [(name, *shape) for name, shapes_ in SHAPES.items() for shape in shapes_]
-FEWER = {"cross_entropy": (16,)}  # rows, for the sake of the host that makes them
-CASES += [(name, FEWER.get(name, rows if OPS[name].rows_axes == 2 else rows[-1:]), width) for name, rows, width in REAL]
+CASES = [(name, *shape) for name, op_shapes in SHAPES.items() for shape in op_shapes]
+FEWER_ROWS = {"cross_entropy": (16,)}  # the host is slow to draw more
+CASES += [
+    (name, FEWER_ROWS.get(name, rows if OPS[name].row_count == 2 else rows[-1:]), width) for name, rows, width in REAL
+]
 
 
 def root_mean_square(x):
+    """Returns the root mean square of x, in float32."""
     return float(jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))
+
+
+def in_float32(arrays):
+    """Returns the arrays with the floating ones in float32."""
+    return [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays]
+
+
+def check_errors(results, repeated, xla, truth, name=""):
+    """Asserts that `repeated` has the bits of `results`, and that their error is at most 1.5 times that of `xla`."""
+    for result, again, reference, want in zip(results, repeated, xla, truth, strict=True):
+        assert (result == again).all()
+        error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (result, reference))
+        assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want), initial=0)), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name, rows, width", CASES, ids=str)
-def test_against_float32(name, rows, width, dtype):
-    """Values and gradients: at most 1.5 times as far from float32 as XLA's at this dtype; the same numbers twice."""
+def test_values_and_gradients_are_as_exact_as_xla(name, rows, width, dtype):
+    """The error against float32 is at most 1.5 times that of XLA at this dtype, and a second run gives the same bits."""
     op = OPS[name]
     args = op.make(rows, width, dtype)
-    run = jax.jit(op.both("triton"))
-    got, again, plain = run(*args), run(*args), jax.jit(op.both("xla"))(*args)
-    wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
-    truth = jax.jit(op.both("xla"))(*wide)
-    for found, repeated, other, want in zip(got, again, plain, truth, strict=True):
-        assert (found == repeated).all()
-        error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (found, other))
-        assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want), initial=0))
+    run, xla = jax.jit(op.value_and_gradients("triton")), jax.jit(op.value_and_gradients("xla"))
+    check_errors(run(*args), run(*args), xla(*args), xla(*in_float32(args)))
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "cross_entropy none"])
-def test_more_than_two_to_the_31_elements(name):
-    """Addresses past 2^31 elements: the last rows come out as they do on their own, to a unit of bfloat16."""
+def test_last_rows_of_more_than_two_to_the_31_elements(name):
+    """The last rows of an array of over 2^31 elements equal those rows computed alone, to one bfloat16 ulp."""
     op, width = OPS[name], 151_936 if name.startswith("cross") else 8192
     rows = 2**31 // width + 3
+    has_rows = ["..." in axes for axes in op.axes]
+    has_gradient = [len(axes) == 2 for axes in op.axes]
     args = [
-        jnp.concatenate([jnp.broadcast_to(x[:1], (rows - 2, *x.shape[1:])), x]) if letter in "xy" else x
-        for letter, x in zip(op.arguments, op.make((2,), width, "bfloat16"), strict=True)
+        jnp.concatenate([jnp.broadcast_to(x[:1], (rows - 2, *x.shape[1:])), x]) if of_rows else x
+        for of_rows, x in zip(has_rows, op.make((2,), width, "bfloat16"), strict=True)
     ]
 
+    @jax.jit
     def run(*args):
-        full = [i for i, letter in enumerate(op.arguments) if letter == "x"]
-        out, pullback = jax.vjp(
-            lambda *some: op.run(*(dict(zip(full, some, strict=True)).get(i, x) for i, x in enumerate(args))),
-            *(args[i] for i in full),
-        )
+        def kernel(*differentiated):
+            remaining = iter(differentiated)
+            all_args = [next(remaining) if full else x for full, x in zip(has_gradient, args, strict=True)]
+            return op.run(*all_args, implementation="triton")
+
+        out, pullback = jax.vjp(kernel, *(x for full, x in zip(has_gradient, args, strict=True) if full))
         return jax.tree.leaves((out, pullback(jax.tree.map(jnp.ones_like, out))))
 
-    kernel = functools.partial(op.run, implementation="triton")
-    op = type(op)(kernel, op.arguments, op.differentiable)
-    last = jax.jit(run)(*(x[-2:] if letter in "xy" else x for letter, x in zip(op.arguments, args, strict=True)))
-    for whole, part in zip(jax.jit(run)(*args), last, strict=True):
+    alone = run(*(x[-2:] if of_rows else x for of_rows, x in zip(has_rows, args, strict=True)))
+    for whole, part in zip(run(*args), alone, strict=True):
         whole, part = (x.astype(jnp.float32) for x in (whole[-2:], part))
         assert float(jnp.max(jnp.abs(whole - part))) <= 2**-7 * float(jnp.max(jnp.abs(part)))
 
@@ -94,8 +106,8 @@ def test_more_than_two_to_the_31_elements(name):
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("size", ["2b", "7b"])
-def test_a_step_of_generation(size, dtype, rows):
-    """Its kernels at the models' shapes: at most 1.5 times as far from float32 as XLA's; the same numbers twice."""
+def test_decoding_kernels_are_as_exact_as_xla(size, dtype, rows):
+    """At the models' shapes, the error is at most 1.5 times that of XLA, and a second run gives the same bits."""
     text, keys = shapes.TEXT[size], iter(jax.random.split(jax.random.key(rows), 40))
     all_heads = text.heads + 2 * text.kv_heads
 
@@ -116,15 +128,9 @@ def test_a_step_of_generation(size, dtype, rows):
         pk.decode_attention: (normal(rows, all_heads, text.head_dim), *angles, *caches, valid, jnp.int32(277)),
     }
     for function, args in calls.items():
-        kernel, xla = (jax.jit(functools.partial(function, implementation=how)) for how in ("triton", "xla"))
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, args)
-        found, again, plain, truth = (
-            jax.tree.leaves(f(*a)) for f, a in ((kernel, args), (kernel, args), (xla, args), (xla, wide))
-        )
-        for got, repeated, other, want in zip(found, again, plain, truth, strict=True):
-            assert (got == repeated).all()
-            error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (got, other))
-            assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want))), function.__name__
+        kernel, xla = (jax.jit(functools.partial(function, implementation=name)) for name in ("triton", "xla"))
+        calls_of_operation = (kernel, args), (kernel, args), (xla, args), (xla, in_float32(args))
+        check_errors(*(jax.tree.leaves(run(*arrays)) for run, arrays in calls_of_operation), function.__name__)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -138,8 +144,8 @@ def test_a_step_of_generation(size, dtype, rows):
         (2, 1, 64, True, [2000]),
     ],
 )
-def test_attention(heads, key_heads, dim, causal, lengths, dtype):
-    """Forward and backward, packed and whole: at most 1.5 times as far from float32 as XLA's; the same numbers twice."""
+def test_attention_is_as_exact_as_xla(heads, key_heads, dim, causal, lengths, dtype):
+    """Packed or not, the error is at most 1.5 times that of XLA, and a second run gives the same bits."""
     keys = jax.random.split(jax.random.key(dim), 4)
     q, k, v, grad = (
         jax.random.normal(key, (2, 2001, n, dim)).astype(dtype)
@@ -159,16 +165,12 @@ def test_attention(heads, key_heads, dim, causal, lengths, dtype):
     args = q, k, v, grad
     with jax.default_matmul_precision("highest"):
         truth = run("xla")(*(x.astype(jnp.float32) for x in args))
-    got, again, plain = run("triton")(*args), run("triton")(*args), run("xla")(*args)
-    for found, repeated, other, want in zip(got, again, plain, truth, strict=True):
-        assert (found == repeated).all()
-        error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (found, other))
-        assert error <= 1.5 * allowed + 2e-6 * float(jnp.max(jnp.abs(want)))
+    check_errors(run("triton")(*args), run("triton")(*args), run("xla")(*args), truth)
 
 
 @pytest.mark.parametrize("counted", [0, 1, 511, 512, 513, 3000, 4096])
 def test_linear_cross_entropy_with_ignored_rows(counted):
-    """Any number of rows that count, more than a chunk or none: loss and gradients are those of the full logits."""
+    """For any number of counted rows, none or more than a chunk, loss and gradients equal those of the full logits."""
     rng = np.random.default_rng(counted)
     x, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4096, 256), (4099, 256)))
     labels = np.full(4096, -100)
@@ -182,13 +184,13 @@ def test_linear_cross_entropy_with_ignored_rows(counted):
         return pk.cross_entropy(logits, jnp.asarray(labels), implementation="xla")
 
     got, want = (jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, weight) for loss in (fused, plain))
-    for found, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    for actual, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = max(float(jnp.max(jnp.abs(expected))), 1e-6)
-        assert float(jnp.max(jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32)))) <= 0.02 * scale
+        assert float(jnp.max(jnp.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32)))) <= 0.02 * scale
 
 
-def test_real_vocabularies_of_all_models():
-    """bfloat16 dW over many chunks at V = 151936: as far from float32 as its own rounding."""
+def test_weight_gradient_does_not_lose_precision_over_chunks():
+    """At V = 151936, the bfloat16 gradient of the weight has the same error over many chunks as in one."""
     hidden, vocab = 64, shapes.TEXT["2b"].vocab
     keys = jax.random.split(jax.random.key(0), 3)
     x, weight = (

@@ -1,4 +1,4 @@
-"""These tests run on the CPU wherever they run; tests/gpu is for the device."""
+"""These tests run on the CPU, also on a machine with a GPU; tests/gpu is for the GPU."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What all operations share: names, examples, errors raised before any compute, and transformations."""
+"""The contract of all operations: names, formulas, examples, errors raised before any compute, and transformations."""
 
 import doctest
 import importlib
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels.registry import OPERATIONS
+from tests._support.ops import close
 
 
 def random(*shape, dtype="float32"):
@@ -22,40 +24,37 @@ q, k, angles, three = random(1, 3, 4, 8), random(1, 3, 2, 8), random(1, 3, 4), r
 qkv, cache, ones = random(1, 8, 8), random(1, 6, 2, 8), np.ones((1, 6), int)
 square = random(8, 8)
 labels, head = np.zeros(2, int), random(5, 8)
-CALLS = {
-    "rms_norm": (pk.rms_norm, (x, vector)),
-    "add_rms_norm": (pk.add_rms_norm, (x, x, vector)),
-    "layer_norm": (pk.layer_norm, (x, vector, vector)),
-    "rope": (pk.rope, (q, k, angles, angles)),
-    "mrope": (pk.mrope, (q, k, three, three, (2, 1, 1))),
-    "swiglu": (pk.swiglu, (x, x)),
-    "geglu": (pk.geglu, (x, x)),
-    "quick_gelu": (pk.quick_gelu, (x,)),
-    "cross_entropy": (pk.cross_entropy, (x, labels)),
-    "linear_cross_entropy": (pk.linear_cross_entropy, (x, head, labels)),
-    "attention": (pk.attention, (q, k, k)),
-    "decode_attention": (pk.decode_attention, (qkv, angles[:, 0], angles[:, 0], cache, cache, ones, 3)),
-    "norm_linear": (pk.norm_linear, (x, vector, square, vector)),
-    "norm_swiglu": (pk.norm_swiglu, (x, vector, jnp.stack([square, square]))),
-    "linear_add": (pk.linear_add, (x, square, x)),
-}
 
 
-def test_names():
-    """The package exports the contract, and what finds segments for many calls of attention."""
-    assert sorted(pk.__all__) == sorted([*CALLS, "Segments", "find_segments"])
+def call(name):
+    """Returns the operation and small arguments for it."""
+    return OPERATIONS[name].function, [np.asarray(x) for x in OPERATIONS[name].example()]
+
+
+def test_package_exports_the_contract():
+    """The package exports one name per row of the registry, and the segments that several calls of attention share."""
+    assert sorted(pk.__all__) == sorted([*OPERATIONS, "Segments", "find_segments"])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_function_equals_formula(name):
+    """Each operation, with each of its variants, computes the formula of its row in the registry."""
+    operation = OPERATIONS[name]
+    args = operation.example()
+    for options in ({}, *operation.variants.values()):
+        close(operation.function(*args, **options), operation.formula(*args, **options))
 
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(pk.__path__) if not m.name.startswith("_")])
-def test_examples(name):
-    """The examples in the docstrings run and show what they say."""
+def test_docstring_examples(name):
+    """The examples in the docstrings run and print the documented results."""
     assert doctest.testmod(importlib.import_module(f"pallas_kernels.{name}")).failed == 0
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_implementations(name):
-    """xla and the interpreter run; a name that means nothing raises, and says what there is."""
-    function, args = CALLS[name]
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_unknown_implementation_raises(name):
+    """The implementations "xla" and "interpret" run; an unknown implementation raises and lists the known ones."""
+    function, args = call(name)
     jax.eval_shape(lambda: function(*args, implementation="xla"))
     with pytest.raises(ValueError, match=f"{name}: implementation is 'cuda'"):
         function(*args, implementation="cuda")
@@ -91,7 +90,7 @@ WRONG = {
     "kv_segment_ids without": lambda: pk.attention(q, k, k, kv_segment_ids=np.ones((1, 3), int)),
     "segment_ids has shape": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 2), int)),
     "weight has shape (8, 7)": lambda: pk.norm_linear(x, vector, square[:, :7]),
-    "expected [B, H] and [2, O, H]": lambda: pk.norm_swiglu(x, vector, square),
+    "expected [B, H] and [2, F, H]": lambda: pk.norm_swiglu(x, vector, square),
     "norm_weight has shape": lambda: pk.norm_linear(x, vector[:7], square),
     "residual has shape (1, 8)": lambda: pk.linear_add(x, square, x[:1]),
     "x has 65 rows": lambda: pk.linear_add(random(65, 8), square, random(65, 8), implementation="interpret"),
@@ -107,43 +106,43 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments(message):
-    """A ValueError names the operation's argument, what was found and what was expected."""
+def test_wrong_argument_raises(message):
+    """The ValueError has the name of the argument, its value or shape, and the expected one."""
     with pytest.raises(ValueError, match=re.escape(message)):
         WRONG[message]()
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_lists_are_no_arrays(name):
-    """A list in place of the first array is named, as JAX's own functions do."""
-    function, (first, *others) = CALLS[name]
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_list_in_place_of_an_array_raises(name):
+    """A list as the first argument raises a TypeError with its name, as in JAX's own functions."""
+    function, (first, *others) = call(name)
     with pytest.raises(TypeError, match=f"{name}: .* is a list; expected an array"):
         function(first.tolist(), *others)
 
 
 @pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "norm_swiglu", "linear_add"])
-def test_no_gradient(name):
-    """What is for generation says so, whatever the implementation."""
-    function, (first, *others) = CALLS[name]
+def test_decoding_operation_has_no_gradient(name):
+    """Differentiating an operation for decoding raises, for every implementation."""
+    function, (first, *others) = call(name)
     for implementation in (None, "xla", "interpret"):
         with pytest.raises(NotImplementedError, match=f"{name}: there is no gradient"):
             jax.grad(lambda x: jnp.sum(jax.tree.leaves(function(x, *others, implementation=implementation))[0]))(first)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "rope", "mrope", "swiglu", "quick_gelu"])
-def test_vmap_and_remat(name):
-    """vmap over a leading axis and rematerialisation change no number and no gradient."""
-    function, (first, *others) = CALLS[name]
+def test_vmap_and_remat_change_nothing(name):
+    """vmap over a leading axis and rematerialization change no value and no gradient."""
+    function, (first, *others) = call(name)
 
     def loss(scale, first):
         return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(first * scale, *others)))
 
     @jax.jit
-    def both(scales, first):
+    def run(scales, first):
         one_by_one = [jax.value_and_grad(loss, argnums=(0, 1))(scale, first) for scale in scales]
         together = jax.vmap(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1)), in_axes=(0, None))(scales, first)
         return jax.tree.map(lambda *each: jnp.stack(each), *one_by_one), together
 
-    want, got = both(np.array([1.0, 2.0], np.float32), first)
+    want, got = run(np.array([1.0, 2.0], np.float32), first)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-4)

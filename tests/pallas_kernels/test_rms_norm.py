@@ -1,4 +1,4 @@
-"""rms_norm: what its castings round, and the ways to meet a mesh that are the same for all operations over rows."""
+"""rms_norm: where its castings round, and how operations over rows run on meshes, which is the same for all of them."""
 
 import functools
 
@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import _pallas
+from tests._support.lowered import lowered_for_cuda
+from tests._support.ops import close
 
 kernel = functools.partial(pk.rms_norm, implementation="interpret")
 xla = functools.partial(pk.rms_norm, implementation="xla")
@@ -30,16 +32,10 @@ def gradients(norm):
     return value_and_gradients
 
 
-def close(got, want, tolerance=1e-5):
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-        assert np.max(np.abs(g - w), initial=0) <= tolerance * max(np.max(np.abs(w), initial=0), 1)
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("casting", ["llama", "gemma", "none"])
-def test_casting(casting, dtype):
-    """Each casting rounds where it says, step by step as numpy does, and the kernel agrees to one unit."""
+def test_casting_rounds_where_documented(casting, dtype):
+    """Each casting rounds as numpy does step by step, and the kernel agrees to within two ulps."""
     x, weight, _ = inputs(6, 48, dtype=dtype)
     x64, w64 = np.asarray(x, np.float64), np.asarray(weight, np.float64)
 
@@ -54,17 +50,17 @@ def test_casting(casting, dtype):
         normed = x64 / np.sqrt(mean_square + 1e-6)
         want = rounded((rounded(normed) if casting == "llama" else normed) * (0.5 + w64))
     options = {"offset": 0.5, "casting": casting}
-    got, of_kernel = jax.jit(lambda *args: (xla(*args, **options), kernel(*args, **options)))(x, weight)
-    assert np.mean(np.asarray(got, np.float64) != want) < 0.02  # float32 sums on the other side of a rounding
-    close(of_kernel, got, tolerance=2 * float(jnp.finfo(dtype).eps))
+    from_xla, from_kernel = jax.jit(lambda *args: (xla(*args, **options), kernel(*args, **options)))(x, weight)
+    assert np.mean(np.asarray(from_xla, np.float64) != want) < 0.02  # float32 sums that round the other way
+    close(from_kernel, from_xla, tolerance=2 * float(jnp.finfo(dtype).eps))
 
 
 # ---- transformations and meshes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-def test_operands_in_another_layout(kind):
-    """A sharded weight is gathered, an x sharded by columns too; arrays on no mesh are taken as they are."""
+def test_operands_in_other_layouts_are_resharded(kind):
+    """A sharded weight and an x sharded by columns are gathered; arrays on no mesh are used unchanged."""
     args = inputs(8, 16)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices("cpu")[:4])
     want = jax.jit(gradients(xla))(*args)
@@ -76,8 +72,8 @@ def test_operands_in_another_layout(kind):
 
 
 @pytest.mark.parametrize("axes", [{"data", "model"}, {"data"}], ids=["all manual", "one manual"])
-def test_inside_a_shard_map(axes):
-    """Inside a user's shard_map, with all of the mesh's axes or with some of them."""
+def test_runs_inside_a_shard_map(axes):
+    """Results and gradients are right inside a user's shard_map over all of the mesh's axes, or over some of them."""
     x, weight, grad = inputs(8, 16)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
     specs = {"in_specs": (P("data"), P()), "out_specs": P("data"), "axis_names": axes}
@@ -87,24 +83,16 @@ def test_inside_a_shard_map(axes):
         close(jax.jit(gradients(mapped))(x, weight, grad), want)
 
 
-# ---- lowering for GPUs that are not there ----------------------------------------------------------------------------
-
-
-def lowered_for_cuda(function, *args, device_kind="NVIDIA H200", mesh_shape=(1,), wrap=lambda function, mesh: function):
-    """StableHLO of `function` for a kind of GPU, made without one; `args` are shapes and dtypes."""
-    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
-    mesh = AbstractMesh(mesh_shape, ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    args = [jax.ShapeDtypeStruct(*arg) for arg in args]
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(wrap(function, mesh)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+# ---- lowering for GPUs that this machine does not have ---------------------------------------------------------------
 
 
 def test_lowers_inside_a_checked_shard_map():
-    """shard_map(check_vma=True), its default: kernels say over which mesh axes their results vary."""
+    """Under shard_map(check_vma=True), the default, kernels declare the mesh axes that their results vary over."""
 
-    def wrap(function, mesh):
-        return gradients(jax.shard_map(function, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")))
+    def value_and_gradients(*args):
+        specs = {"in_specs": (P("data"), P()), "out_specs": P("data")}
+        return gradients(jax.shard_map(pk.rms_norm, mesh=jax.sharding.get_abstract_mesh(), **specs))(*args)
 
-    x, weight = ((64, 100), jnp.bfloat16), ((100,), jnp.bfloat16)
-    text = lowered_for_cuda(pk.rms_norm, x, weight, x, mesh_shape=(4,), wrap=wrap)
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 100), (100,)))
+    text = lowered_for_cuda(value_and_gradients, x, weight, x, mesh_shape=(4,))
     assert text.count(_pallas.TRITON_CALL) == 2
