@@ -13,6 +13,7 @@ import numpy as np
 
 from liger_jax.errors import UserError
 from pallas_kernels import shapes
+from pallas_kernels.registry import OPERATIONS
 
 IMAGES = (4096, 2664, 2304, 1600, 1296, 1024, 1024, 784, 576, 484, 340, 192)  # patches of each image; 16384 together
 
@@ -61,35 +62,41 @@ class Case:
 # ---- one case ---------------------------------------------------------------------------------------------------------
 
 
-def norm_case(op: str, rows: int, width: int) -> Case:
-    x, weight = Normal((rows, width)), Normal((width,), mean=1.0, scale=0.2)
-    arrays = {
-        "rms_norm": {"x": x, "weight": weight},
-        "add_rms_norm": {"x": x, "residual": x, "weight": weight},
-        "layer_norm": {"x": x, "weight": weight, "bias": Normal((width,), scale=0.2)},
-    }
-    return Case(op, f"{rows} x {width}", arrays[op])
+def make_arrays(op: str, sizes: dict[str, Any], **scales: float) -> dict[str, Normal]:
+    """Returns the inputs of an operation that have a gradient; of a decoding operation, which has none, all inputs.
+
+    Args:
+        op: a name in the registry, which has the axes of each argument.
+        sizes: the size of each axis.
+        scales: standard deviations that differ from 1, or from 0.2 for a vector of weights.
+    """
+    operation = OPERATIONS[op]
+    arrays = {}
+    for name in operation.differentiable or operation.arguments:
+        argument = operation.arguments[name]
+        mean, scale = (1.0, 0.2) if argument.kind == "weight" else (0.0, 1.0)
+        arrays[name] = Normal(argument.shape(sizes), mean, scales.get(name, scale))
+    return arrays
 
 
-def activation_case(op: str, rows: int, width: int) -> Case:
-    names = ("x",) if op == "quick_gelu" else ("gate", "up")
-    return Case(op, f"{rows} x {width}", dict.fromkeys(names, Normal((rows, width))))
+def row_case(op: str, rows: int, width: int) -> Case:
+    """Returns a case of a norm or an activation."""
+    return Case(op, f"{rows} x {width}", make_arrays(op, {"...": (rows,), "D": width}))
 
 
 def rope_case(
     batch: int, tokens: int, heads: int, kv_heads: int, dim: int, sections: Sequence[int] | None = None
 ) -> Case:
     """Returns a case of mrope with sections, of rope without."""
-    shape = (*((3,) if sections else ()), batch, tokens, dim // 2)
+    op = "mrope" if sections else "rope"
+    sizes = {"B": batch, "T": tokens, "N": heads, "K": kv_heads, "D": dim}
 
     def tables(rng):
-        angles = rng.uniform(0, 2 * np.pi, shape)
+        angles = rng.uniform(0, 2 * np.pi, OPERATIONS[op].arguments["cos"].shape(sizes))
         return {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
 
-    arrays = {"q": Normal((batch, tokens, heads, dim)), "k": Normal((batch, tokens, kv_heads, dim))}
     size = f"{batch} x {tokens}, {heads}/{kv_heads} heads of {dim}"
-    options = {"sections": tuple(sections)} if sections else {}
-    return Case("mrope" if sections else "rope", size, arrays, tables, options)
+    return Case(op, size, make_arrays(op, sizes), tables, {"sections": tuple(sections)} if sections else {})
 
 
 def _labels(rows: int, vocab: int, ignored: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -104,30 +111,29 @@ def loss_case(
 
     `ignored`: the share of labels that are ignore_index.
     """
-    labels = functools.partial(_labels, rows, vocab, ignored)
-    if op == "cross_entropy":
-        return Case(op, f"{rows} x {vocab}", {"logits": Normal((rows, vocab))}, labels)
-    arrays = {"x": Normal((rows, hidden)), "weight": Normal((vocab, hidden), scale=0.02)}
-    size = f"{rows} x {hidden} x {vocab}" + (f", {ignored:.0%} of the labels ignored" if ignored else "")
-    return Case(op, size, arrays, labels, excluded=excluded)
+    axes = [rows, vocab] if op == "cross_entropy" else [rows, hidden, vocab]
+    size = " x ".join(map(str, axes)) + (f", {ignored:.0%} of the labels ignored" if ignored else "")
+    arrays = make_arrays(op, {"...": (rows,), "H": hidden, "V": vocab}, weight=0.02)
+    return Case(op, size, arrays, functools.partial(_labels, rows, vocab, ignored), excluded=excluded)
 
 
 def text_attention_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
-    q, kv = Normal((batch, tokens, heads, dim)), Normal((batch, tokens, kv_heads, dim))
+    """Returns a case of causal attention over one sequence per batch entry."""
     size = f"{batch} x {tokens}, {heads}/{kv_heads} heads of {dim}, causal"
-    return Case("attention", size, {"q": q, "k": kv, "v": kv}, options={"causal": True})
+    arrays = make_arrays("attention", {"B": batch, "T": tokens, "S": tokens, "N": heads, "K": kv_heads, "D": dim})
+    return Case("attention", size, arrays, options={"causal": True})
 
 
 def image_attention_case(
     batch: int, heads: int, dim: int, lengths: tuple[int, ...], max_segments: int, size: str, excluded=()
 ) -> Case:
     """Returns a case of full attention within each image; a sequence packs images of `lengths` patches."""
-    qkv = Normal((batch, sum(lengths), heads, dim))
+    patches = sum(lengths)
     ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
     return Case(
         "attention",
-        f"{batch} x {sum(lengths)}, {heads} heads of {dim}, {size}",
-        {"q": qkv, "k": qkv, "v": qkv},
+        f"{batch} x {patches}, {heads} heads of {dim}, {size}",
+        make_arrays("attention", {"B": batch, "T": patches, "S": patches, "N": heads, "K": heads, "D": dim}),
         lambda rng: {"segment_ids": np.tile(ids, (batch, 1))},
         {"lengths": lengths, "max_segments": max_segments},
         excluded,
@@ -136,14 +142,8 @@ def image_attention_case(
 
 def decode_linear_case(op: str, rows: int, depth: int, width: int) -> Case:
     """Returns a case of norm_linear, norm_swiglu or linear_add: few rows and one or two weights [width, depth]."""
-    x, norm = Normal((rows, depth)), Normal((depth,), 1.0, 0.2)
-    weight, weights = (Normal((*two, width, depth), scale=depth**-0.5) for two in ((), (2,)))
-    arrays = {
-        "norm_linear": {"x": x, "norm_weight": norm, "weight": weight, "bias": Normal((width,))},
-        "norm_swiglu": {"x": x, "norm_weight": norm, "weight": weights},
-        "linear_add": {"x": x, "weight": weight, "residual": Normal((rows, width))},
-    }
-    return Case(op, f"{rows} x {depth} x {width}", arrays[op], decoding=True)
+    arrays = make_arrays(op, {"B": rows, "H": depth, "O": width, "F": width}, weight=depth**-0.5)
+    return Case(op, f"{rows} x {depth} x {width}", arrays, decoding=True)
 
 
 def decode_layer_cases(text: shapes.TextSizes, rows: int) -> list[Case]:
@@ -157,23 +157,31 @@ def decode_layer_cases(text: shapes.TextSizes, rows: int) -> list[Case]:
     ]
 
 
+def registered_row_cases(family: str) -> list[Case]:
+    """Returns the cases of a family of operations over rows ("norm" or "activation"), at the shapes in the registry."""
+    return [
+        row_case(operation.name, int(np.prod(rows)), width)
+        for operation in OPERATIONS.values()
+        if operation.family == family
+        for rows, width in operation.shapes
+    ]
+
+
 # ---- the tables -------------------------------------------------------------------------------------------------------
 
 _TEXT, _VISION = shapes.TEXT, shapes.VISION
 _FULL_LOGITS = ("jnp", "torch", "torch.compile")  # implementations that hold all logits in float32
 
 CASES: tuple[Case, ...] = (
-    *(norm_case(op, 8192, text.hidden) for op in ("rms_norm", "add_rms_norm") for text in _TEXT.values()),
-    norm_case("layer_norm", 16_384, _VISION.embed),
+    *registered_row_cases("norm"),
     *(
         rope_case(4, 2048, _TEXT[model].heads, _TEXT[model].kv_heads, 128, sections)
         for sections in (_TEXT["2b"].sections, None)
         for model in ("2b", "7b")
     ),
     rope_case(4, 4096, _VISION.heads, _VISION.heads, _VISION.head_dim),
-    *(activation_case("swiglu", 8192, text.intermediate) for text in _TEXT.values()),
-    activation_case("geglu", 8192, _TEXT["2b"].intermediate),
-    activation_case("quick_gelu", 16_384, _VISION.intermediate),
+    *registered_row_cases("activation"),
+    row_case("geglu", 8192, _TEXT["2b"].intermediate),  # no model here uses it
     loss_case("cross_entropy", 8192, 0, _TEXT["2b"].vocab),
     loss_case("linear_cross_entropy", 8192, 1536, 151_936),
     loss_case("linear_cross_entropy", 8192, 1536, 151_936, ignored=0.7, excluded=("tokamax",)),
@@ -202,16 +210,16 @@ def sweep() -> list[tuple[str, int, Case]]:
     for model, text in _TEXT.items():
         for rows in shapes.TEXT_ROWS:
             heads = text.heads, text.kv_heads, text.head_dim
-            add(model, rows, *(norm_case(op, rows, text.hidden) for op in ("rms_norm", "add_rms_norm")))
-            add(model, rows, *(activation_case(op, rows, text.intermediate) for op in ("swiglu", "geglu")))
+            add(model, rows, *(row_case(op, rows, text.hidden) for op in ("rms_norm", "add_rms_norm")))
+            add(model, rows, *(row_case(op, rows, text.intermediate) for op in ("swiglu", "geglu")))
             add(model, rows, *(rope_case(1, rows, *heads, sections) for sections in (text.sections, None)))
             if rows <= 8192:
                 losses = ("cross_entropy", "linear_cross_entropy")
                 add(model, rows, *(loss_case(op, rows, text.hidden, text.vocab) for op in losses))
     for rows in shapes.VISION_ROWS:
         heads = _VISION.heads, _VISION.heads, _VISION.head_dim
-        add("vision", rows, norm_case("layer_norm", rows, _VISION.embed), rope_case(1, rows, *heads))
-        add("vision", rows, activation_case("quick_gelu", rows, _VISION.intermediate))
+        add("vision", rows, row_case("layer_norm", rows, _VISION.embed), rope_case(1, rows, *heads))
+        add("vision", rows, row_case("quick_gelu", rows, _VISION.intermediate))
     return list(cases.values())
 
 

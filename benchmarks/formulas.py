@@ -1,11 +1,14 @@
 """The operations' formulas in plain JAX, written as a training script without fused operations writes them.
 
-jitted, they are the "jnp" implementation of `python -m benchmarks ops`; in float32 they are the reference for its errors.
+jitted, they are the "jnp" implementation of `python -m benchmarks ops`; in float32 they are the reference for its errors. An
+operation without a formula here uses that of pallas_kernels/registry.py.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.registry import OPERATIONS
 
 EPS = 1e-6
 
@@ -115,9 +118,12 @@ def linear_add(x, weight, residual):
     return residual + x @ weight.T
 
 
-_ROW_OPS = (rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu)
-_DECODE_OPS = (norm_linear, norm_swiglu, linear_add)
-FORMULAS = {f.__name__: f for f in (*_ROW_OPS, cross_entropy, linear_cross_entropy, attention, *_DECODE_OPS)}
-MEMORY_BOUND = tuple(f.__name__ for f in _ROW_OPS)
+_TRAINING_SCRIPT = (
+    *(rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu),
+    *(cross_entropy, linear_cross_entropy, attention),
+    *(norm_linear, norm_swiglu, linear_add),
+)
+FORMULAS = {operation.name: operation.formula for operation in OPERATIONS.values()}
+FORMULAS |= {formula.__name__: formula for formula in _TRAINING_SCRIPT}
 # The float32 reference of each operation: its formula, or a form of it that needs less memory.
 REFERENCES = FORMULAS | {"linear_cross_entropy": linear_cross_entropy_in_chunks}
