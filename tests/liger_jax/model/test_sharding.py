@@ -153,13 +153,13 @@ def test_only_weights_are_gathered(name):
 
 def test_loss_is_split_over_all_devices(monkeypatch):
     """Along `tensor` too, where every device once computed the loss of the same tokens."""
-    shapes, local = [], linear_cross_entropy._gradient_local
+    shapes, over_chunks = [], linear_cross_entropy._over_chunks
 
-    def spy(static, x, *operands):
+    def record_shape(static, process_chunk, weight, x, *row_arrays):
         shapes.append(x.shape)
-        return local(static, x, *operands)
+        return over_chunks(static, process_chunk, weight, x, *row_arrays)
 
-    monkeypatch.setattr(linear_cross_entropy, "_gradient_local", spy)
+    monkeypatch.setattr(linear_cross_entropy, "_over_chunks", record_shape)
     of_mesh = model("data-fsdp-tensor")
     placed = shard_batch(batch(), get_mesh(of_mesh))
     with mesh_context(get_mesh(of_mesh)):
