@@ -250,6 +250,7 @@ def generate(
     """
     if (question is None) == (data is None) or (data is None) != (output is None):
         raise UserError("expected a question, or --data and --output")
+    unused: dict[str, Any]
     if data is None:
         unused = {"--media": media, "--batch-size": batch_size, "--skip-broken": skip_broken or None}
     else:
@@ -261,24 +262,24 @@ def generate(
     if missing := [str(path) for path in images if not path.is_file()]:
         raise NotFoundError(f"{', '.join(missing)}: no such image")
     weights, processor, options = open_for_answers(model, answers, max_pixels)
-    if data is None:
+    if question is not None:
         from liger_jax import Chat
 
         print_stream(Chat(weights, processor, system=system, **vars(options)).stream(question, images=images))
-        return
-    from liger_jax.generation.answer_file import answer_file
+    elif data is not None and output is not None:
+        from liger_jax.generation.answer_file import answer_file
 
-    count = answer_file(
-        weights,
-        processor,
-        data,
-        output,
-        options=options,
-        batch_size=8 if batch_size is None else batch_size,
-        media=media,
-        skip_broken=skip_broken,
-    )
-    print(f"{count} answers in {output}")
+        count = answer_file(
+            weights,
+            processor,
+            data,
+            output,
+            options=options,
+            batch_size=8 if batch_size is None else batch_size,
+            media=media,
+            skip_broken=skip_broken,
+        )
+        print(f"{count} answers in {output}")
 
 
 @app.command
@@ -300,7 +301,8 @@ def chat(
     from liger_jax import Chat
 
     weights, processor, options = open_for_answers(model, answers, max_pixels)
-    session, images = Chat(weights, processor, system=system, **vars(options)), []
+    session = Chat(weights, processor, system=system, **vars(options))
+    images: list[Any] = []
     while True:
         try:
             line = input("> ").strip()
@@ -317,7 +319,7 @@ def chat(
             print()
 
 
-def respond(session: "Chat", line: str, images: list) -> list:
+def respond(session: "Chat", line: str, images: list[Any]) -> list[Any]:
     """Runs a command of the chat or prints the answer to a question; returns the images for the next question."""
     from liger_jax.inputs.images import load_image
 
@@ -335,7 +337,7 @@ def respond(session: "Chat", line: str, images: list) -> list:
     return images
 
 
-def print_stream(pieces: Generator[str]) -> None:
+def print_stream(pieces: Generator[str, None, None]) -> None:
     """Prints an answer piece by piece."""
     with contextlib.closing(pieces):  # otherwise an answer stopped by Ctrl-C keeps the decoder's copy of the weights
         for piece in pieces:

@@ -34,7 +34,7 @@ def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) 
 
     Example:
         >>> import warnings
-        >>> with warnings.catch_warnings(record=True) as caught:
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
         ...     warn_skipped("data.json: skipped 2 of 9 records", ["record 3: no answer", "record 7: no image"])
         >>> str(caught[0].message)
         'data.json: skipped 2 of 9 records: record 3: no answer; record 7: no image'

@@ -8,6 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+Part = Literal["vision", "merger", "text"]
+Remat = Literal["auto", "none", "dots", "narrow", "attention", "full"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
@@ -37,7 +40,7 @@ class Batching:
 class LayerExecution:
     """How the layers of a tower run."""
 
-    remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "none"
+    remat: Remat = "none"
     """Activations that the backward pass recomputes: none needs the most memory, full the least. auto, for a training step,
     takes the fastest that fits in memory."""
     unroll: bool = False
@@ -58,7 +61,7 @@ class Optimization:
     """Peak learning rate of the vision tower; by default the same."""
     merger_learning_rate: float | None = None
     """Peak learning rate of the merger between vision tower and language model; by default the same."""
-    freeze: tuple[Literal["vision", "merger", "text"], ...] = ()
+    freeze: tuple[Part, ...] = ()
     """Parts of the model that are not trained."""
     weight_decay: float = 0.0
     """Weight decay of matrices and embeddings; norms and biases never decay."""

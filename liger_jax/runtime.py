@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Matmuls by cuBLAS alone: autotuning Triton's takes three quarters of the compilation time and gains at most 1 % of a step.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
 
 def enable_compilation_cache() -> None:
@@ -14,7 +15,8 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # which has the values as attributes, without types
+    if config.jax_compilation_cache_dir is None and config.jax_enable_compilation_cache:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "liger-jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # default 1; many small programs add up

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -109,10 +109,11 @@ class Dataset:
 
     def __call__(self, step: int) -> Batch:
         sequences = [
-            [arrays for i in sequence if (arrays := self.read(i)) is not None] for sequence in self.schedule.batch(step)
+            [inputs for i in sequence if (inputs := self.read(i)) is not None] for sequence in self.schedule.batch(step)
         ]
         length, patches, segments, frames = self.shape
-        batch = prepare(self.config, **join_conversations(sequences), length=length, patches=patches)
+        arrays: dict[str, Any] = join_conversations(sequences)
+        batch = prepare(self.config, **arrays, length=length, patches=patches)
         if batch.vision is not None and frames:
             batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, max_segments=frames))
         batch = dataclasses.replace(batch, max_segments=segments or batch.max_segments)
@@ -188,7 +189,9 @@ def make_dataset(
                 f"None of {len(conversations)} conversations can be used: {'; '.join(problems[:3])}; expected at least one"
             )
         if batching.pack_length:
-            schedule, shape = _schedule_packed(sizes[usable], batching, config.vision.merge_unit, seed)
+            schedule, shape = _schedule_packed(
+                sizes[usable], batching, batching.pack_length, config.vision.merge_unit, seed
+            )
         else:
             schedule, shape = _schedule_unpacked(sizes[usable], batching, seed)
         sequences = [tuple(int(usable[i]) for i in sequence) for sequence in schedule.sequences]
@@ -241,11 +244,11 @@ def measure_conversations(
 
 
 def _schedule_packed(
-    sizes: np.ndarray, batching: Batching, merge_unit: int, seed: int | None
+    sizes: np.ndarray, batching: Batching, length: int, merge_unit: int, seed: int | None
 ) -> tuple[BatchSchedule, BatchShape]:
     """Schedules sequences of several conversations; all batches have one shape."""
     tokens, patches, frames = sizes.T
-    length, max_patches = batching.pack_length, batching.patches
+    max_patches = batching.patches
     if max_patches is None:
         share = PATCH_SLACK * length * patches.sum() / tokens.sum()
         max_patches = bucket(max(patches.max(), math.ceil(share)), 16 * merge_unit) if patches.any() else 0

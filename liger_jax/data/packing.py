@@ -4,6 +4,7 @@ import bisect
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
@@ -12,7 +13,7 @@ ROUNDING = 1e-9  # tolerance for fractions of a sequence; a single token is a la
 
 
 def pack(
-    tokens: Sequence[int], patches: Sequence[int], *, length: int, max_patches: int, seed: int = 0
+    tokens: ArrayLike, patches: ArrayLike, *, length: int, max_patches: int, seed: int = 0
 ) -> list[tuple[int, ...]]:
     """Packs conversations into few sequences: best fit, largest conversation first.
 
@@ -34,21 +35,21 @@ def pack(
         >>> sorted(sorted(row) for row in pack([6, 4, 5, 5, 3], [0, 0, 0, 0, 0], length=10, max_patches=0))
         [[0, 1], [2, 3], [4]]
     """
-    tokens, patches = np.asarray(tokens, np.int64), np.asarray(patches, np.int64)
-    for name, sizes, limit in (("tokens", tokens, length), ("patches", patches, max_patches)):
+    token_counts, patch_counts = np.asarray(tokens, np.int64), np.asarray(patches, np.int64)
+    for name, sizes, limit in (("tokens", token_counts, length), ("patches", patch_counts, max_patches)):
         if sizes.max(initial=0) > limit:
             raise UserError(
                 f"conversation {sizes.argmax()} has {sizes.max()} {name}; expected at most the {limit} of a sequence"
             )
     capacity = np.array([length, max(max_patches, 1)])
-    needs = np.stack([tokens, patches], axis=1) / capacity  # as fractions of a sequence
-    order = np.random.default_rng(seed).permutation(len(tokens))
+    needs = np.stack([token_counts, patch_counts], axis=1) / capacity  # as fractions of a sequence
+    order = np.random.default_rng(seed).permutation(len(token_counts))
     order = order[np.argsort(-needs[order].max(axis=1), kind="stable")]
     sequences: list[list[int]] = []
     room: list[np.ndarray] = []  # free fractions of each sequence
 
     # Conversations with images are placed by the scarcer of tokens and patches; texts then fill the remaining tokens.
-    with_images, texts = order[patches[order] > 0], order[patches[order] == 0]
+    with_images, texts = order[patch_counts[order] > 0], order[patch_counts[order] == 0]
     for resources, conversations in ((slice(2), with_images), (slice(1), texts)):
         free = sorted((room[i][resources].min(), i) for i in range(len(sequences)))
         for conversation in conversations:

@@ -6,7 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import jax
 import optax
@@ -80,7 +80,7 @@ def finetune(
         AlreadyExistsError: `output` has files and no run.
 
     Example:
-        >>> from liger_jax import finetune
+        >>> from liger_jax import finetune, read_conversations
         >>> from liger_jax.options import Batching, Optimization
         >>> finetune(  # doctest: +SKIP
         ...     model, processor, read_conversations("train.json"), "runs/first", steps=1000,
@@ -116,7 +116,7 @@ def finetune(
         RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
         catch_sigterm() as stop_requested,
     ):
-        if evaluate_first:
+        if evaluator and evaluate_first:
             log.write(run.start, evaluator(state.model, run.start))
         checkpoints = Checkpoints(manager, saving.save_every, evaluator)
         frozen = optimization.freeze if optimization else ()
@@ -279,7 +279,7 @@ class HeldOutEvaluator:
     answers_file: Path
 
     @classmethod
-    def create(cls, dataset: Dataset, evaluation: Evaluation, *, answers_file: Path) -> "HeldOutEvaluator":
+    def create(cls, dataset: Dataset, evaluation: Evaluation, *, answers_file: Path) -> Self:
         """Returns an evaluator that answers the first conversations that can be answered."""
         questions: list[int] = []
         for index in range(len(dataset.conversations)):

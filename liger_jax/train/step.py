@@ -25,10 +25,15 @@ from liger_jax.model.sharding import (
     param_shardings,
     shard_batch,
 )
-from liger_jax.options import LayerExecution
+from liger_jax.options import LayerExecution, Remat
 from liger_jax.train.optimizer import read_grad_stats
 
-AUTO_REMAT = ("dots", "narrow", "attention", "full")  # from the fastest to the one that needs the least memory
+AUTO_REMAT: tuple[Remat, ...] = (
+    "dots",
+    "narrow",
+    "attention",
+    "full",
+)  # from the fastest to the smallest in memory
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
@@ -57,7 +62,7 @@ def loss_fn(
     batch: Batch,
     num_items: jax.Array | float | None = None,
     *,
-    remat: str = "none",
+    remat: Remat = "none",
     unroll: bool = False,
 ) -> tuple[jax.Array, Metrics]:
     """Returns the next-token cross entropy, computed without materializing the logits.
@@ -131,7 +136,7 @@ def _init_state(model: Qwen2VL, *, optimizer: optax.GradientTransformation) -> t
 
 
 def make_train_step(
-    *, remat: str = "auto", accumulate: int = 1, unroll: bool = False
+    *, remat: Remat = "auto", accumulate: int = 1, unroll: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns a compiled training step: `state, metrics = step(state, batch)`.
 
@@ -187,7 +192,7 @@ class TrainStep:
         if key not in self.compiled:
             self.compiled[key] = self._compile(leaves, structure, mesh, batch)
         leaves, metrics = self.compiled[key](leaves, batch)
-        return structure.unflatten(leaves), metrics
+        return jax.tree.unflatten(structure, leaves), metrics
 
     def compile(self, state: TrainState, batch: Batch):
         """Returns the executable for arrays of these shapes, for its `.memory_analysis()` and `.as_text()`."""
@@ -195,7 +200,7 @@ class TrainStep:
         mesh = get_mesh(leaves)
         return self._compile(leaves, structure, mesh, shard_batch(batch, mesh, multiple=self.accumulate))
 
-    def _compile(self, leaves: list[jax.Array], structure, mesh: Mesh | None, batch: Batch):
+    def _compile(self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch):
         """Returns an executable that maps (leaves of a state, batch) to (leaves of the next state, metrics)."""
         shardings = mesh and ([leaf.sharding for leaf in leaves], None)
         policies = AUTO_REMAT if self.execution.remat == "auto" else (self.execution.remat,)
@@ -279,6 +284,7 @@ def _accumulated_gradients(
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), totals, terms), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), model)
-    (grads, loss, correct), _ = jax.lax.scan(add_part, (zeros, 0.0, 0.0), batches)
+    totals: Any = (zeros, 0.0, 0.0)
+    (grads, loss, correct), _ = jax.lax.scan(add_part, totals, batches)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, model)
     return grads, {"loss": loss, "num_tokens": num_items, "accuracy": correct / jnp.maximum(num_items, 1)}
