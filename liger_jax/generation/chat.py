@@ -1,6 +1,6 @@
 """A conversation of several turns. The KV cache keeps the earlier turns, so only new tokens are prefilled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,9 @@ class Chat:
         """Returns the whole answer to a question; the arguments are those of `stream`."""
         return "".join(self.stream(question, images=images, videos=videos))
 
-    def stream(self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Iterator[str]:
+    def stream(
+        self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Generator[str, None, None]:
         """Yields the answer to a question in pieces, see `liger_jax.stream`. The answer ends where the reader stops.
 
         Args:
@@ -154,7 +156,7 @@ class Chat:
             first_step = first_token_logits(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(cached))
         return DecodeSession(self.model, cache, first_step, self.options, ids[None], np.ones((1, len(ids)), np.int64))
 
-    def _stream_answer(self, message: dict, session: DecodeSession, tokens: list[int]) -> Iterator[str]:
+    def _stream_answer(self, message: dict, session: DecodeSession, tokens: list[int]) -> Generator[str, None, None]:
         """Yields the answer in pieces, adding them to its message and its tokens to `tokens`, until a newer question."""
         if session is not self._session:  # reading begins only after the next question, which has taken over the cache
             return

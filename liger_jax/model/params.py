@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.options import Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ TABLE = (
 )
 # fmt: on
 
-PARTS = ("vision", "merger", "text")  # in the order in which data passes through them
+PARTS: tuple[Part, ...] = ("vision", "merger", "text")  # in the order in which data passes through them
 
 
 def _lora_rows(kernel: Parameter) -> tuple[Parameter, Parameter]:
