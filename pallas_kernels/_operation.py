@@ -52,11 +52,10 @@ class Pass:
     def parallel_op(self, static: Any, *operands: jax.Array | None) -> _sharding.ParallelOp:
         """Returns the ParallelOp of the operands that are present."""
         present = tuple(operand is not None for operand in operands)
-        absent = {f"d_{name}" for name, here in zip(self.operands, present, strict=True) if not here}
         return _sharding.ParallelOp(
             _without_absent(self.local, present),
-            tuple(axes for axes, here in zip(self.operands.values(), present, strict=True) if here),
-            tuple(axes for name, axes in self.results.items() if name not in absent),
+            tuple(axes for axes, is_present in zip(self.operands.values(), present, strict=True) if is_present),
+            tuple(self.results[name] for name in self._result_names(operands)),
             self.parallel,
             static,
         )
@@ -69,10 +68,12 @@ class Pass:
 
     def run(self, static: Any, *operands: jax.Array | None) -> dict[str, jax.Array]:
         """Returns the results by name, on any mesh; see `_sharding.run`."""
-        op = self.parallel_op(static, *operands)
+        results = _sharding.run(self.parallel_op(static, *operands), *_present(operands))
+        return dict(zip(self._result_names(operands), results, strict=True))
+
+    def _result_names(self, operands: tuple) -> list[str]:
         absent = {f"d_{name}" for name, operand in zip(self.operands, operands, strict=True) if operand is None}
-        names = [name for name in self.results if name not in absent]
-        return dict(zip(names, _sharding.run(op, *_present(operands)), strict=True))
+        return [name for name in self.results if name not in absent]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,15 +82,20 @@ class DifferentiableOp:
 
     `static` is hashable; `static.implementation` chooses the implementation. Gradients are cast to the dtypes of their
     operands. An operand without a gradient in `backward` is a constant.
+
+    Attributes:
+        forward: the forward pass.
+        backward: the backward pass; its operands that are not cotangents are the residuals.
+        returns: the names of the forward results to return; the other results are residuals only.
+        gradients: operand -> its gradient, for operands whose gradient is not d_NAME, such as one that shares it.
+        saved_as: name of the forward results in rematerialization policies.
     """
 
     forward: Pass
     backward: Pass
-    returns: tuple[str, ...]  # forward results; the others are residuals only
-    gradients: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # operand -> its gradient, where not d_<operand>
-    saved_as: str | None = None  # name of the forward results in rematerialisation policies
+    returns: tuple[str, ...]
+    gradients: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    saved_as: str | None = None
 
     def __call__(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array, ...]:
         return self.apply(static, *self.align(static, *operands))
@@ -101,7 +107,7 @@ class DifferentiableOp:
         return self.forward.align(static, *cut)
 
     def apply(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array, ...]:
-        """As a call, for operands that are aligned already."""
+        """Runs the operation on operands that `align` returned."""
         dtypes = tuple(None if operand is None else jnp.dtype(operand.dtype) for operand in operands)
         return _differentiable(self, static, dtypes, *operands)
 

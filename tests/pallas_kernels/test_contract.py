@@ -115,27 +115,29 @@ def test_wrong_argument_raises(message):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_list_in_place_of_an_array_raises(name):
     """A list as the first argument raises a TypeError with its name, as in JAX's own functions."""
-    function, (first, *others) = call(name)
+    function, (first, *arguments) = call(name)
     with pytest.raises(TypeError, match=f"{name}: .* is a list; expected an array"):
-        function(first.tolist(), *others)
+        function(first.tolist(), *arguments)
 
 
 @pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "norm_swiglu", "linear_add"])
 def test_decoding_operation_has_no_gradient(name):
     """Differentiating an operation for decoding raises, for every implementation."""
-    function, (first, *others) = call(name)
+    function, (first, *arguments) = call(name)
     for implementation in (None, "xla", "interpret"):
         with pytest.raises(NotImplementedError, match=f"{name}: there is no gradient"):
-            jax.grad(lambda x: jnp.sum(jax.tree.leaves(function(x, *others, implementation=implementation))[0]))(first)
+            jax.grad(lambda x: jnp.sum(jax.tree.leaves(function(x, *arguments, implementation=implementation))[0]))(
+                first
+            )
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "rope", "mrope", "swiglu", "quick_gelu"])
 def test_vmap_and_remat_change_nothing(name):
     """vmap over a leading axis and rematerialization change no value and no gradient."""
-    function, (first, *others) = call(name)
+    function, (first, *arguments) = call(name)
 
     def loss(scale, first):
-        return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(first * scale, *others)))
+        return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(first * scale, *arguments)))
 
     @jax.jit
     def run(scales, first):
