@@ -90,11 +90,11 @@ class ModelCase:
         return file
 
 
-def _compare_losses(ours: Sequence[float], theirs: Sequence[float]) -> None:
+def _compare_losses(losses: Sequence[float], peer_losses: Sequence[float]) -> None:
     """Warns if the losses of the first steps differ from those of a peer."""
-    difference = max((abs(a - b) for a, b in zip(ours, theirs, strict=False)), default=0)
+    difference = max((abs(a - b) for a, b in zip(losses, peer_losses, strict=False)), default=0)
     if difference > LARGE_LOSS_DIFFERENCE:
-        print(f"  WARNING: the losses differ by {difference:.2g}: {ours}, {theirs}", flush=True)
+        print(f"  WARNING: the losses differ by {difference:.2g}: {losses}, {peer_losses}", flush=True)
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------------

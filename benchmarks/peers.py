@@ -327,7 +327,8 @@ def main(names: list[str]) -> None:
     if torch is None or not torch.cuda.is_available():
         sys.exit("benchmarks.peers: device is not a GPU; expected a GPU that torch can use")
     versions = versions_of(PACKAGES)
-    for case in cases.choose(names, [case for case in cases.CASES if not case.decoding]):
+    comparable = [case for case in cases.choose(names, cases.CASES) if not case.decoding and case.op in FORMULAS]
+    for case in comparable:
         report = {"case": case.name, "device": torch.cuda.get_device_name(), "versions": versions}
         try:
             report["results"] = measure(case)

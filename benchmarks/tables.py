@@ -89,15 +89,15 @@ def model_table(results: list[dict]) -> str:
     lines = ["| | liger-jax | transformers |", "|---|---|---|"]
     order = list(TITLES)
     results = sorted(results, key=lambda r: (r["model"], order.index(r["what"]), r.get("rows", 0), r.get("devices", 1)))
-    for ours in (r for r in results if r["package"] == OURS):
-        title = TITLES[ours["what"]].format(**{"prompt_tokens": 2048} | ours | {"model": _model(ours)})
-        peer = _best_peer(ours, results)
-        lines.append(f"| {title}{_options(ours)} | {_cell(ours)} | {_cell(peer, package=True)} |")
+    for result in (r for r in results if r["package"] == OURS):
+        title = TITLES[result["what"]].format(**{"prompt_tokens": 2048} | result | {"model": _model(result)})
+        peer = _best_peer(result, results)
+        lines.append(f"| {title}{_options(result)} | {_cell(result)} | {_cell(peer, package=True)} |")
     return "\n".join([*lines, "", _measured_on(results)])
 
 
-def _best_peer(ours: dict, results: list[dict]) -> dict | None:
-    peers = [r for r in results if r["package"] != OURS and _work(r) == _work(ours) and "error" not in r]
+def _best_peer(result: dict, results: list[dict]) -> dict | None:
+    peers = [r for r in results if r["package"] != OURS and _work(r) == _work(result) and "error" not in r]
     return min(peers, key=lambda r: r.get("step_ms", r.get("ms_per_token")), default=None)
 
 
@@ -174,8 +174,8 @@ def ops_table(results: list[dict]) -> str:
         cells = [_times(r["op"], timed.get(name)) for name in ("ours", xla, "liger")]
         cells += [f"{best} {_times(r['op'], timed[best])}" if best else "", _times(r["op"], timed.get("copy"))]
         lines.append(f"| `{r['op']}` {r['size']} | {' | '.join(cells)} |")
-    ours = [r["results"]["ours"] for r in results if "forward_us" in r["results"].get("ours", {})]
-    note = OPS_NOTE + FORWARD_NOTE * any("both_us" not in result for result in ours)
+    timed = [r["results"]["ours"] for r in results if "forward_us" in r["results"].get("ours", {})]
+    note = OPS_NOTE + FORWARD_NOTE * any("both_us" not in result for result in timed)
     return "\n".join([*lines, "", note + _measured_on(results)])
 
 
@@ -213,14 +213,14 @@ def headline_table(model: list[dict], ops: list[dict]) -> str:
     train = _find(model, {**options, "what": "train", "rows": 4, "remat": "dots", "unroll": False})
     decode = _find(model, {**options, "what": "generate", "rows": 1})
     lines = ["| | liger-jax | peer |", "|---|---|---|"]
-    for title, ours, cell in (
+    for title, result, cell in (
         ("Training step of the 2B, 4 x 2048 tokens with an image each", train, _step_cell),
         ("New token of the 2B after a prompt of 2048", decode, lambda r: f"{r['ms_per_token']:.2f} ms"),
     ):
-        peer = _best_peer(ours, model)
+        peer = _best_peer(result, model)
         cache = f", {peer.get('cache')} cache" if peer and "cache" in peer else ""
         peer_cell = f"{peer['package']}{cache}: {cell(peer)}" if peer else ""
-        lines.append(f"| {title} | {cell(ours)} | {peer_cell} |")
+        lines.append(f"| {title} | {cell(result)} | {peer_cell} |")
     (loss,) = (entry["results"] for entry in ops if entry["case"] == HEADLINE_LOSS)
     peers = [
         f"{name}: {_loss_cell(loss[key])}" for name, key in (("Liger", "liger"), ("torch.compile", "torch.compile"))

@@ -27,7 +27,7 @@ LAYERS = (
 )
 MODULES = [
     module.name
-    for package in PACKAGES
+    for package in (*PACKAGES, "benchmarks")
     for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")
     if not module.name.endswith("__main__")
 ]
@@ -82,14 +82,13 @@ def test_ci_runs_the_marked_blocks():
     readme = (ROOT / "README.md").read_text()
     for mark in ("test", "demo"):
         assert f"marked_block {mark} README.md" in script and f"<!-- {mark} -->\n```bash\n" in readme
-    marks = [
-        line for page in tables.pages(ROOT) for line in page.read_text().splitlines() if line.startswith("<!-- runs: ")
-    ]
-    assert len(marks) >= 2 and len(set(marks)) == len(marks) and "runs: .*" in script
+    marks = []
     for page in tables.pages(ROOT):
-        assert len(re.findall(r"<!-- runs: .* -->\n```python\n", page.read_text())) == page.read_text().count(
-            "<!-- runs: "
-        )
+        marked = re.findall(r"^<!-- (runs: .*) -->$", page.read_text(), flags=re.MULTILINE)
+        blocks = re.findall(r"^<!-- (runs: .*) -->\n```python$", page.read_text(), flags=re.MULTILINE)
+        assert marked == blocks and len(set(marked)) == len(marked), f"{page.name}: a mark without a block of Python"
+        marks += marked
+    assert len(marks) >= 2 and "runs: .*" in script
 
 
 # ---- imports ----------------------------------------------------------------------------------------------------------
