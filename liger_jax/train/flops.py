@@ -58,7 +58,7 @@ def step_flops(
     trained_tokens = 0 if batch.labels is None else np.count_nonzero(np.asarray(batch.labels) != IGNORE)
 
     sizes = axis_sizes(config)
-    weights = dict.fromkeys(PARTS, 0)
+    weights: dict[str, int] = dict.fromkeys(PARTS, 0)
     for row in TABLE:
         if row.is_kernel:
             weights[row.part] += row.size(sizes)
