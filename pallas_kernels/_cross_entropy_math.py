@@ -1,4 +1,12 @@
-"""The loss of a row of logits, its gradient, and how rows become one number: for both cross-entropies."""
+"""The formulas of both cross-entropies: the loss of a row of logits, its gradient, and the reduction over rows.
+
+    z = logits, or softcap tanh(logits / softcap)
+    lse = log sum_v exp(z_v),  p_v = exp(z_v - lse)
+    loss = (1 - s) w_y (lse - z_y) + s/V sum_v w_v (lse - z_v) + z_loss w_y lse^2
+    d loss / d z_v = p_v ((1 - s) w_y + s/V sum w + 2 z_loss w_y lse) - (1 - s) w_y [v = y] - s/V w_v
+
+with label y, class weights w and label smoothing s. Everything but the logits is float32 (float64 for float64 logits).
+"""
 
 import dataclasses
 from typing import NamedTuple, Self
@@ -13,7 +21,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static in a cross-entropy."""
+    """The static options of a cross-entropy."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -22,7 +30,7 @@ class Options:
 
     @classmethod
     def checked(cls, op: str, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None) -> Self:
-        """Raises ValueError for a value out of range."""
+        """Returns the options; raises ValueError for a value out of range."""
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"{op}: label_smoothing is {label_smoothing}; expected 0 <= label_smoothing <= 1")
         if not z_loss >= 0.0:
@@ -34,16 +42,25 @@ class Options:
         )
 
 
-class Rows(NamedTuple):
-    """What one pass finds for each row of logits, all [...]; the losses are 0 where the label does not count."""
+class RowStats(NamedTuple):
+    """The statistics of each row of z that its loss depends on; all [...]."""
+
+    lse: jax.Array  # log-sum-exp
+    z_label: jax.Array  # z of the label; arbitrary for a label outside the vocabulary
+    weighted_z: jax.Array  # sum of class weight times z; computed only with label smoothing
+    correct: jax.Array  # float: 1 where the label is the first largest logit
+
+
+class RowLosses(NamedTuple):
+    """The losses of each row of logits; all [...]. The losses are 0 where the label is ignored."""
 
     loss: jax.Array  # with class weights and z-loss, without token weights
-    z_loss: jax.Array  # the part of it that is z-loss
+    z_loss: jax.Array  # the part of `loss` that is z-loss
     lse: jax.Array  # log-sum-exp
-    hit: jax.Array  # float: 1 where the label is the first largest logit
+    correct: jax.Array  # float: 1 where the label counts and is the first largest logit
 
 
-def check_rows(
+def check_operands(
     op: str,
     rows: tuple[int, ...],
     vocab: int,
@@ -53,9 +70,10 @@ def check_rows(
     reduction: str,
     normalizer: jax.Array | float | None,
 ) -> jax.Array:
-    """The labels in int32 or int64, which hold ignore_index and V as they are.
+    """Returns the labels as int32 or int64, which can represent both ignore_index and V.
 
-    Raises ValueError unless labels and token_weights are [...] as the rows, class_weights [V], normalizer a scalar.
+    Raises ValueError unless labels and token_weights have the shape of the rows, class_weights is [V], and normalizer is a
+    scalar that `reduction` uses.
     """
     _validate.integer(op, labels=labels)
     _validate.shape(op, "labels", labels.shape, rows)
@@ -71,53 +89,44 @@ def check_rows(
     return labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
 
 
-# ---- one row ----------------------------------------------------------------------------------------------------------
+# ---- per row ----------------------------------------------------------------------------------------------------------
 
 
-class Statistics(NamedTuple):
-    """What has to be known of each row of capped logits z, all [...]."""
+def row_stats_xla(options: Options, logits: jax.Array, labels: jax.Array, class_weights: jax.Array | None) -> RowStats:
+    """Computes the statistics of logits [..., V] with labels [...].
 
-    lse: jax.Array  # log-sum-exp
-    z_label: jax.Array  # of the label; anything for a label outside the vocabulary
-    weighted_z: jax.Array  # sum of class weight times z; only with label smoothing
-    first_largest: jax.Array  # float: 1 where the label is the first largest
-
-
-def statistics_xla(options: Options, logits: jax.Array, labels: jax.Array, class_weights: jax.Array | None):
-    """logits [..., V], labels [...] -> Statistics.
-
-    A sum under a mask picks the label's logit, where a gather would not fuse with the other sums over the row, nor
-    work on a vocabulary that is sharded.
+    A masked sum selects the label's z: a gather would neither fuse with the other sums over the row nor work on a sharded
+    vocabulary.
     """
     vocab = logits.shape[-1]
-    z = capped(options, logits)
+    z = apply_softcap(options, logits)
     largest = jnp.max(z, axis=-1)
     lse = largest + jnp.log(jnp.sum(jnp.exp(z - largest[..., None]), axis=-1))
     z_label = jnp.sum(jnp.where(jnp.arange(vocab) == labels[..., None], z, 0), axis=-1)
-    first_largest = jnp.min(jnp.where(z == largest[..., None], jnp.arange(vocab), vocab), axis=-1)
+    argmax = jnp.min(jnp.where(z == largest[..., None], jnp.arange(vocab), vocab), axis=-1)
     weighted_z = jnp.zeros_like(lse)
     if options.label_smoothing:
         weighted_z = jnp.sum(z if class_weights is None else class_weights.astype(z.dtype) * z, axis=-1)
-    return Statistics(lse, z_label, weighted_z, (first_largest == labels) * 1.0)
+    return RowStats(lse, z_label, weighted_z, (argmax == labels) * 1.0)
 
 
-def rows_of_statistics(
-    options: Options, found: Statistics, labels: jax.Array, class_weights: jax.Array | None, vocab: int
-) -> Rows:
-    """The losses of rows with those statistics."""
-    lse = found.lse
-    weight = weight_of_label(labels, class_weights, lse.dtype)
-    loss = (1 - options.label_smoothing) * weight * (lse - found.z_label)
+def row_losses(
+    options: Options, stats: RowStats, labels: jax.Array, class_weights: jax.Array | None, vocab: int
+) -> RowLosses:
+    """Computes the losses from the statistics; NaN for a label outside the vocabulary that is not ignore_index."""
+    lse = stats.lse
+    weight = label_weights(labels, class_weights, lse.dtype)
+    loss = (1 - options.label_smoothing) * weight * (lse - stats.z_label)
     if options.label_smoothing:
-        spread = total_weight(class_weights, vocab, lse.dtype) * lse - found.weighted_z
-        loss += options.label_smoothing / vocab * spread
+        weighted_difference = total_weight(class_weights, vocab, lse.dtype) * lse - stats.weighted_z
+        loss += options.label_smoothing / vocab * weighted_difference
     z_loss = options.z_loss * weight * lse * lse
-    counts, known = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
+    counts, in_vocab = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
 
     def where_counted(value: jax.Array) -> jax.Array:
-        return jnp.where(counts, jnp.where(known, value, jnp.nan), 0.0)
+        return jnp.where(counts, jnp.where(in_vocab, value, jnp.nan), 0.0)
 
-    return Rows(where_counted(loss + z_loss), where_counted(z_loss), lse, counts * found.first_largest)
+    return RowLosses(where_counted(loss + z_loss), where_counted(z_loss), lse, counts * stats.correct)
 
 
 def gradient_xla(
@@ -128,51 +137,57 @@ def gradient_xla(
     lse: jax.Array,
     cotangent: jax.Array,
 ) -> jax.Array:
-    """cotangent [...] of Rows.loss -> gradient [..., V] in the dtype of the logits.
-
-    d loss / d z_v = p_v ((1 - s) w_y + s/V sum w + 2 z_loss w_y lse) - (1 - s) w_y [v = y] - s/V w_v
-    """
+    """Computes the gradient [..., V], in the dtype of the logits, for a cotangent [...] of RowLosses.loss."""
     vocab = logits.shape[-1]
-    z = capped(options, logits)
-    counts, known = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
-    weight = weight_of_label(labels, class_weights, z.dtype)
-    of_label = (1 - options.label_smoothing) * weight
-    of_softmax = of_label + 2 * options.z_loss * weight * lse
-    if options.label_smoothing:
-        spread = options.label_smoothing / vocab
-        of_softmax += spread * total_weight(class_weights, vocab, z.dtype)
+    z = apply_softcap(options, logits)
+    counts, in_vocab = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
+    weight = label_weights(labels, class_weights, z.dtype)
+    weight_sum = total_weight(class_weights, vocab, z.dtype) if options.label_smoothing else 0.0
+    a, b, c = gradient_terms(options, vocab, weight, weight_sum, lse)
     is_label = jnp.arange(vocab) == labels[..., None]
-    gradient = jnp.exp(z - lse[..., None]) * of_softmax[..., None] - jnp.where(is_label, of_label[..., None], 0)
+    gradient = jnp.exp(z - lse[..., None]) * a[..., None] - jnp.where(is_label, b[..., None], 0)
     if options.label_smoothing:
-        gradient -= spread if class_weights is None else spread * class_weights.astype(z.dtype)
+        gradient -= c if class_weights is None else c * class_weights.astype(z.dtype)
     if options.softcap is not None:
         gradient *= 1 - jnp.square(z / options.softcap)
-    gradient *= jnp.where(known, cotangent.astype(z.dtype), jnp.nan)[..., None]
+    gradient *= jnp.where(in_vocab, cotangent.astype(z.dtype), jnp.nan)[..., None]
     return jnp.where(counts[..., None], gradient, 0).astype(logits.dtype)  # not a product: 0 x inf would be NaN
 
 
-def weight_of_label(labels: jax.Array, class_weights: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """[...]: the class weight of each label; anything for a label outside the vocabulary."""
+def gradient_terms(
+    options: Options, vocab: int, weight: jax.Array, weight_sum: jax.Array | float, lse: jax.Array
+) -> tuple[jax.Array, jax.Array, float]:
+    """Returns (a, b, c) of d loss / d z_v = p_v a - b [v = y] - c w_v; weight_sum is used only with label smoothing."""
+    c = options.label_smoothing / vocab
+    b = (1 - options.label_smoothing) * weight
+    a = b + 2 * options.z_loss * weight * lse
+    if options.label_smoothing:
+        a += c * weight_sum
+    return a, b, c
+
+
+def label_weights(labels: jax.Array, class_weights: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Returns the class weight of each label [...]; arbitrary for a label outside the vocabulary."""
     if class_weights is None:
         return jnp.ones(labels.shape, dtype)
     return _sharding.lookup(class_weights.astype(dtype), labels)
 
 
 def total_weight(class_weights: jax.Array | None, vocab: int, dtype: jnp.dtype) -> jax.Array:
-    """The sum of all class weights."""
+    """Returns the sum of all class weights."""
     return jnp.asarray(vocab, dtype) if class_weights is None else jnp.sum(class_weights.astype(dtype))
 
 
-def capped(options: Options, logits: jax.Array) -> jax.Array:
-    """z of the logits, in float32."""
-    z = logits.astype(_validate.wide(logits.dtype))
+def apply_softcap(options: Options, logits: jax.Array) -> jax.Array:
+    """Returns z of the logits, in the accumulation dtype."""
+    z = logits.astype(_validate.accumulation_dtype(logits.dtype))
     return z if options.softcap is None else options.softcap * jnp.tanh(z / options.softcap)
 
 
-# ---- all rows ---------------------------------------------------------------------------------------------------------
+# ---- over all rows ----------------------------------------------------------------------------------------------------
 
 
-def scale_of_rows(
+def loss_scale(
     options: Options,
     labels: jax.Array,
     class_weights: jax.Array | None,
@@ -181,28 +196,28 @@ def scale_of_rows(
     normalizer: jax.Array | float | None,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """[...]: what Rows.loss is multiplied by before it is summed ("mean", "sum") or returned ("none")."""
+    """Returns the factor [...] of RowLosses.loss before it is summed ("mean", "sum") or returned ("none")."""
     counts = labels != options.ignore_index
     scale = jnp.where(counts, 1 if token_weights is None else token_weights.astype(dtype), 0).astype(dtype)
     if reduction != "mean":
         return scale
     if normalizer is None:
-        divisor = jnp.sum(scale * weight_of_label(labels, class_weights, dtype))
-        nothing_counts = divisor == 0
+        divisor = jnp.sum(scale * label_weights(labels, class_weights, dtype))
+        no_label_counts = divisor == 0
     else:
         divisor = jnp.asarray(normalizer, dtype)
-        nothing_counts = (divisor == 0) & ~jnp.any(counts)
-    return scale / jnp.where(nothing_counts, 1, divisor)
+        no_label_counts = (divisor == 0) & ~jnp.any(counts)
+    return scale / jnp.where(no_label_counts, 1, divisor)
 
 
-def metrics_of_rows(options: Options, rows: Rows, labels: jax.Array, scale: jax.Array) -> dict[str, jax.Array]:
-    """Scalars without gradient; see the docstring of cross_entropy."""
+def loss_metrics(options: Options, losses: RowLosses, labels: jax.Array, scale: jax.Array) -> dict[str, jax.Array]:
+    """Returns the metrics that `cross_entropy` documents: scalars without gradient."""
     num_tokens = jnp.sum(labels != options.ignore_index)
     return jax.lax.stop_gradient(
         {
-            "loss": jnp.sum(scale * rows.loss),
-            "z_loss": jnp.sum(scale * rows.z_loss),
+            "loss": jnp.sum(scale * losses.loss),
+            "z_loss": jnp.sum(scale * losses.z_loss),
             "num_tokens": num_tokens,
-            "accuracy": jnp.sum(rows.hit) / jnp.maximum(num_tokens, 1),
+            "accuracy": jnp.sum(losses.correct) / jnp.maximum(num_tokens, 1),
         }
     )

@@ -1,7 +1,8 @@
 """cuDNN's flash attention. The only file that reaches into a private module of JAX.
 
-`jax.nn.dot_product_attention` has neither packed segments nor its forward and backward apart, and one gradient rule for all
-implementations needs both. The primitives behind it have: the same ones in JAX 0.10 to 0.12, but for an option of 0.12.
+`jax.nn.dot_product_attention` supports no packed segments, and does not expose its forward and backward passes separately,
+as one gradient rule for all implementations requires. The primitives that implement it do both. They are the same in JAX
+0.10 to 0.12, except for one option of 0.12.
 """
 
 import inspect
@@ -10,21 +11,44 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-# Before this release key and value heads are taken for as many as the query's when the start of a segment is looked up.
-GROUPED_SEGMENTS = jax.__version_info__ >= (0, 11, 2)
+from pallas_kernels import _pallas
+from pallas_kernels.segments import Segments
 
-Segments = tuple[jax.Array, jax.Array]  # start and length of each segment, int32 [B, M], -1 where there is none; M >= 2
+# Earlier releases look up the start of a segment as if there were as many key and value heads as query heads.
+SUPPORTS_GROUPED_SEGMENTS = jax.__version_info__ >= (0, 11, 2)
+
+
+def unsupported_reason(
+    q: jax.Array, k: jax.Array, causal: bool, segmented: bool, kv_segmented: bool, max_segments: int | None
+) -> str | None:
+    """Returns why cuDNN does not support a call of `attention`, or None if it does."""
+    capability = _pallas.compute_capability()
+    hopper = capability is None or capability >= 9.0
+    ampere = capability is None or capability >= 8.0
+    max_dim = 256 if hopper else 128
+    reasons = {
+        f"q has dtype {q.dtype}; expected bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"D is {q.shape[-1]}; expected a multiple of 8 up to {max_dim}": q.shape[-1] % 8 or q.shape[-1] > max_dim,
+        "q or k is empty": not q.size or not k.size,
+        f"causal with {q.shape[1]} queries and {k.shape[1]} keys; expected equal numbers": causal
+        and q.shape[1] != k.shape[1],
+        "segment_ids without max_segments; expected both": segmented and max_segments is None,
+        "kv_segment_ids is given; expected None": kv_segmented,
+        f"the GPU has compute capability {capability}; expected at least 8.0": not ampere,
+        f"segments on a GPU of compute capability {capability}; expected at least 9.0": segmented and not hopper,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, scale: float, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """-> out [B, T, N, D], statistics [B, M, N, T] (M = 1 without segments). What lies outside of segments is undefined."""
-    k, v = (_with_heads_of(q, x, segments) for x in (k, v))
+    """Returns out [B, T, N, D], and the log-sum-exp of the scores [B, M, N, T] (M = 1 without segments)."""
+    k, v = (_with_query_heads(q, x, segments) for x in (k, v))
     out, statistics = fused._dot_product_attention_fwd_p_wrapper.bind(
-        q, k, v, *_other_operands(q, segments), **_options(segments, scale, causal), is_training=True
+        q, k, v, *_optional_operands(q, segments), **_options(segments, scale, causal), is_training=True
     )
-    return out, statistics.reshape(q.shape[0], -1, *statistics.shape[1:])
+    return _clear_padding(out, segments), statistics.reshape(q.shape[0], -1, *statistics.shape[1:])
 
 
 def backward(
@@ -38,24 +62,34 @@ def backward(
     scale: float,
     causal: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> dq, dk, dv. What lies outside of segments is undefined."""
+    """Returns dq, dk, dv."""
     key_heads = k.shape[2]
-    k, v = (_with_heads_of(q, x, segments) for x in (k, v))
+    k, v = (_with_query_heads(q, x, segments) for x in (k, v))
     statistics = statistics.reshape(-1, *statistics.shape[2:])
     dq, dk, dv = fused._dot_product_attention_bwd_p_wrapper.bind(
-        q, k, v, *_other_operands(q, segments), statistics, out, grad, **_options(segments, scale, causal)
+        q, k, v, *_optional_operands(q, segments), statistics, out, grad, **_options(segments, scale, causal)
     )
-    return dq, _summed_to_heads(dk, key_heads), _summed_to_heads(dv, key_heads)
+    dk, dv = (_sum_to_key_heads(x, key_heads) for x in (dk, dv))
+    dq, dk, dv = (_clear_padding(x, segments) for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
-def _other_operands(q: jax.Array, segments: Segments | None) -> tuple[jax.Array, ...]:
-    """bias, lengths of query and key segments, their offsets, two page tables: an empty array for what is not there."""
-    none = jnp.zeros(0, q.dtype)
+def _clear_padding(x: jax.Array, segments: Segments | None) -> jax.Array:
+    """Sets padding, which cuDNN leaves uninitialised, to zero, and tokens of segments without a slot to NaN."""
     if segments is None:
-        return (none,) * 7
-    starts, lengths = segments
-    offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    return none, lengths, lengths, offsets, offsets, none, none
+        return x
+    ids = segments.ids[:, :, None, None]
+    outside = jnp.where(ids == 0, 0, jnp.nan).astype(x.dtype)
+    return jnp.where((ids > 0) & (ids <= segments.starts.shape[1]), x, outside)
+
+
+def _optional_operands(q: jax.Array, segments: Segments | None) -> tuple[jax.Array, ...]:
+    """Returns bias, query and key segment lengths, their offsets, two page tables; empty arrays for unused ones."""
+    empty = jnp.zeros(0, q.dtype)
+    if segments is None:
+        return (empty,) * 7
+    offsets = jnp.pad(segments.starts, ((0, 0), (0, 1)), constant_values=-1)
+    return empty, segments.lengths, segments.lengths, offsets, offsets, empty, empty
 
 
 def _options(segments: Segments | None, scale: float, causal: bool) -> dict:
@@ -78,14 +112,16 @@ def _options(segments: Segments | None, scale: float, causal: bool) -> dict:
     return options
 
 
-def _with_heads_of(q: jax.Array, x: jax.Array, segments: Segments | None) -> jax.Array:
-    if segments is None or GROUPED_SEGMENTS:
+def _with_query_heads(q: jax.Array, x: jax.Array, segments: Segments | None) -> jax.Array:
+    """Repeats the heads of k or v for each query head, where cuDNN's wrapper does not support grouped heads."""
+    if segments is None or SUPPORTS_GROUPED_SEGMENTS:
         return x
     return jnp.repeat(x, q.shape[2] // x.shape[2], axis=2)
 
 
-def _summed_to_heads(grad: jax.Array, heads: int) -> jax.Array:
-    if grad.shape[2] == heads:
+def _sum_to_key_heads(grad: jax.Array, key_heads: int) -> jax.Array:
+    """Reverses `_with_query_heads` for a gradient."""
+    if grad.shape[2] == key_heads:
         return grad
     batch, tokens, _, dim = grad.shape
-    return jnp.sum(grad.reshape(batch, tokens, heads, -1, dim), axis=3, dtype=jnp.float32).astype(grad.dtype)
+    return jnp.sum(grad.reshape(batch, tokens, key_heads, -1, dim), axis=3, dtype=jnp.float32).astype(grad.dtype)

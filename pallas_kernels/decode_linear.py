@@ -1,18 +1,19 @@
-"""Linear layers of a handful of rows, as one step of generation has them: what stands beside the product in the same pass.
+"""Small-batch linear layers for decoding, with the adjacent norm, gate or residual add fused into the same pass.
 
-At a single row a product is as long as its weight takes to be read, and the small ones end before memory has come up to
-speed: a launch saved is most of what there is to gain. Weights are [out, in], so that what is summed lies together. Forward
-only: there is no gradient.
+With a single row, a matmul takes as long as reading its weight, and the small ones end before memory reaches full speed:
+saving a launch is most of what there is to gain. Weights are [out, in], so that the summed axis is contiguous.
+Forward only: these operations have no gradient.
 
-The norm costs no pass of its own. With x_hat = x / rms(x) * norm_weight, a factor of the row may wait until the end:
+The norm needs no pass of its own. With x_hat = x / rms(x) * norm_weight, the factor 1 / rms(x) can wait until the end:
 
     weight @ x_hat = weight @ (x * norm_weight) / rms(x)
 
-so the squares are summed while the weight flows by.
+so the kernel sums the squares of x while it streams the weight.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,10 +24,11 @@ from pallas_kernels._tuning import Blocks
 from pallas_kernels.activations import swiglu
 from pallas_kernels.rms_norm import rms_norm
 
-FEW_ROWS = 16  # None takes the kernels up to here: the rows that one instruction of the tensor cores takes anyway
-MOST_ROWS = 64  # that one program of the tensor cores' kernel can hold
-LARGEST_WEIGHT = 16 * 2**20  # bytes, up to which None takes that kernel: XLA comes near memory's rate beyond
-SOME_ROWS = Blocks(rows=32, columns=256, num_warps=4, loads=4)  # outputs; depth of a turn, and turns under way
+MAX_ROWS = 64  # that one program of the tensor-core kernel can hold
+# Limits within which implementation=None picks the kernels on a GPU.
+PREFERRED_MAX_ROWS = 16  # the number of rows that one tensor-core instruction processes anyway
+PREFERRED_MAX_WEIGHT_BYTES = 16 * 2**20  # for several rows: beyond it XLA comes close to the memory's bandwidth
+SEVERAL_ROWS = Blocks(rows=32, columns=256, num_warps=4, loads=4)  # rows: outputs; columns: depth per iteration
 
 
 def norm_linear(
@@ -38,25 +40,25 @@ def norm_linear(
     eps: float = 1e-6,
     implementation: str | None = None,
 ) -> jax.Array:
-    """rms_norm(x, norm_weight) @ weight.T + bias, for one row in a single pass over the weight.
+    """Computes rms_norm(x, norm_weight) @ weight.T + bias; for one row in a single pass over the weight.
 
     Args:
-        x: [B, H], float; B is the number of rows, at most 64 for the Pallas kernels.
+        x: [B, H], float; the Pallas kernels take up to 64 rows.
         norm_weight: [H], x's dtype.
         weight: [O, H], x's dtype.
         bias: [O], x's dtype, or None.
-        eps: added to the mean square.
-        implementation: None, "triton", "xla" or "interpret". None is a Pallas kernel on an NVIDIA GPU for a single row, and
-            for up to 16 rows and 16 MiB of `weight`, if they are not spread over a mesh; else XLA's product, which the
-            partitioner sees into.
+        eps: Added to the mean square.
+        implementation: None, "triton", "xla" or "interpret". On an NVIDIA GPU, None picks a Pallas kernel for a single row,
+            and for up to 16 rows if `weight` has at most 16 MiB, unless the operands are spread over a mesh. Otherwise it
+            picks XLA, whose matmul the partitioner can split.
 
     Returns:
-        [B, O] in x's dtype. Sums are float32. The kernel for one row rounds nothing but the result, that for several the
-        normed x too, XLA's also the product. No gradient.
+        [B, O] in x's dtype. Sums are float32. The one-row kernel rounds only the result; the kernel for several rows also
+        rounds the normalised x, and XLA also the product. There is no gradient.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or a Pallas kernel asked for by name at more than 64 rows.
-        NotImplementedError: when it is differentiated.
+        ValueError: A shape or dtype does not fit, or a Pallas kernel is requested by name for more than 64 rows.
+        NotImplementedError: The operation is differentiated.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,23 +66,28 @@ def norm_linear(
         >>> norm_linear(jnp.array([[3.0, -3.0]]), jnp.ones(2), jnp.eye(2), jnp.ones(2)).round(3).tolist()
         [[2.0, 0.0]]
     """
-    arrays = {"x": x, "norm_weight": norm_weight, "weight": weight} | ({} if bias is None else {"bias": bias})
-    return _checked_and_run("norm_linear", float(eps), implementation, **arrays)
+    vectors = {"norm_weight": norm_weight} | ({} if bias is None else {"bias": bias})
+    static = _checked("norm_linear", implementation, eps, "O H", x, weight, **vectors)
+    return _norm_linear(static, x, norm_weight, weight, bias)
 
 
 def norm_swiglu(
     x: jax.Array, norm_weight: jax.Array, weight: jax.Array, *, eps: float = 1e-6, implementation: str | None = None
 ) -> jax.Array:
-    """silu(x_hat @ weight[0].T) * (x_hat @ weight[1].T) with x_hat = rms_norm(x, norm_weight).
+    """Computes silu(x_hat @ weight[0].T) * (x_hat @ weight[1].T) with x_hat = rms_norm(x, norm_weight).
 
     Args:
         x: [B, H], float.
         norm_weight: [H], x's dtype.
-        weight: [2, I, H], x's dtype: of the gate, and of what it gates.
-        eps, implementation: as in `norm_linear`, which says what is returned and raised, too.
+        weight: [2, F, H], x's dtype: the gate projection, then the up projection.
+        eps: Added to the mean square.
+        implementation: As in `norm_linear`.
 
     Returns:
-        [B, I] in x's dtype.
+        [B, F] in x's dtype, rounded as in `norm_linear`. There is no gradient.
+
+    Raises:
+        ValueError, NotImplementedError: As in `norm_linear`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,20 +95,25 @@ def norm_swiglu(
         >>> norm_swiglu(jnp.ones((1, 2)), jnp.ones(2), jnp.array([[[50.0, 50.0]], [[0.5, 0.5]]])).round(2).tolist()
         [[100.0]]
     """
-    return _checked_and_run("norm_swiglu", float(eps), implementation, x=x, norm_weight=norm_weight, weight=weight)
+    static = _checked("norm_swiglu", implementation, eps, "2 F H", x, weight, norm_weight=norm_weight)
+    return _norm_swiglu(static, x, norm_weight, weight)
 
 
 def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """residual + x @ weight.T, in one pass over the weight.
+    """Computes residual + x @ weight.T in one pass over the weight.
 
     Args:
-        x: [B, I], float.
-        weight: [O, I], x's dtype.
+        x: [B, F], float.
+        weight: [O, F], x's dtype.
         residual: [B, O], x's dtype.
-        implementation: as in `norm_linear`, which says what is raised, too.
+        implementation: As in `norm_linear`.
 
     Returns:
-        [B, O] in x's dtype. Sums are float32; the Pallas kernels round the result only, XLA's the product too.
+        [B, O] in x's dtype. Sums are float32; the Pallas kernels round only the result, XLA also the product. There is no
+        gradient.
+
+    Raises:
+        ValueError, NotImplementedError: As in `norm_linear`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -109,102 +121,124 @@ def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implemen
         >>> linear_add(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.ones((1, 2))).tolist()
         [[2.0, 3.0]]
     """
-    return _checked_and_run("linear_add", None, implementation, x=x, weight=weight, residual=residual)
+    static = _checked("linear_add", implementation, 0.0, "O F", x, weight, residual=residual)
+    return _linear_add(static, x, weight, residual)
 
 
-class Static(NamedTuple):
-    """An operation: what it is called, the arrays that it takes, and eps if there is a norm."""
-
-    op: str
-    names: tuple[str, ...]
-    eps: float | None
-    implementation: str | None
-
-    @property
-    def parts(self) -> int:
-        """Products with the same x: two where one gates the other."""
-        return 2 if self.op == "norm_swiglu" else 1
+def pallas_preferred(rows: int, *operands: jax.Array) -> bool:
+    """Returns whether None may pick a decoding kernel on a GPU: few rows, and no mesh that would have to gather operands."""
+    return rows <= PREFERRED_MAX_ROWS and not _sharding.is_spread(*operands)
 
 
-def _checked_and_run(op: str, eps: float | None, implementation: str | None, **arrays: jax.Array) -> jax.Array:
+class StaticArgs(NamedTuple):
+    eps: float  # unused where there is no norm
+    implementation: str | None  # of the fused operation
+    requested: str | None  # the caller's choice, for the norm and the gate where they run as operations of their own
+
+
+def _checked(
+    op: str,
+    implementation: str | None,
+    eps: float,
+    weight_axes: str,
+    x: jax.Array,
+    weight: jax.Array,
+    **vectors: jax.Array,
+) -> StaticArgs:
+    """Returns the static arguments; raises ValueError for shapes, dtypes and numbers of rows that `op` does not take."""
+    operands = {"x": x, "weight": weight} | vectors
     _validate.known_implementation(op, implementation)
-    _validate.floating(op, **arrays)
-    _validate.same_dtype(op, **arrays)
-    x, weight, static = arrays["x"], arrays["weight"], Static(op, tuple(arrays), eps, implementation)
-    leading = () if static.parts == 1 else (static.parts,)
-    if x.ndim != 2 or weight.ndim != 2 + len(leading):
-        wanted = ", ".join([*map(str, leading), "O", "H"])
-        raise ValueError(f"{op}: x has shape {x.shape}, weight {weight.shape}; expected [B, H] and [{wanted}]")
-    (rows, depth), width = x.shape, weight.shape[-2]
-    expected = {
-        "weight": (*leading, width, depth),
-        "norm_weight": (depth,),
-        "bias": (width,),
-        "residual": (rows, width),
-    }
-    for name in arrays.keys() & expected.keys():
-        _validate.shape(op, name, arrays[name].shape, expected[name])
-    if rows > MOST_ROWS and implementation in ("triton", "interpret"):
-        raise ValueError(f"{op}: x has {rows} rows; the {implementation!r} implementation takes {MOST_ROWS}")
-    fits = takes_kernels(rows, *arrays.values()) and (rows == 1 or weight.nbytes <= LARGEST_WEIGHT)
-    if not x.size or not weight.size or (implementation is None and not fits):
-        local = thin_xla
-    else:
-        local = _pallas.either(thin_kernel, thin_xla)
-    return _pallas.forward_only(op, local)(static, *arrays.values())
-
-
-def takes_kernels(rows: int, *arrays: jax.Array) -> bool:
-    """Whether None is a Pallas kernel on a GPU: few rows, and no mesh whose devices would have to gather them."""
-    return rows <= FEW_ROWS and not _sharding.is_spread(*arrays)
-
-
-# ---- XLA implementation ------------------------------------------------------------------------------------------------
-
-
-def thin_xla(static: Static, *arrays: jax.Array) -> jax.Array:
-    """As a model writes it: norm, product, and what follows."""
-    given = dict(zip(static.names, arrays, strict=True))
-    x, weight = given["x"], given["weight"]
-    if static.eps is not None:
-        x = rms_norm(x, given["norm_weight"], eps=static.eps, implementation=static.implementation)
-    if static.parts == 2:
-        return swiglu(*jnp.einsum("bh,poh->pbo", x, weight), implementation=static.implementation)
-    return x @ weight.T + given.get("bias", given.get("residual", 0))
-
-
-# ---- kernels -----------------------------------------------------------------------------------------------------------
-
-
-def thin_kernel(static: Static, *arrays: jax.Array, interpret: bool, blocks: Blocks | None = None) -> jax.Array:
-    """As thin_xla: for one row all in one kernel, for several the product with the sum behind it."""
-    given = dict(zip(static.names, arrays, strict=True))
-    if len(given["x"]) == 1:
-        return _launch(
-            _one_row, blocks or _blocks_of_one_row(static, *given["weight"].shape[-2:]), static, given, interpret
+    _validate.floating(op, **operands)
+    _validate.same_dtype(op, **operands)
+    *leading, _, depth_axis = axes = weight_axes.split()
+    if x.ndim != 2 or weight.ndim != len(axes):
+        raise ValueError(
+            f"{op}: x has shape {x.shape}, weight {weight.shape}; expected [B, {depth_axis}] and [{', '.join(axes)}]"
         )
+    (rows, depth), width = x.shape, weight.shape[-2]
+    _validate.shape(op, "weight", weight.shape, (*map(int, leading), width, depth))
+    expected = {"norm_weight": (depth,), "bias": (width,), "residual": (rows, width)}
+    for name, vector in vectors.items():
+        _validate.shape(op, name, vector.shape, expected[name])
+    if rows > MAX_ROWS and implementation in ("triton", "interpret"):
+        raise ValueError(f"{op}: x has {rows} rows; the {implementation!r} implementation takes at most {MAX_ROWS}")
+
+    preferred = pallas_preferred(rows, *operands.values()) and (
+        rows == 1 or weight.nbytes <= PREFERRED_MAX_WEIGHT_BYTES
+    )
+    use_xla = not x.size or not weight.size or (implementation is None and not preferred)
+    return StaticArgs(float(eps), "xla" if use_xla else implementation, implementation)
+
+
+# ---- XLA implementations: separate norm, matmul, and gate or add --------------------------------------------------------
+
+
+def norm_linear_xla(static: StaticArgs, x, norm_weight, weight, bias):
+    x = rms_norm(x, norm_weight, eps=static.eps, implementation=static.requested)
+    return x @ weight.T + (0 if bias is None else bias)
+
+
+def norm_swiglu_xla(static: StaticArgs, x, norm_weight, weight):
+    x = rms_norm(x, norm_weight, eps=static.eps, implementation=static.requested)
+    gate, up = jnp.einsum("bh,poh->pbo", x, weight)
+    return swiglu(gate, up, implementation=static.requested)
+
+
+def linear_add_xla(static: StaticArgs, x, weight, residual):
+    return x @ weight.T + residual
+
+
+# ---- Pallas implementations: one kernel for a single row; for several, one kernel for the matmul and its add ------------
+
+
+def norm_linear_kernel(
+    static: StaticArgs, x, norm_weight, weight, bias=None, *, interpret: bool, blocks: Blocks | None = None
+):
+    if len(x) == 1:
+        kernel = functools.partial(_one_row_norm_linear, eps=static.eps)
+        return _launch(
+            kernel, x, norm_weight, weight, bias, sizes=weight.shape[-2:], interpret=interpret, blocks=blocks
+        )
+    x = rms_norm(x, norm_weight, eps=static.eps, implementation="interpret" if interpret else "triton")
+    return _launch(_several_rows_linear, x, weight, bias, sizes=weight.shape, interpret=interpret, blocks=blocks)
+
+
+def norm_swiglu_kernel(static: StaticArgs, x, norm_weight, weight, *, interpret: bool, blocks: Blocks | None = None):
+    if len(x) == 1:
+        kernel = functools.partial(_one_row_norm_swiglu, eps=static.eps)
+        return _launch(kernel, x, norm_weight, weight, sizes=weight.shape[-2:], interpret=interpret, blocks=blocks)
     implementation = "interpret" if interpret else "triton"
-    *_, depth = given["weight"].shape
-    given["weight"] = given["weight"].reshape(-1, depth)
-    if static.eps is not None:
-        given["x"] = rms_norm(given["x"], given.pop("norm_weight"), eps=static.eps, implementation=implementation)
-    # what is under way lies in the memory of an SM: half of the depth at once for four bytes, or more than 16 rows
-    columns = 2 * SOME_ROWS.columns // given["x"].dtype.itemsize // (1 if len(given["x"]) <= FEW_ROWS else 2)
-    blocks = blocks or dataclasses.replace(SOME_ROWS, columns=columns)
-    out = _launch(_some_rows, blocks, Static("linear_add", tuple(given), None, None), given, interpret)
-    return out if static.parts == 1 else swiglu(*jnp.split(out, 2, axis=-1), implementation=implementation)
+    weight = weight.reshape(-1, weight.shape[-1])  # gate and up in one matmul
+    x = rms_norm(x, norm_weight, eps=static.eps, implementation=implementation)
+    gate_up = _launch(_several_rows_linear, x, weight, None, sizes=weight.shape, interpret=interpret, blocks=blocks)
+    return swiglu(*jnp.split(gate_up, 2, axis=-1), implementation=implementation)
 
 
-def _blocks_of_one_row(static: Static, width: int, depth: int) -> Blocks:
-    """Of outputs, and of the depth: what is summed takes the place of a row's width."""
-    return _tuning.blocks(f"one_row_{static.op}", rows=width, width=depth)
+def linear_add_kernel(static: StaticArgs, x, weight, residual, *, interpret: bool, blocks: Blocks | None = None):
+    kernel = _one_row_linear_add if len(x) == 1 else _several_rows_linear_add
+    return _launch(kernel, x, weight, residual, sizes=weight.shape, interpret=interpret, blocks=blocks)
 
 
-def _launch(kernel, blocks: Blocks, static: Static, given: dict[str, jax.Array], interpret: bool) -> jax.Array:
-    x, (width, depth) = given["x"], given["weight"].shape[-2:]
+def _launch(
+    kernel: Callable,
+    x: jax.Array,
+    *operands: jax.Array | None,
+    sizes: tuple[int, int],
+    interpret: bool,
+    blocks: Blocks | None,
+) -> jax.Array:
+    """Runs a kernel with refs (x, *operands, out) over tiles of the outputs; `sizes` is (outputs, depth) of the weight."""
+    width, depth = sizes
+    if blocks is None and len(x) == 1:
+        name = getattr(kernel, "func", kernel).__name__.strip("_")
+        blocks = _tuning.blocks(name, rows=width, width=depth)  # the depth takes the place of a row's width
+    elif blocks is None:
+        # Tiles in flight occupy shared memory: half the depth for 4-byte dtypes, and half of it for more than 16 rows.
+        columns = 2 * SEVERAL_ROWS.columns // x.dtype.itemsize // (1 if len(x) <= 16 else 2)
+        blocks = dataclasses.replace(SEVERAL_ROWS, columns=columns)
     (out,) = _pallas.launch(
-        functools.partial(kernel, static=static, rows=len(x), depth=depth, width=width, blocks=blocks),
-        list(given.values()),
+        functools.partial(kernel, width=width, depth=depth, blocks=blocks),
+        (x, *operands),
         [((len(x), width), x.dtype)],
         grid=(_pallas.cdiv(width, blocks.rows),),
         num_warps=blocks.num_warps,
@@ -214,65 +248,116 @@ def _launch(kernel, blocks: Blocks, static: Static, given: dict[str, jax.Array],
     return out
 
 
-def _one_row(*refs, static: Static, rows: int, depth: int, width: int, blocks: Blocks):
-    """Grid (tiles of outputs,). One program sums some outputs over all of the depth, number by number."""
-    ref = dict(zip((*static.names, "out"), refs, strict=True))
-    wide, normed = _validate.wide(ref["x"].dtype), static.eps is not None
-    first = _pallas.program_id(0) * blocks.rows
-    outputs, in_outputs = _pallas.span(first, blocks.rows), first + jnp.arange(blocks.rows) < width
-    parts = [()] if static.parts == 1 else [(i,) for i in range(static.parts)]
+# ---- kernels, grid (tiles of outputs,): a program computes `blocks.rows` outputs over the whole depth -------------------
 
-    def load(turn):
-        first = turn * blocks.columns
-        some, inside = _pallas.span(first, blocks.columns), first + jnp.arange(blocks.columns) < depth
-        mask = in_outputs[:, None] & inside[None, :]
-        return some, inside, [_pallas.load(ref["weight"], (*part, outputs, some), mask) for part in parts]
 
-    def step(turn, state):
+def _one_row_norm_linear(
+    x_ref, norm_weight_ref, weight_ref, bias_ref, out_ref, *, eps: float, width: int, depth: int, blocks: Blocks
+):
+    """out = weight @ (x * norm_weight) / rms(x) + bias; bias_ref may be None."""
+    outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
+    (product,), sum_of_squares = _one_row_products(
+        x_ref, weight_ref, [()], outputs, in_outputs, depth, blocks, norm_weight_ref
+    )
+    out = product * jax.lax.rsqrt(sum_of_squares / depth + eps)
+    if bias_ref is not None:
+        out = out + _pallas.load(bias_ref, (outputs,), in_outputs, out.dtype)
+    _pallas.store(out_ref, (0, outputs), out, in_outputs)
+
+
+def _one_row_norm_swiglu(
+    x_ref, norm_weight_ref, weight_ref, out_ref, *, eps: float, width: int, depth: int, blocks: Blocks
+):
+    """out = silu(gate) * up, with gate and up = weight @ (x * norm_weight) / rms(x)."""
+    outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
+    products, sum_of_squares = _one_row_products(
+        x_ref, weight_ref, [(0,), (1,)], outputs, in_outputs, depth, blocks, norm_weight_ref
+    )
+    inverse_rms = jax.lax.rsqrt(sum_of_squares / depth + eps)
+    gate, up = (product * inverse_rms for product in products)
+    _pallas.store(out_ref, (0, outputs), gate * jax.nn.sigmoid(gate) * up, in_outputs)
+
+
+def _one_row_linear_add(x_ref, weight_ref, residual_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
+    """out = weight @ x + residual."""
+    outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
+    (product,), _ = _one_row_products(x_ref, weight_ref, [()], outputs, in_outputs, depth, blocks)
+    out = product + _pallas.load(residual_ref, (0, outputs), in_outputs, product.dtype)
+    _pallas.store(out_ref, (0, outputs), out, in_outputs)
+
+
+def _one_row_products(
+    x_ref, weight_ref, parts: list[tuple], outputs, in_outputs, depth: int, blocks: Blocks, norm_weight_ref=None
+) -> tuple[list[jax.Array], jax.Array]:
+    """Returns weight[part] @ (x * norm_weight) for each part, and the sum of x^2 (0 without norm_weight)."""
+    dtype = _validate.accumulation_dtype(x_ref.dtype)
+
+    def load_weights(i):
+        columns, in_columns = _tile(i, blocks.columns, depth)
+        mask = in_outputs[:, None] & in_columns[None, :]
+        return columns, in_columns, [_pallas.load(weight_ref, (*part, outputs, columns), mask) for part in parts]
+
+    def step(i, state):
         sums, squares = state
-        for some, inside, weights in [load(turn * blocks.loads + i) for i in range(blocks.loads)]:
-            x = _pallas.load(ref["x"], (0, some), inside, wide)
-            if normed:
+        for columns, in_columns, weights in [load_weights(i * blocks.loads + j) for j in range(blocks.loads)]:
+            x = _pallas.load(x_ref, (0, columns), in_columns, dtype)
+            if norm_weight_ref is not None:
                 squares = squares + x * x
-                x = x * _pallas.load(ref["norm_weight"], (some,), inside, wide)
-            sums = [total + weight.astype(wide) * x[None, :] for total, weight in zip(sums, weights, strict=True)]
+                x = x * _pallas.load(norm_weight_ref, (columns,), in_columns, dtype)
+            sums = [total + weight.astype(dtype) * x[None, :] for total, weight in zip(sums, weights, strict=True)]
         return sums, squares
 
-    zeros = [jnp.zeros((blocks.rows, blocks.columns), wide) for _ in parts], jnp.zeros(blocks.columns, wide)
-    turns = _pallas.cdiv(depth, blocks.columns * blocks.loads)
-    sums, squares = jax.lax.fori_loop(0, turns, step, zeros)
-    out = [jnp.sum(total, axis=1) for total in sums]
-    if normed:
-        factor = jax.lax.rsqrt(jnp.sum(squares) / depth + static.eps)
-        out = [value * factor for value in out]
-    out = out[0] if static.parts == 1 else out[0] * jax.nn.sigmoid(out[0]) * out[1]
-    if "bias" in ref:
-        out = out + _pallas.load(ref["bias"], (outputs,), in_outputs, wide)
-    if "residual" in ref:
-        out = out + _pallas.load(ref["residual"], (0, outputs), in_outputs, wide)
-    _pallas.store(ref["out"], (0, outputs), out, in_outputs)
+    zeros = [jnp.zeros((blocks.rows, blocks.columns), dtype) for _ in parts], jnp.zeros(blocks.columns, dtype)
+    sums, squares = jax.lax.fori_loop(0, _pallas.cdiv(depth, blocks.columns * blocks.loads), step, zeros)
+    return [jnp.sum(total, axis=1) for total in sums], jnp.sum(squares)
 
 
-def _some_rows(*refs, static: Static, rows: int, depth: int, width: int, blocks: Blocks):
-    """Grid (tiles of outputs,). Products by the tensor cores, for 16 rows or a larger power of two."""
-    ref = dict(zip((*static.names, "out"), refs, strict=True))
-    wide, height = _validate.wide(ref["x"].dtype), max(16, _pallas.next_power_of_2(rows))
-    every, in_rows = _pallas.overhanging(0, height), jnp.arange(height) < rows
-    first = _pallas.program_id(0) * blocks.rows
-    outputs, in_outputs = _pallas.span(first, blocks.rows), first + jnp.arange(blocks.rows) < width
+def _several_rows_linear(x_ref, weight_ref, bias_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
+    """out = x @ weight.T + bias; bias_ref may be None."""
+    rows, in_rows = _all_rows(x_ref)
+    outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
+    out = _several_rows_product(x_ref, weight_ref, (rows, in_rows), (outputs, in_outputs), depth, blocks)
+    if bias_ref is not None:
+        out = out + _pallas.load(bias_ref, (outputs,), in_outputs, out.dtype)[None, :]
+    _pallas.store(out_ref, (rows, outputs), out, in_rows[:, None] & in_outputs[None, :])
 
-    def step(turn, product):
-        first = turn * blocks.columns
-        some, inside = _pallas.span(first, blocks.columns), first + jnp.arange(blocks.columns) < depth
-        x = _pallas.load(ref["x"], (every, some), in_rows[:, None] & inside[None, :])
-        weight = _pallas.load(ref["weight"], (outputs, some), in_outputs[:, None] & inside[None, :])
+
+def _several_rows_linear_add(x_ref, weight_ref, residual_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
+    """out = x @ weight.T + residual."""
+    rows, in_rows = _all_rows(x_ref)
+    outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
+    product = _several_rows_product(x_ref, weight_ref, (rows, in_rows), (outputs, in_outputs), depth, blocks)
+    mask = in_rows[:, None] & in_outputs[None, :]
+    out = product + _pallas.load(residual_ref, (rows, outputs), mask, product.dtype)
+    _pallas.store(out_ref, (rows, outputs), out, mask)
+
+
+def _several_rows_product(x_ref, weight_ref, row_tile: tuple, output_tile: tuple, depth: int, blocks: Blocks):
+    """Returns x @ weight.T for all rows and a tile of outputs, from the tensor cores."""
+    (rows, in_rows), (outputs, in_outputs) = row_tile, output_tile
+
+    def step(i, product):
+        columns, in_columns = _tile(i, blocks.columns, depth)
+        x = _pallas.load(x_ref, (rows, columns), in_rows[:, None] & in_columns[None, :])
+        weight = _pallas.load(weight_ref, (outputs, columns), in_outputs[:, None] & in_columns[None, :])
         return product + _pallas.dot(x, weight, transposed=True)
 
-    zeros = jnp.zeros((height, blocks.rows), wide)
-    out = jax.lax.fori_loop(0, _pallas.cdiv(depth, blocks.columns), step, zeros)
-    if "bias" in ref:
-        out = out + _pallas.load(ref["bias"], (outputs,), in_outputs, wide)[None, :]
-    inside = in_rows[:, None] & in_outputs[None, :]
-    if "residual" in ref:
-        out = out + _pallas.load(ref["residual"], (every, outputs), inside, wide)
-    _pallas.store(ref["out"], (every, outputs), out, inside)
+    zeros = jnp.zeros((in_rows.size, in_outputs.size), _validate.accumulation_dtype(x_ref.dtype))
+    return jax.lax.fori_loop(0, _pallas.cdiv(depth, blocks.columns), step, zeros)
+
+
+def _all_rows(x_ref):
+    """Returns the index of all rows, padded to the 16 or larger power of two that tensor cores take, and their mask."""
+    height = max(16, _pallas.next_power_of_2(x_ref.shape[0]))
+    return _pallas.overhanging(0, height), jnp.arange(height) < x_ref.shape[0]
+
+
+def _tile(i, size: int, end: int):
+    """Returns the index of the i-th tile of `size` elements, and the mask of those before `end`."""
+    start = i * size
+    return _pallas.span(start, size), start + jnp.arange(size) < end
+
+
+_norm_linear = _pallas.forward_only("norm_linear", _pallas.choose_implementation(norm_linear_kernel, norm_linear_xla))
+_norm_swiglu = _pallas.forward_only("norm_swiglu", _pallas.choose_implementation(norm_swiglu_kernel, norm_swiglu_xla))
+_linear_add = _pallas.forward_only("linear_add", _pallas.choose_implementation(linear_add_kernel, linear_add_xla))

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and its gradient in float64 numpy, with every option: what both operations are compared with."""
+"""Softmax cross-entropy and its gradient in float64 numpy, with every option: the reference for both operations."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 def filled(options, rows, vocab, seed=3):
-    """The options with arrays in the place of True."""
+    """Returns the options with True replaced by arrays."""
     rng = np.random.default_rng(seed)
     arrays = {"class_weights": rng.uniform(0.5, 2, vocab), "token_weights": rng.uniform(0, 2, rows)}
     return {name: arrays[name].astype(np.float32) if value is True else value for name, value in options.items()}
@@ -44,7 +44,7 @@ def reference(
     reduction="mean",
     normalizer=None,
 ):
-    """-> loss and the gradient of sum(cotangent * loss) for the logits [N, V]."""
+    """Returns the loss of logits [N, V], and the gradient of sum(cotangent * loss) for them."""
     raw = np.asarray(logits, np.float64)
     rows, vocab = raw.shape
     z = raw if softcap is None else softcap * np.tanh(raw / softcap)
@@ -58,7 +58,7 @@ def reference(
     p = np.exp(z - lse[:, None])
     target = np.zeros_like(z)
     target[np.arange(rows), label] = (1 - label_smoothing) * weights[label]
-    target += label_smoothing / vocab * weights  # how much of the loss falls on each class
+    target += label_smoothing / vocab * weights  # the weight of each class in the loss
     z_weight = z_loss * weights[label]
     loss = (target * (lse[:, None] - z)).sum(axis=-1) + z_weight * lse**2
     gradient = p * (target.sum(axis=-1) + 2 * z_weight * lse)[:, None] - target

@@ -1,4 +1,4 @@
-"""cross_entropy against float64 numpy: every option, every edge, the vocabulary of Qwen2-VL."""
+"""Compares cross_entropy with float64 numpy: every option, edge cases, the vocabularies of Qwen2-VL."""
 
 import functools
 
@@ -16,13 +16,13 @@ from tests._support.losses import OPTIONS, filled, reference
 
 @pytest.fixture(params=["xla", "interpret"], autouse=True)
 def implementation(request, monkeypatch):
-    """Every test runs with each implementation."""
+    """Runs every test with each implementation."""
     monkeypatch.setattr(pk, "cross_entropy", functools.partial(pk.cross_entropy, implementation=request.param))
     return request.param
 
 
 def data(rows, vocab, dtype=jnp.float32, scale=2.0, seed=0):
-    """Logits, labels of which some are ignored, and a cotangent for each row."""
+    """Returns logits, labels of which some are ignored, and a cotangent for each row."""
     rng = np.random.default_rng(seed)
     labels = np.where(rng.uniform(size=rows) < 0.3, -100, rng.integers(0, vocab, rows))
     return jnp.asarray(scale * rng.normal(size=(rows, vocab)), dtype), jnp.asarray(labels), rng.normal(size=rows)
@@ -37,38 +37,38 @@ def check(logits, labels, cotangent, options, tolerance):
     loss, gradient = jax.jit(jax.value_and_grad(run))(logits)
     want, want_gradient = reference(logits, labels, cotangent, **options)
     assert float(loss) == pytest.approx(np.sum(want * cotangent), rel=1e-5, abs=1e-6)
-    found = np.asarray(gradient, np.float64)
-    assert np.max(np.abs(found - want_gradient)) <= tolerance * np.max(np.abs(want_gradient))
+    gradient = np.asarray(gradient, np.float64)
+    assert np.max(np.abs(gradient - want_gradient)) <= tolerance * np.max(np.abs(want_gradient))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
-    """Loss and gradient with each option, and with all of them, in float32."""
+    """Compares loss and gradient for each option, and for all of them, in float32."""
     check(*data(9, 41), filled(OPTIONS[name], 9, 41), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_logits(dtype):
-    """The loss of 16-bit logits is exact; the gradient is off by its own rounding only."""
+    """The loss of 16-bit logits is exact; the gradient differs only by its own rounding."""
     check(*data(9, 423, dtype), filled(OPTIONS["all"], 9, 423), 0.6 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("vocab", sorted({text.vocab for text in shapes.TEXT.values()}))
 def test_real_vocabulary(vocab):
-    """V = 151936 and 152064 as they are, confident and flat rows, in bfloat16."""
+    """Covers V = 151936 and 152064 with confident and flat rows in bfloat16."""
     check(*data(3, vocab, jnp.bfloat16, scale=6.0), {}, 0.6 * float(jnp.finfo(jnp.bfloat16).eps))
 
 
 def test_confident_logits():
-    """A label with all of the probability: loss and gradient vanish and stay finite."""
+    """If the label has all of the probability, loss and gradient are zero and finite."""
     logits = jnp.zeros((1, 8)).at[0, 3].set(1e4)
     loss, gradient = jax.jit(jax.value_and_grad(pk.cross_entropy))(logits, jnp.array([3]))
     assert loss == 0 and not gradient.any()
 
 
 @pytest.mark.parametrize("normalizer", [None, 0.0, 5.0])
-def test_nothing_counts(normalizer):
-    """All rows ignored, or no rows: loss 0, gradients 0, accuracy 0, whatever the logits hold."""
+def test_no_label_counts(normalizer):
+    """If all rows are ignored, or there are none, loss, gradients and accuracy are 0, even for infinite logits."""
 
     def run(logits):
         labels = jnp.full(logits.shape[:1], -100)
@@ -81,7 +81,7 @@ def test_nothing_counts(normalizer):
 
 
 def test_label_out_of_range():
-    """A label outside the vocabulary that is not ignore_index gives NaN, and so does its row's gradient."""
+    """A label outside the vocabulary that is not ignore_index gives a NaN loss and a NaN gradient of its row."""
     run = jax.jit(jax.value_and_grad(pk.cross_entropy))
     for label in (5, -1):
         loss, gradient = run(jnp.ones((2, 5)), jnp.array([1, label]))
@@ -90,27 +90,27 @@ def test_label_out_of_range():
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
 def test_narrow_labels(dtype):
-    """Labels whose dtype cannot hold ignore_index, or the size of the vocabulary, are those numbers all the same."""
+    """Labels keep their values if their dtype cannot represent ignore_index or the size of the vocabulary."""
     logits, labels = jnp.asarray(np.random.default_rng(0).normal(size=(3, 300)), jnp.float32), [0, 100, 127]
-    found = pk.cross_entropy(logits, jnp.array(labels, dtype), reduction="none")
-    np.testing.assert_array_equal(found, pk.cross_entropy(logits, jnp.array(labels), reduction="none"))
+    got = pk.cross_entropy(logits, jnp.array(labels, dtype), reduction="none")
+    np.testing.assert_array_equal(got, pk.cross_entropy(logits, jnp.array(labels), reduction="none"))
     in_range = pk.cross_entropy(logits[:, :200], jnp.array([156], "uint8").repeat(3), reduction="none")
     assert (in_range > 0).all()  # -100 in uint8 is 156
 
 
 def test_metrics():
-    """Counted labels, the share of them that are the first largest logit, and the loss by parts."""
+    """Returns the number of counted labels, the accuracy, and the parts of the loss."""
     logits = jnp.array([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
     labels = jnp.array([1, 2, 0, -100])
     loss, metrics = jax.jit(lambda x: pk.cross_entropy(x, labels, z_loss=0.1, return_metrics=True))(logits)
     assert metrics["num_tokens"] == 3
-    assert metrics["accuracy"] == pytest.approx(2 / 3)  # of two equal logits the first is the prediction
+    assert metrics["accuracy"] == pytest.approx(2 / 3)  # of two equal logits, the first is the prediction
     assert metrics["loss"] == loss
     assert loss - metrics["z_loss"] == pytest.approx(float(pk.cross_entropy(logits, labels)), rel=1e-6)
 
 
 def test_gradient_of_token_weights():
-    """token_weights may be trained: the gradient is that of the formula, through the divisor too."""
+    """token_weights are differentiable, including through the divisor."""
     logits, labels, _ = data(6, 11)
     weights = jnp.linspace(0.5, 2, 6)
     gradient = jax.jit(jax.grad(lambda w: pk.cross_entropy(logits, labels, token_weights=w)))(weights)
@@ -121,7 +121,7 @@ def test_gradient_of_token_weights():
 
 
 def test_residuals():
-    """Backward keeps the logits as they came: no float32 array of their size."""
+    """The backward pass saves the logits in their dtype, and no float32 array of their size."""
     logits, labels, _ = data(4, 64, jnp.bfloat16)
     pullback = jax.eval_shape(lambda x: jax.vjp(lambda x: pk.cross_entropy(x, labels), x)[1], logits)
     assert not [x for x in jax.tree.leaves(pullback) if x.size >= logits.size and x.dtype == jnp.float32]
@@ -129,7 +129,7 @@ def test_residuals():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_meshes(kind):
-    """Rows sharded, with class weights, under vmap: the numbers of one device."""
+    """Sharded rows with class weights, also under vmap, give the values of one device."""
     logits, labels, _ = data(8, 12)
     options = filled(OPTIONS["all"], 8, 12) | {"token_weights": None}
     weights = options.pop("class_weights")
@@ -140,9 +140,9 @@ def test_meshes(kind):
         got = jax.jit(run)(*jax.device_put((logits, labels), NamedSharding(mesh, P("data"))), weights)
     assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
     assert np.max(np.abs(np.asarray(got[1]) - np.asarray(want[1]))) < 1e-6
-    many = jnp.stack([logits, logits * 2, -logits]), jnp.stack([labels] * 3)
+    batch = jnp.stack([logits, logits * 2, -logits]), jnp.stack([labels] * 3)
     mapped = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))
-    want = mapped(*many, weights)
+    want = mapped(*batch, weights)
     with jax.set_mesh(mesh):
-        got = mapped(*jax.device_put(many, NamedSharding(mesh, P(None, "data"))), weights)
+        got = mapped(*jax.device_put(batch, NamedSharding(mesh, P(None, "data"))), weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)

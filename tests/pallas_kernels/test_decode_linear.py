@@ -1,4 +1,4 @@
-"""norm_linear, norm_swiglu and linear_add: the kernels and XLA's against numpy in float64."""
+"""Compares norm_linear, norm_swiglu and linear_add with float64 numpy, for the kernels and for XLA."""
 
 import functools
 
@@ -23,7 +23,7 @@ OPS = {
 
 def operands(names, rows, depth, width, dtype="float32"):
     rng = np.random.default_rng(0)
-    made = {
+    arrays = {
         "x": 3 * rng.normal(size=(rows, depth)),
         "norm_weight": 1 + 0.3 * rng.normal(size=depth),
         "weight": rng.normal(size=(width, depth)) / depth**0.5,
@@ -31,19 +31,19 @@ def operands(names, rows, depth, width, dtype="float32"):
         "bias": rng.normal(size=width),
         "residual": rng.normal(size=(rows, width)),
     }
-    return [jnp.asarray(made[name], dtype) for name in names]
+    return [jnp.asarray(arrays[name], dtype) for name in names]
 
 
 def truth(names, *arrays):
-    """In float64, with nothing rounded in between."""
-    given = {name: np.asarray(array, np.float64) for name, array in zip(names, arrays, strict=True)}
-    x = given["x"]
-    if "norm_weight" in given:
-        x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * given["norm_weight"]
-    if "weights" in given:
-        gate, up = x @ given["weights"].swapaxes(1, 2)
+    """Computes the operation in float64, without intermediate rounding."""
+    operands = {name: np.asarray(array, np.float64) for name, array in zip(names, arrays, strict=True)}
+    x = operands["x"]
+    if "norm_weight" in operands:
+        x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * operands["norm_weight"]
+    if "weights" in operands:
+        gate, up = x @ operands["weights"].swapaxes(1, 2)
         return gate / (1 + np.exp(-gate)) * up
-    return x @ given["weight"].T + given.get("bias", 0) + given.get("residual", 0)
+    return x @ operands["weight"].T + operands.get("bias", 0) + operands.get("residual", 0)
 
 
 def distance(got, want):
@@ -65,18 +65,18 @@ def distance(got, want):
     ],
 )
 def test_against_float64(op, rows, depth, width, dtype):
-    """Even and odd widths, one turn and several, one row and many, every dtype."""
+    """Covers even and odd widths, one and several iterations, one and several rows, and every dtype."""
     function, names = OPS[op]
     args = operands(names, rows, depth, width, dtype)
     want = truth(names, *args)
     tolerance = 1e-5 if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps)
-    for how in ("xla", "interpret"):
-        got = jax.jit(functools.partial(function, implementation=how))(*args)
+    for implementation in ("xla", "interpret"):
+        got = jax.jit(functools.partial(function, implementation=implementation))(*args)
         assert got.dtype == dtype and distance(got, want) < tolerance
 
 
 def test_large_float16():
-    """x * norm_weight past the largest float16, before the norm's factor brings it back."""
+    """x * norm_weight may exceed the largest float16 before the division by rms(x)."""
     names = "x", "norm_weight", "weight"
     for rows in (1, 5):
         x, norm_weight, weight = operands(names, rows, 64, 32, "float16")
@@ -89,7 +89,7 @@ def test_large_float16():
 
 
 def abstract(names, rows, depth, width, dtype="bfloat16"):
-    """As `operands`, shapes alone."""
+    """Returns the shapes of `operands`."""
     sizes = {
         "x": (rows, depth),
         "norm_weight": (depth,),
@@ -102,8 +102,8 @@ def abstract(names, rows, depth, width, dtype="bfloat16"):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_what_none_takes(op):
-    """One kernel for a single row; for up to 16 rows one for the product of a small weight, and those of norm and gate."""
+def test_choice_of_none(op):
+    """None picks one kernel for a single row; for up to 16 rows and a small weight, kernels for matmul, norm and gate."""
     function, names = OPS[op]
     norm, gate = "norm_weight" in names, "weights" in names
     for rows, depth, width, kernels in (
@@ -123,7 +123,7 @@ def test_what_none_takes(op):
 )
 @pytest.mark.parametrize("size", shapes.TEXT)
 def test_lowers_at_real_shapes(size, rows, dtype):
-    """A single row takes one launch, several a norm, a product and a gate, at the models' shapes."""
+    """At the models' shapes, a single row takes one launch; several rows take a norm, a matmul and a gate."""
     text = shapes.TEXT[size]
     heads, pairs = text.heads * text.head_dim, 2 * text.kv_heads * text.head_dim
     for op, depth, width, launches in (
@@ -135,14 +135,14 @@ def test_lowers_at_real_shapes(size, rows, dtype):
     ):
         function, names = OPS[op]
         args = abstract(names, rows, depth, width, dtype)
-        found = triton_calls(functools.partial(function, implementation="triton"), *args)
-        assert found == (1 if rows == 1 else launches)
+        calls = triton_calls(functools.partial(function, implementation="triton"), *args)
+        assert calls == (1 if rows == 1 else launches)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("op", OPS)
 def test_on_explicit_meshes(op, devices):
-    """A kernel would gather the weight; XLA's product leaves its outputs where they are, whatever the platform."""
+    """None picks XLA on every platform: a kernel would gather the weight, XLA leaves the outputs sharded."""
     function, names = OPS[op]
     assert "one_row" in str(jax.make_jaxpr(function)(*operands(names, 1, 16, 8)))  # for a GPU
     mesh = jax.make_mesh((devices,), ("tensor",), (AxisType.Explicit,), devices=jax.devices("cpu")[:devices])
@@ -150,14 +150,16 @@ def test_on_explicit_meshes(op, devices):
         args = operands(names, 1, 16, 8)
         outputs = {"weight": P("tensor", None), "weights": P(None, "tensor", None), "bias": P("tensor")}
         outputs["residual"] = P(None, "tensor")
-        spread = [jax.device_put(x, NamedSharding(mesh, outputs.get(n, P()))) for n, x in zip(names, args, strict=True)]
-        found = jax.jit(function)(*spread)
-        assert jax.typeof(found).sharding.spec == P(None, "tensor")
-        assert distance(found, truth(names, *args)) < 1e-5
-        assert "one_row" not in str(jax.make_jaxpr(function)(*spread))
+        sharded = [
+            jax.device_put(x, NamedSharding(mesh, outputs.get(n, P()))) for n, x in zip(names, args, strict=True)
+        ]
+        out = jax.jit(function)(*sharded)
+        assert jax.typeof(out).sharding.spec == P(None, "tensor")
+        assert distance(out, truth(names, *args)) < 1e-5
+        assert "one_row" not in str(jax.make_jaxpr(function)(*sharded))
 
 
-def test_nothing_to_sum():
-    """A depth of zero gives what is added."""
-    added = pk.linear_add(jnp.zeros((1, 0)), jnp.zeros((3, 0)), jnp.ones((1, 3)))
-    assert added.tolist() == [[1, 1, 1]]
+def test_depth_of_zero():
+    """An empty sum gives the residual."""
+    out = pk.linear_add(jnp.zeros((1, 0)), jnp.zeros((3, 0)), jnp.ones((1, 3)))
+    assert out.tolist() == [[1, 1, 1]]

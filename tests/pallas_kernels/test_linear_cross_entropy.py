@@ -1,4 +1,4 @@
-"""linear_cross_entropy against float64 numpy, in chunks of any size, on meshes, and its memory."""
+"""Compares linear_cross_entropy with float64 numpy: options, chunk sizes, meshes, and memory."""
 
 import functools
 import importlib
@@ -41,7 +41,7 @@ STATIC = ("chunk_rows", "label_smoothing", "z_loss", "softcap", "reduction", "no
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=STATIC)
 def loss_and_gradients(function, weights, labels, cotangent, **options):
-    """Compiled once for all labels, which are arguments."""
+    """Computes the weighted sum of losses and its gradients; labels are traced, so that they need no recompilation."""
 
     def run(x, weight, bias):
         return jnp.sum(function(x, weight, labels, bias=bias, **options) * cotangent)
@@ -51,30 +51,30 @@ def loss_and_gradients(function, weights, labels, cotangent, **options):
 
 def check(x, weight, bias, labels, cotangent, options, chunk_rows, tolerance=1e-5):
     cotangent = cotangent if options.get("reduction") == "none" else 0.7
-    given = pk.linear_cross_entropy, (x, weight, bias), labels, cotangent
-    loss, gradients = loss_and_gradients(*given, chunk_rows=chunk_rows, **options)
+    args = pk.linear_cross_entropy, (x, weight, bias), labels, cotangent
+    loss, gradients = loss_and_gradients(*args, chunk_rows=chunk_rows, **options)
     wide = [np.asarray(a, np.float64) for a in (x, weight, bias)]
     want, dlogits = reference(wide[0] @ wide[1].T + wide[2], labels, cotangent, **options)
     assert float(loss) == pytest.approx(np.sum(want * cotangent), rel=max(tolerance, 1e-5), abs=1e-6)
-    for found, expected in zip(gradients, (dlogits @ wide[1], dlogits.T @ wide[0], dlogits.sum(0)), strict=True):
-        assert np.max(np.abs(np.asarray(found, np.float64) - expected)) <= tolerance * np.max(np.abs(expected))
+    for got, expected in zip(gradients, (dlogits @ wide[1], dlogits.T @ wide[0], dlogits.sum(0)), strict=True):
+        assert np.max(np.abs(np.asarray(got, np.float64) - expected)) <= tolerance * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
-    """Loss and all gradients with each option, over chunks that do not divide the rows."""
+    """Compares the loss and all gradients for each option, in chunks that do not divide the rows."""
     check(*data(10, 6, 41), filled(OPTIONS[name], 10, 41), chunk_rows=4)
 
 
 @pytest.mark.parametrize("rows, chunk_rows", [(1, 4), (8, 4), (8, 1), (7, None)])
 def test_chunks(rows, chunk_rows):
-    """One chunk or many, full or padded, give the same numbers."""
+    """One chunk or several, full or padded, give the same values."""
     check(*data(rows, 5, 11, seed=1), {}, chunk_rows)
 
 
 @pytest.mark.parametrize("counted", [0, 1, 255, 256, 257, 1024, 2049, 2500])
-def test_rows_that_count_are_brought_together(counted):
-    """Whole chunks and quarters over as many rows as count, wherever they stand; the others get zero gradients."""
+def test_counted_rows_are_gathered(counted):
+    """Whole and quarter chunks process the counted rows, in any positions; ignored rows get zero gradients."""
     x, weight, bias, labels, cotangent = data(2500, 3, 5)
     order = np.random.default_rng(0).permutation(2500)
     labels = jnp.where(jnp.asarray(order) < counted, jnp.abs(labels) % 5, -100)
@@ -82,9 +82,9 @@ def test_rows_that_count_are_brought_together(counted):
     check(x, weight, bias, labels, cotangent, {"reduction": "none", "z_loss": 0.1}, chunk_rows=1300, tolerance=2e-5)
 
 
-def test_ignored_rows_are_not_multiplied():
-    """With one row in ten that counts, the products of a program run over few rows: seen in how often its loop turns."""
-    static = linear._Static(linear.Options(), 2048, False, False, "xla")
+def test_ignored_rows_are_not_processed():
+    """If one row in ten counts, the loop processes a tenth of the rows, rounded up to quarter chunks."""
+    static = linear.StaticArgs(linear.Options(), 2048, "xla")
     assert linear._chunk_sizes(static, 8192, 1536) == (2048, 512)
     assert linear._chunk_sizes(static, 700, 1536) == (700, 700)
     unlimited = static._replace(chunk_rows=None)
@@ -93,21 +93,21 @@ def test_ignored_rows_are_not_multiplied():
         5472,
         8192,
     ]
-    rows = []
+    chunk_sizes = []
 
-    def chunk(sums, x, labels):
-        jax.debug.callback(lambda: rows.append(len(x)))
+    def process_chunk(sums, x, labels):
+        jax.debug.callback(lambda: chunk_sizes.append(len(x)))
         return [], jnp.where(labels == 1, jnp.sum(x, axis=1), 0)
 
     x, labels = jnp.ones((8192, 2)), jnp.where(jnp.arange(8192) % 10 == 0, 1, -100)
-    _, found = jax.jit(lambda x: linear._over_chunks(static, chunk, jnp.zeros((5, 2)), x, labels))(x)
+    _, results = jax.jit(lambda x: linear._over_chunks(static, process_chunk, jnp.zeros((5, 2)), x, labels))(x)
     jax.effects_barrier()
-    assert rows == [512, 512]
-    assert (found == jnp.where(labels == 1, 2, 0)).all()
+    assert chunk_sizes == [512, 512]
+    assert (results == jnp.where(labels == 1, 2, 0)).all()
 
 
 def test_many_chunks_in_bfloat16():
-    """Sixteen chunks lose nothing: the weight's gradient is added up in float32."""
+    """Sixteen chunks lose no precision: the gradient of the weight accumulates in float32."""
     check(*data(64, 16, 50, jnp.bfloat16), {}, chunk_rows=4, tolerance=2e-2)
     x, weight, _, labels, _ = data(64, 16, 50, jnp.bfloat16)
 
@@ -127,13 +127,13 @@ def test_small_gradients_in_float16():
 
 
 def test_real_vocabulary():
-    """V = 151936, which no block divides, against the full logits."""
+    """Covers V = 151936, which no block size divides."""
     check(*data(3, 4, 151_936), {"reduction": "sum"}, chunk_rows=2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nothing_counts(reduction):
-    """All rows ignored, or no rows: loss 0 and gradients 0."""
+def test_no_label_counts(reduction):
+    """If all rows are ignored, or there are none, the loss and the gradients are 0."""
 
     def run(x, weight, labels):
         return jnp.sum(pk.linear_cross_entropy(x, weight, labels, reduction=reduction, chunk_rows=2))
@@ -145,7 +145,7 @@ def test_nothing_counts(reduction):
 
 
 def test_metrics_equal_those_of_cross_entropy():
-    """Metrics come of the same pass, also where nothing is differentiated."""
+    """Without differentiation, too."""
     x, weight, _, labels, _ = data(10, 6, 9)
     options = {"z_loss": 0.1, "return_metrics": True}
     got = jax.jit(lambda x: pk.linear_cross_entropy(x, weight, labels, chunk_rows=3, **options))(x)
@@ -155,7 +155,7 @@ def test_metrics_equal_those_of_cross_entropy():
 
 
 def test_label_out_of_range():
-    """A label outside the vocabulary makes the loss NaN, not a number."""
+    """A label outside the vocabulary makes the loss NaN."""
     x, weight, _, _, _ = data(2, 4, 7)
     assert np.isnan(jax.jit(pk.linear_cross_entropy)(x, weight, jnp.array([1, 7])))
 
@@ -171,18 +171,18 @@ def value_and_gradients(labels=None, **options):
     return jax.value_and_grad(run, argnums=(0, 1))
 
 
-def close(got, want):
+def assert_close(got, want):
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.max(np.abs(np.asarray(g) - np.asarray(w))) <= 1e-5 * max(np.max(np.abs(np.asarray(w))), 1)
 
 
 def test_vmap_scan_remat():
-    """A batch of problems with one weight, and a loop over rematerialised problems, equal the problems one by one."""
+    """Problems under vmap, or in a scan with rematerialisation, equal the problems one by one."""
     x, weight, _, labels, _ = data(10, 6, 9)
     x, labels = x.reshape(2, 5, 6), labels.reshape(2, 5)
     one_by_one = [jax.jit(value_and_gradients())(x[i], weight, labels[i]) for i in range(2)]
     want = jax.tree.map(lambda *values: jnp.stack(values), *one_by_one)
-    close(jax.jit(jax.vmap(value_and_gradients(), in_axes=(0, None, 0)))(x, weight, labels), want)
+    assert_close(jax.jit(jax.vmap(value_and_gradients(), in_axes=(0, None, 0)))(x, weight, labels), want)
 
     def looped(weight):
         step = jax.checkpoint(
@@ -190,21 +190,21 @@ def test_vmap_scan_remat():
         )
         return jax.lax.scan(step, 0.0, (x, labels))[0]
 
-    close(jax.jit(jax.grad(looped))(weight), want[1][1].sum(0))
+    assert_close(jax.jit(jax.grad(looped))(weight), want[1][1].sum(0))
 
 
-def collectives_of_arrays(compiled):
-    """The collectives that move arrays, not mere numbers."""
-    found = re.findall(
+def array_collectives(compiled):
+    """Returns the collectives that move arrays rather than scalars."""
+    collectives = re.findall(
         r"= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\(", compiled.as_text()
     )
-    return sorted(op for results, op in found if re.search(r"\[\d", results))
+    return sorted(op for results, op in collectives if re.search(r"\[\d", results))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_rows_sharded(kind, reduction):
-    """Only the weight is ever gathered, and only where it is sharded; its gradient is added up over the mesh once."""
+    """Only the weight is gathered, and only if it is sharded; its gradient is summed over the mesh once."""
     x, weight, _, labels, _ = data(24, 6, 8)
     x, labels = x.reshape(4, 6, 6), labels.reshape(4, 6)
     run = value_and_gradients(reduction=reduction)
@@ -215,14 +215,14 @@ def test_rows_sharded(kind, reduction):
             rows = NamedSharding(mesh, P(("data", "fsdp")))
             args = jax.device_put((x, weight, labels), (rows, NamedSharding(mesh, spec), rows))
             compiled = jax.jit(run).lower(*args).compile()
-            close(compiled(*args), want)
-            assert collectives_of_arrays(compiled) == (["all-gather", "all-reduce"] if spec else ["all-reduce"])
+            assert_close(compiled(*args), want)
+            assert array_collectives(compiled) == (["all-gather", "all-reduce"] if spec else ["all-reduce"])
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
 def test_vmap_on_a_mesh(kind, gradient):
-    """A batch of problems whose rows are sharded: no activation is gathered, and the values are those of one device."""
+    """With sharded rows under vmap, no activation is gathered and the values equal those of one device."""
     x, weight, _, labels, _ = data(24, 6, 8)
     x, labels = x.reshape(3, 8, 6), labels.reshape(3, 8)
     one = (
@@ -234,29 +234,31 @@ def test_vmap_on_a_mesh(kind, gradient):
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, P(None, "data"))
         compiled = run.lower(*jax.device_put((x, weight, labels), (rows, NamedSharding(mesh, P()), rows))).compile()
-        close(compiled(*jax.device_put((x, weight, labels), (rows, NamedSharding(mesh, P()), rows))), want)
-    assert "all-gather" not in collectives_of_arrays(compiled)
+        assert_close(compiled(*jax.device_put((x, weight, labels), (rows, NamedSharding(mesh, P()), rows))), want)
+    assert "all-gather" not in array_collectives(compiled)
 
 
-def test_a_loss_scale_saves_small_float16_gradients():
-    """They are below the smallest float16 number until the loss scale, which comes with the cotangent, lifts them."""
+def test_loss_scale_preserves_small_float16_gradients():
+    """Unscaled, they are below the smallest float16; the loss scale arrives with the cotangent."""
     x, weight, _, labels, _ = data(40, 6, 9, jnp.float16)
     scale, normalizer = 2.0**20, 2.0**24
 
-    def scaled(x, weight, by):
-        return by * pk.linear_cross_entropy(x, weight, labels, normalizer=normalizer, chunk_rows=16).astype(jnp.float32)
+    def scaled_loss(x, weight, scale):
+        return scale * pk.linear_cross_entropy(x, weight, labels, normalizer=normalizer, chunk_rows=16).astype(
+            jnp.float32
+        )
 
-    lifted = jax.jit(jax.grad(scaled, argnums=(0, 1)))(x, weight, scale)
-    wide = jax.jit(jax.grad(scaled, argnums=(0, 1)))(x.astype(jnp.float32), weight.astype(jnp.float32), scale)
-    for found, expected in zip(lifted, wide, strict=True):
-        assert found.dtype == jnp.float16
-        assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
+    gradients = jax.jit(jax.grad(scaled_loss, argnums=(0, 1)))(x, weight, scale)
+    exact = jax.jit(jax.grad(scaled_loss, argnums=(0, 1)))(x.astype(jnp.float32), weight.astype(jnp.float32), scale)
+    for got, expected in zip(gradients, exact, strict=True):
+        assert got.dtype == jnp.float16
+        assert np.linalg.norm(got - expected) < 2e-3 * np.linalg.norm(expected)
 
 
 def test_inside_a_shard_map(implementation):
-    """Inside a user's shard_map, checked as it is by default: the gradient of the replicated weight is summed by JAX."""
+    """In a user's shard_map with the default check_vma, JAX sums the gradient of the replicated weight."""
     if implementation == "interpret":
-        pytest.skip("Pallas's interpreter refuses a checked shard_map")
+        pytest.skip("Pallas's interpreter does not support shard_map with check_vma")
     x, weight, _, labels, _ = data(16, 6, 8)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:4])
     loss = functools.partial(pk.linear_cross_entropy, reduction="sum", chunk_rows=2)
@@ -266,11 +268,11 @@ def test_inside_a_shard_map(implementation):
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P())
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x, weight, labels) for f in (mapped, loss))
-    close(got, want)
+    assert_close(got, want)
 
 
 def test_memory():
-    """Temporaries stay far below the logits, N x V; without gradients nothing but a chunk is there."""
+    """Temporaries stay far below the size of the logits, N x V, with and without gradients."""
     rows, hidden, vocab = 2048, 8, 32_000
     x, weight, labels = (
         jax.ShapeDtypeStruct(shape, dtype)

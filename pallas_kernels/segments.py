@@ -1,0 +1,56 @@
+"""Segments: several sequences packed into one row of attention."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _validate
+
+MIN_SLOTS = 2  # with a single slot, cuDNN treats the row as one unpacked sequence
+
+
+class Segments(NamedTuple):
+    """The position of the segments in each row, as returned by `find_segments`."""
+
+    ids: jax.Array  # [B, T] int32: 1, 2, ... in the order of the row; 0 is padding
+    starts: jax.Array  # [B, M] int32: the first token of each segment; -1 in unused slots
+    lengths: jax.Array  # [B, M] int32: its number of tokens; -1 in unused slots
+
+
+def find_segments(segment_ids: jax.Array, max_segments: int) -> Segments:
+    """Computes the start and length of each segment, once for many calls of `attention` (such as the layers of a model).
+
+    Args:
+        segment_ids: [B, T], int; 0 is padding. The tokens of a segment are contiguous.
+        max_segments: An upper bound on the segments of a row, padding aside. If a row has more, cuDNN gives NaN for the
+            tokens of the excess segments; the other implementations are correct for any number.
+
+    Returns:
+        Segments, which `attention` accepts in place of `segment_ids`.
+
+    Raises:
+        ValueError: A shape, a dtype or max_segments does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels import find_segments
+        >>> find_segments(jnp.array([[7, 7, 7, 0, 5]]), max_segments=2).starts.tolist()
+        [[0, 4]]
+    """
+    op = "find_segments"
+    segment_ids = jnp.asarray(segment_ids)
+    _validate.integer(op, segment_ids=segment_ids)
+    if segment_ids.ndim != 2:
+        raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}; expected [B, T]")
+    if max_segments < 1:
+        raise ValueError(f"{op}: max_segments is {max_segments}; expected max_segments >= 1")
+    slots = max(MIN_SLOTS, max_segments)
+    inside = segment_ids != 0
+    is_start = inside & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
+    ids = jnp.where(inside, jnp.cumsum(is_start, axis=1, dtype=jnp.int32), 0)
+    in_slot = ids[:, :, None] == jnp.arange(1, slots + 1)
+    lengths = jnp.sum(in_slot, axis=1, dtype=jnp.int32)
+    tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    starts = jnp.sum(jnp.where(in_slot & is_start[:, :, None], tokens[:, None], 0), axis=1, dtype=jnp.int32)
+    return Segments(ids, *(jnp.where(lengths > 0, x, -1) for x in (starts, lengths)))
