@@ -20,9 +20,12 @@ def test_shapes_equal_the_presets(size):
         head_dim=text.head_dim,
         sections=tuple(text.mrope_section),
     )
-    assert shapes.VisionSizes(
-        embed=vision.embed_dim,
-        intermediate=vision.intermediate_size,
-        heads=vision.num_heads,
-        head_dim=vision.head_dim,
-    ) == shapes.VISION
+    assert (
+        shapes.VisionSizes(
+            embed=vision.embed_dim,
+            intermediate=vision.intermediate_size,
+            heads=vision.num_heads,
+            head_dim=vision.head_dim,
+        )
+        == shapes.VISION
+    )

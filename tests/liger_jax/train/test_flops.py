@@ -62,9 +62,7 @@ def test_unnecessary_operations_do_not_count():
     choices = ([], ["vision"], ["vision", "merger"], ["vision", "merger", "text"])
     counts = [step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=frozen) for frozen in choices]
     assert counts == sorted(counts, reverse=True) and len(set(counts)) == 4
-    below = step_flops(
-        CONFIG, batch(CONFIG, 400, 32), frozen=["text"]
-    )  # its input still has a gradient
+    below = step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=["text"])  # its input still has a gradient
     text_alone = step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int)), frozen=["text"])
     assert text_alone == pytest.approx(
         2 / 3 * step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int))), rel=0.1
