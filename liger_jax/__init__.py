@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from liger_jax.model import Qwen2VL as Qwen2VL
     from liger_jax.model.lora import add_lora as add_lora
     from liger_jax.model.lora import merge_lora as merge_lora
+    from liger_jax.options import Batching as Batching
+    from liger_jax.options import Evaluation as Evaluation
+    from liger_jax.options import LayerExecution as LayerExecution
+    from liger_jax.options import Optimization as Optimization
+    from liger_jax.options import Saving as Saving
     from liger_jax.train.finetune import finetune as finetune
     from liger_jax.train.optimizer import make_optimizer as make_optimizer
     from liger_jax.train.step import TrainState as TrainState
@@ -30,11 +35,16 @@ __version__ = "0.1.0"
 # name -> module. Imported on first use: JAX takes a second, transformers two, and `liger-jax --help` needs neither.
 _MODULES = {
     "Batch": "inputs.batch",
+    "Batching": "options",
     "Chat": "generation.chat",
+    "Evaluation": "options",
     "GenerationOptions": "generation.options",
+    "LayerExecution": "options",
+    "Optimization": "options",
     "Processor": "inputs.processor",
     "Qwen2VL": "model",
     "Qwen2VLConfig": "config",
+    "Saving": "options",
     "TrainState": "train.step",
     "UserError": "errors",
     "add_lora": "model.lora",
