@@ -223,7 +223,7 @@ def _for_each_row(static: _Static, step: Callable[[jax.Array], None]) -> None:
 
 
 class _Row:
-    """One row of logits; what belongs to the row as a whole is an array [1]."""
+    """One row of logits inside a kernel; numbers of the row are arrays [1]."""
 
     def __init__(self, static: _Static, index: jax.Array, logits_ref, labels_ref):
         self.static, self.index, self.logits_ref = static, index, logits_ref
@@ -256,9 +256,9 @@ class _Row:
     def z(self, logits: jax.Array, inside: jax.Array) -> jax.Array:
         """Returns z of loaded logits; -inf past the end."""
         z, options = logits.astype(self.dtype), self.static.options
-        return (
-            z if options.softcap is None else jnp.where(inside, _cross_entropy_math.apply_softcap(options, z), -jnp.inf)
-        )
+        if options.softcap is not None:
+            z = jnp.where(inside, _cross_entropy_math.apply_softcap(options, z), -jnp.inf)
+        return z
 
     def load_class_weights(self, ref, columns: jax.Array, inside: jax.Array) -> jax.Array:
         """Loads class weights; 1 for each without class weights, and 0 past the end."""

@@ -25,7 +25,7 @@ from pallas_kernels._tuning import Blocks
 
 MASKED_SCORE = -1e30  # the running maximum before any score: finite, so that differences stay numbers
 MAX_HEAD_BYTES = 512  # the keys and values of larger heads do not fit the shared memory of an SM
-# Largest bytes of a head -> queries (rows) and keys (columns) of a block; for 80 and 128 elements measured on an H200.
+# Queries (rows) and keys (columns) of a block, by the largest bytes of a head; for 80 and 128 elements measured on an H200.
 FORWARD_BLOCKS = {
     160: Blocks(rows=128, columns=64, num_warps=4, loads=3),
     256: Blocks(rows=64, columns=64, num_warps=4, loads=2),

@@ -32,14 +32,14 @@ def attention(
     Args:
         q: [B, T, N, D], float.
         k: [B, S, K, D], q's dtype. K divides N, and query head n uses key head n // (N / K).
-        v: As k.
-        causal: Query t sees the keys up to t + S - T, which aligns the last query with the last key.
+        v: as k.
+        causal: query t sees the keys up to t + S - T, which aligns the last query with the last key.
         segment_ids: [B, T], int, or the result of `find_segments`. A query sees only the keys of its own segment. The tokens
             of a segment are contiguous. 0 is padding: a query in segment 0 returns zeros and a key in segment 0 is seen by
             no query, whichever finite numbers they hold; their gradients are zero.
         kv_segment_ids: [B, S], int; None means segment_ids.
         scale: None means 1/sqrt(D).
-        max_segments: An upper bound on the segments of a row, see `find_segments`. cuDNN requires it, or Segments.
+        max_segments: an upper bound on the segments of a row, see `find_segments`. cuDNN requires it, or Segments.
         implementation: None, "cudnn", "triton", "xla" or "interpret". On an NVIDIA GPU, None picks cuDNN where it supports
             the call (bfloat16 or float16, D a multiple of 8, no kv_segment_ids; packed segments from Hopper on); else
             "triton", a Pallas kernel, for bfloat16 and float16 from Ampere on; else XLA. XLA is also picked for a single
@@ -51,8 +51,8 @@ def attention(
         as "attention".
 
     Raises:
-        ValueError: A shape, dtype or option does not fit.
-        NotImplementedError: An implementation requested by name does not support the call.
+        ValueError: a shape, dtype or option does not fit.
+        NotImplementedError: an implementation requested by name does not support the call.
 
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Dao et al. 2022, FlashAttention,
         https://arxiv.org/abs/2205.14135

@@ -37,15 +37,15 @@ def cross_entropy(
         logits: [..., V], float. Not modified.
         labels: [...], int. Labels equal to `ignore_index` do not count: their loss and gradient are 0. Any other label
             outside [0, V) gives NaN.
-        ignore_index: The label that does not count.
+        ignore_index: the label that does not count.
         label_smoothing: s, in [0, 1].
-        z_loss: Weight of the squared log-sum-exp.
-        softcap: A positive number, or None.
+        z_loss: weight of the squared log-sum-exp.
+        softcap: a positive number, or None.
         class_weights: [V]; a constant that receives no gradient.
         token_weights: [...], the shape of labels.
         reduction: "mean", "sum", or "none" for the loss of each token.
-        normalizer: A number or scalar array by which "mean" divides instead of the sum of the weights.
-        return_metrics: Also return metrics, computed in the same pass.
+        normalizer: a number or scalar array by which "mean" divides instead of the sum of the weights.
+        return_metrics: also return metrics, computed in the same pass.
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
@@ -57,7 +57,7 @@ def cross_entropy(
         rounds it once. On a mesh, rows may be sharded; a sharded vocabulary is gathered.
 
     Raises:
-        ValueError: A shape, dtype or option does not fit.
+        ValueError: a shape, dtype or option does not fit.
 
     Source: torch.nn.functional.cross_entropy and Liger-Kernel for the options; Szegedy et al. 2016 (label smoothing),
         https://arxiv.org/abs/1512.00567; Chowdhery et al. 2022 (z-loss), https://arxiv.org/abs/2204.02311

@@ -42,11 +42,11 @@ def decode_attention(
         qkv: [B, N + 2 K, D], float: query heads, key heads, value heads, in the order of the fused projection. K divides N,
             and query head n uses key head n // (N / K). D is even.
         cos: [B, D/2], float; at the token's position, see `rope`.
-        sin: As cos.
+        sin: as cos.
         keys: [B, S, K, D], qkv's dtype, rotated. Updated in place where the caller donates it (such as a loop's carry).
-        values: As keys.
+        values: as keys.
         valid: [B, S], int; 0 for slots that are masked. Its values at `slot` and after it are ignored.
-        slot: Scalar int: the number of filled slots, which is where the new token goes. Later slots are not read. Values
+        slot: scalar int: the number of filled slots, which is where the new token goes. Later slots are not read. Values
             of S or more are clamped to S - 1.
         implementation: None, "triton", "xla" or "interpret". On an NVIDIA GPU, None picks the Pallas kernel for up to 16
             rows, 64 query heads per key head and 512 bytes per head, unless the operands are spread over a mesh. Otherwise
@@ -56,9 +56,9 @@ def decode_attention(
         (out [B, N, D] in qkv's dtype, keys, values). The softmax is float32. There is no gradient.
 
     Raises:
-        ValueError: A shape or dtype does not fit, D is odd, or a kernel is requested by name for more than 64 query heads
+        ValueError: a shape or dtype does not fit, D is odd, or a kernel is requested by name for more than 64 query heads
             per key head or 512 bytes per head.
-        NotImplementedError: The operation is differentiated.
+        NotImplementedError: the operation is differentiated.
 
     Source: Dao et al. 2023, Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 
@@ -191,7 +191,7 @@ def _attend_split(
     one writes.
     """
     row, head, split = (_pallas.program_id(i) for i in range(3))
-    key_heads, dtype, wide = keys_ref.shape[2], qkv_ref.dtype, _validate.accumulation_dtype(qkv_ref.dtype)
+    key_heads, dtype, acc_dtype = keys_ref.shape[2], qkv_ref.dtype, _validate.accumulation_dtype(qkv_ref.dtype)
     group = sums_ref.shape[2] // key_heads
     half, height = max(16, _pallas.next_power_of_2(dim // 2)), max(16, _pallas.next_power_of_2(group))
     in_half = None if half == dim // 2 else jnp.arange(half) < dim // 2
@@ -200,10 +200,10 @@ def _attend_split(
     in_queries = _row_mask(in_group, in_half, half)
     filled = jnp.minimum(_pallas.load(slot_ref, (0,), None), keys_ref.shape[1] - 1)
 
-    cos, sin = (_pallas.load(ref, (row, halves[0]), in_half, wide) for ref in (cos_ref, sin_ref))
+    cos, sin = (_pallas.load(ref, (row, halves[0]), in_half, acc_dtype) for ref in (cos_ref, sin_ref))
 
     def load_rotated(heads, mask):
-        first, second = (_pallas.load(qkv_ref, (row, heads, columns), mask, wide) for columns in halves)
+        first, second = (_pallas.load(qkv_ref, (row, heads, columns), mask, acc_dtype) for columns in halves)
         rotated = first * cos - second * sin, second * cos + first * sin
         return [x.astype(dtype) for x in rotated]
 
@@ -221,13 +221,13 @@ def _attend_split(
     exp2 = functools.partial(_pallas.exp2, interpret=interpret)
     # In split 0 the softmax starts from the new token, with p = 1; in the others from nothing.
     new_score = scale * sum(
-        jnp.sum(q_half.astype(wide) * k_half.astype(wide)[None, :], axis=1)
+        jnp.sum(q_half.astype(acc_dtype) * k_half.astype(acc_dtype)[None, :], axis=1)
         for q_half, k_half in zip(q, new_k, strict=True)
     )
-    first_p = (split == 0).astype(wide)
+    first_p = (split == 0).astype(acc_dtype)
     largest = jnp.where(split == 0, new_score, MASKED_SCORE)
-    total = jnp.zeros(height, wide) + first_p
-    sums = [jnp.zeros((height, half), wide) + (first_p * v.astype(wide))[None, :] for v in new_v]
+    total = jnp.zeros(height, acc_dtype) + first_p
+    sums = [jnp.zeros((height, half), acc_dtype) + (first_p * v.astype(acc_dtype))[None, :] for v in new_v]
 
     def step(block, state):
         largest, total, *sums = state
@@ -275,7 +275,7 @@ def _combine_splits(sums_ref, largest_ref, total_ref, out_ref, *, dim: int, inte
 
 
 def _row_mask(in_rows: jax.Array, in_columns: jax.Array | None, width: int) -> jax.Array:
-    """Returns the mask [rows, width] of elements that exist; None stands for all columns."""
+    """Returns the mask [rows, width] of elements that exist; None means all columns."""
     mask = in_rows[:, None] if in_columns is None else in_rows[:, None] & in_columns[None, :]
     return jnp.broadcast_to(mask, (len(in_rows), width))
 

@@ -47,7 +47,7 @@ def norm_linear(
         norm_weight: [H], x's dtype.
         weight: [O, H], x's dtype.
         bias: [O], x's dtype, or None.
-        eps: Added to the mean square.
+        eps: added to the mean square.
         implementation: None, "triton", "xla" or "interpret". On an NVIDIA GPU, None picks a Pallas kernel for a single row,
             and for up to 16 rows if `weight` has at most 16 MiB, unless the operands are spread over a mesh. Otherwise it
             picks XLA, whose matmul the partitioner can split.
@@ -57,8 +57,8 @@ def norm_linear(
         rounds the normalised x, and XLA also the product. There is no gradient.
 
     Raises:
-        ValueError: A shape or dtype does not fit, or a Pallas kernel is requested by name for more than 64 rows.
-        NotImplementedError: The operation is differentiated.
+        ValueError: a shape or dtype does not fit, or a Pallas kernel is requested by name for more than 64 rows.
+        NotImplementedError: the operation is differentiated.
 
     Example:
         >>> import jax.numpy as jnp
@@ -80,8 +80,8 @@ def norm_swiglu(
         x: [B, H], float.
         norm_weight: [H], x's dtype.
         weight: [2, F, H], x's dtype: the gate projection, then the up projection.
-        eps: Added to the mean square.
-        implementation: As in `norm_linear`.
+        eps: added to the mean square.
+        implementation: as in `norm_linear`.
 
     Returns:
         [B, F] in x's dtype, rounded as in `norm_linear`. There is no gradient.
@@ -106,7 +106,7 @@ def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implemen
         x: [B, F], float.
         weight: [O, F], x's dtype.
         residual: [B, O], x's dtype.
-        implementation: As in `norm_linear`.
+        implementation: as in `norm_linear`.
 
     Returns:
         [B, O] in x's dtype. Sums are float32; the Pallas kernels round only the result, XLA also the product. There is no

@@ -49,7 +49,7 @@ def linear_cross_entropy(
         weight: [V, H], x's dtype.
         labels: [...], int.
         bias: [V], float, or None.
-        chunk_rows: Largest number of rows (of each device) whose logits are in memory at once. None means H, so that the
+        chunk_rows: largest number of rows (of each device) whose logits are in memory at once. None means H, so that the
             logits take no more memory than the weight, or a sixth of the rows if that is more.
         implementation: None, "triton", "xla" or "interpret", for the loss and gradient of a chunk's logits. The matmuls
             always use XLA.
@@ -60,7 +60,7 @@ def linear_cross_entropy(
         gradient of the weight is summed over the mesh once.
 
     Raises:
-        ValueError: A shape, dtype or option does not fit.
+        ValueError: a shape, dtype or option does not fit.
 
     Source: Liger-Kernel's fused linear cross-entropy, https://arxiv.org/abs/2410.10989
 

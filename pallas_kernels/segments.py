@@ -23,14 +23,14 @@ def find_segments(segment_ids: jax.Array, max_segments: int) -> Segments:
 
     Args:
         segment_ids: [B, T], int; 0 is padding. The tokens of a segment are contiguous.
-        max_segments: An upper bound on the segments of a row, padding aside. If a row has more, cuDNN gives NaN for the
+        max_segments: an upper bound on the segments of a row, padding aside. If a row has more, cuDNN gives NaN for the
             tokens of the excess segments; the other implementations are correct for any number.
 
     Returns:
         Segments, which `attention` accepts in place of `segment_ids`.
 
     Raises:
-        ValueError: A shape, a dtype or max_segments does not fit.
+        ValueError: a shape, a dtype or max_segments does not fit.
 
     Example:
         >>> import jax.numpy as jnp

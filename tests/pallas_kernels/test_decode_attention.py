@@ -72,8 +72,8 @@ def test_against_float64(batch, heads, key_heads, dim, slots, slot, dtype):
     for run in (kernel, xla):
         got = jax.jit(run)(*args)
         assert max(distances(got, want)) < tolerance
-        others = np.arange(slots) != slot
-        assert all((new[:, others] == old[:, others]).all() for new, old in zip(got[1:], args[3:5], strict=True))
+        unchanged = np.arange(slots) != slot
+        assert all((new[:, unchanged] == old[:, unchanged]).all() for new, old in zip(got[1:], args[3:5], strict=True))
 
 
 def test_splits_of_the_cache():
