@@ -99,10 +99,8 @@ def finetune(
     evaluator = None
     if held_out:
         with _named_held_out():
-            held_out_dataset = make_dataset(
-                processor, model.config, held_out, batching, shuffle=False, progress=progress
-            )
-            evaluator = HeldOutEvaluator.create(held_out_dataset, evaluation, answers_file=run.answers)
+            unseen = make_dataset(processor, model.config, held_out, batching, shuffle=False, progress=progress)
+            evaluator = HeldOutEvaluator.create(unseen, evaluation, answers_file=run.answers)
     evaluate_first = evaluator is not None and run.owes_evaluation(options)
     state = open_state(model, optimizer, run)
     if run.start == steps and not evaluate_first:
@@ -111,6 +109,7 @@ def finetune(
     last_answers = run.start - 1 if evaluate_first else run.start
     run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
     batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
+    frozen = optimization.freeze if optimization else ()
     with (
         checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
         RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
@@ -118,11 +117,8 @@ def finetune(
     ):
         if evaluator and evaluate_first:
             log.write(run.start, evaluator(state.model, run.start))
-        checkpoints = Checkpoints(manager, saving.save_every, evaluator)
-        frozen = optimization.freeze if optimization else ()
-        return fit(
-            state, batches, train_step, log, checkpoints=checkpoints, frozen=frozen, stop_requested=stop_requested
-        )
+        saves = Checkpoints(manager, saving.save_every, evaluator)
+        return fit(state, batches, train_step, log, checkpoints=saves, frozen=frozen, stop_requested=stop_requested)
 
 
 def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
