@@ -39,9 +39,9 @@ PEER_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """One benchmark of a model: what to run, at which batch sizes, next to which peers."""
+    """A benchmark of a model: which one, at which batch sizes, next to which peers."""
 
-    what: str
+    benchmark: str
     """"train", "train mixed" or "generate"."""
     size: Size
     batch_sizes: Sequence[int]
@@ -66,7 +66,7 @@ class ModelCase:
         }
         with peer_checkpoint(self.size, self.peers) as checkpoint:
             # the peers run first, while JAX has not yet reserved the GPU's memory
-            losses = _run_peers(self.what, checkpoint, self.batch_sizes, file) if checkpoint else {}
+            losses = _run_peers(self.benchmark, checkpoint, self.batch_sizes, file) if checkpoint else {}
             common["device"] = device_kind()
             mesh = jax.make_mesh((self.fsdp,), ("fsdp",)) if self.fsdp else None
             model = None
@@ -77,7 +77,7 @@ class ModelCase:
                         record_result(file, {**common, "what": "convert", **conversion})
                 elif model is None:
                     model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{self.size}")(), mesh=mesh)
-                case = {**common, "what": self.what, **self.labels, "rows": batch_size}
+                case = {**common, "what": self.benchmark, **self.labels, "rows": batch_size}
                 try:
                     result = measure(model, batch_size)
                 except Exception as error:
@@ -162,12 +162,12 @@ def peer_checkpoint(size: str, peers: bool) -> Iterator[Path | None]:
         yield checkpoint
 
 
-def _run_peers(what: str, checkpoint: Path, batch_sizes: Sequence[int], file: Path) -> dict[int, list[float]]:
+def _run_peers(benchmark: str, checkpoint: Path, batch_sizes: Sequence[int], file: Path) -> dict[int, list[float]]:
     """Measures transformers in processes of its own, so that each has all memory. Returns its losses by batch size."""
     losses: dict[int, list[float]] = {}
-    for options in PEER_OPTIONS[what]:
+    for options in PEER_OPTIONS[benchmark]:
         for batch_size in batch_sizes:
-            command = [sys.executable, "-m", "benchmarks.peer_model", what, checkpoint, str(batch_size), *options]
+            command = [sys.executable, "-m", "benchmarks.peer_model", benchmark, checkpoint, str(batch_size), *options]
             environment = os.environ | {"JAX_PLATFORMS": "cpu"}
             process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
             for text in process.stdout.splitlines():

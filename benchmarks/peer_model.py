@@ -85,12 +85,12 @@ def time_generation(model, arrays, cache: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("write")
     command.add_argument("size", choices=("2b", "7b"))
     command.add_argument("checkpoint")
-    for what in ("train", "generate"):
-        command = commands.add_parser(what)
+    for name in ("train", "generate"):
+        command = commands.add_parser(name)
         command.add_argument("checkpoint")
         command.add_argument("batch_sizes", type=int, nargs="+")
         command.add_argument("--liger", action="store_true")
@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     if torch is None:
         sys.exit("benchmarks.peer_model: torch is not installed")
-    if args.what == "write":
+    if args.command == "write":
         return write(args.size, args.checkpoint)
 
     config = json.loads((Path(args.checkpoint) / "config.json").read_text())
@@ -114,9 +114,9 @@ def main() -> None:
         "model": Path(args.checkpoint).name,
         "device": torch.cuda.get_device_name(),
         "versions": versions,
-        "what": args.what,
+        "what": args.command,
     }
-    options = {"remat": "full" if args.checkpointing else "none"} if args.what == "train" else {"cache": args.cache}
+    options = {"remat": "full" if args.checkpointing else "none"} if args.command == "train" else {"cache": args.cache}
     load_options = {"dtype": torch.bfloat16, "device_map": "cuda"}
     model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, **load_options)
     if args.checkpointing:
@@ -124,7 +124,7 @@ def main() -> None:
     for batch_size in args.batch_sizes:
         arrays = make_inputs(config, batch_size)
         try:
-            training = args.what == "train"
+            training = args.command == "train"
             result = time_steps(model, arrays) if training else time_generation(model, arrays, args.cache)
         except torch.OutOfMemoryError as error:
             result = {"error": str(error).split(". ")[0]}

@@ -144,13 +144,13 @@ def answer(folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("write")
     command.add_argument("name")
     command.add_argument("folder", type=Path)
     commands.add_parser("answer").add_argument("folder", type=Path)
     args = parser.parse_args()
-    if args.what == "write":
+    if args.command == "write":
         write(args.name, args.folder)
     else:
         print(json.dumps(answer(args.folder)))
