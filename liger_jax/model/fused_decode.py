@@ -1,8 +1,8 @@
 """The fused decoding step: runs the language model's layers for a single new token per row.
 
-It computes the same as `LanguageModel` with a KV cache, up to rounding, with six kernel launches per layer for one row:
-apart from reading the weights, a step spends its time on launches. Weights that are read together are packed into one
-array, and adjacent norms, gates, residual adds and cache updates are fused into the matmuls and the attention; see
+Results equal those of `LanguageModel` with a KV cache, up to rounding. Apart from reading the weights, a decoding step
+spends its time on kernel launches; this one needs six per layer for a single row. Weights that are read together are packed
+into one array. Adjacent norms, gates, residual adds and cache updates are fused into the matmuls and the attention; see
 pallas_kernels.decode_linear and decode_attention.
 """
 
@@ -37,7 +37,7 @@ class PackedLayer:
 
     @classmethod
     def from_layer(cls, layer: DecoderLayer) -> Self:
-        """Packs the weights of a single layer, which have no leading layer axis and no LoRA."""
+        """Returns the packed weights of a single layer, which has no leading layer axis and no LoRA."""
         attention, mlp = layer.self_attn, layer.mlp
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         width = layer.input_layernorm.weight.shape[0]
@@ -45,7 +45,7 @@ class PackedLayer:
             jnp.concatenate([p.kernel[...].reshape(width, -1) for p in projections], axis=1),
             jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]]),
         )
-        # concatenated first and transposed afterwards; XLA takes twice as long for the reverse
+        # concatenate first, then transpose: XLA takes twice as long the other way round
         qkv, gate_up = jax.lax.optimization_barrier(packed)
         return cls(
             input_norm=layer.input_layernorm.weight[...],
@@ -73,14 +73,14 @@ class PackedModel:
 
     @classmethod
     def from_model(cls, text: LanguageModel, head: jax.Array) -> Self:
-        """Packs the weights of all layers, once, before decoding. This copies them."""
+        """Returns the model packed for decoding, with copies of the weights of all layers."""
         layers = tuple(_pack_layer(text.layers, i) for i in range(text.config.num_hidden_layers))
         return cls(layers, text.norm.weight[...], head, text.norm.eps)
 
 
 @jax.jit
 def _pack_layer(layers: DecoderLayer, i: jax.Array) -> PackedLayer:
-    """Packs layer i of the stack. This is one small program that runs for each layer, not a large one for all."""
+    """Returns layer i of the stack, packed. A small program that runs once per layer replaces a large one for all layers."""
     layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers)
     return PackedLayer.from_layer(layer)
 
@@ -95,16 +95,16 @@ def decode_step(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Runs all layers for one new token per row, and writes its keys and values to the cache.
+    """Runs all layers on one new token per row and writes its keys and values to the cache.
 
     Args:
         model: the packed weights.
         x: [B, H], the embeddings of the tokens.
-        cos: [B, D/2], RoPE table of their positions; see `LanguageModel.rotary`.
-        sin: as cos.
-        cache: the KV cache, filled up to `slot`. As the carry of a loop it is updated in place.
+        cos: [B, D/2], RoPE table for their positions; see `LanguageModel.rotary`.
+        sin: like cos.
+        cache: the KV cache, filled up to `slot`. As the carry of a loop, it is updated in place.
         slot: int scalar, the slot of the new token.
-        implementation: of the operations, see pallas_kernels.
+        implementation: implementation of the operations, see pallas_kernels.
 
     Returns:
         Logits [B, V], and the cache with the slot filled and marked valid.

@@ -1,4 +1,4 @@
-"""The KV cache: rotated keys and values of the tokens so far, with room for more."""
+"""The KV cache: keys (after RoPE) and values of the tokens so far, with room for more."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ import pallas_kernels as pk
 class KVCache:
     """Keys and values of all layers, in one array per layer.
 
-    Separate arrays are updated in place, where a single stacked array would be copied.
+    Separate arrays are updated in place; a single stacked array would be copied.
 
-    The positions of a prompt occupy the first slots, including its padding. New tokens follow in slots that all rows share.
-    Keys are stored after RoPE, so the order of the slots has no meaning; `valid` alone decides which are attended to.
+    A prompt occupies the first slots, including its padding. New tokens follow in slots that all rows share.
+    Keys are stored after RoPE, so the order of the slots does not matter; `valid` alone decides which slots are attended to.
     """
 
     keys: tuple[jax.Array, ...]  # per layer: [B, S, K, D]
@@ -41,11 +41,11 @@ class KVCache:
         return dataclasses.replace(self, valid=jnp.where(jnp.arange(self.valid.shape[1]) < slots, self.valid, 0))
 
     def mark_valid(self, slot: jax.Array, segment_ids: jax.Array) -> Self:
-        """Returns a cache in which the T slots from `slot` on are valid where segment_ids [B, T] is 1, not where it is 0."""
+        """Returns a cache whose T slots from `slot` on are marked with segment_ids [B, T]: 1 valid, 0 not."""
         return dataclasses.replace(self, valid=jax.lax.dynamic_update_slice(self.valid, segment_ids, (0, slot)))
 
     def attend(self, layer: int, slot: jax.Array, q, k, v):
-        """Attends with one token per row: q [B, 1, N, D], k and v [B, 1, K, D]. Its slot must have been marked valid.
+        """Computes attention for one token per row: q [B, 1, N, D], k and v [B, 1, K, D]. Its slot must be marked valid.
 
         Returns:
             The attention output [B, 1, N, D], and the layer's (keys, values) with k and v written to the slot.
@@ -55,9 +55,9 @@ class KVCache:
         return pk.attention(q, keys, values, segment_ids=query_segment_ids, kv_segment_ids=self.valid), (keys, values)
 
     def attend_chunk(self, layer: int, slot: jax.Array, segment_ids: jax.Array, q, k, v):
-        """Attends with T tokens per row, whose slots are not marked valid yet.
+        """Computes attention for T tokens per row, whose slots are not marked valid yet.
 
-        They attend to all valid slots, and causally to each other. Returns the same as `attend`.
+        The tokens attend to all valid slots, and causally to each other. Returns the same as `attend`.
         """
         kv_segment_ids = jnp.concatenate([self.valid, segment_ids], axis=1)
         keys, values = (

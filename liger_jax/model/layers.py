@@ -1,7 +1,7 @@
 """The layers that both towers are made of.
 
-A `kernel` has shape [*in, *out], as a matmul takes it; a `weight` has the shape that it has in the hub's files. The layers
-of a tower are one module whose weights have a leading layer axis. `jax.lax.scan` over the module removes that axis, so each
+A `kernel` has shape [*in, *out], as a matmul takes it; a `weight` keeps its shape in the hub's files. The layers of a
+tower are one module whose weights have a leading layer axis. `jax.lax.scan` over the module removes that axis, so each
 `__call__` here sees the weights of a single layer.
 """
 
@@ -17,7 +17,7 @@ import pallas_kernels as pk
 
 
 class Initializer:
-    """Creates parameters: normal with the configuration's `initializer_range` and a new random key each, or constant."""
+    """Creates parameters: constant, or normal with standard deviation `scale`, each from a random key of its own."""
 
     def __init__(self, seed: int | jax.Array, dtype, scale: float):
         self.key = jax.random.key(seed)
@@ -35,7 +35,7 @@ class Initializer:
 class LoRA(nnx.Module):
     """The low-rank update of a `Linear`: scale x A B, with A [*stack, *in_shape, r] and B [*stack, r, *out_shape].
 
-    Two low-rank matmuls, always in the dtype of x. The scale is alpha / r, or alpha / sqrt(r) (rsLoRA).
+    Both matmuls run in the dtype of x. The scale is alpha / r, or alpha / sqrt(r) for rsLoRA.
 
     Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, rsLoRA,
     https://arxiv.org/abs/2312.03732
@@ -63,8 +63,8 @@ class LoRA(nnx.Module):
 class Linear(nnx.Module):
     """y = x @ kernel + bias; kernel [*stack, *in_shape, *out_shape], x [..., *in_shape], y [..., *out_shape].
 
-    Heads are separate axes, so that a mesh can split them and no activation is ever reshaped. `lora` is the update that
-    `liger_jax.model.lora.add_lora` adds to y.
+    Heads are separate axes, so that a mesh can split them and no activation is ever reshaped. `lora` is the low-rank update
+    that `liger_jax.model.lora.add_lora` adds, or None.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Linear(nnx.Module):
         return y
 
     def unstacked(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns y[..., i, *out_shape[1:]] for each i, from a separate matmul each.
+        """Returns y[..., i, *out_shape[1:]] for each i, each computed by a matmul of its own.
 
-        Neither y nor its gradient ever exists as a whole, so nothing is copied to split or join them.
+        Neither y nor its gradient exists as one array, so nothing is copied to split or join them.
         """
         kernels = jnp.unstack(self.kernel[...], axis=self.in_axes)
         outputs = [jnp.tensordot(x, kernel, axes=self.in_axes) for kernel in kernels]
@@ -130,6 +130,6 @@ class Embedding(nnx.Module):
 def inverse_frequencies(theta: float, count: int) -> np.ndarray:
     """Returns theta ** (-i / count) for i in [0, count).
 
-    Every step is in float32, so the values equal those of the reference implementation to the last bit.
+    Every step is in float32, so that the values equal those of the reference implementation to the last bit.
     """
     return np.float32(1) / np.float32(theta) ** (np.arange(count, dtype=np.float32) / np.float32(count))

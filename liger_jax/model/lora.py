@@ -23,7 +23,7 @@ from liger_jax.model.layers import Linear, LoRA
 from liger_jax.model.params import TABLE, param_group, param_paths
 from liger_jax.model.sharding import get_mesh, param_shardings
 
-# PEFT's name of each `Linear` that LoRA can adapt, and its path. PEFT's "all-linear" means all of them.
+# PEFT's name for each `Linear` that LoRA can adapt, and its path. PEFT's "all-linear" means all of them.
 TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target}
 TEXT_TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target and row.part == "text"}
 
@@ -33,7 +33,7 @@ class LoraOptions:
     """Shape and scale of a model's LoRA.
 
     Raises:
-        UserError: An unknown target or no target, or a rank or alpha out of range.
+        UserError: No target or an unknown one, or a rank or alpha that is not positive.
 
     Example:
         >>> LoraOptions(rank=4, targets=["v_proj", "q_proj"]).targets
@@ -41,11 +41,11 @@ class LoraOptions:
     """
 
     rank: int = 8
-    """Number of columns of A and rows of B."""
+    """Rank of the update: A has this many columns, B this many rows."""
     alpha: float = 16
     """Numerator of the scale, alpha / rank."""
     targets: str | Collection[str] = tuple(TEXT_TARGETS)
-    """PEFT's names of the adapted layers, some of `TARGETS`, or "all-linear". Stored as a tuple in that order."""
+    """PEFT's names for the adapted layers, some of `TARGETS`, or "all-linear". Stored as a tuple in that order."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
 
@@ -80,20 +80,20 @@ def add_lora(
 
     Args:
         model: without LoRA. On a mesh, A and B are split as the weights are.
-        rank: number of columns of A and rows of B.
+        rank: rank of the update, the number of A's columns and of B's rows.
         alpha: numerator of the scale, alpha / rank.
-        targets: PEFT's names of the layers to adapt, some of `TARGETS`, or "all-linear" for all of them. The default is
+        targets: PEFT's names for the layers to adapt, some of `TARGETS`, or "all-linear" for all of them. By default,
             those of the text tower.
         rslora: scale by alpha / sqrt(rank) instead.
-        seed: of the random numbers in A.
-        dtype: of A and B. The default is float32 for weights of any dtype (PEFT's autocast_adapter_dtype), so that small
-            updates are not rounded away. Matmuls run in the dtype of the activations.
+        seed: seed for the random numbers in A.
+        dtype: dtype of A and B. The default is float32 for weights of any dtype (PEFT's autocast_adapter_dtype), so that
+            small updates are not rounded away. Matmuls run in the dtype of the activations.
 
     Returns:
         A new model.
 
     Raises:
-        UserError: An unknown target or no target, a rank or alpha that is not positive, or a model that already has LoRA.
+        UserError: No target or an unknown one, a rank or alpha that is not positive, or a model that already has LoRA.
 
     Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685
 
@@ -152,7 +152,7 @@ def merge_lora(model: Qwen2VL) -> Qwen2VL:
 
 
 def lora_config(model: Qwen2VL) -> LoraOptions | None:
-    """Returns the options with which `add_lora` made the model's LoRA, or None for a model without LoRA.
+    """Returns the options of the model's LoRA, as given to `add_lora`, or None for a model without LoRA.
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
@@ -199,6 +199,6 @@ def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, stack
         kernel, a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in layer)
         return (kernel + scale * jnp.tensordot(a, b, axes=1, precision="highest")).astype(layer[0].dtype)
 
-    # layer by layer: a whole stack in float32 would be twice the kernel
+    # layer by layer: a whole stack in float32 would take twice the kernel's memory
     merged = jax.lax.map(merge_layer, (kernel, a, b)) if stacked else merge_layer((kernel, a, b))
     return jax.lax.with_sharding_constraint(merged, sharding)

@@ -2,10 +2,10 @@
 
 Everything that depends on a parameter's identity is derived from its row: how a mesh splits it (`model.sharding`), whether
 LoRA can adapt it and PEFT's name for it (`model.lora`), which part it is frozen with and whether it decays
-(`train.optimizer`), how many operations it costs (`train.flops`), and the parameter's side of the checkpoint layout
+(`train.optimizer`), its floating-point operations (`train.flops`), and the parameter's side of the checkpoint layout
 (`convert.table`, which adds the hub's side). A parameter without a row raises an error.
 
-Axes are space-separated names, one per dimension, with brackets around names that share a dimension, the slowest first.
+Axes are space-separated names, one per dimension. Parentheses enclose names that share a dimension, slowest-varying first.
 The kernel of a `Linear` separates its input axes from its output axes with an arrow: `L H -> N D` has shape [L, H, N, D] and
 maps H to N heads of D numbers. An axis name denotes the same size in every row:
 
@@ -39,8 +39,8 @@ class Parameter:
     decays: bool
     """Whether weight decay applies: to kernels and embeddings, as in transformers, and not to norms and biases."""
     target: str | None = None
-    """PEFT's name for the `Linear` of this kernel, where LoRA can adapt it: as short as it can be without being ambiguous.
-    (Plain "proj" would also name the patch embedding, which PEFT treats as a convolution.)"""
+    """PEFT's name for the `Linear` of this kernel if LoRA can adapt it: the shortest unambiguous suffix of the hub's name.
+    ("proj" alone would also match the patch embedding, which PEFT treats as a convolution.)"""
 
     @property
     def dimensions(self) -> list[list[str]]:
@@ -59,7 +59,7 @@ class Parameter:
 
     @property
     def layer_axes(self) -> str:
-        """The axes of a single layer: without stacking axis and arrow."""
+        """The axes of a single layer, without stacking axis and arrow."""
         axes = self.axes.replace("-> ", "")
         return axes.removeprefix(f"{self.stack} ")
 
@@ -70,11 +70,11 @@ class Parameter:
 
     @property
     def is_vector(self) -> bool:
-        """Whether a layer's part of this is one-dimensional: a norm's weight, or a bias without head axes."""
+        """Whether a single layer's parameter is one-dimensional: a norm's weight, or a bias without head axes."""
         return len(split_axes(self.layer_axes)) == 1
 
     def size(self, sizes: dict[str, int]) -> int:
-        """The number of elements, given the size of each axis."""
+        """Returns the number of elements, given the size of each axis."""
         return math.prod(sizes[axis] for dimension in self.dimensions for axis in dimension)
 
 
@@ -140,7 +140,7 @@ def find_row(path: str) -> Parameter:
     """Returns the row of a parameter. The path may have a prefix, as in an optimizer's state.
 
     Raises:
-        LookupError: the table has no row for it.
+        LookupError: The table has no row for the parameter.
 
     Example:
         >>> find_row("opt_state/0/mu/language_model/layers/mlp/up_proj/kernel").axes
@@ -156,7 +156,7 @@ def find_row(path: str) -> Parameter:
 
 
 def is_parameter_path(path: str) -> bool:
-    """Returns whether a path leads into the model, perhaps after a prefix; the table must have a row for it then."""
+    """Returns whether a path, perhaps after a prefix, leads into the model, so that the table must have a row for it."""
     return not _ROOTS.isdisjoint(path.split("/"))
 
 
@@ -227,5 +227,5 @@ def param_paths(tree: Any) -> dict[str, Any]:
 
 
 def path_name(path: tuple) -> str:
-    """Returns a key path as text. The last step, into the value of an NNX Param, is not part of the name."""
+    """Returns a key path as text, without the last step into the value of an NNX Param."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")

@@ -21,7 +21,7 @@ from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 
 class Qwen2VL(nnx.Module):
-    """A Qwen2-VL: a pytree of weights, which `jax.jit`, `jax.grad` and optax accept directly.
+    """A Qwen2-VL model: a pytree of weights, which `jax.jit`, `jax.grad` and optax accept directly.
 
     Example:
         >>> import jax, numpy as np
@@ -44,11 +44,11 @@ class Qwen2VL(nnx.Module):
         """Returns a model with random weights.
 
         Args:
-            config: of the model.
-            seed: of the random weights.
-            dtype: of the weights.
-            mesh: the devices to create the weights on, split as `liger_jax.model.sharding` describes. The default is the
-                default device.
+            config: the model's configuration.
+            seed: seed for the random weights.
+            dtype: dtype of the weights.
+            mesh: the devices to create the weights on, split as `liger_jax.model.sharding` describes. None uses the default
+                device.
         """
         return _compiled_init(cls, config, jnp.dtype(dtype).name, mesh)(np.uint32(seed % 2**32))
 
@@ -59,13 +59,13 @@ class Qwen2VL(nnx.Module):
 
     @property
     def head(self) -> jax.Array:
-        """The weights of the output head [V, H]; for a tied model, the input embedding."""
+        """The weights of the output head [V, H]; in a tied model, the input embeddings."""
         return (self.lm_head or self.language_model.embed_tokens).weight[...]
 
     def embed(
         self, batch: Batch, *, execution: LayerExecution = DEFAULT_EXECUTION, capture: dict | None = None
     ) -> jax.Array:
-        """Returns the token embeddings [B, T, H], with the vision tower's features at the positions of placeholders."""
+        """Returns the token embeddings [B, T, H], with the vision tower's features in place of placeholders."""
         x = constrain_batch(replicate(self.language_model.embed_tokens.weight[...])[batch.input_ids])
         if batch.vision is not None:
             features = self.visual(batch.vision, execution=execution, capture=capture)
@@ -93,7 +93,7 @@ class Qwen2VL(nnx.Module):
         return self.logits(self.hidden_states(batch))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., V] of hidden states [..., H]."""
+        """Returns the logits [..., V] for hidden states [..., H]."""
         return jnp.einsum("...h,vh->...v", hidden, self.head)
 
     def activations(self, batch: Batch) -> dict[str, jax.Array]:
@@ -108,7 +108,7 @@ class Qwen2VL(nnx.Module):
 
 
 def causal_attention(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-    """Attends from each token to itself and the earlier tokens of its own sequence."""
+    """Computes attention of each token to itself and to the earlier tokens of its own sequence."""
     return pk.attention(q, k, v, causal=True, segment_ids=segments), None
 
 
@@ -119,7 +119,7 @@ def _scatter_features(x: jax.Array, positions: jax.Array, features: jax.Array) -
 
 @functools.lru_cache(maxsize=8)
 def _compiled_init(cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Mesh | None) -> Callable[..., Any]:
-    """Returns a function from a seed to a model with random weights, which is compiled once."""
+    """Returns a jitted function that maps a seed to a model with random weights. Caching it avoids recompilation."""
     shardings = None if mesh is None else param_shardings(cls.abstract(config, dtype=dtype), mesh)
     scale = config.text.initializer_range
     return jax.jit(lambda seed: cls(Initializer(seed, dtype, scale), config), out_shardings=shardings)

@@ -14,7 +14,7 @@ from liger_jax.options import LayerExecution
 
 
 def _narrow_matmuls(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """A checkpoint policy: saves the results of matmuls that are no wider than their input."""
+    """A checkpoint policy that saves the results of matmuls that are no wider than their input."""
     if primitive is not jax.lax.dot_general_p:
         return False
     (left, right), ((contracted, _), _) = operands, params["dimension_numbers"]
@@ -22,14 +22,14 @@ def _narrow_matmuls(primitive: Any, *operands: Any, **params: Any) -> bool:
     return right.size <= depth**2
 
 
-# The activations that the backward pass finds in memory instead of recomputing them, from the most memory to the least:
+# The activations that are saved for the backward pass instead of being recomputed, from the most memory to the least:
 #   none: everything that the operations save.
-#   dots: the results of matmuls and of attention, which are expensive to recompute; norms, activations and rotations are
-#         cheap. Less memory traffic than "none", so usually the fastest as well. For a matmul with LoRA, the sum is saved
-#         instead of its two terms.
-#   narrow: as dots, without the matmuls whose result is wider than their input, those into an MLP's hidden size: two
-#         thirds of the memory of dots, for 2 % more time.
-#   attention: each layer's input and attention's result.
+#   dots: the results of matmuls and attention, which are expensive to recompute. Norms, activations and RoPE are cheap.
+#         Memory traffic is lower than with "none", so this is usually the fastest as well. For a matmul with LoRA, the
+#         sum is saved instead of its two terms.
+#   narrow: like dots, without the matmuls whose result is wider than their input (those into an MLP's hidden size). Takes
+#         two thirds of the memory of dots and 2 % more time.
+#   attention: each layer's input and the result of attention.
 #   full: each layer's input only.
 _policies = jax.checkpoint_policies
 _POLICIES = {
@@ -56,10 +56,10 @@ def scan_layers(
         layer: takes activations and the weights of one layer.
         x: activations; the first dimension is the batch.
         layers: a module whose weights have a leading layer axis.
-        execution: scanned or unrolled, and what is recomputed.
+        execution: whether to scan or unroll, and which activations to recompute.
 
     Returns:
-        The last x, and all aux, stacked.
+        The last x, and all aux_i, stacked.
 
     Raises:
         UserError: `execution.remat` is not one of REMAT.
@@ -79,8 +79,8 @@ def scan_layers(
     x = constrain_batch(x)
     if not execution.unroll:
         return jax.lax.scan(constrained_layer, x, layers)
-    # Unrolling avoids a scan's copies: each layer's weights out of the stack, and its gradient and saved activations into
-    # other stacks, which have to be filled with zeros first.
+    # Unrolling avoids a scan's copies: of each layer's weights out of the stack, and of its gradient and saved activations
+    # into other stacks, which have to be filled with zeros first.
     constrained_layer = jax.jit(constrained_layer)  # traced once
     outputs = []
     for weights in _unstack(layers):

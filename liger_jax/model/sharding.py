@@ -28,7 +28,7 @@ SPLIT_BY = dict.fromkeys("VHEM", "fsdp") | dict.fromkeys("NKFnIm", "tensor")
 def partition_spec(parameter: Parameter) -> P:
     """Returns the mesh axis of each dimension of a parameter.
 
-    Vectors, which are small, are not split over fsdp. Each mesh axis splits one dimension at most, the first that it can.
+    Vectors are small, so they are not split over fsdp. Each mesh axis splits at most one dimension, the first eligible one.
 
     Example:
         >>> from liger_jax.model.params import find_row
@@ -45,7 +45,7 @@ def partition_spec(parameter: Parameter) -> P:
 
 
 def check_mesh(mesh: Mesh) -> Mesh:
-    """Returns the mesh with Auto axes, which the model is written for.
+    """Returns the mesh with Auto axes, which the model requires.
 
     Raises:
         UserError: The mesh has an axis other than data, fsdp and tensor.
@@ -82,14 +82,14 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
 def param_shardings(tree: Any, mesh: Mesh, *, strict: bool = True) -> Any:
     """Returns the sharding of every leaf, derived from the table of parameters (`liger_jax.model.params`).
 
-    A dimension that the devices of its mesh axis do not divide evenly stays whole. Scalars are replicated.
+    A dimension stays whole if its size is not divisible by that of its mesh axis. Scalars are replicated.
 
     Args:
         tree: a model, its gradients, or any pytree whose leaves have the paths and shapes of parameters, such as an
             optimizer's moments.
-        mesh: any of the axes data, fsdp, tensor.
-        strict: raise for arrays that are not parameters. With False they are replicated, as a random key in an
-            optimizer's state is.
+        mesh: a mesh with any of the axes data, fsdp, tensor.
+        strict: raise for arrays that are not parameters. With False they are replicated, such as a random key in an
+            optimizer's state.
 
     Raises:
         LookupError: A parameter has no row in the table.
@@ -113,7 +113,7 @@ def _if_divisible(axis: str | None, size: int, mesh: Mesh) -> str | None:
 
 
 def get_mesh(tree: Any) -> Mesh | None:
-    """Returns the mesh that a tree's arrays are placed on, or None."""
+    """Returns the mesh on which a tree's arrays are placed, or None."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(getattr(leaf, "sharding", None), NamedSharding):
             return leaf.sharding.mesh
@@ -123,16 +123,15 @@ def get_mesh(tree: Any) -> Mesh | None:
 def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
     """Moves a batch to the devices of a mesh, with its rows split over the data and fsdp axes.
 
-    Empty rows are appended until the devices divide the number of rows. A batch that is on the devices already is returned
-    unchanged.
+    Empty rows are appended until all devices have equally many. A batch that is already on the devices is returned as is.
 
     Args:
         batch: as `prepare` returns it.
         mesh: None for a single device.
-        multiple: the number of rows per device is made a multiple of this, too.
+        multiple: rows per device are padded to a multiple of this.
 
     Raises:
-        UserError: A batch on the devices has a number of rows that `multiple` does not divide.
+        UserError: A batch that is already on the devices has a number of rows that `multiple` does not divide.
     """
     if isinstance(batch.input_ids, jax.Array):
         if batch.shape[0] % multiple:
@@ -147,14 +146,14 @@ def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
 
 
 def mesh_context(mesh: Mesh | None):
-    """Returns a context manager in which `constrain_batch` and the like know the mesh."""
+    """Returns a context manager that sets the mesh for `constrain_batch`, `constrain_batch_and_seq` and `replicate`."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Constrains an activation's rows to the sharding of the batch, so that weights are gathered and activations are not.
 
-    The partitioner might otherwise follow the layout of the weights. Without a mesh this does nothing.
+    The partitioner might otherwise follow the layout of the weights. Without a mesh, returns x unchanged.
     """
     axes = _auto_axes(BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
@@ -163,7 +162,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 def constrain_batch_and_seq(x: jax.Array) -> jax.Array:
     """Constrains x [B, T, ...] as `constrain_batch` does, and splits its positions over `tensor`.
 
-    For operations on single positions, which the devices along `tensor` would otherwise all repeat.
+    For operations that act on each position separately, which all devices along `tensor` would otherwise repeat.
     """
     if not _auto_axes(("tensor",)) or x.shape[1] % jax.sharding.get_abstract_mesh().shape["tensor"]:
         return x
@@ -171,13 +170,13 @@ def constrain_batch_and_seq(x: jax.Array) -> jax.Array:
 
 
 def replicate(weight: jax.Array) -> jax.Array:
-    """Gathers a split weight on every device, for a lookup, where the partitioner would rather move the activations."""
+    """Gathers a sharded weight on every device, for a lookup. The partitioner would otherwise move the activations."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(weight, P()) if AxisType.Auto in mesh.axis_types else weight
 
 
 def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns those of the mesh axes that the current mesh has and that the partitioner may split."""
+    """Returns those of `names` that are Auto axes of the current mesh, over which the partitioner may split arrays."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(name for name in names if types.get(name) == AxisType.Auto)

@@ -1,8 +1,8 @@
 """The language model: embeddings in, hidden states out.
 
-Shapes: B rows, T tokens, H width, N query heads and K key/value heads of D numbers. The caller supplies attention as a
-callback, so that the same layers serve training (attention within a row), prefill (the same, and keys and values are
-returned) and decoding (attention to a KV cache).
+Shapes: B rows, T tokens, H width, N query heads and K key/value heads of size D. The caller supplies attention as a
+callback, so that the same layers serve training (attention within a row), prefill (which also returns keys and values) and
+decoding (attention to a KV cache).
 """
 
 from collections.abc import Callable
@@ -84,7 +84,7 @@ class LanguageModel(nnx.Module):
         """Returns the M-RoPE tables cos and sin [B, T, D/2] for positions (t, h, w) [B, 3, T].
 
         The first mrope_section[0] frequencies rotate with t, the next with h, the last with w. The three tables are merged
-        once, so that each layer applies a single one.
+        into one here, once for all layers.
         """
         sections = self.config.mrope_section
         axis = np.repeat(np.arange(len(sections)), sections)  # the position axis of each frequency
@@ -101,7 +101,7 @@ class LanguageModel(nnx.Module):
         execution: LayerExecution = DEFAULT_EXECUTION,
         capture: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Returns the normed hidden states [B, T, H] of embeddings x [B, T, H], and attend's further results, stacked.
+        """Returns the normed hidden states [B, T, H] for embeddings x [B, T, H], and attend's further results by layer.
 
         `capture`, if given, receives the outputs of all layers.
         """

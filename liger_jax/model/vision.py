@@ -1,7 +1,7 @@
 """The vision tower: patches of images and video frames in, one feature vector per 2 x 2 patches out.
 
-Shapes: B rows, P patches per row (of several images and frames, then padding), E width, n heads of d numbers. A patch
-attends to the patches of its own image or frame only: those with the same segment id.
+Shapes: B rows, P patches per row (of several images and frames, then padding), E width, n heads of size d. A patch attends
+only to patches of its own image or frame, which have the same segment id.
 """
 
 import jax
@@ -59,7 +59,7 @@ class VisionBlock(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """Merges each four neighbouring patches, which are consecutive rows, into one vector of the text model's width."""
+    """Merges each four neighbouring (consecutive) patches into a vector of the text width: x [B, P, E] to [B, P/4, H]."""
 
     def __init__(self, init: Initializer, config: VisionConfig):
         merged = (config.embed_dim * config.merge_unit,)
@@ -74,7 +74,7 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding, transformer blocks and merger: patches to features of the text model's width."""
+    """Patch embedding, transformer blocks and merger: turns patches into features of the text model's width."""
 
     def __init__(self, init: Initializer, config: VisionConfig):
         self.config = config
@@ -85,7 +85,7 @@ class VisionTower(nnx.Module):
     def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the axial RoPE tables cos and sin [B, P, d/2] for positions (h, w) [B, P, 2].
 
-        The first half of the frequencies rotates with the row of the patch, the second half with its column.
+        The first half of the frequencies rotates with h, the patch's row in the image, the second half with w, its column.
         """
         inv_freq = inverse_frequencies(self.config.rope_theta, self.config.head_dim // 4)
         angle = position_ids.astype(jnp.float32)[..., None] * inv_freq  # [B, P, 2, d/4]

@@ -20,7 +20,7 @@ SLOTS = 7  # filled by the prompt
 
 @pytest.fixture(scope="module")
 def model():
-    """The tiny model, with random norms and biases in place of ones and zeros."""
+    """Returns the tiny model, with random norms and biases instead of ones and zeros."""
     model = LanguageModel(Initializer(0, "float32", 0.1), Qwen2VLConfig.tiny().text)
     keys = iter(jax.random.split(jax.random.key(1), 100))
     return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape, w.dtype), model)
@@ -55,6 +55,7 @@ def by_layers(model, head, xs, positions, cache):
 
 
 def by_steps(implementation, model, head, xs, positions, cache):
+    """Runs `decode_step` on the same tokens."""
     packed = PackedModel.from_model(model, head)
 
     def step(cache, step_and_x):
@@ -68,8 +69,8 @@ def by_steps(implementation, model, head, xs, positions, cache):
 
 
 @pytest.mark.parametrize("implementation, batch", [(None, 1), ("xla", 3), ("interpret", 1), ("interpret", 5)])
-def test_steps_equal_the_layers(model, implementation, batch):
-    """Logits and the whole cache, over several steps, for one row and for several."""
+def test_decode_step_matches_layers(model, implementation, batch):
+    """Logits and the whole cache are equal over several steps, for one row and for several."""
     rng = np.random.default_rng(2)
     xs = jnp.asarray(rng.normal(size=(STEPS, batch, model.config.hidden_size)), jnp.float32)
     head = jnp.asarray(0.1 * rng.normal(size=(20, model.config.hidden_size)), jnp.float32)

@@ -1,4 +1,4 @@
-"""The table of parameters: it covers the model, and all that is derived from it equals the rules that it replaced."""
+"""The table of parameters covers the model, and everything derived from it equals the recorded rules that it replaced."""
 
 import functools
 import json
@@ -24,14 +24,14 @@ PRESETS = ("qwen2_vl_2b", "qwen2_vl_7b", "qwen2_vl_72b", "tiny")
 
 @functools.cache
 def parameters(preset):
-    """{path: shape} of a model with LoRA of rank 8 in all layers that can have it."""
+    """Returns {path: shape} for a model with LoRA of rank 8 in all layers that can have it."""
     model = Qwen2VL.abstract(getattr(Qwen2VLConfig, preset)())
     model = jax.eval_shape(functools.partial(add_lora, rank=8, targets="all-linear"), model)
     return param_paths(model)
 
 
 def trimmed(spec):
-    """A PartitionSpec as a list, without trailing None."""
+    """Returns a PartitionSpec as a list, without trailing None."""
     entries = list(spec)
     while entries and entries[-1] is None:
         entries.pop()
@@ -53,7 +53,7 @@ def test_axes_match_every_shape(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_shardings_equal_the_recorded_ones(preset):
+def test_shardings_match_the_recording(preset):
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
     shardings = param_shardings(parameters(preset), mesh)
     for path, sharding in shardings.items():
@@ -62,7 +62,7 @@ def test_shardings_equal_the_recorded_ones(preset):
         assert trimmed(sharding.spec) == recorded, path
 
 
-def test_parts_and_decay_equal_the_recorded_ones():
+def test_parts_and_decay_match_the_recording():
     for path, recorded in RECORDED["parameters"].items():
         assert (param_group(path), find_row(path).decays) == (recorded["part"], recorded["decays"]), path
     assert {row.part for row in TABLE} == set(PARTS)
@@ -70,14 +70,14 @@ def test_parts_and_decay_equal_the_recorded_ones():
     assert get_args(freezable) == PARTS
 
 
-def test_lora_targets_equal_the_recorded_ones():
-    """PEFT's names and the paths, in the same order, which decides A's random numbers."""
+def test_lora_targets_match_the_recording():
+    """PEFT's names and paths are in the same order, which determines A's random numbers."""
     assert list(TARGETS.items()) == list(RECORDED["lora_targets"].items())
     assert list(TEXT_TARGETS) == list(TARGETS)[:7]
 
 
 def recorded_batches(config):
-    """The batches of the recording: text alone, and two images in padded rows."""
+    """Returns the batches of the recording: text alone, and two images in padded rows."""
     text = np.random.default_rng(0).integers(0, 200, (2, 64))
     ids = np.full((2, 80), 5)
     ids[0, 0], ids[0, 1:17] = config.vision_start_token_id, config.image_token_id
@@ -92,8 +92,8 @@ def recorded_batches(config):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_flops_equal_the_recorded_ones(preset):
-    """To the last bit, for frozen and adapted parts."""
+def test_flops_match_the_recording(preset):
+    """Equal to the last bit, for all frozen and adapted parts."""
     config = getattr(Qwen2VLConfig, preset)()
     batches = recorded_batches(config)
     for case, flops in RECORDED["flops"][preset].items():
@@ -103,8 +103,8 @@ def test_flops_equal_the_recorded_ones(preset):
 
 
 @pytest.mark.parametrize("path", ["language_model/layers/self_attn/q_norm/weight", "audio/blocks/fc1/kernel"])
-def test_a_parameter_without_a_row_is_an_error(path):
-    """In sharding, in the optimizer, and where its part is asked for: it is never silently replicated or left to decay."""
+def test_parameter_without_a_row_raises(path):
+    """Sharding, the optimizer and look-ups raise: the parameter is never silently replicated or decayed."""
     tree = {path: jax.ShapeDtypeStruct((4, 8), "float32")}
     for use in (
         lambda: find_row(path),
@@ -116,8 +116,8 @@ def test_a_parameter_without_a_row_is_an_error(path):
             use()
 
 
-def test_an_optimizer_may_keep_arrays_that_are_no_parameters():
-    """A random key or a scalar is replicated; an array under a parameter's path still needs its row."""
+def test_optimizer_state_may_hold_other_arrays():
+    """A random key or a scalar is replicated. An array whose path leads into the model still needs a row."""
     mesh = jax.make_mesh((2,), ("fsdp",))
     array = jax.ShapeDtypeStruct((4, 8), "float32")
     shardings = param_shardings({"rng_key": array, "count": jax.ShapeDtypeStruct((), "int32")}, mesh, strict=False)

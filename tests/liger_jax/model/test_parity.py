@@ -1,7 +1,7 @@
 """The model equals Hugging Face transformers: every layer, logits, loss, and the gradient of every parameter.
 
 Expected values come from tests/references/make_model.py (torch, float32). A wrong rotation, mask, order of patches or
-merge shows in one of these long before it shows in a trained model.
+merge shows up here long before it shows up in a trained model.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from liger_jax import loss_fn
 from tests._support import parity
 from tests._support.parity import assert_near, expected
 
-# Scenario and model. With a tied head, its gradient adds to the embedding's; two scenarios cover that.
+# Scenario and model. The gradient of a tied head adds to that of the embedding; two scenarios cover that.
 ALL = [(scenario, "untied") for scenario in parity.SCENARIOS + parity.PACKED]
 ALL += [("text_batch_left", "tied"), ("image_video", "tied")]
 
-logits_of = jax.jit(lambda model, batch: model(batch))
-activations_of = jax.jit(lambda model, batch: model.activations(batch))
-loss_of = jax.jit(loss_fn)
-gradients_of = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+jitted_logits = jax.jit(lambda model, batch: model(batch))
+jitted_activations = jax.jit(lambda model, batch: model.activations(batch))
+jitted_loss = jax.jit(loss_fn)
+jitted_gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
 def common_batch(scenario, rule="hf5"):
@@ -33,24 +33,24 @@ def common_batch(scenario, rule="hf5"):
 
 @functools.cache
 def activations(scenario, rule="hf5"):
-    return activations_of(parity.model(), common_batch(scenario, rule))
+    return jitted_activations(parity.model(), common_batch(scenario, rule))
 
 
 @functools.cache
 def trained(scenario, name="untied"):
     """Returns loss, metrics, and {hub name: gradient}."""
-    (loss, metrics), grads = gradients_of(parity.model(name), common_batch(scenario))
+    (loss, metrics), grads = jitted_gradients(parity.model(name), common_batch(scenario))
     return loss, metrics, to_hf_state(grads)
 
 
 def own_tokens(array, scenario):
-    """Returns the entries [tokens, ...] of the scenario's own tokens, from an array [B, T, ...] of the bucketed batch."""
+    """Returns the entries [tokens, ...] for the scenario's own tokens from an array [B, T, ...] for the bucketed batch."""
     mask = parity.tokens(scenario)
     return np.asarray(array)[: mask.shape[0], : mask.shape[1]][mask]
 
 
 def own_patches(batch, scenario, kind):
-    """Returns row and position in the batch of each patch in the scenario's inputs, identified by its random pixels."""
+    """Returns the row and position in the batch of each patch in the scenario's inputs, identified by its random pixels."""
     key = {"image": "pixel_values", "video": "pixel_values_videos"}[kind]
     pixels = batch.vision.pixel_values
     index = {pixels[b, p].tobytes(): (b, p) for b in range(pixels.shape[0]) for p in range(pixels.shape[1])}
@@ -59,8 +59,8 @@ def own_patches(batch, scenario, kind):
 
 @pytest.mark.parametrize("scenario", parity.SCENARIOS)
 def test_logits(scenario):
-    logits, wanted = activations(scenario)["logits"], expected(scenario, "logits")
-    assert_near(own_tokens(logits, scenario), wanted[parity.tokens(scenario)], name="logits")
+    logits, reference = activations(scenario)["logits"], expected(scenario, "logits")
+    assert_near(own_tokens(logits, scenario), reference[parity.tokens(scenario)], name="logits")
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_logits(scenario):
 def test_logits_of_an_unpadded_batch(scenario, name):
     """A jitted forward pass on the output of `prepare`: the caller's rows and positions, and the exact vocabulary."""
     batch = parity.batch(scenario)
-    logits = logits_of(parity.model(name), batch)
+    logits = jitted_logits(parity.model(name), batch)
     assert logits.shape == (*batch.shape, parity.config().text.vocab_size)
-    wanted = expected(scenario, "logits", name=name)
-    assert_near(own_tokens(logits, scenario), wanted[parity.tokens(scenario)], name="logits")
+    reference = expected(scenario, "logits", name=name)
+    assert_near(own_tokens(logits, scenario), reference[parity.tokens(scenario)], name="logits")
 
 
 @pytest.mark.parametrize(("scenario", "name"), ALL)
@@ -93,7 +93,7 @@ def test_loss(scenario, name):
 @pytest.mark.parametrize("scenario", parity.SCENARIOS)
 def test_loss_with_num_items(scenario):
     """A trainer passes num_items when it spreads a batch over several calls."""
-    loss, _ = loss_of(parity.model(), common_batch(scenario), 100)
+    loss, _ = jitted_loss(parity.model(), common_batch(scenario), 100)
     assert_near(loss, expected(scenario, "loss_num_items_100"), name="loss")
 
 
@@ -120,22 +120,22 @@ def test_text_layers(scenario):
     outputs = {key: layers[key] for key in ("inputs_embeds", "final_hidden")}
     outputs |= {f"text_layer{i}": layer for i, layer in enumerate(np.asarray(layers["text_layers"]))}
     for key, value in outputs.items():
-        wanted = expected(scenario, key)[parity.tokens(scenario)]
-        assert_near(own_tokens(value, scenario), wanted, name=key)
+        reference = expected(scenario, key)[parity.tokens(scenario)]
+        assert_near(own_tokens(value, scenario), reference, name=key)
 
 
 @pytest.mark.parametrize(("scenario", "name"), ALL)
 def test_gradient_of_every_parameter(scenario, name):
     """Gradients are the same for padding on either side and for packed rows."""
     source = scenario.removeprefix("packed_").replace("_right", "_left")
-    wanted = parity.expected_gradients(source, name=name)
+    reference = parity.expected_gradients(source, name=name)
     grads = trained(scenario, name)[-1]
-    assert grads.keys() == wanted.keys()
-    for key, value in wanted.items():
+    assert grads.keys() == reference.keys()
+    for key, value in reference.items():
         assert_near(grads[key], value, name=key)
 
 
-def test_text_gives_the_vision_tower_no_gradient():
+def test_vision_tower_has_no_gradient_for_text():
     grads = trained("text")[-1]
     assert not any(grads[key].any() for key in grads if key.startswith("visual."))
 
@@ -151,10 +151,10 @@ def test_packed_rows(scenario):
     assert_near(trained(scenario)[0], trained(unpacked)[0], tolerance=1e-6, name="loss")
 
 
-def test_no_sequence_predicts_the_next():
-    """In a packed row whose first tokens are trained as well, the last token of a sequence has no label."""
+def test_last_token_of_a_packed_sequence_has_no_label():
+    """No sequence predicts the first token of the next, even if that token is trained."""
     batch = common_batch("packed_text_batch_left")
-    _, metrics = loss_of(parity.model(), dataclasses.replace(batch, labels=batch.input_ids), 100)
+    _, metrics = jitted_loss(parity.model(), dataclasses.replace(batch, labels=batch.input_ids), 100)
     segment_ids = parity.inputs("packed_text_batch_left")["segment_ids"]
     assert metrics["num_tokens"] == segment_ids.size - segment_ids.max()
 
@@ -171,10 +171,10 @@ def test_padding_side_does_not_matter(scenario):
 def test_video_positions_max():
     """Rule "max" for a video with more frames than it is wide: the logits of transformers with those positions."""
     logits = own_tokens(activations("video", rule="max")["logits"], "video")
-    wanted = expected("video", "logits_max")[parity.tokens("video")]
-    assert_near(logits, wanted, name="logits")
+    reference = expected("video", "logits_max")[parity.tokens("video")]
+    assert_near(logits, reference, name="logits")
     other_rule = expected("video", "logits")[parity.tokens("video")]
-    assert np.abs(wanted - other_rule).max() > 100 * parity.TOLERANCE * np.abs(wanted).max()
+    assert np.abs(reference - other_rule).max() > 100 * parity.TOLERANCE * np.abs(reference).max()
 
 
 def test_back_to_back_images():

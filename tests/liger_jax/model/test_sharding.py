@@ -38,7 +38,7 @@ def mesh(name):
 
 @functools.cache
 def model(name):
-    """A model on the mesh, or on one device."""
+    """Returns a model on the mesh, or on one device if `name` is None."""
     return (
         parity.model()
         if name is None
@@ -48,7 +48,7 @@ def model(name):
 
 @functools.cache
 def batch(*, prompt=False):
-    """The rows of several scenarios in one batch, padded on the left."""
+    """Returns the rows of several scenarios in one batch, padded on the left."""
     parts = [parity.inputs(scenario, prompt=prompt) for scenario in SCENARIOS]
     length = max(part["input_ids"].shape[1] for part in parts)
     fillers = {"input_ids": 150, "labels": -100, "attention_mask": 0}
@@ -97,7 +97,7 @@ def test_one_step_function_serves_several_meshes(monkeypatch):
 
 
 def test_one_device_agrees_with_transformers():
-    """The loss that the meshes are compared with is the mean over the scenarios' tokens, seven in each row."""
+    """The reference loss for the meshes is the mean over the scenarios' tokens, seven in each row."""
     losses = [parity.expected(scenario, "loss") for scenario in SCENARIOS]
     parity.assert_near(trained(None)[1]["loss"], np.average(losses, weights=[2, 1]))
 
@@ -113,7 +113,7 @@ def test_logits(name):
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "data-tensor"])
 def test_tokens(name):
-    """Greedy tokens, of the caller's rows only."""
+    """Greedy tokens equal those of transformers, for the caller's rows only."""
     tokens = generate(model(name), batch(prompt=True), max_new_tokens=NEW, eos_token_id=())
     expected = np.concatenate([parity.expected(scenario, "greedy") for scenario in SCENARIOS])
     np.testing.assert_array_equal(tokens, expected)
@@ -152,7 +152,7 @@ def test_only_weights_are_gathered(name):
 
 
 def test_loss_is_split_over_all_devices(monkeypatch):
-    """Along `tensor` too, where every device once computed the loss of the same tokens."""
+    """Regression test: the devices along `tensor` all computed the loss for the same tokens."""
     shapes, over_chunks = [], linear_cross_entropy._over_chunks
 
     def record_shape(static, process_chunk, weight, x, *row_arrays):
@@ -160,10 +160,10 @@ def test_loss_is_split_over_all_devices(monkeypatch):
         return over_chunks(static, process_chunk, weight, x, *row_arrays)
 
     monkeypatch.setattr(linear_cross_entropy, "_over_chunks", record_shape)
-    of_mesh = model("data-fsdp-tensor")
-    placed = shard_batch(batch(), get_mesh(of_mesh))
-    with mesh_context(get_mesh(of_mesh)):
-        jax.jit(jax.grad(lambda m, b: loss_fn(m, b)[0])).lower(of_mesh, placed).compile()
+    sharded_model = model("data-fsdp-tensor")
+    placed = shard_batch(batch(), get_mesh(sharded_model))
+    with mesh_context(get_mesh(sharded_model)):
+        jax.jit(jax.grad(lambda m, b: loss_fn(m, b)[0])).lower(sharded_model, placed).compile()
     assert math.prod(shapes[0][:2]) == 4 * math.prod(shapes[-1][:2])
 
 
@@ -203,6 +203,6 @@ def test_checkpoint_loads_onto_a_mesh():
     assert weight.addressable_shards[0].data.shape == (2, 8, 48)
 
 
-def test_unknown_mesh_axes_are_refused():
+def test_unknown_mesh_axes_are_rejected():
     with pytest.raises(ValueError, match="expert"):
         Qwen2VL.init(parity.config(), mesh=Mesh(np.array(jax.devices()[:2]), ("expert",)))
