@@ -1,4 +1,4 @@
-"""Converts Hugging Face weights and PEFT adapters to this model and back."""
+"""Converts Hugging Face checkpoints and PEFT adapters to this model and back."""
 
 from convert.adapter import load_adapter, save_adapter
 from convert.load import open_model

@@ -1,6 +1,6 @@
 """Reads and writes LoRA in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
-The names follow from the table of weights: for a weight [out, in] of the module x, as transformers 4.52 and later name it,
+The names follow from the table of weights. For the weight [out, in] of a module that transformers 4.52 and later call x,
 PEFT stores A [r, in] as `base_model.model.x.lora_A.weight` and B [out, r] as `base_model.model.x.lora_B.weight`.
 """
 
@@ -26,7 +26,7 @@ from liger_jax.model.sharding import get_mesh
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-# {path of a Linear that LoRA can adapt: the row of its weight}
+# {path of a linear layer that LoRA can adapt: the row of its weight}
 ADAPTED = {
     row.path.removesuffix("/kernel"): row for row in TABLE if row.path.removesuffix("/kernel") in TARGETS.values()
 }
@@ -65,12 +65,12 @@ ADAPTER = tuple(lora_row for row in ADAPTED.values() for lora_row in _lora_rows(
 
 
 def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | None = None) -> None:
-    """Writes the model's LoRA as a folder that PEFT loads on top of the model without it.
+    """Writes the model's LoRA weights and options to a folder that PEFT loads on top of the base model.
 
-    The files appear in the folder together at the end; other files in it stay.
+    All files appear in the folder together at the end. Other files in it are kept.
 
     Args:
-        model: with LoRA.
+        model: the model, with LoRA.
         directory: the folder to write.
         base_model: hub id or folder of the model without LoRA, for PEFT's AutoPeftModel.
 
@@ -87,7 +87,7 @@ def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | Non
     """
     options = lora_config(model)
     if options is None:
-        raise UserError("model has no LoRA to save; expected one with LoRA (to_hf writes weights)")
+        raise UserError("model has no LoRA to save; expected one with LoRA (to_hf writes the weights of a model)")
     leaves = lora_leaves(model)
     sizes = _read_sizes(model, leaves)
     config = {
@@ -115,15 +115,15 @@ def load_adapter(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Qwen2VL:
-    """Returns the model with an adapter of PEFT or `save_adapter`, from a folder or from the Hugging Face hub.
+    """Returns the model with an adapter that PEFT or `save_adapter` wrote, from a folder or from the Hugging Face hub.
 
-    Supports the module names of all versions of transformers. The weights are shared with `model`, not copied. A dropout in
-    the adapter's configuration is ignored, as it applies to training only.
+    Supports the module names of all versions of transformers. The weights are shared with `model`, not copied. Dropout in
+    the adapter's configuration is ignored, since it applies to training only.
 
     Args:
         model: the model that the adapter was trained for, without LoRA.
         path_or_repo_id: the folder (adapter_config.json, adapter_model.safetensors), or a hub id.
-        dtype: of A and B.
+        dtype: dtype of A and B.
         revision: branch, tag or commit on the hub.
         cache_dir: download cache; None: huggingface_hub's own.
 
@@ -133,8 +133,8 @@ def load_adapter(
     Raises:
         NotFoundError: the folder, the repository, or a file in it does not exist.
         UserError: an unsupported option (DoRA, trained biases, fully trained modules, separate ranks for some modules, only
-            some layers, ...), or tensors that do not match. One error names all tensors that are missing, unexpected or
-            of another shape.
+            some layers, ...), or tensors that do not match. One error lists all tensors that are missing, unexpected,
+            mis-shaped or not floating point.
 
     Example:
         >>> load_adapter(model, "runs/adapter")  # doctest: +SKIP
@@ -143,24 +143,25 @@ def load_adapter(
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         files = sorted(path.name for path in folder.iterdir())
-        raise NotFoundError(f"{folder} has no {' and no '.join(missing)}, only {files}; expected an adapter")
+        raise NotFoundError(f"{folder} has no {' and no '.join(missing)}, only {files}; expected a PEFT adapter")
     options, dtype = dataclasses.asdict(read_adapter_config(folder / CONFIG)), float_dtype(dtype)
     abstract = jax.eval_shape(lambda model: add_lora(model, **options, dtype=dtype), model)
     leaves = lora_leaves(abstract)
     sizes = _read_sizes(model, leaves)
     expected = {tensor.name: tensor for tensor in hub_tensors(leaves, sizes, ADAPTER)}
     complaint = f"{folder / WEIGHTS} has tensors that do not fit its {CONFIG} and the model"
-    stored = match_tensors(expected, list_file(folder / WEIGHTS), complaint, rename=_current_name)
+    stored = match_tensors(expected, list_file(folder / WEIGHTS), complaint, rename=_current_peft_name)
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
     values = param_paths(model) | load_parameters(leaves, get_mesh(model), pairs, sizes)
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[path] for path in param_paths(abstract)])
 
 
 def read_adapter_config(file: Path) -> LoraOptions:
-    """Returns the options in PEFT's configuration.
+    """Returns the LoRA options in an adapter_config.json.
 
     Raises:
-        UserError: not LoRA, no rank or alpha, no adapted module, or an unsupported option that changes the outputs.
+        UserError: it is not LoRA, has no rank or alpha, adapts no module, or sets an unsupported option that changes the
+            outputs.
     """
     config = read_json_object(file)
     peft_type = config.pop("peft_type", None)
@@ -213,7 +214,8 @@ def _matches(modules: str | Collection[str] | None, path: str) -> bool:
     return any(f".{name}".endswith(f".{module}") for name in names for module in modules or ())
 
 
-def _current_name(name: str) -> str:
+def _current_peft_name(name: str) -> str:
+    """Returns PEFT's name of a tensor with transformers 4.52 and later, given its name with any version."""
     return PREFIX + current_name(original_name(name.removeprefix(PREFIX)))
 
 

@@ -1,4 +1,4 @@
-"""Assembles parameters from the tensors of their layers, in the order in which the files hold them."""
+"""Assembles parameters from the tensors of their layers, which arrive in the order of the files."""
 
 import functools
 from typing import Any
@@ -10,24 +10,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from convert.table import hub_partition, to_parameter
 
-# Bytes sent to a device at a time: the driver makes a pinned copy of a transfer, and never releases that memory.
+# Bytes sent to a device at a time. The driver makes a pinned copy of each transfer, and never releases that memory.
 PIECE_BYTES = 2**26
 
-# Parameters up to this many bytes are assembled in host memory, as norms and biases are: rearranging them there needs
+# Parameters of up to this many bytes, such as norms and biases, are assembled in host memory. Rearranging them there needs
 # no compilation, and no call to the device for each layer.
 SMALL_BYTES = 2**24
 
 
-def assemble(
+def make_assembler(
     layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None
-) -> "OnHost | OnDevice":
-    """Returns an empty parameter of a shape and dtype: `put` the hub's tensors in any order, then `finish`."""
+) -> "HostAssembler | DeviceAssembler":
+    """Returns the assembler of a parameter: `put` the tensors of its layers in any order, then `finish`."""
     small = leaf.size * leaf.dtype.itemsize <= SMALL_BYTES
-    return (OnHost if small else OnDevice)(layout, sizes, leaf, sharding)
+    return (HostAssembler if small else DeviceAssembler)(layout, sizes, leaf, sharding)
 
 
-class OnHost:
-    """A parameter that is filled in host memory and sent to the devices at the end."""
+class HostAssembler:
+    """Fills a parameter in host memory, and sends it to the devices at the end."""
 
     def __init__(self, layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None):
         self.layout, self.sizes, self.sharding = layout, sizes, sharding
@@ -40,8 +40,8 @@ class OnHost:
         return jax.device_put(self.value, self.sharding)
 
 
-class OnDevice:
-    """A parameter that is filled on its devices: each tensor is sent alone, rearranged there, and written in place."""
+class DeviceAssembler:
+    """Fills a parameter on its devices: each tensor is sent separately, rearranged there, and written in place."""
 
     def __init__(self, layout: str, sizes: dict[str, int], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None):
         self.layout, self.sizes, self.leaf, self.sharding = layout, tuple(sizes.items()), leaf, sharding
@@ -57,7 +57,7 @@ class OnDevice:
             if self.value is None:
                 self.value = jnp.zeros(self.leaf.shape, self.leaf.dtype, device=self.sharding)
             self.value = _write_layer(self.value, on_device, layer, self.layout, self.sizes, self.sharding)
-        # without waiting, the next tensors would be read while this one is still in host memory
+        # otherwise the next tensors would be read while this one is still in host memory
         self.value.block_until_ready()
 
     def finish(self) -> jax.Array:
@@ -65,7 +65,7 @@ class OnDevice:
         return self.value
 
     def _hub_sharding(self, layer: int | None) -> NamedSharding | None:
-        """Returns a sharding of the hub's tensor with which each device receives little more than its part."""
+        """Returns a sharding of the hub's tensor that sends each device little more than its part of the parameter."""
         if self.sharding is None:
             return None
         spec = self.sharding.spec if layer is None else self.sharding.spec[1:]
@@ -73,7 +73,7 @@ class OnDevice:
 
 
 def _send(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
-    """Copies a tensor to the devices; to a single device in pieces."""
+    """Returns a tensor on the devices. A single device receives it in pieces of PIECE_BYTES."""
     length = max(1, PIECE_BYTES * len(tensor) // tensor.nbytes)
     if sharding is not None or length >= len(tensor):
         return jax.device_put(tensor, sharding)
@@ -86,7 +86,7 @@ def _send(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_piece(tensor: jax.Array, piece: jax.Array, start: int) -> jax.Array:
-    """Writes a slice of a tensor in place."""
+    """Returns the tensor with a piece of it written in place."""
     return jax.lax.dynamic_update_slice_in_dim(tensor, piece, start, 0)
 
 
@@ -100,7 +100,7 @@ def _rearrange(tensor: jax.Array, layout: str, sizes: tuple, dtype: Any, shardin
 def _write_layer(
     stack: jax.Array, tensor: jax.Array, layer: int, layout: str, sizes: tuple, sharding: NamedSharding | None
 ) -> jax.Array:
-    """Writes one layer into its stack in place."""
+    """Returns the stack with one layer of it written in place."""
     value = to_parameter(layout, tensor, dict(sizes)).astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
     return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)

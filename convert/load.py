@@ -1,4 +1,4 @@
-"""Opens a model of any format, and converts a checkpoint from one format to the other."""
+"""Opens a model in any format, and converts checkpoints between the formats."""
 
 import shutil
 import time
@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from convert.reader import find_checkpoint, from_hf
 from convert.writer import to_hf
 from liger_jax.checkpoint import is_model, load_model, save_model
-from liger_jax.errors import AlreadyExistsError, UserError
-from liger_jax.files import GENERATION_CONFIG
+from liger_jax.errors import UserError
+from liger_jax.files import GENERATION_CONFIG, check_new_folder
 from liger_jax.model import Qwen2VL
 from liger_jax.model.lora import lora_config, merge_lora
 
@@ -38,11 +38,11 @@ def open_model(path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | N
 
     Args:
         path_or_repo_id: an Orbax folder (a saved model or a training run), a Hugging Face folder, or a hub id.
-        dtype: of the weights; None: as stored for Orbax, bfloat16 for Hugging Face.
+        dtype: dtype of the weights; None: as stored for Orbax, bfloat16 for Hugging Face.
         mesh: devices to place the weights on; None: the default device.
 
     Raises:
-        NotFoundError: neither a folder with a model nor a repository that the hub has.
+        NotFoundError: there is no folder with a model, and no repository on the hub.
         UserError: the stored tensors do not fit the configuration.
 
     Example:
@@ -77,9 +77,9 @@ def convert_checkpoint(
     Args:
         source: an Orbax folder (a saved model, or a training run: its latest step), a Hugging Face folder, or a hub id.
         target: the folder to write.
-        to: "orbax" or "hf"; None: the format that `source` does not have.
-        dtype: of the weights; None: bfloat16 from Hugging Face, as stored from Orbax.
-        max_shard_size: of Hugging Face files, see `to_hf`.
+        to: "orbax" or "hf"; None: the opposite of the format of `source`.
+        dtype: dtype of the weights; None: bfloat16 from Hugging Face, as stored from Orbax.
+        max_shard_size: maximum size of a Hugging Face file, see `to_hf`.
         revision, allow_pickle: see `from_hf`.
         overwrite: write into a folder that is not empty.
 
@@ -94,10 +94,7 @@ def convert_checkpoint(
     if to not in (None, "orbax", "hf"):
         raise UserError(f"to is {to!r}; expected 'orbax', 'hf' or None")
     target = Path(target)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise AlreadyExistsError(
-            f"{target} is not an empty folder; expected a new one, or --overwrite to write into it"
-        )
+    check_new_folder(target, overwrite=overwrite)
     if Path(source).exists() and target.resolve() == Path(source).resolve():
         raise UserError(f"SRC and DST are both {target}; expected different folders")
     if is_model(source):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.assemble import assemble
+from convert.assemble import make_assembler
 from convert.table import EMBEDDING, LM_HEAD, HubTensor, hub_tensors, original_name, read_sizes
 from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
 from liger_jax.checkpoint import float_dtype
@@ -21,7 +21,7 @@ from liger_jax.model import Qwen2VL
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
 
-# Files to download from a hub repository. Pickles only on request.
+# Files to download from a hub repository. Pickles are downloaded only on request.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 PICKLES = ("pytorch_model*.bin",)
 
@@ -35,15 +35,15 @@ def from_hf(
     cache_dir: str | Path | None = None,
     allow_pickle: bool = False,
 ) -> Qwen2VL:
-    """Loads a Qwen2-VL checkpoint of transformers, from a folder or from the Hugging Face hub.
+    """Loads a Qwen2-VL checkpoint in transformers' format, from a folder or from the Hugging Face hub.
 
     Supports the original tensor names and those of transformers 4.52 and later, a single file or shards, tied and separate
-    heads. Each tensor is sent to its devices right after it is read, and rearranged there: the host never holds more than
-    the largest tensor.
+    heads. Each large tensor is sent to its devices right after it is read, and rearranged there, so the host holds one of
+    them at a time.
 
     Args:
         path_or_repo_id: the folder (config.json, model.safetensors or shards with an index), or a hub id.
-        dtype: floating-point dtype of the weights; weights stored in another one are converted.
+        dtype: floating-point dtype of the weights; weights stored in another dtype are converted.
         mesh: devices to place the weights on, split as `liger_jax.model.sharding` describes; None: the default device.
         revision: branch, tag or commit on the hub.
         cache_dir: download cache; None: huggingface_hub's own.
@@ -51,8 +51,8 @@ def from_hf(
 
     Raises:
         NotFoundError: the folder, the repository, or a file in it does not exist.
-        UserError: a damaged file, or tensors that do not fit the configuration. One error names all tensors that are
-            missing, unexpected, of another shape or not floating point, before anything is placed on a device.
+        UserError: a damaged file, or tensors that do not fit the configuration. One error lists all tensors that are
+            missing, unexpected, mis-shaped or not floating point, before anything is placed on a device.
 
     Example:
         >>> model = from_hf("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
@@ -104,7 +104,7 @@ def match_tensors(
     rename: Callable[[str], str] = original_name,
     optional: Collection[str] = (),
 ) -> dict[str, StoredTensor]:
-    """Returns {name: stored tensor} for all expected tensors, and for optional ones that are stored.
+    """Returns {name in `expected`: stored tensor} for all expected tensors, and for the optional ones that are stored.
 
     Args:
         expected: {name: tensor} of all tensors that must be stored.
@@ -114,7 +114,7 @@ def match_tensors(
         optional: further names that may be stored.
 
     Raises:
-        UserError: the complaint, and everything that does not match.
+        UserError: any tensor does not match. The message is the complaint, and a list of all mismatches.
     """
     stored: dict[str, StoredTensor] = {}
     duplicates = []
@@ -142,7 +142,7 @@ def match_tensors(
 
 
 def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
-    """Shortens a long list of names: one entry per layer becomes `model.layers.{0,1,2}.mlp.up_proj.weight`."""
+    """Shortens a long list: the names of all layers become one, such as `model.layers.{0,1,2}.mlp.up_proj.weight`."""
     if len(names) <= limit:
         return names
     layers: dict[str, list[str]] = {}
@@ -153,7 +153,7 @@ def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
 
 
 def _check_tied_head(head: StoredTensor, embedding: StoredTensor, rows: int = 65_536) -> None:
-    """Raises UserError if the stored head of a tied model differs from its embedding. Compares some rows at a time."""
+    """Raises UserError if the stored head of a tied model differs from its embedding. Compares `rows` rows at a time."""
     with contextlib.ExitStack() as stack:
         head_file = stack.enter_context(open_weights(head.file))
         embedding_file = stack.enter_context(open_weights(embedding.file))
@@ -183,9 +183,9 @@ def load_parameters(
     by_file = sorted(stored, key=lambda pair: str(pair[0].file))
     layouts = {tensor.row.path: tensor.row.layout for _, tensor in by_file}
     shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
-    parameters = {path: assemble(layouts[path], sizes, leaf, shardings[path]) for path, leaf in leaves.items()}
+    assemblers = {path: make_assembler(layouts[path], sizes, leaf, shardings[path]) for path, leaf in leaves.items()}
     for file, pairs in itertools.groupby(by_file, key=lambda pair: pair[0].file):
         with open_weights(file) as weights:
             for source, tensor in pairs:
-                parameters[tensor.row.path].put(weights.read(source.name), tensor.layer)
-    return {path: parameter.finish() for path, parameter in parameters.items()}
+                assemblers[tensor.row.path].put(weights.read(source.name), tensor.layer)
+    return {path: assembler.finish() for path, assembler in assemblers.items()}

@@ -1,8 +1,8 @@
 """Maps every tensor of a Hugging Face checkpoint to a parameter of this model: one table, read in both directions.
 
-A row says that the hub tensor `hub` has the axes `hub_axes` and holds the parameter at `path`, whose own axes are in the
-table of parameters (`liger_jax.model.params`, which also explains the axis names). `{i}` in a hub name is the number of a
-layer; the tensors of all layers are stacked along the leading axis of the parameter.
+A row says that the hub tensor `hub` has the axes `hub_axes` and holds the parameter at `path`. The parameter's own axes are
+in the table of parameters (`liger_jax.model.params`, which also explains the axis names). `{i}` in a hub name is the number
+of a layer; the tensors of all layers are stacked along the leading axis of the parameter.
 
 The two sides together are a layout, `hub axes -> parameter axes`. `(N D) H -> H N D` is a torch Linear weight [out, in]
 whose outputs are N heads of D numbers: split the first dimension and move H to the front. An axis name denotes the same
@@ -148,10 +148,10 @@ def to_hub(layout: str, value: Any, sizes: Mapping[str, int]) -> Any:
 
 
 def hub_partition(layout: str, spec: Sequence[Any]) -> list[Any]:
-    """Returns the mesh axes that split each dimension of the hub tensor, so that each device receives its parameter's part.
+    """Returns the mesh axes that split each dimension of the hub tensor, so that devices receive their parameter's part.
 
     `spec` names the mesh axes of each dimension of (one layer of) the parameter. A hub dimension of several axes can only
-    be split along its slowest one; where the parameter is split along another, the hub tensor stays whole.
+    be split along its slowest one; if the parameter is split along another, the hub dimension stays whole.
     """
     hub, parameter = _sides(layout)
     mesh_axes = {axes[0]: names for axes, names in zip(parameter, spec, strict=False) if len(axes) == 1}
@@ -172,11 +172,13 @@ def read_sizes(
         table: the rows to read, `TABLE` or that of an adapter.
 
     Raises:
-        UserError: A path is not in the table, or shapes contradict each other.
+        UserError: a path is not in the table, or shapes contradict each other.
     """
     unknown = sorted(shapes.keys() - {row.path for row in table})
     if unknown:
-        raise UserError(f"{unknown} have no tensors in a Hugging Face checkpoint; expected paths as {table[0].path!r}")
+        raise UserError(
+            f"{unknown} have no tensors in a Hugging Face checkpoint; expected paths like {table[0].path!r}"
+        )
     channels, frames, side = patch
     sizes = {"3": 3, "C": channels, "T": frames, "P": side, "Q": side}
     for path, shape in shapes.items():
@@ -205,7 +207,7 @@ class HubTensor:
 
 
 def hub_tensors(paths: Iterable[str], sizes: Mapping[str, int], table: Sequence[Row] = TABLE) -> list[HubTensor]:
-    """Returns every hub tensor of these parameters, sorted by layer."""
+    """Returns every hub tensor of the parameters at these paths, sorted by layer."""
     paths = set(paths)
     tensors = [
         HubTensor(row.hub.replace("{i}", str(layer)), row, layer, hub_shape(row.layout, sizes))
@@ -217,5 +219,5 @@ def hub_tensors(paths: Iterable[str], sizes: Mapping[str, int], table: Sequence[
 
 
 def from_stack(layout: str, value: Any, layer: int | None, sizes: Mapping[str, int]) -> Any:
-    """Returns the hub tensor of one layer of a whole parameter, or of a parameter outside the layers (layer None)."""
+    """Returns the hub tensor of one layer of a stacked parameter, or of a parameter that is not stacked (layer None)."""
     return to_hub(layout, value if layer is None else value[layer], sizes)

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint folder: the tensors that they hold, read one at a time."""
+"""Lists and reads the tensors in the weight files of a checkpoint, one at a time."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[StoredTens
     """Returns every tensor of the checkpoint in a folder, read from the headers of its files.
 
     Raises:
-        NotFoundError: no weights, or a shard that the index names is missing.
+        NotFoundError: the folder has no weights, or a shard that the index names is missing.
         UserError: there are only pickle files and `allow_pickle` is false; a file is damaged or of another kind; the
             index and the shards disagree.
     """
@@ -65,7 +65,7 @@ def _list_shards(index: Path) -> list[StoredTensor]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is {weight_map!r:.60}; expected {{tensor name: file name}}")
-    # a shard is in the folder of its index: a path that leads elsewhere is a mistake or an attack
+    # a shard lies next to its index: a path that leads elsewhere is a mistake or an attack
     outside = sorted({name for name in weight_map.values() if Path(name).name != name})
     if outside:
         raise UserError(f"{index} names files outside its folder, {outside}; expected plain file names")
@@ -85,7 +85,7 @@ def _list_shards(index: Path) -> list[StoredTensor]:
 
 
 def list_file(file: Path) -> list[StoredTensor]:
-    """Returns every tensor of one file."""
+    """Returns every tensor in one weight file."""
     with open_weights(file) as weights:
         return [StoredTensor(file, name, *weights.describe(name)) for name in weights.names]
 
@@ -111,7 +111,7 @@ def open_weights(file: Path) -> Iterator[Weights]:
         yield _open_pickle(file)
         return
     try:
-        # read, not mapped: the pages of a map count as this process's memory until the file is closed
+        # pread, not mmap: mapped pages count as memory of this process until the file is closed
         handle = safe_open(file, framework="numpy", backend="pread")
     except (SafetensorError, OSError) as error:
         problem = wrong_content(file) or f"damaged, or its download was cut short ({error})"
@@ -145,7 +145,7 @@ def _open_pickle(file: Path) -> Weights:
 
     def read(name, start=None, stop=None):
         tensor = state[name][start:stop].contiguous()
-        if tensor.dtype == torch.bfloat16:  # numpy has no such dtype for torch to convert to
+        if tensor.dtype == torch.bfloat16:  # torch cannot convert bfloat16 to numpy
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 

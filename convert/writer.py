@@ -37,13 +37,14 @@ def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, 
     Args:
         tree: a `Qwen2VL`, its gradients, an `nnx.State` or nested dicts, with JAX or numpy arrays of all parameters or
             some.
-        config: of the model; needed for a tree that does not carry it if its patches are not 3 channels x 2 frames.
+        config: the model's configuration. Required if `tree` does not carry it and its patches are not those of the
+            published models (3 channels, 2 frames, 14 x 14 pixels).
 
     Returns:
         {original hub name: array}, in the same dtypes. A tied model has no `lm_head.weight`.
 
     Raises:
-        UserError: a path that is not a parameter of a Qwen2-VL, shapes that contradict each other, or LoRA.
+        UserError: the tree has a path that is not a parameter of Qwen2-VL, contradictory shapes, or LoRA.
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
@@ -55,7 +56,7 @@ def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, 
     config = config or getattr(tree, "config", None)
     patch = patch_shape(config.vision if config else VisionConfig())
     sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch)
-    # one copy to the host for each parameter, not for each layer
+    # one transfer to the host per parameter, not per layer
     values = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     return {
         tensor.name: np.ascontiguousarray(from_stack(tensor.row.layout, values[tensor.row.path], tensor.layer, sizes))
@@ -66,20 +67,18 @@ def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, 
 def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Writes a checkpoint in the layout of `save_pretrained`, which transformers loads.
 
-    It consists of config.json, generation_config.json, and model.safetensors or shards with an index. Each tensor is
-    fetched from its device and written separately. All files appear in the folder together at the end, so a write that
-    fails leaves the folder unchanged. Other files in the folder (such as a tokenizer) stay.
+    The checkpoint consists of config.json, generation_config.json, and model.safetensors or shards with an index. Each
+    tensor is fetched from its device and written separately. All files appear in the folder together at the end, so a
+    write that fails leaves the folder unchanged. Other files in the folder (such as a tokenizer) are kept.
 
     Args:
         model: all weights of a Qwen2-VL, in float32, bfloat16 or float16.
         directory: the folder to write.
-        max_shard_size: size of the largest file: bytes, or a number with KB, MB or GB. A single larger tensor gets a file
-            for itself.
+        max_shard_size: maximum size of a file: bytes, or a number with KB, MB or GB. A larger tensor gets its own file.
 
     Raises:
         AlreadyExistsError: the folder holds a training run.
-        UserError: missing weights, weights without a name on the hub (LoRA among them), or weights that are not floating
-            point.
+        UserError: weights are missing, have no name on the hub (such as LoRA's), or are not floating point.
 
     Example:
         >>> import tempfile
@@ -104,7 +103,7 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
     shards = _split(hub_tensors(leaves, sizes), leaves, shard_bytes)
     if is_run(directory):
         raise AlreadyExistsError(f"{directory} holds a training run; expected another folder for the hub's files")
-    # files of an earlier checkpoint that would be loaded in place of these
+    # weights of an earlier checkpoint that would be loaded instead of these
     orbax = ("params",) if (directory / "params" / "_METADATA").is_file() else ()
     with staged_folder(directory, stale=(*HUB_WEIGHTS, LORA, *orbax)) as folder:
         write_config(folder, config, _TORCH_NAMES[_DTYPE_NAMES[leaves["language_model/norm/weight"].dtype]])
@@ -138,7 +137,7 @@ def _refuse_lora(tree: Any) -> None:
 
 
 def _split(tensors: list[HubTensor], leaves: dict[str, Any], shard_bytes: int) -> list[list[HubTensor]]:
-    """Distributes tensors over shards, in order."""
+    """Returns the tensors of each shard: as many as fit into `shard_bytes`, in order."""
     shards: list[list[HubTensor]] = []
     free = 0
     for tensor in tensors:
@@ -188,7 +187,7 @@ def _fetch(tensor: HubTensor, leaf: Any, sizes: dict[str, int]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _rearrange(value: jax.Array, layer: int | None, layout: str, sizes: tuple) -> jax.Array:
-    # a copy, because the host's view of an array lives as long as the array: the model's would stay in host memory
+    # copied, because JAX caches the host value of an array as long as the array lives: the model's would stay in memory
     return jnp.copy(from_stack(layout, value, layer, dict(sizes)))
 
 
@@ -197,7 +196,7 @@ def _rearrange(value: jax.Array, layer: int | None, layout: str, sizes: tuple) -
 
 @contextlib.contextmanager
 def staged_folder(directory: Path, *, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """Yields a temporary folder, whose files move to `directory` if the `with` block ends without an error.
+    """Yields a temporary folder. Its files move to `directory` if the `with` block ends without an error.
 
     Args:
         directory: the folder to write, new or existing.
@@ -206,12 +205,10 @@ def staged_folder(directory: Path, *, stale: Iterable[str] = ()) -> Iterator[Pat
     Raises:
         UserError: `directory` is a file or cannot be created.
     """
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is a file; expected a folder, or a path for a new one")
     directory = directory.absolute()
-    # next to a new folder, so that it can be renamed; inside an existing one, which may be a separate disk
+    # next to a new folder, so that it can be renamed; inside an existing one, which may be on a separate disk
     parent = make_folder(directory if directory.exists() else directory.parent)
-    folder = make_folder(parent / f".{directory.name}.{secrets.token_hex(4)}.tmp")  # stays if the process is killed
+    folder = make_folder(parent / f".{directory.name}.{secrets.token_hex(4)}.tmp")  # remains if the process is killed
     try:
         yield folder
         if not directory.exists():
@@ -220,8 +217,8 @@ def staged_folder(directory: Path, *, stale: Iterable[str] = ()) -> Iterator[Pat
         written = {file.name for file in folder.iterdir()}
         for name in sorted(written):
             (folder / name).replace(directory / name)
-        for old in [file for pattern in stale for file in directory.glob(pattern)]:
-            if old.name not in written:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for path in [path for pattern in stale for path in directory.glob(pattern)]:
+            if path.name not in written:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

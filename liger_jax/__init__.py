@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# name -> module. Imported on first use: JAX takes a second, transformers two, and `liger-jax --help` needs neither.
+# name -> module. Modules are imported on first use: JAX takes a second to import, transformers two, and
+# `liger-jax --help` needs neither.
 _MODULES = {
     "Batch": "inputs.batch",
     "Batching": "options",

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a model (weights and configuration) or of a training run (the whole state).
+"""Saves and loads Orbax checkpoints of a model (weights and configuration) or of a training run (the whole state).
 
 A saved model is a self-contained folder:
 
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
-from liger_jax.files import CONFIG, GENERATION_CONFIG, make_folder, read_json_object, write_json
+from liger_jax.files import CONFIG, GENERATION_CONFIG, check_new_folder, make_folder, read_json_object, write_json
 from liger_jax.model import Qwen2VL
 from liger_jax.model.lora import add_lora, lora_config
 from liger_jax.model.params import param_paths, path_name
@@ -38,9 +38,8 @@ if TYPE_CHECKING:  # Orbax takes half a second to import
 
 LORA = "lora.json"
 HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-CHUNK_BYTES = (
-    256 * 2**20
-)  # of arrays that are on the host at a time while they are saved; a larger array is a chunk alone
+# Bytes of arrays that are on the host at a time during a save. A larger array forms its own chunk.
+CHUNK_BYTES = 256 * 2**20
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -52,11 +51,11 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     Args:
         model: the model, with or without LoRA.
         path: the folder.
-        overwrite: replace a model that is in the folder; other files in it stay.
+        overwrite: replace the model in the folder. Its other files are kept.
 
     Raises:
         AlreadyExistsError: the folder is not empty and `overwrite` is false, or it holds a training run, whose weights
-            this model would hide.
+            `load_model` would no longer find.
 
     Example:
         >>> import tempfile
@@ -69,10 +68,7 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     import orbax.checkpoint as ocp
 
     folder = Path(path).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise AlreadyExistsError(
-            f"{folder} is not an empty folder; expected a new one, or overwrite=True (--overwrite) to replace its model"
-        )
+    check_new_folder(folder, overwrite=overwrite)
     if steps := _complete_steps(folder):
         raise AlreadyExistsError(f"{folder} holds a training run, steps {steps}; expected another folder for a model")
     make_folder(folder)
@@ -82,7 +78,7 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(folder / "params", ocp.args.PyTreeSave(_nest(arrays)), force=overwrite)
     for file in [file for pattern in HUB_WEIGHTS for file in folder.glob(pattern)]:
-        file.unlink()  # of an earlier model: transformers would load it in place of this one
+        file.unlink()  # transformers would load these weights of an earlier model instead
 
 
 def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwen2VL:
@@ -91,10 +87,10 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwe
     Args:
         path: the folder.
         mesh: devices to place the weights on; None: the default device.
-        dtype: of the weights; None: as stored.
+        dtype: dtype of the weights; None: as stored.
 
     Raises:
-        NotFoundError: no model at `path`.
+        NotFoundError: the folder has no model.
         UserError: the stored arrays do not fit config.json (the message lists all of them), or are damaged.
 
     Example:
@@ -130,7 +126,7 @@ def is_model(path: str | Path) -> bool:
 
 
 def float_dtype(dtype: Any) -> np.dtype:
-    """Returns a dtype of weights. Raises UserError for one that is not floating point or that JAX would change."""
+    """Returns `dtype` as a numpy dtype. Raises UserError unless it is floating point and enabled in JAX."""
     try:
         resolved = jnp.dtype(dtype)
     except TypeError:
@@ -147,13 +143,13 @@ def float_dtype(dtype: Any) -> np.dtype:
 
 
 def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, preserve_existing: bool = False) -> None:
-    """Writes config.json, and generation_config.json if the configuration has token ids for it.
+    """Writes config.json, and generation_config.json if the configuration has EOS or padding token ids.
 
     Args:
-        folder: where to write.
+        folder: an existing folder.
         config: the model's configuration.
         dtype: name of the weights' dtype.
-        preserve_existing: keep the other settings of a generation_config.json that is in the folder.
+        preserve_existing: keep the other settings of an existing generation_config.json.
     """
     # transformers reads `dtype` since 4.56, `torch_dtype` before
     write_json(folder / CONFIG, config.to_hf() | {"dtype": dtype, "torch_dtype": dtype})
@@ -168,13 +164,13 @@ def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, preserve_ex
 def _write_lora(folder: Path, model: Qwen2VL) -> None:
     options = lora_config(model)
     if options is None:
-        (folder / LORA).unlink(missing_ok=True)  # of an earlier model
+        (folder / LORA).unlink(missing_ok=True)  # left by an earlier model
     else:
         write_json(folder / LORA, dataclasses.asdict(options))
 
 
 def _with_stored_lora(abstract: Qwen2VL, folder: Path) -> Qwen2VL:
-    """Adds LoRA to an abstract model, with the options in the folder's lora.json if there is one."""
+    """Returns an abstract model with LoRA, as described by the folder's lora.json, or unchanged if there is none."""
     file = folder / LORA
     if not file.is_file():
         return abstract
@@ -182,7 +178,9 @@ def _with_stored_lora(abstract: Qwen2VL, folder: Path) -> Qwen2VL:
     try:
         return jax.eval_shape(lambda model: add_lora(model, **options), abstract)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file} is not what save_model writes ({error}); expected the options of add_lora") from error
+        raise UserError(
+            f"{file} is invalid ({error}); expected the options of add_lora, as save_model writes them"
+        ) from error
 
 
 # ---- training runs ---------------------------------------------------------------------------------------------------
@@ -197,10 +195,10 @@ def checkpoint_manager(
         directory: the folder.
         max_to_keep: number of latest steps to keep; None: all.
         asynchronous: `save_state` returns once the state has been copied to the host, and writing continues during
-            training. This costs host memory for the whole state. Leaving the `with` block waits for the writing.
+            training. This takes host memory for the whole state. Leaving the `with` block waits for pending writes.
 
     Returns:
-        A context manager.
+        Orbax's CheckpointManager, to be used in a `with` statement.
     """
     import orbax.checkpoint as ocp
 
@@ -215,18 +213,18 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
     """Saves a training state (step, weights, optimizer) under its step.
 
     Args:
-        target: from `checkpoint_manager`, or a folder, in which the latest 3 steps are kept.
+        target: a manager from `checkpoint_manager`, or a folder, which keeps its latest 3 steps.
         state: a `TrainState`, or any pytree of arrays with the attributes `step` and `model`.
 
     Returns:
         The step.
 
     Raises:
-        AlreadyExistsError: the step has been saved before.
+        AlreadyExistsError: the step is already saved.
     """
     import orbax.checkpoint as ocp
 
-    with _opened(target) as manager:
+    with _as_manager(target) as manager:
         step = int(state.step)
         directory = Path(manager.directory)
         if _is_complete(directory / str(step)):
@@ -246,13 +244,13 @@ def restore_state(
     """Loads a training state that `save_state` wrote, bit for bit.
 
     Args:
-        target: from `checkpoint_manager`, or the folder.
-        like: a state of the same structure, as created for a new run. It gives the names, shapes and dtypes, and the
+        target: a manager from `checkpoint_manager`, or the folder.
+        like: a state of the same structure, as created for a new run. It determines names, shapes, dtypes, and the
             devices to place the arrays on. It may be abstract (`jax.eval_shape`), which needs no memory.
         step: the step to load; None: the latest.
 
     Raises:
-        NotFoundError: the step does not exist, or the folder has none at all.
+        NotFoundError: the folder does not have the step, or has no steps at all.
         UserError: the arrays differ from those of `like` (another optimizer or model; the message lists all of them), or
             are damaged.
 
@@ -288,7 +286,7 @@ def latest_step(directory: str | Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(target: "CheckpointManager | str | Path") -> Iterator["CheckpointManager"]:
+def _as_manager(target: "CheckpointManager | str | Path") -> Iterator["CheckpointManager"]:
     if isinstance(target, str | Path):
         with checkpoint_manager(target) as manager:
             yield manager
@@ -297,7 +295,7 @@ def _opened(target: "CheckpointManager | str | Path") -> Iterator["CheckpointMan
 
 
 def _find_params(folder: Path) -> tuple[Path, str]:
-    """Returns the Orbax folder with the weights of a model, or of a run's latest step, and the prefix of their names."""
+    """Returns the Orbax folder of a model, or of a run's latest step, and the prefix of the weights' names in it."""
     if (folder / CONFIG).is_file():
         if (folder / "params" / "_METADATA").is_file():
             return folder / "params", ""
@@ -311,9 +309,10 @@ def _find_params(folder: Path) -> tuple[Path, str]:
 def _step_items(directory: Path, step: int | None) -> Path:
     """Returns the Orbax folder of a step, or of the latest."""
     steps = _complete_steps(directory)
-    if not steps or (step is not None and step not in steps):
-        missing = "training state" if step is None else f"step {step}"
-        raise NotFoundError(f"{directory} has no {missing}; expected one of its steps {steps}")
+    if not steps:
+        raise NotFoundError(f"{directory} has no training state; expected a folder that save_state wrote")
+    if step is not None and step not in steps:
+        raise NotFoundError(f"{directory} has no step {step}; expected one of its steps {steps}")
     return directory / str(steps[-1] if step is None else step) / "default"
 
 
@@ -333,17 +332,17 @@ def _handler(*, in_chunks: bool = True, largest: int = 0):
     """Returns Orbax's handler for a nested dict of arrays. Compression is off, since weights hardly compress.
 
     Args:
-        in_chunks: write a few arrays at a time. Must be false for asynchronous saves: training continues, and overwrites
-            arrays that have not been fetched yet.
-        largest: bytes of the largest array to read, which Orbax has to know: it refuses arrays above its limit.
+        in_chunks: write a few arrays at a time. Must be false for asynchronous saves: training continues meanwhile, and
+            overwrites arrays that have not been fetched yet.
+        largest: size of the largest array to read, in bytes. Orbax refuses arrays above its limit, which follows from it.
     """
     import orbax.checkpoint as ocp
 
     class ChunkedHandler(ocp.type_handlers.ArrayHandler):
-        """Copies CHUNK_BYTES of arrays to the host once the previous chunk is on the disk.
+        """Copies arrays to the host in chunks of CHUNK_BYTES, each one after the previous one is on the disk.
 
-        It writes copies made on the device: JAX caches the host value of an array that was fetched, and this cache is
-        freed together with the copy.
+        Fetches copies that it makes on the device. JAX caches the host value of a fetched array as long as the array
+        lives; that of a copy is freed with the copy.
         """
 
         async def serialize(self, values, infos, args=None):
@@ -417,7 +416,7 @@ def _damage_as_user_error(items: Path) -> Iterator[None]:
 
 
 def _check_arrays(items: Path, expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Raises UserError with all names that are missing, unexpected or different."""
+    """Raises a UserError that lists all missing, unexpected and differing arrays, unless there are none."""
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
         "unexpected": sorted(stored.keys() - expected.keys()),
@@ -429,4 +428,4 @@ def _check_arrays(items: Path, expected: Mapping[str, Any], stored: Mapping[str,
     }
     report = "".join(f"\n  {problem}: {'; '.join(names)}" for problem, names in problems.items() if names)
     if report:
-        raise UserError(f"{items} holds other arrays than expected:{report}")
+        raise UserError(f"{items} does not hold the expected arrays:{report}")

@@ -1,4 +1,4 @@
-"""The configuration of a Qwen2-VL, read from every layout found on the hub."""
+"""The configuration of a Qwen2-VL model, read from any layout of config.json on the hub."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from liger_jax.files import CONFIG, GENERATION_CONFIG, read_json_object
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. The defaults are those of every published checkpoint; hub files may omit equal values."""
+    """Configuration of the vision tower. The defaults are those of all published checkpoints, whose files may omit them."""
 
     depth: int = 32
     embed_dim: int = 1280
@@ -34,7 +34,7 @@ class VisionConfig:
 
     @property
     def patch_values(self) -> int:
-        """The row width of `pixel_values`: channels x frames x patch x patch."""
+        """The number of values in a patch, a row of `pixel_values`: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -45,7 +45,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The language model. The defaults are those of the 2B."""
+    """Configuration of the language model. The defaults are those of the 2B model."""
 
     vocab_size: int = 151_936
     hidden_size: int = 1536
@@ -63,12 +63,12 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2VLConfig:
-    """The configuration of a Qwen2-VL. It is hashable, so that it can be a static argument of `jax.jit`.
+    """The configuration of a Qwen2-VL model. It is hashable, so it can be a static argument of `jax.jit`.
 
-    `eos_token_ids` and `pad_token_id` come from the checkpoint's generation_config.json; other configurations have none.
+    `from_hf` reads `eos_token_ids` and `pad_token_id` from the checkpoint's generation_config.json. The presets have none.
 
     Raises:
-        UserError: Values contradict each other.
+        UserError: values contradict each other.
 
     Example:
         >>> from liger_jax import Qwen2VLConfig
@@ -94,7 +94,7 @@ class Qwen2VLConfig:
             errors.append(f"text.num_attention_heads is {heads}; expected a multiple of num_key_value_heads {kv_heads}")
         if 2 * sum(text.mrope_section) != text.head_dim:
             errors.append(
-                f"text.mrope_section is {text.mrope_section}; expected a sum of half of head_dim {text.head_dim}"
+                f"text.mrope_section is {text.mrope_section}; expected a sum of {text.head_dim / 2:g}, half of head_dim"
             )
         if vision.embed_dim % vision.num_heads:
             errors.append(
@@ -138,7 +138,7 @@ class Qwen2VLConfig:
 
     @classmethod
     def tiny(cls, vocab_size: int = 320) -> Self:
-        """Returns a configuration for tests on a CPU: 2 + 2 layers. Special tokens have the last ids of the vocabulary."""
+        """Returns a configuration for CPU tests: 2 + 2 layers, and special tokens at the end of the vocabulary."""
         text = TextConfig(
             vocab_size=vocab_size,
             hidden_size=64,
@@ -164,17 +164,17 @@ class Qwen2VLConfig:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> Self:
         """Reads a Hugging Face configuration.
 
-        Understands the flat layout of the hub (transformers 4.41), the same with defaults omitted (4.45 to 4.51), the nested
-        one (4.52 and later) and the one with `rope_parameters` (5.x). The end and padding tokens come from the
-        generation_config.json in the same folder, if there is one.
+        Supports four layouts: flat, as on the hub (transformers 4.41); flat without default values (4.45 to 4.51); nested
+        (4.52 and later); nested with `rope_parameters` (5.x). The EOS and padding tokens are read from
+        generation_config.json in the same folder, if it exists.
 
         Args:
             source: a dict, a config.json, or a folder that contains one.
 
         Raises:
-            NotFoundError: There is no config.json.
-            UserError: It does not describe a Qwen2-VL, values contradict each other, or an option is not implemented, such
-                as a RoPE scaling.
+            NotFoundError: there is no config.json.
+            UserError: it does not describe a Qwen2-VL model, values contradict each other, or an option is not implemented,
+                such as RoPE scaling.
 
         Example:
             >>> from liger_jax import Qwen2VLConfig
@@ -186,7 +186,7 @@ class Qwen2VLConfig:
         path = Path(source)
         path = path / CONFIG if path.is_dir() else path
         if not path.is_file():
-            raise NotFoundError(f"{path} does not exist; expected a {CONFIG}, or a folder with one")
+            raise NotFoundError(f"{path} does not exist; expected a {CONFIG}, or a folder that contains one")
         generation_path = path.with_name(GENERATION_CONFIG)
         generation = read_json_object(generation_path) if generation_path.is_file() else {}
         hub = read_json_object(path)
@@ -198,7 +198,7 @@ class Qwen2VLConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns the configuration as transformers 5 writes it to config.json (nested, with `rope_parameters`)."""
         text, vision = self.text, self.vision
-        special = {name: getattr(self, name) for name in _SPECIAL}
+        special_tokens = {name: getattr(self, name) for name in _SPECIAL_TOKENS}
         text_config = {name: getattr(text, name) for name in _SAME_NAME_TEXT} | {
             "model_type": "qwen2_vl_text",
             "hidden_act": "silu",
@@ -224,11 +224,11 @@ class Qwen2VLConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "text_config": text_config,
             "vision_config": vision_config,
-            **special,
+            **special_tokens,
         }
 
 
-# Keys that have the same name in a hub file and here.
+# Fields whose key in a hub file has the same name.
 _SAME_NAME_TEXT = (
     "vocab_size",
     "hidden_size",
@@ -252,9 +252,9 @@ _SAME_NAME_VISION = (
     "spatial_merge_size",
     "in_channels",
 )
-_SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _OPTIONAL_TEXT = ("head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range")
-_REQUIRED_TEXT = tuple(n for n in _SAME_NAME_TEXT if n not in _OPTIONAL_TEXT)
+_REQUIRED_TEXT = tuple(name for name in _SAME_NAME_TEXT if name not in _OPTIONAL_TEXT)
 
 
 def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
@@ -265,14 +265,14 @@ def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> An
     vision = hub.get("vision_config") or {}
     missing = [name for name in _REQUIRED_TEXT if name not in text]
     if missing:
-        raise UserError(f"The configuration lacks {missing}; expected them at the top level or in text_config")
+        raise UserError(f"configuration lacks {missing}; expected them at the top level or in text_config")
     for tower, name, value, expected in (
         ("text", "hidden_act", text.get("hidden_act", "silu"), "silu"),
         ("vision", "hidden_act", vision.get("hidden_act", "quick_gelu"), "quick_gelu"),
         ("text", "use_sliding_window", text.get("use_sliding_window") or False, False),
     ):
         if value != expected:
-            raise UserError(f"{tower} {name} is {value!r}; expected {expected!r}, others are not implemented")
+            raise UserError(f"{tower} {name} is {value!r}; expected {expected!r} (no other value is implemented)")
 
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     rope_types = {rope.get("rope_type", "default"), rope.get("type", "mrope")}
@@ -298,7 +298,7 @@ def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> An
         text=text_config,
         vision=vision_config,
         tie_word_embeddings=bool(hub.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        **{name: hub[name] for name in _SPECIAL if hub.get(name) is not None},
+        **{name: hub[name] for name in _SPECIAL_TOKENS if hub.get(name) is not None},
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         pad_token_id=generation.get("pad_token_id"),
     )

@@ -1,6 +1,6 @@
-"""The errors that a user can mend: bad arguments, bad input files, missing or conflicting folders.
+"""Errors that the user can fix: invalid arguments or input files, missing or conflicting folders.
 
-The command line prints a `UserError` as one line. Any other exception is a bug of ours and keeps its traceback.
+The command line prints a `UserError` as one line. Any other exception is a bug and keeps its traceback.
 """
 
 import warnings
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Raised for a user's mistake. The message names the thing, its value, and what was expected.
+    """Raised for a user's mistake. The message names the argument or file, its value, and the expected value.
 
     Example:
         >>> from liger_jax.errors import UserError
@@ -20,13 +20,9 @@ class UserError(ValueError):
 class NotFoundError(UserError, FileNotFoundError):
     """Raised for a file, folder, or hub repository that does not exist."""
 
-    __str__ = Exception.__str__
-
 
 class AlreadyExistsError(UserError, FileExistsError):
     """Raised for an output path that already holds something else."""
-
-    __str__ = Exception.__str__
 
 
 def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liger_jax.errors import NotFoundError, UserError
+from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"  # a checkpoint's settings, as the hub names them
-HUB_ID = "a hub id such as Qwen/Qwen2-VL-2B-Instruct"
+CHECKPOINT_SOURCE = "a checkpoint folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct"
 
 
 def local_folder(
@@ -20,25 +20,25 @@ def local_folder(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Returns a checkpoint's local folder, after downloading a hub repository to the cache if necessary.
+    """Returns the local folder of a checkpoint, downloaded from the hub to the cache if necessary.
 
     Files that are already in the cache are not downloaded again. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and
     `HF_HUB_OFFLINE=1` work as in every program that uses huggingface_hub.
 
     Args:
-        path_or_repo_id: a folder, which is returned unchanged, or a hub id.
+        path_or_repo_id: a hub id, or a folder, which is returned unchanged.
         patterns: file name patterns of the files to download.
         revision: branch, tag or commit of the hub repository.
         cache_dir: download cache; None: huggingface_hub's own.
 
     Raises:
-        NotFoundError: neither a folder nor a repository in the hub (or, offline, in the cache).
+        NotFoundError: there is no such folder, and no such repository on the hub (or, offline, in the cache).
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
         return path
     if path.exists():
-        raise NotFoundError(f"{path} is a file; expected the folder of a checkpoint, or {HUB_ID}")
+        raise NotFoundError(f"{path} is a file; expected {CHECKPOINT_SOURCE}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -46,20 +46,18 @@ def local_folder(
     try:
         return Path(snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns)))
     except HFValidationError as error:
-        raise NotFoundError(
-            f"{repo_id} is neither a folder nor a hub id; expected the folder of a checkpoint, or {HUB_ID}"
-        ) from error
+        raise NotFoundError(f"{repo_id} is neither a folder nor a hub id; expected {CHECKPOINT_SOURCE}") from error
     except OSError as error:  # the hub's errors, a cache without the files, no connection: all are OSErrors
         reason = str(error).strip().replace("\n", " ")
         at_revision = f" at revision {revision!r}" if revision else ""
         raise NotFoundError(
-            f"{repo_id} is not a folder, and could not be downloaded from the hub{at_revision} ({reason}); expected the "
-            f"folder of a checkpoint, or {HUB_ID}"
+            f"{repo_id} is not a folder, and could not be downloaded from the hub{at_revision} ({reason}); expected "
+            f"{CHECKPOINT_SOURCE}"
         ) from error
 
 
 def make_folder(path: Path) -> Path:
-    """Creates a folder and its parents if they do not exist, and returns it.
+    """Creates a folder and its parents unless they exist, and returns it.
 
     Raises:
         UserError: the path is a file, or the folder cannot be created.
@@ -69,14 +67,20 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         if path.is_file():
             raise UserError(f"{path} is a file; expected a folder, or a path for a new one") from error
-        raise UserError(
-            f"{path} cannot be created ({error.strerror}); expected a writable place for a folder"
-        ) from error
+        raise UserError(f"{path} cannot be created ({error.strerror}); expected a writable location") from error
     return path
 
 
+def check_new_folder(path: Path, *, overwrite: bool) -> None:
+    """Raises AlreadyExistsError if the path exists and is not an empty folder, unless `overwrite` is true."""
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise AlreadyExistsError(
+            f"{path} is not an empty folder; expected a new one, or overwrite=True (--overwrite) to replace its model"
+        )
+
+
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Creates or replaces a file in one step: a reader sees the old content or all of the new. Text is UTF-8.
+    """Creates or replaces a file atomically: a reader sees either the old content or all of the new. Text is UTF-8.
 
     Example:
         >>> import tempfile
@@ -100,7 +104,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         NotFoundError: the file does not exist.
-        UserError: the file is not JSON; the message says if it is a Git LFS pointer or a web page instead.
+        UserError: the file is not JSON. The message says so if it is empty, a Git LFS pointer, or a web page.
 
     Example:
         >>> import tempfile
@@ -113,7 +117,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} does not exist; expected a JSON file") from error
-    except ValueError as error:  # JSON or UTF-8
+    except ValueError as error:  # invalid JSON or invalid UTF-8
         raise UserError(f"{path} is {wrong_content(path) or f'malformed ({error})'}; expected valid JSON") from error
 
 
@@ -126,7 +130,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def wrong_content(path: Path) -> str | None:
-    """Returns a description of a file that holds something other than its name says, as far as its first bytes show."""
+    """Returns "empty", "a Git LFS pointer ..." or "a web page ..." if the first bytes of a file say so, else None."""
     with path.open("rb") as stream:
         head = stream.read(64)
     if not head:
@@ -139,7 +143,7 @@ def wrong_content(path: Path) -> str | None:
 
 
 def fingerprint(value: Any) -> str:
-    """Returns a short hash of conversations: of their texts, their file names, and the images that are in memory.
+    """Returns a short hash of conversations: of their texts, file names, and in-memory images.
 
     Example:
         >>> fingerprint([{"role": "user", "content": "Hi"}])
@@ -153,7 +157,7 @@ def fingerprint(value: Any) -> str:
     def feed(value: Any) -> None:
         if isinstance(value, Mapping):
             value = list(value.items())
-        if isinstance(value, Image.Image):  # an image opened from a file has a name, and may not have its pixels yet
+        if isinstance(value, Image.Image):  # an opened file is hashed by name: its pixels may not be loaded
             value = getattr(value, "filename", None) or (value.mode, np.asarray(value))
         if isinstance(value, os.PathLike):
             value = os.fspath(value)

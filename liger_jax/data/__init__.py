@@ -1,1 +1,1 @@
-"""Conversation files become a stream of batches."""
+"""Turns files of conversations into a stream of batches."""

@@ -1,4 +1,4 @@
-"""Conversations as batches: measured, scheduled, and read when a training step needs them."""
+"""Turns conversations into batches: measures and schedules them, and reads them when a training step needs them."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ from liger_jax.inputs.processor import Processor
 from liger_jax.options import Batching
 
 logger = logging.getLogger(__name__)
-SORTED_BATCHES = 50  # batches whose sequences are sorted by size together, as in transformers' group_by_length
-PATCH_SLACK = 1.1  # room for patches in a packed sequence, relative to its even share of all patches
+SORTED_BATCHES = 50  # number of batches whose sequences are sorted together, as in transformers' group_by_length
+PATCH_SLACK = 1.1  # patches that fit into a packed sequence, relative to its even share of all patches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,20 +84,20 @@ class BatchShape(NamedTuple):
     length: int | None = None
     patches: int | None = None
     segments: int | None = None  # maximum number of conversations in a sequence
-    frames: int | None = None  # maximum number of images in a sequence
+    frames: int | None = None  # maximum number of frames in a sequence; an image has one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """The batches of a run. Calling it with a step returns that step's batch, the same one in every process.
+    """The batches of a run. Called with a step, it returns that step's batch, which is the same in every process.
 
     Attributes:
         processor, config: those of the model.
         conversations: as returned by `read_conversations`.
         schedule: which of them each batch contains.
         shape: the shape of the batches.
-        skip_broken: leave a conversation that cannot be read out of its sequence, with a warning. The other conversations
-            of the batch are not affected.
+        skip_broken: omit conversations that cannot be read, with a warning. The other conversations of the batch are not
+            affected.
     """
 
     processor: Processor
@@ -143,11 +143,11 @@ def make_dataset(
     shuffle: bool = True,
     progress: bool = False,
 ) -> Dataset:
-    """Schedules the batches of a run.
+    """Returns the dataset of a run, with all its batches scheduled.
 
     Packing, grouping and a fixed shape require the sizes of all conversations. They are measured in advance: each
     conversation is tokenized, and the header of each image file is read. This finds conversations that are too large or
-    cannot be read. Damaged pixels are only found when a batch needs them.
+    cannot be read. Damaged pixels are found only when a batch needs them.
 
     Args:
         processor, config: those of the model.
@@ -278,14 +278,14 @@ def _schedule_unpacked(sizes: np.ndarray, batching: Batching, seed: int | None) 
 
 
 def _describe(index: int, conversation: Conversation, error: Exception) -> str:
-    """Returns an error with the conversation's index and the start of its question.
+    """Returns an error message with the conversation's index and the start of its question.
 
-    The index alone does not identify a record of a file if others were left out before it.
+    The index alone does not identify a record of a file, since earlier records may have been left out.
     """
     try:
         content = next(message["content"] for message in conversation if message["role"] == "user")
         text = content if isinstance(content, str) else next(part["text"] for part in content if "text" in part)
-    except (TypeError, KeyError, StopIteration):  # not a conversation, or its question consists of images alone
+    except (TypeError, KeyError, StopIteration):  # malformed, or a question without text
         return f"conversation {index}: {error}"
     return f"conversation {index}: {error} (it asks {text[:60]!r})"
 

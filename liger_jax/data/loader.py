@@ -14,8 +14,8 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
     """Computes make(i) for each index in the background, starting immediately.
 
     Args:
-        make: returns the batch of an index. It must depend on the index alone, so that a run can resume at any step, and be
-            picklable.
+        make: returns the batch of an index. It must be picklable, and depend on the index alone, so that a run can resume at
+            any step.
         indices: the indices, in order.
         workers: number of worker processes; a script that uses them needs Python's `if __name__ == "__main__":`. 0 uses a
             thread of this process. None uses up to 4 processes and leaves half of the cores free.
@@ -24,7 +24,7 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
         An iterator over the batches, in order.
 
     Raises:
-        UserError: workers is below 0.
+        UserError: `workers` is negative.
         Exception: an error of `make` is raised when its batch is requested.
 
     Example:
@@ -47,4 +47,4 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
     batches = iter(batches)
     batches.start_prefetch()
-    return (jax.tree.map(np.array, batch) for batch in batches)  # copied out of memory shared with the workers
+    return (jax.tree.map(np.array, batch) for batch in batches)  # copied out of the memory that workers share

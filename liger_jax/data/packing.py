@@ -67,14 +67,14 @@ def pack(
 
 
 def join_conversations(sequences: Sequence[Sequence[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """Joins the arrays of single conversations, as the Processor returns them, into the arguments of `prepare`.
+    """Joins the arrays that the Processor returns for single conversations into the arguments of `prepare`.
 
     Args:
         sequences: the conversations of each sequence; a sequence may be empty.
 
     Returns:
-        input_ids, labels, segment_ids: int64 [sequences, longest], padded on the right; and the image arrays of all
-        conversations, concatenated.
+        input_ids, labels, segment_ids: int64 [sequences, longest], padded on the right; and the image and video arrays of
+        all conversations, concatenated.
 
     Example:
         >>> import numpy as np

@@ -1,11 +1,11 @@
-"""Reads files of conversations, in the usual formats, as messages for the Processor.
+"""Reads files of conversations in the usual formats, and returns messages for the Processor.
 
     messages      {"messages": [{"role": "user", "content": ...}, ...], "images": [...], "videos": [...]}
     ShareGPT      {"conversations": [{"from": "human", "value": ...}, ...], "images": [...], "videos": [...]}
-    LLaVA         as ShareGPT, with "image" or "video": a single one or a list
+    LLaVA         like ShareGPT, but with "image" or "video": one source or a list
 
 A file is a JSON list of such records, or JSON lines. `<image>` and `<video>` in a text are replaced by the record's next
-image or video. A content may also be a list of parts; a part without an image of its own takes the record's next one.
+image or video. Content may also be a list of parts; a part without its own image takes the record's next one.
 A video is the list of its frames.
 """
 
@@ -22,8 +22,9 @@ from liger_jax.inputs.sources import resolve_source
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # A record's key for its turns, and a turn's keys for the speaker and the text.
 FORMATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+# Keys under which a record lists its images or videos.
 MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
-LIMITS = {"min_pixels", "max_pixels"}  # that a part may set for its image
+LIMITS = {"min_pixels", "max_pixels"}  # keys that a part may set for its image
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 
 
@@ -34,18 +35,18 @@ def read_conversations(
 
     Args:
         path: a .json file with a list, or a file of JSON lines.
-        media: folder that relative paths of images and videos start from; None: the folder of `path`.
+        media: folder that relative paths of images and videos refer to; None: the folder of `path`.
         on_error: treatment of broken records. "raise" stops at the first one; "skip" leaves them out, with one warning
             that names them.
 
     Returns:
-        Conversations for `Processor(conversations, labels=True)`: messages whose content is a text or a list of parts.
+        Conversations for `processor(conversations, labels=True)`: messages whose content is a text or a list of parts.
         Each image in it is an absolute path, a URL, or the bytes of a file.
 
     Raises:
-        NotFoundError: no file at `path`.
-        UserError: the file is not JSON or has no records, or a record is broken: unknown format or role, a number of
-            markers that differs from that of the images, an image that does not exist, no answer. Names the record.
+        NotFoundError: the file does not exist.
+        UserError: the file is not JSON or has no records, or a record is broken: unknown format or role, different numbers
+            of markers and images, an image that does not exist, no answer. The message names the record.
 
     Example:
         >>> import json, tempfile
@@ -66,7 +67,7 @@ def read_conversations(
     broken: list[str] = []
     for name, record in read_records(path):
         try:
-            conversations.append(_answered(parse_record(record, folder)))
+            conversations.append(_require_answer(parse_record(record, folder)))
         except UserError as error:
             if on_error == "raise":
                 raise UserError(f"{path}, {name}: {error}") from error
@@ -83,11 +84,11 @@ def read_conversations(
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields each record with a name for it: its number or line, and its id if it has one.
 
-    A line that is not JSON yields the error in place of the record.
+    For a line that is not JSON, yields the error in place of the record.
 
     Raises:
-        NotFoundError: no file at `path`.
-        UserError: the file cannot be read, is not UTF-8, or starts like a JSON list and is not one.
+        NotFoundError: the file does not exist.
+        UserError: the file cannot be read, is not UTF-8, or starts with "[" but is not a JSON list.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -114,9 +115,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{unit} {number}" + ("" if name is None else f" (id {name!r})"), record
 
 
-def _answered(conversation: Conversation) -> Conversation:
+def _require_answer(conversation: Conversation) -> Conversation:
+    """Returns the conversation unchanged. Raises UserError if the assistant says nothing in it."""
     if not any(message["role"] == "assistant" and message["content"] for message in conversation):
-        raise UserError("the record has no answer; expected a turn of the assistant")
+        raise UserError("the record has no answer; expected an assistant turn")
     return conversation
 
 
@@ -128,7 +130,7 @@ def parse_record(record: Any, folder: Path) -> Conversation:
 
     Args:
         record: parsed JSON, or the error of a line that is not JSON.
-        folder: absolute folder that relative paths start from.
+        folder: absolute folder that relative paths refer to.
 
     Raises:
         UserError: the record is broken.
@@ -137,8 +139,8 @@ def parse_record(record: Any, folder: Path) -> Conversation:
         raise UserError(f"the line is not JSON ({record}); expected a record")
     formats = [key for key in FORMATS if isinstance(record, Mapping) and key in record]
     if len(formats) != 1:
-        keys = f"has the keys {sorted(record)}" if isinstance(record, Mapping) else f"is a {type(record).__name__}"
-        raise UserError(f"the record {keys}; expected a record with one of {sorted(FORMATS)}")
+        problem = f"has the keys {sorted(record)}" if isinstance(record, Mapping) else f"is a {type(record).__name__}"
+        raise UserError(f"the record {problem}; expected a record with one of {sorted(FORMATS)}")
     (turns_key,) = formats
     turns = record[turns_key]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
@@ -167,11 +169,11 @@ def _record_media(record: Mapping, kind: str, folder: Path) -> list[Any]:
     values = listed[0] if listed else []
     if not isinstance(values, list):
         values = [values]
-    return [_medium(kind, value, folder) for value in values]
+    return [_resolve_media(kind, value, folder) for value in values]
 
 
-def _medium(kind: str, value: Any, folder: Path) -> Any:
-    """Returns the source of an image, or the list of the sources of a video's frames."""
+def _resolve_media(kind: str, value: Any, folder: Path) -> Any:
+    """Returns the source of an image, or the list of sources of a video's frames; see `resolve_source`."""
     if kind == "video":
         if not isinstance(value, list) or not value or any(isinstance(frame, list) for frame in value):
             raise UserError(f"video is {value!r:.60}; expected a list of its frames, like ['1.png', '2.png']")
@@ -195,7 +197,7 @@ def _message(turn: Any, role_key: str, content_key: str, media: dict[str, list[A
 
 
 def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[dict[str, Any]]:
-    """Returns the parts that one part of a content becomes. Its image or video is its own, or the record's next."""
+    """Returns one part of a message as parts for the Processor, with its own image or video or the record's next one."""
     if not isinstance(part, Mapping):
         raise UserError(f"part is {part!r:.60}; expected {{'type': 'text', 'text': ...}} or a part with an image")
     if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
@@ -208,13 +210,13 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
         value = next((part[key] for key in kind.keys if part.get(key)), None)
         if value is None and not media[kind.name]:
             raise UserError(f"part is {part!r:.60}, and the record lists no more {kind.argument}; expected one for it")
-        source = media[kind.name].pop(0) if value is None else _medium(kind.name, value, folder)
+        source = media[kind.name].pop(0) if value is None else _resolve_media(kind.name, value, folder)
         return [{**{name: part[name] for name in LIMITS & part.keys()}, "type": kind.name, kind.name: source}]
     raise UserError(f"part is {part!r:.60}; expected one of type 'text', 'image' or 'video'")
 
 
 def _fill_markers(text: str, media: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
-    """Returns a text as parts, with its markers replaced by images and videos from the front of `media`."""
+    """Returns a text unchanged, or as parts: each of its markers takes the first image or video left in `media`."""
     check_text(text)
     pieces = MARKER.split(text)  # text, kind, text, kind, ..., text
     if len(pieces) == 1:

@@ -1,1 +1,1 @@
-"""Host side, in numpy: messages and images become one Batch."""
+"""Host side, in numpy: turns messages and images into one Batch."""

@@ -1,7 +1,7 @@
-"""`prepare`: Hugging Face's arrays become a `Batch`, one pytree whose shapes come from a few buckets.
+"""`prepare` turns Hugging Face's arrays into a `Batch`: one pytree, whose shapes are rounded up to a few buckets.
 
-Everything that depends on the size of an image happens here, on the host, in numpy. Under `jax.jit` a batch is a few
-arrays of fixed shape, and images of any size run through the same compiled program.
+Everything that depends on the size of an image happens here, on the host, in numpy. Under `jax.jit`, a batch is a few
+arrays of fixed shape. Batches in the same bucket share one compiled program, even if the sizes of their images differ.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from liger_jax.inputs.positions import (
     vision_segment_ids,
 )
 
-IGNORE = -100  # label of a token that is not trained
+IGNORE = -100  # label of tokens that the loss ignores
 
 
 @functools.partial(
@@ -31,16 +31,16 @@ IGNORE = -100  # label of a token that is not trained
 )
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The patches of a batch: for each of B rows, P patches of its images and videos in order, then padding.
+    """The patches of a batch: in each of the B rows, the patches of its images and videos in order, padded to P.
 
-    Patches are stored with the row of text they belong to, so a mesh that splits the batch never moves them.
+    Patches are stored with the row of text that they belong to, so splitting the batch over a mesh never moves them.
     """
 
     pixel_values: Any  # [B, P, patch_values] float32
     position_ids: Any  # [B, P, 2] int32: (h, w) in the frame
-    segment_ids: Any  # [B, P] int32: the frame, from 1 in each row; 0 is padding
-    token_positions: Any  # [B, P / merge_unit] int32: position in the sequence of each merged token; >= T is dropped
-    max_segments: int  # largest number of frames in a row
+    segment_ids: Any  # [B, P] int32: number of the frame, from 1 in each row; 0 is padding
+    token_positions: Any  # [B, P / merge_unit] int32: each merged token's position in the sequence; dropped if >= T
+    max_segments: int  # upper bound of the number of frames in a row
 
 
 @functools.partial(
@@ -52,22 +52,22 @@ class Vision:
 class Batch:
     """B sequences (or rows of packed sequences) of T tokens, ready for the model.
 
-    The arrays that `prepare` was called with come first on each axis; padding to the bucket follows.
+    On each axis, the values that `prepare` received come first, followed by padding to the bucket.
     """
 
     input_ids: Any  # [B, T] int32
-    labels: Any  # [B, T] int32, -100 for tokens that are not trained; or None
-    position_ids: Any  # [B, 3, T] int32: (t, h, w)
-    segment_ids: Any  # [B, T] int32: the packed sequence, from 1 in each row; 0 is padding
+    labels: Any  # [B, T] int32, -100 for tokens that the loss ignores; or None
+    position_ids: Any  # [B, 3, T] int32: M-RoPE positions (t, h, w)
+    segment_ids: Any  # [B, T] int32: number of the packed sequence, from 1 in each row; 0 is padding
     vision: Vision | None
-    max_segments: int  # largest number of sequences packed in a row
+    max_segments: int  # upper bound of the number of sequences packed in a row
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.input_ids.shape
 
     def pad_rows(self, multiple: int) -> Self:
-        """Returns the batch with empty rows appended, so that a mesh or gradient accumulation can split it evenly."""
+        """Appends empty rows up to a multiple, so that a mesh or gradient accumulation can split the batch evenly."""
         missing = -len(self.input_ids) % multiple
         if not missing:
             return self
@@ -86,14 +86,14 @@ class Batch:
 
 
 def _dropped_positions(rows: int, length: int, tokens: int) -> np.ndarray:
-    """Returns distinct positions past the end of the sequence: tokens that are scattered to them are dropped."""
+    """Returns distinct positions past the end of each sequence, [rows, tokens]. Tokens scattered to them are dropped."""
     return np.tile(length + np.arange(tokens, dtype=np.int32), (rows, 1))
 
 
 def bucket(count: int, smallest: int) -> int:
-    """Returns the next of smallest * (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...).
+    """Returns the first of smallest * (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...) that is at least `count`.
 
-    These are four sizes per octave; at most 25 % is padding.
+    There are four sizes per octave. From 4 * smallest on, padding adds at most 25 %.
 
     Example:
         >>> [bucket(n, 64) for n in (1, 65, 500, 513, 2048)]
@@ -106,7 +106,10 @@ def bucket(count: int, smallest: int) -> int:
 
 
 def power_of_two(count: int, *, at_least: int) -> int:
-    """Rounds a number of segments up: it is part of the bucket, and the cost of attention hardly depends on it."""
+    """Returns the number of segments rounded up to a power of two, and at least to `at_least`.
+
+    The number is static. Rounding lets more batches share a program, and the cost of attention hardly depends on it.
+    """
     return 1 << (max(int(count), at_least) - 1).bit_length()
 
 
@@ -132,14 +135,14 @@ def prepare(
     Args:
         input_ids: [B, T] integers, padded on any side.
         attention_mask: [B, T], 1 for tokens and 0 for padding; None: no padding.
-        labels: [B, T], the token itself where it is trained and -100 elsewhere. The loss shifts them.
-        pixel_values: [patches, patch_values] floats of all images, in order of appearance over the flattened batch.
+        labels: [B, T], the token id where the loss counts it and -100 elsewhere. The loss shifts them.
+        pixel_values: [patches, patch_values] floats of all images, in order of appearance in the flattened batch.
         image_grid_thw: [images, 3], (t, h, w) in patches.
         pixel_values_videos, video_grid_thw: the same for videos.
         video_positions: "max" or "hf5", see `liger_jax.inputs.positions.rope_index`.
         segment_ids: [B, T] for packed rows: 1, 2, ... for the sequences of a row, each contiguous, 0 for padding.
         position_ids: [3, B, T], used instead of the computed ones.
-        mm_token_type_ids: [B, T], as Hugging Face's processor returns them. Only checked, since the ids imply them.
+        mm_token_type_ids: [B, T], from Hugging Face's processor. They are only checked, since the ids imply them.
         length: tokens per row, for batches that must have the same shape; None: the next bucket.
         patches: patches per row, likewise.
 
@@ -147,8 +150,8 @@ def prepare(
         A `Batch` of numpy arrays.
 
     Raises:
-        UserError: arguments that contradict each other or the configuration. Names the argument, its value, and the
-            expected one.
+        UserError: arguments contradict each other or the configuration. The message names the argument, its value, and
+            the expected value.
 
     Example:
         >>> import numpy as np
@@ -198,14 +201,14 @@ def prepare(
 def _vision(
     config: Qwen2VLConfig, items: list[list[VisionItem]], pixels, length: int, patches: int | None
 ) -> Vision | None:
-    """Gathers the patches of each row, in order of appearance. Returns None for a batch without images and videos."""
+    """Returns the patches of each row, in order of appearance, or None for a batch without images and videos."""
     needed = max(sum(item.patches for item in row) for row in items)
     if not needed and patches is None:
         return None
     unit = config.vision.merge_unit
     size = _bucket_size("patches", patches, needed, bucket(needed, 16 * unit))
     if size % unit:
-        raise UserError(f"patches is {size}; expected a multiple of {unit}, the patches of one merged token")
+        raise UserError(f"patches is {size}; expected a multiple of {unit}, the number of patches per merged token")
     rows = len(items)
     pixel_values = np.zeros((rows, size, config.vision.patch_values), np.float32)
     position_ids = np.zeros((rows, size, 2), np.int32)
@@ -230,7 +233,7 @@ def _bucket_size(name: str, requested: int | None, needed: int, default: int) ->
     if requested is None:
         return default
     if requested < needed:
-        raise UserError(f"{name} is {requested}; expected at least {needed}, as the longest row of the batch has")
+        raise UserError(f"{name} is {requested}; expected at least {needed}, the size of the longest row in the batch")
     return requested
 
 
@@ -241,7 +244,7 @@ def _array(name: str, values) -> np.ndarray:
     try:
         return np.asarray(values)
     except ValueError as error:  # lists of different lengths
-        raise UserError(f"{name} is not rectangular ({error}); expected rows of one length") from error
+        raise UserError(f"{name} is not rectangular ({error}); expected rows of equal length") from error
 
 
 def _integers(name: str, values, ndim: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -268,13 +271,13 @@ def _check_positions(position_ids: np.ndarray, limit: int) -> None:
     for position in (position_ids.min(), position_ids.max()):
         if not 0 <= position < limit:
             raise UserError(
-                f"a token of the batch is at position {position}; expected position_ids in [0, {limit}), the model's "
+                f"a token has position {position}; expected position_ids in [0, {limit}), where {limit} is the model's "
                 "max_position_embeddings"
             )
 
 
 def _segments(input_ids: np.ndarray, attention_mask, segment_ids) -> np.ndarray:
-    """Returns segment ids [B, T], numbered 1, 2, ... in the order of each row."""
+    """Returns segment ids [B, T], renumbered 1, 2, ... from the start of each row."""
     mask = None
     if attention_mask is not None:
         mask = _integers("attention_mask", attention_mask, 2, input_ids.shape)
@@ -293,14 +296,14 @@ def _segments(input_ids: np.ndarray, attention_mask, segment_ids) -> np.ndarray:
     for b, row in enumerate(segment_ids):
         starts = np.flatnonzero((row != np.concatenate([[0], row[:-1]])) & (row > 0))
         if len(np.unique(row[starts])) < len(starts):
-            raise UserError(f"segment_ids of row {b} return to an earlier sequence; expected each to be contiguous")
+            raise UserError(f"segment_ids of row {b} return to an earlier sequence; expected contiguous sequences")
         for number, start in enumerate(starts, 1):
             renumbered[b, row == row[start]] = number
     return renumbered
 
 
 def _single_segments(mask: np.ndarray) -> np.ndarray:
-    """Returns the mask, as segment ids of one sequence per row, after checking that it has no holes."""
+    """Returns the mask, which is also the segment ids of one sequence per row. Raises UserError if it has holes."""
     for b, row in enumerate(mask):
         tokens = np.flatnonzero(row)
         if len(tokens) and tokens[-1] - tokens[0] >= len(tokens):

@@ -1,4 +1,4 @@
-"""Images to patches: numpy and Pillow, bit for bit equal to transformers' `Qwen2VLImageProcessorPil`."""
+"""Turns images into patches with numpy and Pillow, bit for bit as transformers' `Qwen2VLImageProcessorPil` does."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,15 @@ from liger_jax.errors import UserError
 from liger_jax.inputs.sources import ENCODED, open_encoded
 
 MAX_ASPECT_RATIO = 200
-# Steps that always run and cannot be changed: a checkpoint that asks for other ones is refused.
+# Preprocessing steps that always run like this. A checkpoint that asks for something else is refused.
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
+# The names of the limits here, and in the `size` entry of transformers' JSON.
 LIMIT_KEYS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionSettings:
-    """How images (or the frames of a video) become patches. The defaults are transformers' for images."""
+    """Settings for turning images, or the frames of a video, into patches. The defaults are transformers' for images."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
@@ -33,15 +34,15 @@ class VisionSettings:
 
     @property
     def factor(self) -> int:
-        """The sides of a resized image are multiples of this: the side of a patch times the patches of a merged token."""
+        """Side of the square that becomes one token, in pixels. The sides of a resized image are multiples of it."""
         return self.patch_size * self.merge_size
 
     def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> Self:
-        """Returns the settings with other size limits. A limit that is not given moves if it would contradict the other.
+        """Returns the settings with new size limits. A limit that is not passed is adjusted if it conflicts with the other.
 
         Raises:
-            UserError: a limit is not a positive integer, `min_pixels > max_pixels`, or `max_pixels` is less than the
-                image of one token.
+            UserError: a limit is not a positive integer, `min_pixels > max_pixels`, or `max_pixels` is too small for one
+                token.
         """
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
@@ -54,16 +55,20 @@ class VisionSettings:
             raise UserError(f"min_pixels is {min_pixels}; expected at most max_pixels, {max_pixels}")
         if max_pixels < self.factor**2:
             raise UserError(
-                f"max_pixels is {max_pixels}; expected at least {self.factor**2}, the pixels of one token's "
-                f"{self.factor}x{self.factor} image"
+                f"max_pixels is {max_pixels}; expected at least {self.factor**2}, one token of {self.factor}x{self.factor} "
+                "pixels"
             )
         return dataclasses.replace(self, min_pixels=int(min_pixels), max_pixels=int(max_pixels))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **defaults: Any) -> Self:
-        """Returns the settings in transformers' JSON.
+        """Reads the settings from transformers' JSON.
 
-        Limits are read from min_pixels and max_pixels, which win, or from `size`, where they have either of two names.
+        The limits are `min_pixels` and `max_pixels`, or else the entries of `size`, which exist under two names each.
+
+        Args:
+            config: the object in preprocessor_config.json or a similar file.
+            defaults: values of fields that `config` does not set.
 
         Raises:
             UserError: the JSON asks for other preprocessing steps.
@@ -118,7 +123,7 @@ def smart_resize(
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise UserError(
             f"image is {width}x{height} (width x height); expected one side to be at most {MAX_ASPECT_RATIO} times the "
-            f"other"
+            "other"
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -138,24 +143,24 @@ def smart_resize(
 def load_image(source: Any) -> Image.Image:
     """Returns an RGB image.
 
-    Encoded images are turned upright as their EXIF tag says, and transparency is dropped, as in transformers.
+    As in transformers, encoded images are rotated according to their EXIF tag, and transparency is dropped.
 
     Args:
         source: a PIL image, a uint8 array [H, W, 3], a path, a `file://` or base64 `data:` URL, or the bytes of a file.
 
     Raises:
         NotFoundError: the path does not exist.
-        UserError: a source of another kind, without pixels, or that cannot be decoded; the message names it.
+        UserError: the source is of another type, has no pixels, or cannot be decoded. The message names it.
     """
     with _open_image(source) as image:
         return (ImageOps.exif_transpose(image) if isinstance(source, ENCODED) else image).convert("RGB")
 
 
 def image_size(source: Any) -> tuple[int, int]:
-    """Returns the stored (width, height) of an image, before it is turned upright. Only the file's header is read.
+    """Returns the (width, height) of an image before its EXIF rotation. Reads only the header of a file.
 
     Raises:
-        NotFoundError, UserError: as in `load_image`, except for damaged pixels.
+        NotFoundError, UserError: as `load_image`, except for damaged pixels.
     """
     with _open_image(source) as image:
         return image.size
@@ -163,7 +168,7 @@ def image_size(source: Any) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _open_image(source: Any) -> Iterator[Image.Image]:
-    """Opens an image, whose pixels may not be decoded yet; errors in the `with` block name the source."""
+    """Opens an image, whose pixels may not be decoded yet. Decoding errors in the `with` block name the source."""
     file: Any = contextlib.nullcontext()
     if isinstance(source, ENCODED):
         file, name = open_encoded(source)
@@ -171,7 +176,7 @@ def _open_image(source: Any) -> Iterator[Image.Image]:
         # Image.open reads lazily: an image from a damaged file fails only when its pixels are used
         image, name = source, repr(getattr(source, "filename", "(PIL)"))
         if 0 in image.size:
-            raise UserError(f"image {name} is of size {image.size}; expected at least one pixel")
+            raise UserError(f"image {name} has size {image.size}; expected at least one pixel")
     elif isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[-1] != 3 or source.dtype != np.uint8:
             raise UserError(
@@ -196,17 +201,17 @@ def load_frames(source: Any) -> list[Image.Image]:
     """Returns the RGB frames of a video, given as an array [T, H, W, 3] or a sequence of images of one size.
 
     Raises:
-        UserError: no frames, frames of different sizes, or a video file, which is not decoded here.
+        UserError: there are no frames, their sizes differ, or `source` is a video file, which is not decoded here.
     """
     frames = [load_image(frame) for frame in check_frames(source)]
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:
-        raise UserError(f"video has frames of the sizes (width, height) {sizes}; expected one size")
+        raise UserError(f"video has frames of sizes (width, height) {sizes}; expected one size")
     return frames
 
 
 def check_frames(source: Any) -> np.ndarray | Sequence[Any]:
-    """Returns the unopened frames of a video. Raises UserError for anything that is not a sequence of frames."""
+    """Returns the frames of a video without opening them. Raises UserError unless there is a sequence of frames."""
     if isinstance(source, str | Path | bytes) or not isinstance(source, np.ndarray | Sequence):
         raise UserError(
             f"video is {source if isinstance(source, str | Path) else type(source).__name__!r}; expected its frames, as an "
@@ -249,7 +254,7 @@ def patchify(frames: Sequence[Image.Image], settings: VisionSettings) -> tuple[n
 
 
 def patch_grid(size: tuple[int, int], frames: int, settings: VisionSettings) -> tuple[int, int, int]:
-    """Returns the grid (t, h, w) that `patchify` makes of frames of one (width, height).
+    """Returns the grid (t, h, w) that `patchify` makes of `frames` frames of this (width, height).
 
     Example:
         >>> patch_grid((278, 561), 1, VisionSettings())

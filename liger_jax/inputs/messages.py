@@ -1,4 +1,4 @@
-"""Chat messages: checks them and takes their images and videos out."""
+"""Checks chat messages, and extracts their images and videos."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,12 +25,12 @@ class Kind(NamedTuple):
     """A kind of vision input: its names in messages, arguments and arrays, and the functions that read it."""
 
     name: str
-    argument: str
+    argument: str  # of Processor.__call__
     type_id: int  # in mm_token_type_ids
-    keys: tuple[str, ...]  # of a message part, that may hold its source
+    keys: tuple[str, ...]  # of a message part, any of which may hold the source
     load: Callable[[Any], list[Image.Image]]
     size: Callable[[Any], tuple[tuple[int, int], int]]  # (width, height) and number of frames, without decoding
-    arrays: tuple[str, str]
+    arrays: tuple[str, str]  # names of the pixels and of the grids
 
     @property
     def token(self) -> str:
@@ -62,7 +62,7 @@ KINDS = (
     ),
 )
 
-# Settings of a message part that qwen-vl-utils knows and this package does not implement.
+# Settings of a message part that qwen-vl-utils supports and this package does not.
 UNSUPPORTED_SETTINGS = ("resized_height", "resized_width", "total_pixels", "video_start", "video_end")
 
 
@@ -74,11 +74,11 @@ class MediaItem(NamedTuple):
     settings: VisionSettings
 
     def patches(self) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Returns its patches and their grid, see `patchify`."""
+        """Returns the patches and their grid, see `patchify`."""
         return patchify(self.kind.load(self.source), self.settings)
 
     def grid(self) -> tuple[int, int, int]:
-        """Returns its grid without decoding it. Height and width are swapped if EXIF says that the image lies sideways."""
+        """Returns the grid without decoding pixels. If EXIF rotates the image, its h and w may be swapped."""
         return patch_grid(*self.kind.size(self.source), self.settings)
 
 
@@ -86,7 +86,7 @@ def as_conversations(messages: Any) -> list[Conversation]:
     """Returns one conversation or several as a list of conversations, after checking the form of every message.
 
     Raises:
-        UserError: not a list of messages or of such lists, an empty list, or a message without role or content.
+        UserError: `messages` is empty, is not a list of messages or of such lists, or has a message without role or content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UserError(f"messages is {messages!r:.100}; expected a list of messages, or a list of such lists")
@@ -101,7 +101,7 @@ def as_conversations(messages: Any) -> list[Conversation]:
 
 
 class MediaReader:
-    """Reads conversations in order, and assigns `images` and `videos` in order to the parts without a source."""
+    """Extracts the media of conversations. A part without a source takes the next of `images` or `videos`."""
 
     def __init__(self, images: Any, videos: Any, settings: Mapping[str, VisionSettings]):
         self.settings = settings
@@ -114,7 +114,7 @@ class MediaReader:
         return [self._message(message, items) for message in conversation], items
 
     def check_all_used(self) -> None:
-        """Raises UserError if there were more images or videos than placeholders for them."""
+        """Raises UserError if there are more images or videos than placeholders for them."""
         for kind in KINDS:
             count, used = len(self.arguments[kind.name]), self.used[kind.name]
             if used < count:
@@ -131,7 +131,7 @@ class MediaReader:
         return {**message, "content": [self._part(part, items) for part in content]}
 
     def _text(self, text: str, items: dict[str, list[MediaItem]]) -> str:
-        """Returns the text unchanged, and assigns an image or video to each placeholder that is written out in it."""
+        """Returns the text unchanged, after assigning an image or video to each placeholder token in it."""
         check_text(text)
         for kind in KINDS:
             for _ in range(text.count(kind.token)):
@@ -166,15 +166,15 @@ class MediaReader:
         entries, used = self.arguments[kind.name], self.used[kind.name]
         if used == len(entries):
             raise UserError(
-                f"{kind.argument} has length {len(entries)}; expected one for each placeholder without a value of its "
-                f"own, and the messages have more than {used} of these"
+                f"{kind.argument} has length {len(entries)}; expected at least {used + 1}, one for each placeholder "
+                f"without its own {kind.name}"
             )
         self.used[kind.name] += 1
         return entries[used]
 
 
 def check_text(text: str) -> None:
-    """Raises UserError for half of a surrogate pair, which JSON may hold and no tokenizer accepts."""
+    """Raises UserError for half of a surrogate pair, which JSON can hold but no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -184,10 +184,10 @@ def check_text(text: str) -> None:
 
 
 def check_part_settings(part: Mapping[str, Any]) -> None:
-    """Raises UserError for settings of a media part that would change the image and are not implemented."""
+    """Raises UserError if a media part has settings that would change the image but are not implemented."""
     if unsupported := [name for name in UNSUPPORTED_SETTINGS if part.get(name) is not None]:
         raise UserError(
-            f"part sets {', '.join(unsupported)}, which is not supported; expected min_pixels and max_pixels"
+            f"part sets {', '.join(unsupported)}, which is not supported; expected min_pixels or max_pixels"
         )
 
 

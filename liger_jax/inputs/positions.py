@@ -1,6 +1,6 @@
-"""Positions of tokens and patches: M-RoPE indices and vision positions, in numpy on the host.
+"""Computes the M-RoPE positions of tokens and the positions of patches, in numpy on the host.
 
-t, h, w are the sides of a grid in patches, as in `image_grid_thw`. An item is one image or one video.
+A grid (t, h, w) is counted in patches, as in `image_grid_thw`. An item is one image or one video.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ class VisionItem:
 
     is_video: bool
     grid: tuple[int, int, int]
-    first_patch: int  # in the pixel array of its kind
-    positions: np.ndarray  # of its tokens in the row
+    first_patch: int  # index in the pixel array of its kind
+    positions: np.ndarray  # of its tokens, in the row
 
     @property
     def patches(self) -> int:
@@ -36,14 +36,14 @@ def vision_items(
 ) -> list[list[VisionItem]]:
     """Finds the placeholders of each image and video in input_ids and segment_ids [B, T].
 
-    Images and videos are taken in order of appearance over the flattened batch. The grid says how many placeholders an
-    item has, so two images may follow each other without a token between them.
+    Images and videos are numbered in order of appearance in the flattened batch. The number of placeholders of an item
+    follows from its grid, so two images may be adjacent, without a token between them.
 
     Returns:
         The items of each row, in order.
 
     Raises:
-        UserError: placeholders and grids do not match; names the row and the item.
+        UserError: placeholders and grids do not match. The message names the row and the item.
     """
     merge_unit = config.vision.merge_unit
     kinds = {
@@ -65,7 +65,7 @@ def vision_items(
             length = int(np.cumprod((tokens[run] == tokens[start]) & (segments[run] == segments[start])).sum())
             if length < count:
                 raise UserError(
-                    f"row {b}: {name} has {length} placeholders in a row (id {tokens[start]}); expected {count} for its "
+                    f"row {b}: {name} has {length} adjacent placeholders (id {tokens[start]}); expected {count} for its "
                     f"grid {grid}"
                 )
             items.append(VisionItem(grids.kind == "video", grid, first_patch, positions[run]))
@@ -77,7 +77,7 @@ def vision_items(
 
 
 class _Grids:
-    """Hands out the grids of one kind in order."""
+    """The grids of all images or of all videos, taken one by one."""
 
     def __init__(self, kind: str, grid_thw: np.ndarray | None):
         self.kind = kind
@@ -85,10 +85,11 @@ class _Grids:
         self.taken = self.first_patch = 0
 
     def take(self, row: int) -> tuple[str, tuple[int, int, int], int]:
+        """Returns the name, grid and first patch of the next item, whose placeholders are in this row."""
         if self.taken == len(self.grids):
             raise UserError(
-                f"row {row}: {self.kind}_grid_thw has {len(self.grids)} grids; expected one for the placeholders of "
-                f"{self.kind} {self.taken} as well (counted over the batch, from 0)"
+                f"row {row}: {self.kind}_grid_thw has {len(self.grids)} grids; expected at least {self.taken + 1}, since "
+                f"the row has placeholders of {self.kind} {self.taken} (numbered from 0 over the batch)"
             )
         grid, first_patch = self.grids[self.taken], self.first_patch
         self.taken += 1
@@ -98,8 +99,8 @@ class _Grids:
     def check_all_taken(self):
         if self.taken < len(self.grids):
             raise UserError(
-                f"{self.kind}_grid_thw has {len(self.grids)} grids; expected {self.taken}, as input_ids has placeholders "
-                f"for {self.taken} {self.kind}s"
+                f"{self.kind}_grid_thw has {len(self.grids)} grids; expected {self.taken}, the number of {self.kind}s that "
+                "input_ids has placeholders for"
             )
 
 
@@ -115,19 +116,20 @@ def rope_index(
 ) -> np.ndarray:
     """Returns the M-RoPE positions (t, h, w) of every token: [3, B, T] int32, 0 for padding.
 
-    Text counts up on all three axes together. A token of an image or video that starts at s has the position s + (its
-    frame, row, column) on the merged grid. The text after the image or video continues at
+    The position of text tokens increases by 1 on all three axes. A token of an image or video that starts at s has the
+    position s + (frame, row, column) on the merged grid. `video_positions` selects the position of the text that follows:
 
-    - "max": the largest index of the block on any axis + 1. This is the rule of the Qwen2-VL paper, transformers 4.x and
-      vLLM, and the one that the published weights were trained with.
+    - "max": 1 + the largest position of the image or video on any axis. This is the rule of the Qwen2-VL paper,
+      transformers 4.x and vLLM, and the one that the published weights were trained with.
     - "hf5": s + max(h, w) / 2. This is the rule of transformers 5.x, which ignores the number of frames. Both rules are
-      equal for images, and for videos with no more frames than the grid is wide or high.
+      equal for images, and for videos that have at most as many frames as their merged grid has rows or columns.
 
     Args:
         input_ids: [B, T], padded on any side.
         attention_mask: [B, T], 0 for padding; not needed with `segment_ids`.
         image_grid_thw, video_grid_thw: [items, 3] in patches.
-        segment_ids: [B, T] for packed rows: 0 for padding. Positions restart in each segment.
+        video_positions: "max" or "hf5".
+        segment_ids: [B, T] for packed rows, 0 for padding. Positions restart in each segment.
 
     Raises:
         UserError: an unknown rule, or placeholders that do not match the grids.
@@ -150,7 +152,7 @@ def rope_index(
 def rope_positions(
     config: Qwen2VLConfig, segment_ids: np.ndarray, items: list[list[VisionItem]], video_positions: str
 ) -> np.ndarray:
-    """Returns `rope_index` for items that `vision_items` has found."""
+    """Returns the positions of `rope_index`, given the items from `vision_items`."""
     if video_positions not in VIDEO_RULES:
         raise UserError(f"video_positions is {video_positions!r}; expected one of {VIDEO_RULES}")
     merge = config.vision.spatial_merge_size
@@ -174,7 +176,7 @@ def rope_positions(
 
 
 def vision_position_ids(grid_thw: np.ndarray, merge: int) -> np.ndarray:
-    """Returns (h, w) of each patch: [patches, 2] int32, in the processor's order, by blocks of merge x merge patches.
+    """Returns the (h, w) of each patch, [patches, 2] int32, in the processor's order: by blocks of merge x merge patches.
 
     Example:
         >>> vision_position_ids(np.array([[1, 2, 4]]), 2).tolist()
@@ -189,11 +191,11 @@ def vision_position_ids(grid_thw: np.ndarray, merge: int) -> np.ndarray:
 
 
 def vision_segment_ids(grid_thw: np.ndarray) -> np.ndarray:
-    """Returns each patch's frame, counted from 1 over all items: [patches] int32. Attention is limited to a frame.
+    """Returns the frame of each patch, numbered from 1 over all items: [patches] int32. Attention does not cross frames.
 
     Example:
         >>> vision_segment_ids(np.array([[1, 2, 2], [2, 2, 2]])).tolist()
         [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
     """
-    frames = np.repeat(np.prod(np.asarray(grid_thw)[:, 1:], axis=1), np.asarray(grid_thw)[:, 0])
-    return np.repeat(np.arange(1, len(frames) + 1), frames).astype(np.int32)
+    frame_patches = np.repeat(np.prod(np.asarray(grid_thw)[:, 1:], axis=1), np.asarray(grid_thw)[:, 0])
+    return np.repeat(np.arange(1, len(frame_patches) + 1), frame_patches).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The processor: conversations with images and videos to numpy arrays in Hugging Face's layout, and tokens to text."""
+"""Turns conversations with images and videos into numpy arrays in Hugging Face's layout, and tokens into text."""
 
 import functools
 import math
@@ -16,13 +16,13 @@ from liger_jax.inputs.batch import IGNORE
 from liger_jax.inputs.images import VisionSettings
 from liger_jax.inputs.messages import KINDS, Conversation, MediaReader, Message, as_conversations
 
-# transformers' limits for the frames of a video, for checkpoints without any
+# transformers' size limits for video frames, used if the checkpoint has none
 VIDEO_DEFAULTS: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
-# Classes that are looked up by name: AutoTokenizer would import all models, and PyTorch if installed, which takes seconds.
+# Tokenizers that are loaded by class name. AutoTokenizer imports all models, and PyTorch if installed: that takes seconds.
 TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 PROCESSOR_FILES = ["*processor_config.json", "chat_template.*", CONFIG]
-# Private-use characters that mark the start and end of an answer while the template is rendered.
+# Private-use characters that mark the start and end of an answer in a rendered template.
 BEGIN, END = "\ue0f0\ue0f1", "\ue0f2\ue0f3"
 
 
@@ -58,7 +58,7 @@ class Processor:
         missing = [kind.token for kind in KINDS if kind.token not in vocabulary]
         if missing or tokenizer.pad_token_id is None:
             missing += ["padding token"] * (tokenizer.pad_token_id is None)
-            raise UserError(f"tokenizer has no {' and no '.join(missing)}; expected a tokenizer of Qwen2-VL")
+            raise UserError(f"tokenizer has no {' and no '.join(missing)}; expected Qwen2-VL's tokenizer")
         self.token_ids = {kind.name: vocabulary[kind.token] for kind in KINDS}
         if tokenizer.chat_template is None:
             tokenizer.chat_template = default_chat_template()
@@ -76,9 +76,10 @@ class Processor:
             revision: branch, tag or commit; hub ids only.
 
         Raises:
-            NotFoundError: neither a folder nor a repository in the hub (or, offline, in the cache), or it has no image
-                settings.
-            UserError: a damaged file, a tokenizer without Qwen2-VL's placeholders, or settings for other preprocessing.
+            NotFoundError: there is no such folder, and no such repository on the hub (or, offline, in the cache), or it has
+                no image settings.
+            UserError: a file is damaged, the tokenizer lacks Qwen2-VL's placeholders, or the settings ask for preprocessing
+                that is not implemented.
         """
         import transformers
 
@@ -89,7 +90,7 @@ class Processor:
         if not image:
             raise NotFoundError(
                 f"{folder} has no image settings; expected preprocessor_config.json, or processor_config.json with "
-                '"image_processor" in it'
+                '"image_processor"'
             )
         name = _read_optional(folder / "tokenizer_config.json").get("tokenizer_class")
         tokenizer_class = getattr(transformers, name if name in TOKENIZERS else "AutoTokenizer")
@@ -98,7 +99,7 @@ class Processor:
         except Exception as error:  # tokenizers raises bare Exceptions for damaged files, transformers many other kinds
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{folder}: the tokenizer cannot be loaded ({reason}); expected Qwen2-VL's files"
+                f"{folder}: the tokenizer cannot be loaded ({reason}); expected Qwen2-VL's tokenizer files"
             ) from error
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _read_optional(folder / "chat_template.json").get("chat_template")
@@ -109,13 +110,13 @@ class Processor:
         return cls(tokenizer, *settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes a folder that `from_pretrained` reads, here and in transformers."""
+        """Writes a folder that `from_pretrained` loads, here and in transformers."""
         directory = make_folder(Path(directory))
         self.tokenizer.save_pretrained(directory)
         names = {"processor_class": "Qwen2VLProcessor"}
         image = names | {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_hf()
         video = names | {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_hf()
-        # transformers 5 prefers settings nested in processor_config.json: overwriting it keeps an older one from winning.
+        # transformers 5 prefers settings nested in processor_config.json: an older file with such settings must be replaced.
         files = {"preprocessor_config": image, "video_preprocessor_config": video, "processor_config": names}
         for name, values in files.items():
             write_json(directory / f"{name}.json", values)
@@ -138,29 +139,30 @@ class Processor:
         A message is `{"role": ..., "content": ...}`. Its content is a string or a list of parts, each of the form
         `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` or `{"type": "video", "video": ...}`.
         An image is a PIL image, a uint8 array [H, W, 3], a path, a `file://` or base64 `data:` URL, or encoded bytes.
-        A video is its frames: an array [frames, H, W, 3] or a list of images. A part without a value, such as
+        A video is its frames: an array [frames, H, W, 3] or a list of images. A part without a source, such as
         `{"type": "image"}`, takes the next of `images` (or `videos`), and so does a placeholder `<|image_pad|>` in a
         text. A part may set its own `min_pixels` and `max_pixels`.
 
         Args:
             messages: a conversation (list of messages) or a list of conversations.
-            images, videos: values for the parts without one, in order over the whole batch.
+            images, videos: sources for the parts without one, in order over the whole batch.
             add_generation_prompt: append the opening of an assistant turn, to generate an answer.
             add_vision_id: write "Picture 1: ", "Video 1: " before images and videos.
             labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere.
-            padding: side on which shorter rows of a batch are padded; transformers generates from "left".
+            padding: side on which shorter rows of a batch are padded. transformers needs "left" for generation.
             min_pixels, max_pixels: size limits for each image and frame, in place of the checkpoint's. A limit that is not
-                given moves if it would contradict the other.
+                passed is adjusted if it conflicts with the other.
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids (0 text, 1 image, 2 video), labels: int64 [B, T];
             pixel_values, pixel_values_videos: float32 [sum of t * h * w, 1176]; image_grid_thw, video_grid_thw: int64
-            [items, 3]. The arrays of a kind that does not occur are left out.
+            [items, 3]. Arrays of media that do not occur are left out.
 
         Raises:
             NotFoundError: an image file does not exist.
-            UserError: more or fewer placeholders than images or videos, an image that cannot be decoded, has no pixels or
-                an aspect ratio over 200, contradictory limits, a malformed message, or nothing to train with `labels`.
+            UserError: the numbers of placeholders and images or videos differ; an image cannot be decoded, has no pixels, or
+                has an aspect ratio over 200; the limits conflict; a message is malformed; or, with `labels`, there is no
+                answer.
         """
         if padding not in ("left", "right"):
             raise UserError(f"padding is {padding!r}; expected 'left' or 'right'")
@@ -179,13 +181,14 @@ class Processor:
             patches = [item.patches() for row in items for item in row[kind.name]]
             if patches:
                 pixel_values, grids = zip(*patches, strict=True)
-                arrays |= dict(zip(kind.arrays, (np.concatenate(pixel_values), np.array(grids, np.int64)), strict=True))
+                pixels_name, grids_name = kind.arrays
+                arrays |= {pixels_name: np.concatenate(pixel_values), grids_name: np.array(grids, np.int64)}
             merge_unit = settings[kind.name].merge_size ** 2
             counts[kind.name] = iter([t * h * w // merge_unit for _, (t, h, w) in patches])
         return self._pad([self._expand(row, counts) for row in rows], padding) | arrays
 
     def prompt_ids(self, conversation: Conversation, grids: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        """Returns the tokens [T] of a conversation whose images have been processed already, up to its next answer.
+        """Returns the tokens [T] of a conversation up to its next answer, if its images have been processed already.
 
         Args:
             conversation: messages with `{"type": "image"}` or `{"type": "video"}` in place of the media.
@@ -203,7 +206,7 @@ class Processor:
         Only the headers of image files are read, for their sizes.
 
         Raises:
-            NotFoundError, UserError: as for a call, except for damaged pixels.
+            NotFoundError, UserError: as `__call__`, except for damaged pixels.
         """
         settings = {kind.name: getattr(self, kind.name) for kind in KINDS}
         cleaned, items = MediaReader(None, None, settings).read(as_conversations(conversation)[0])
@@ -215,7 +218,7 @@ class Processor:
         return len(rows[0]["input_ids"]) + added, sum(map(math.prod, grids)), sum(t for t, _, _ in grids)
 
     def decode(self, tokens: Any, *, skip_special_tokens: bool = True) -> str | list[str]:
-        """Returns the text of tokens [T], or a list of texts for [B, T]. Drops negative tokens (ignored labels).
+        """Returns the text of tokens [T], or a list of texts for tokens [B, T]. Drops negative tokens (ignored labels).
 
         Example:
             >>> processor.decode(generate(model, batch, max_new_tokens=8))  # doctest: +SKIP
@@ -235,13 +238,15 @@ class Processor:
 
         try:
             return self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
-        except TemplateError as error:  # a mistake in the template, or messages that it does not support
-            raise UserError(f"the chat template refuses the conversation ({error}); expected one it renders") from error
+        except TemplateError as error:  # an error in the template, or messages that it does not support
+            raise UserError(
+                f"the chat template refuses the conversation ({error}); expected one that it supports"
+            ) from error
 
     def _tokenize(
         self, conversations: Sequence[Conversation], labels: bool, options: dict[str, bool]
     ) -> list[dict[str, np.ndarray]]:
-        """Returns input_ids, and labels if asked for, of each conversation, with one placeholder for each image or video."""
+        """Returns the input_ids (and labels) of each conversation, with a single placeholder for each image or video."""
         texts = [self._render(conversation, options) for conversation in conversations]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=labels)
         rows = [{"input_ids": np.array(ids, np.int64)} for ids in encoded["input_ids"]]
@@ -253,7 +258,7 @@ class Processor:
         return rows
 
     def _labels(self, input_ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
-        """Returns the tokens within the spans of text and the special token after each span; -100 elsewhere."""
+        """Returns the tokens in these spans of the text and the special token after each span; -100 elsewhere."""
         starts, ends = offsets.T
         special = np.isin(input_ids, self.tokenizer.all_special_ids)
         trained = np.zeros(len(input_ids), bool)
@@ -263,20 +268,19 @@ class Processor:
         return np.where(trained, input_ids, IGNORE)
 
     def _answer_spans(self, conversation: Conversation, text: str, options: dict[str, bool]) -> list[tuple[int, int]]:
-        """Returns the (begin, end) of the assistant's answers in the rendered text, found by rendering them between marks.
+        """Returns the (begin, end) of each of the assistant's answers in the rendered text.
 
-        This works with any template, and a user's text that contains the template's own marks does not confuse it.
+        Renders the conversation again, with marks around the answers. This works with any template, even if a user's text
+        contains the template's own control tokens.
         """
         if any(mark in text for mark in (BEGIN, END)):
-            raise UserError(
-                f"text contains {BEGIN!r} or {END!r}; expected none of these, as they mark answers internally"
-            )
+            raise UserError(f"text contains {BEGIN!r} or {END!r}; expected neither, since they mark answers internally")
         if not any(message["role"] == "assistant" for message in conversation):
-            raise UserError("there is no assistant message; expected one to train on, for labels=True")
+            raise UserError("conversation has no assistant message; expected one, since labels=True")
         marked = self._render([_mark(message) for message in conversation], options)
         if marked.replace(BEGIN, "").replace(END, "") != text:
             raise UserError(
-                "the chat template changes the assistant's messages; expected one that copies them, for labels"
+                "the chat template changes the assistant's messages; expected one that copies them, since labels=True"
             )
         spans, removed = [], 0
         for match in re.finditer(f"{BEGIN}(.*?){END}", marked, re.DOTALL):
@@ -288,7 +292,7 @@ class Processor:
     def _check_placeholders(
         self, rows: list[dict[str, np.ndarray]], items: Sequence[Mapping[str, Sequence[Any]]]
     ) -> None:
-        """Raises UserError unless there are as many placeholders as media. Only another model's template violates this."""
+        """Raises UserError unless there is one placeholder per image or video, as Qwen2-VL's own template ensures."""
         for index, (row, media) in enumerate(zip(rows, items, strict=True)):
             for kind in KINDS:
                 placeholders = int(np.sum(row["input_ids"] == self.token_ids[kind.name]))
@@ -299,16 +303,17 @@ class Processor:
                     )
 
     def _expand(self, row: dict[str, np.ndarray], counts: dict[str, Iterator[int]]) -> dict[str, np.ndarray]:
-        """Repeats each placeholder once for each token of its image or video."""
+        """Returns the row with each placeholder repeated for every token of its image or video, and mm_token_type_ids."""
         repeats = np.ones(len(row["input_ids"]), np.int64)
         types = np.zeros(len(row["input_ids"]), np.int64)
         for kind in KINDS:
-            places = np.flatnonzero(row["input_ids"] == self.token_ids[kind.name])
-            repeats[places] = [next(counts[kind.name]) for _ in places]
-            types[places] = kind.type_id
+            placeholders = np.flatnonzero(row["input_ids"] == self.token_ids[kind.name])
+            repeats[placeholders] = [next(counts[kind.name]) for _ in placeholders]
+            types[placeholders] = kind.type_id
         return {name: np.repeat(values, repeats) for name, values in (row | {"mm_token_type_ids": types}).items()}
 
     def _pad(self, rows: list[dict[str, np.ndarray]], padding: str) -> dict[str, np.ndarray]:
+        """Returns the rows with their attention_mask, padded and stacked: each array is [B, T]."""
         fill = {
             "input_ids": self.tokenizer.pad_token_id,
             "attention_mask": 0,
@@ -332,12 +337,12 @@ def default_chat_template() -> str:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; empty if there is no such file."""
+    """Returns the object in a JSON file, or an empty dict if the file does not exist."""
     return read_json_object(path) if path.is_file() else {}
 
 
 def _mark(message: Message) -> Message:
-    """Returns the message, with marks around its content if it is the assistant's."""
+    """Returns the message, with marks around its content if the assistant sent it."""
     if message["role"] != "assistant":
         return message
     content = message["content"]

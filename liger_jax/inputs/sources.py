@@ -1,7 +1,7 @@
-"""Image sources: the forms in which an image can be given, and how its encoded bytes are found.
+"""Opens encoded images, and resolves the sources of images in records.
 
 An encoded image is a path, a `file://` URL, a base64 `data:` URL, or the bytes of a file. Records may also hold plain
-base64, and paths relative to the folder of the records. Nothing is downloaded.
+base64, and paths relative to the records' folder. Nothing is downloaded.
 """
 
 import base64
@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlparse
 from liger_jax.errors import NotFoundError, UserError
 
 ENCODED = (str, Path, bytes)
-SHORTEST_BASE64 = 60  # of an image of one pixel; a shorter string that names no file is a path with a mistake
-WEB_URL = re.compile(r"(?!file:)\w\w+:/", re.IGNORECASE)  # one slash, as a Path turns // into /
+SHORTEST_BASE64 = 60  # length for a one-pixel image; a shorter string that names no file is a mistyped path
+WEB_URL = re.compile(r"(?!file:)\w\w+:/", re.IGNORECASE)  # one slash, because Path turns // into /
 EXPECTED = "a path, a file:// or data: URL, or base64"
 
 
@@ -29,7 +29,7 @@ def open_encoded(source: str | Path | bytes) -> tuple[BinaryIO, str]:
 
     Raises:
         NotFoundError: the file does not exist.
-        UserError: a web URL, or a malformed data URL.
+        UserError: a web URL, a malformed URL, or a file that cannot be opened.
     """
     if isinstance(source, bytes):
         return io.BytesIO(source), f"({len(source)} bytes)"
@@ -54,12 +54,12 @@ def open_encoded(source: str | Path | bytes) -> tuple[BinaryIO, str]:
 
 
 def resolve_source(value: Any, folder: Path) -> str | bytes:
-    """Returns an image source of a record in a form that does not depend on the working directory.
+    """Returns the source of an image in a record, in a form that does not depend on the working directory.
 
     Args:
         value: a path, a file:// or data: URL, base64, or {"path": ...}, {"url": ...}, {"bytes": ...} with one of them.
-            A path next to bytes is ignored: it says where the bytes once came from.
-        folder: absolute folder that relative paths start from.
+            A path next to bytes is ignored: it only records their origin.
+        folder: absolute folder that relative paths refer to.
 
     Returns:
         URLs unchanged, paths as absolute paths, base64 as bytes.

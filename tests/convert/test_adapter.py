@@ -68,7 +68,7 @@ def test_every_adapted_weight_is_in_the_table():
 
 
 def test_logits_loss_and_gradients_equal_peft(tmp_path):
-    """With PEFT's adapter of all linear layers, on one image, within 2e-4."""
+    """The adapter covers all linear layers; the input has one image; the tolerance is 2e-4."""
     model = from_peft()
     assert lora_config(model) == LoraOptions(rank=3, alpha=6, targets="all-linear")
     batch, tokens, expected = parity.common(parity.batch("image")), parity.tokens("image"), parity.stored("adapter")
@@ -85,7 +85,7 @@ def test_logits_loss_and_gradients_equal_peft(tmp_path):
 
 
 def test_saved_adapter_equals_pefts(tmp_path):
-    """The same names, shapes, dtypes and bits; every option of the configuration is also in PEFT's."""
+    """Names, shapes, dtypes and bits are equal; every option of the configuration has PEFT's value."""
     save_adapter(from_peft(), tmp_path / "new", base_model="Qwen/Qwen2-VL-2B-Instruct")
     saved, stored = load_file(tmp_path / "new" / WEIGHTS), load_file(PEFT / WEIGHTS)
     assert {name: (a.shape, a.dtype, a.tobytes()) for name, a in saved.items()} == {
@@ -101,7 +101,7 @@ def test_saved_adapter_equals_pefts(tmp_path):
 
 
 def test_merged_weights_follow_pefts_formula():
-    """W + alpha / r * lora_B @ lora_A for each weight of the Hugging Face checkpoint (float64)."""
+    """Each merged weight is W + alpha / r * lora_B @ lora_A, computed in float64."""
     merged, base, lora = to_hf_state(merge_lora(from_peft())), to_hf_state(parity.model()), load_file(PEFT / WEIGHTS)
     assert merged.keys() == base.keys()
     for name, weight in base.items():
@@ -124,7 +124,7 @@ def test_merged_weights_follow_pefts_formula():
     ],
 )
 def test_round_trip(tmp_path, options):
-    """Some targets, odd ranks, rsLoRA: the same structure and bits."""
+    """Some targets, odd ranks and rsLoRA keep their structure and bits."""
     model = add_lora(parity.model(), **options)
     save_adapter(model, tmp_path)
     loaded = load_adapter(parity.model(), tmp_path)
@@ -145,7 +145,7 @@ def test_dtypes(tmp_path):
             np.testing.assert_array_equal(loaded[path], leaf)
 
 
-def test_onto_a_mesh():
+def test_loads_onto_a_mesh():
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
     base = from_hf(parity.REFERENCES / "model_untied", dtype="float32", mesh=mesh)
     loaded, expected = load_adapter(base, PEFT), from_peft()
@@ -156,7 +156,7 @@ def test_onto_a_mesh():
 
 
 def test_names_of_older_transformers(folder):
-    """`model.layers.*` and `visual.*`, which adapters had before 4.52."""
+    """Adapters from before 4.52 have the names `model.layers.*` and `visual.*`."""
     tensors = {
         name.replace("model.language_model.", "model.").replace("model.model.visual.", "model.visual."): value
         for name, value in load_file(folder / WEIGHTS).items()
@@ -233,14 +233,14 @@ def test_unsupported_options_are_refused(folder, option):
 
 
 def test_options_without_effect(folder):
-    """Options of training, and options that are off."""
+    """Options that only affect training, and options that are off, do not change the adapter."""
     config = change_config(folder, lora_dropout=0.05, init_lora_weights="gaussian", an_option_of_the_future=None)
     assert config["inference_mode"] is True
     jax.tree.map(np.testing.assert_array_equal, load_adapter(parity.model(), folder), from_peft())
 
 
 def test_adapter_of_some_layers_is_refused(folder):
-    """If target modules name single layers, the tensors of the others are missing."""
+    """If the target modules name single layers, the tensors of all other layers are missing."""
     change_config(folder, target_modules=["model.language_model.layers.0.mlp.up_proj"])
     name = "base_model.model.model.language_model.layers.{}.mlp.up_proj.lora_{}.weight"
     tensors = load_file(folder / WEIGHTS)

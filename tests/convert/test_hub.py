@@ -1,4 +1,4 @@
-"""Hub ids: downloads, revisions and the cache, against a local server with the hub's file API."""
+"""Hub ids: downloads, revisions and the cache, tested against a local server with the hub's file API."""
 
 import hashlib
 import json

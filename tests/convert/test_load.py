@@ -45,7 +45,7 @@ def test_same_format(source):
     assert not list(source.with_name("new").glob("*.index.json"))
 
 
-def test_files_in_the_target_are_kept_without_overwrite(source):
+def test_files_in_the_target_are_kept(source):
     target = source.with_name("full")
     target.mkdir()
     (target / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""from_hf: all layouts of checkpoints, and the errors for damaged ones."""
+"""from_hf loads all layouts of checkpoints, and its errors name damaged files."""
 
 import json
 import subprocess
@@ -131,7 +131,7 @@ def test_mesh(tmp_path):
 
 
 def test_host_memory(tmp_path):
-    """Loading or writing 220 MB needs, besides the model, host memory for a few tensors of 11 MB."""
+    """Beyond the model itself, loading or writing 220 MB needs host memory for a few tensors of 11 MB."""
     output = run(
         """
         import json, math, resource, sys
@@ -286,7 +286,7 @@ def test_missing_or_damaged_configuration(tmp_path):
 
 def test_path_that_is_not_a_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="is a file; expected the folder"):
+    with pytest.raises(FileNotFoundError, match="is a file; expected a checkpoint folder"):
         from_hf(tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
         from_hf(tmp_path / "nothing" / "here")

@@ -1,4 +1,4 @@
-"""The table covers a list of tensors written by hand, and its two directions are inverse."""
+"""The table covers a handwritten list of tensors, and its two directions are inverses."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_covers_every_tensor_and_every_parameter_once(tied):
+def test_table_covers_every_tensor_and_every_parameter_once(tied):
     config = Qwen2VLConfig.from_hf(hub.CONFIG | {"tie_word_embeddings": tied})
     parameters = shapes(config)
     tensors = hub_tensors(parameters, read_sizes(parameters, (hub.C, hub.T, hub.P)))

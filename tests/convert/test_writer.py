@@ -188,7 +188,7 @@ def test_large_parameters_are_rearranged_on_the_device(tmp_path, model, monkeypa
 
 @pytest.mark.live
 @pytest.mark.parametrize("name", ["untied", "tied"])
-def test_transformers_loads_it(tmp_path, name):
+def test_transformers_loads_the_checkpoint(tmp_path, name):
     """transformers finds every key, and gets the weights and logits of the model that it once saved."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -173,7 +173,7 @@ def test_latest_steps_are_kept(tmp_path, state):
 
 def test_incomplete_steps_are_ignored(tmp_path, state):
     """A killed process leaves a step under Orbax's temporary name, or an incomplete copy of a step."""
-    with pytest.raises(FileNotFoundError, match=r"has no training state; expected one of its steps \[\]"):
+    with pytest.raises(FileNotFoundError, match=r"has no training state; expected a folder that save_state wrote"):
         restore_state(tmp_path, state)
     save_state(tmp_path, state)
     shutil.copytree(tmp_path / "12", tmp_path / "30.orbax-checkpoint-tmp-1")
@@ -209,7 +209,7 @@ def test_mismatched_states_are_refused(tmp_path, state):
 
 
 def test_meshes(tmp_path, model, state):
-    """Saved on one device, loaded on four, and back: the arrays are placed like the template's."""
+    """Checkpoints saved on one device load on four, and back. Arrays are placed like those of the abstract state."""
     save_model(model, tmp_path / "model")
     save_state(tmp_path / "run", state)
     script = """

@@ -1,4 +1,4 @@
-"""Every layout of config.json on the hub reads as the same configuration; anything else is refused."""
+"""All layouts of config.json on the hub give the same configuration; unsupported ones are refused."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ PRESETS = {"2b": Qwen2VLConfig.qwen2_vl_2b(), "7b": Qwen2VLConfig.qwen2_vl_7b()}
 @pytest.mark.parametrize("size", PRESETS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, size):
-    """Written by transformers 4.41 (the hub), 4.49 (defaults omitted), 4.57 (nested) and 5.17 (rope_parameters)."""
+    """The files were written by transformers 4.41 (hub), 4.49 (defaults omitted), 4.57 (nested), 5.17 (rope_parameters)."""
     assert Qwen2VLConfig.from_hf(LAYOUTS[layout][size]) == PRESETS[size]
 
 
@@ -52,7 +52,7 @@ def test_round_trip(config):
 
 
 def test_reads_a_folder(tmp_path):
-    """A folder, or the config.json in it; end and padding tokens come from generation_config.json."""
+    """A folder or its config.json may be passed; EOS and padding tokens come from generation_config.json."""
     folder = REFERENCES / "model_untied"
     config = Qwen2VLConfig.from_hf(folder)
     assert config == Qwen2VLConfig.from_hf(str(folder / "config.json"))
@@ -101,7 +101,7 @@ def hub_config(**values):
     ],
 )
 def test_unsupported_configurations_are_refused(values, message):
-    """The message names the value, before any weight is created."""
+    """The error names the value."""
     with pytest.raises(ValueError, match=message):
         Qwen2VLConfig.from_hf(hub_config(**values))
 

@@ -43,7 +43,7 @@ def ask_about(*images):
 
 @pytest.fixture(scope="module")
 def data():
-    """Texts and images of many sizes."""
+    """Returns texts and images of many sizes."""
     rng = np.random.default_rng(0)
     mixed = list(itertools.islice(conversations(load_digits()[0], rng), COUNT // 3))
     for side in rng.integers(28, 224, COUNT // 3):
@@ -63,7 +63,7 @@ def noise(width, height):
 
 @pytest.fixture(scope="module")
 def truncated_image(tmp_path_factory):
-    """An image file with an intact header and missing pixels."""
+    """Returns the path of an image file with an intact header and missing pixels."""
     path = tmp_path_factory.mktemp("broken") / "cut.png"
     path.write_bytes(encode(noise(56, 84))[:200])
     return str(path)
@@ -73,8 +73,8 @@ LAYOUTS = {"plain": {}, "grouped": {"group_by_length": True}, "packed": {"pack_l
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_conversation_comes_once_per_epoch(processor, config, data, layout):
-    """In a different order in each epoch. A batch depends on its step alone, not on the batches made before."""
+def test_every_conversation_occurs_once_per_epoch(processor, config, data, layout):
+    """The order differs between epochs. A batch depends on its step alone, not on the batches made before."""
     batching = Batching(batch_size=4, seed=1, **LAYOUTS[layout])
     dataset, same = (make_dataset(processor, config, data, batching) for _ in range(2))
     schedule, batches = dataset.schedule, dataset.schedule.epoch_batches
@@ -92,7 +92,7 @@ def test_every_conversation_comes_once_per_epoch(processor, config, data, layout
 
 
 def test_image_larger_than_its_share_of_a_packed_sequence(processor, config):
-    """Packed sequences have room for it. (Regression: a numpy integer was refused.)"""
+    """Packed sequences have room for the image. (Regression: a numpy integer was refused.)"""
     large = ask_about(Image.new("RGB", (224, 224), "white"))
     texts = [ask("Which? " * 9) for _ in range(20)]
     dataset = make_dataset(processor, config, [large, *texts], Batching(batch_size=2, pack_length=128))
@@ -138,7 +138,7 @@ def test_schedule_groups_similar_sizes():
 
 
 def test_sizes_without_decoding(processor, tmp_path, truncated_image):
-    """Tokens and grids equal the processor's: rotated images, URLs, arrays, several images, videos."""
+    """The measured sizes equal those of the processor's arrays: rotated images, URLs, arrays, several images, videos."""
     rotated = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[274] = 6
@@ -189,7 +189,7 @@ def test_damaged_pixels(processor, config, data, truncated_image, layout):
 
 
 def test_batch_whose_conversations_are_all_skipped(processor, config, truncated_image):
-    """It consists of padding and trains nothing."""
+    """The batch consists of padding and has no labels."""
     dataset = make_dataset(processor, config, [ask_about(truncated_image)], Batching(batch_size=2, skip_broken=True))
     with pytest.warns(UserWarning, match="left out"):
         batch = dataset(0)
@@ -219,8 +219,8 @@ def test_problems_found_before_training(processor, config, data, tmp_path):
 
 
 def test_no_usable_conversation(processor, config, data):
-    none_left = "None of 1 conversations can be used: conversation 0: it has .* patches"
-    with pytest.raises(UserError, match=none_left), pytest.warns(UserWarning, match="left out 1"):
+    message = "None of 1 conversations can be used: conversation 0: it has .* patches"
+    with pytest.raises(UserError, match=message), pytest.warns(UserWarning, match="left out 1"):
         make_dataset(processor, config, data[:1], Batching(batch_size=4, patches=3, length=64, skip_broken=True))
 
 

@@ -1,4 +1,4 @@
-"""Packing: sequences are full, hold every conversation once, and train like the conversations alone."""
+"""Packing: sequences are full, hold every conversation once, and train like unpacked conversations."""
 
 import itertools
 

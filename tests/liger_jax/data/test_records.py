@@ -60,7 +60,7 @@ def test_formats(folder, record, lines):
 
 
 def test_markers_are_filled_in_order(folder):
-    """Markers may be anywhere in a text; a video is a list of frames; lists of parts and plain texts stay the same."""
+    """Markers may be anywhere in a text; a video is a list of frames; lists of parts and plain texts are unchanged."""
     turns = [
         ("system", "Read."),
         ("human", "A <image> and <image>\nthen <video>, equal?"),
@@ -175,7 +175,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_records_are_named_or_skipped(folder, message):
-    """The error names the file, the record's number and id, and the problem; with "skip", a warning does."""
+    """An error, or with "skip" a warning, names the file, the record's number and id, and the problem."""
     record = BROKEN[message]
     if isinstance(record, dict):
         record = {"id": "x7", **record}
@@ -189,7 +189,7 @@ def test_broken_records_are_named_or_skipped(folder, message):
 
 
 def test_broken_files(folder):
-    """No file, not JSON, empty, without usable records; and an unknown option."""
+    """A file is missing, not JSON, empty, or has no usable record; or the option is unknown."""
     with pytest.raises(NotFoundError, match=r"none\.json does not exist"):
         read_conversations(folder / "none.json")
     bad = folder / "bad.json"
@@ -206,7 +206,7 @@ def test_broken_files(folder):
 
 
 def test_media_folder(folder, tmp_path_factory):
-    """Relative paths start from `media`, or from the folder of the file."""
+    """Relative paths refer to `media`, or by default to the folder of the file."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     path = write(elsewhere, llava(image="a.png"))
     assert read_conversations(path, media=folder)[0][0]["content"][0]["image"] == str(folder / "a.png")

@@ -1,4 +1,4 @@
-"""`prepare`: valid batches are padded to buckets without losing a number; invalid ones are refused by name."""
+"""`prepare` pads valid batches to buckets without losing data, and names the argument that makes a batch invalid."""
 
 import jax
 import numpy as np
@@ -45,10 +45,10 @@ def one_video():
 # ---- valid batches
 
 
-@pytest.mark.parametrize(("smallest", "top"), [(1, 300), (64, 5000)])
-def test_buckets(smallest, top):
+@pytest.mark.parametrize(("smallest", "limit"), [(1, 300), (64, 5000)])
+def test_buckets(smallest, limit):
     """Never too small, at most 25 % padding from 4 units on, and four sizes per octave."""
-    sizes = [bucket(n, smallest) for n in range(1, top)]
+    sizes = [bucket(n, smallest) for n in range(1, limit)]
     assert all(size >= n and size % smallest == 0 for n, size in enumerate(sizes, 1))
     assert all(size <= 1.25 * n + smallest for n, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
@@ -104,7 +104,7 @@ def test_patches_stay_with_their_row():
 
 
 def test_images_and_videos_keep_the_order_of_the_text():
-    """They arrive in two pixel arrays and are merged in order. A video has one segment per frame."""
+    """Patches arrive in two arrays and are merged in order. A video has one segment per frame."""
     arrays = {
         "input_ids": np.array([row(5, (IMAGE, 1), 6, (VIDEO, 2), 7, (IMAGE, 2), 8)]),
         "image_grid_thw": np.array([[1, 2, 2], [1, 4, 2]]),
@@ -164,15 +164,12 @@ def test_packed_rows():
 
 def test_explicit_position_ids_are_used():
     positions = np.arange(6).reshape(3, 1, 2)
-    assert prepare(CONFIG, input_ids=np.array([[5, 6]]), position_ids=positions).position_ids[0, :, :2].tolist() == [
-        [0, 1],
-        [2, 3],
-        [4, 5],
-    ]
+    batch = prepare(CONFIG, input_ids=np.array([[5, 6]]), position_ids=positions)
+    assert batch.position_ids[0, :, :2].tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_explicit_length_and_patches():
-    """For runs whose batches all need the same shape."""
+    """A run whose batches must all have the same shape passes both."""
     batch = prepare(CONFIG, **two_rows(), length=100, patches=32)
     assert batch.shape == (2, 100)
     assert batch.vision.pixel_values.shape == (2, 32, PATCH_VALUES)
@@ -182,7 +179,7 @@ def test_explicit_length_and_patches():
 
 
 def test_pad_rows():
-    """Empty rows belong to no sequence, train nothing and receive no image."""
+    """Empty rows belong to no sequence, have no labels and receive no image."""
     batch = prepare(CONFIG, **two_rows(), labels=two_rows()["input_ids"])
     padded = batch.pad_rows(4)
     assert jax.tree.map(lambda a: a[:2].tolist(), padded) == jax.tree.map(lambda a: a.tolist(), batch)
@@ -196,9 +193,9 @@ def test_pad_rows():
 
 def test_batch_passes_through_jit():
     batch = prepare(CONFIG, **two_rows())
-    again = jax.jit(lambda b: b)(batch)
-    assert again.shape == batch.shape
-    np.testing.assert_array_equal(again.vision.pixel_values, batch.vision.pixel_values)
+    returned = jax.jit(lambda b: b)(batch)
+    assert returned.shape == batch.shape
+    np.testing.assert_array_equal(returned.vision.pixel_values, batch.vision.pixel_values)
 
 
 def test_any_integer_width_and_boolean_masks():
@@ -219,11 +216,11 @@ def test_token_types_are_checked():
 
 TEXT = {"input_ids": np.array([[5, 6, 7]])}
 BAD = {
-    # placeholders and features are compared per row, since the totals may agree
+    # placeholders and grids are compared in each row, since the totals may agree
     "one placeholder too few": (
         two_rows()
         | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 3), 7, 8), row(5, (IMAGE, 2), 6, 7, 8, 9, 10)])},
-        r"row 0: image 1 has 3 placeholders.*expected 4",
+        r"row 0: image 1 has 3 adjacent placeholders.*expected 4",
     ),
     "one placeholder too many": (
         two_rows() | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 4), 7), row(5, (IMAGE, 3), 6, 7, 8, 9)])},
@@ -231,11 +228,11 @@ BAD = {
     ),
     "placeholders in the wrong row": (
         two_rows() | {"input_ids": np.array([row(5, (IMAGE, 1), 6, (IMAGE, 2), 7, 8, 9), row(5, (IMAGE, 4), 6, 7, 8)])},
-        r"row 0: image 1 has 2 placeholders.*expected 4",
+        r"row 0: image 1 has 2 adjacent placeholders.*expected 4",
     ),
     "an image split by text": (
         one_image(1, 4, 4) | {"input_ids": np.array([row(5, (IMAGE, 2), 6, (IMAGE, 2), 7)])},
-        r"row 0: image 0 has 2 placeholders.*expected 4",
+        r"row 0: image 0 has 2 adjacent placeholders.*expected 4",
     ),
     "one grid too many": (
         one_image(1, 4, 4) | {"image_grid_thw": np.array([[1, 4, 4]] * 2), "pixel_values": pixels(*[[1, 4, 4]] * 2)},
@@ -338,13 +335,13 @@ BAD = {
     "segments of another shape": (TEXT | {"segment_ids": np.ones((1, 2), int)}, r"segment_ids has shape \[1, 2\]"),
     "negative segments": (TEXT | {"segment_ids": np.array([[1, 1, -1]])}, r"segment_ids holds -1"),
     "segments that return": (TEXT | {"segment_ids": np.array([[1, 2, 1]])}, r"segment_ids of row 0 return"),
-    "segments against mask": (
+    "segments that contradict the mask": (
         TEXT | {"segment_ids": np.array([[1, 1, 0]]), "attention_mask": np.ones((1, 3), int)},
         r"segment_ids and attention_mask differ",
     ),
     "an image across sequences": (
         one_image(1, 4, 4) | {"segment_ids": np.array([[1, 1, 1, 2, 2, 2]])},
-        r"row 0: image 0 has 2 placeholders",
+        r"row 0: image 0 has 2 adjacent placeholders",
     ),
     "positions of another shape": (TEXT | {"position_ids": np.zeros((1, 3), int)}, r"position_ids has shape \[1, 3\]"),
     "negative positions": (TEXT | {"position_ids": np.full((3, 1, 3), -1)}, r"position_ids"),
@@ -362,7 +359,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_invalid_arguments_are_refused(case):
-    """The UserError names the argument, its value and the expected one."""
+    """The error names the argument, its value and the expected value."""
     arguments, message = BAD[case]
     with pytest.raises(UserError, match=message):
         prepare(CONFIG, **arguments)

@@ -1,4 +1,4 @@
-"""Positions of tokens and patches equal those of transformers, by both rules for the text after a video."""
+"""Positions of tokens and patches equal transformers', with both rules for the text after a video."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def test_rules_differ_for_long_videos_only():
 
 
 def test_back_to_back_images():
-    """Two images without a token between them: transformers 5.x raises; 4.x and this project use the grids."""
+    """Adjacent images without a token between them: transformers 5.x raises, 4.x and this project use the grids."""
     scenario = parity.inputs("back_to_back")
     positions = rope_index(CONFIG, scenario["input_ids"], scenario["attention_mask"], scenario["image_grid_thw"])
     np.testing.assert_array_equal(positions, parity.stored("scenarios")["back_to_back/position_ids_max"])
@@ -50,7 +50,7 @@ def test_back_to_back_images():
 
 @pytest.mark.parametrize("scenario", parity.PACKED)
 def test_positions_restart_in_packed_sequences(scenario):
-    """Each sequence of a packed row has the same positions as alone."""
+    """Each sequence of a packed row has the same positions as when it is alone in a row."""
     arrays = parity.inputs(scenario)
     unpacked = scenario.removeprefix("packed_")
     alone = parity.stored("scenarios")[f"{unpacked}/position_ids_hf5"][:, parity.tokens(unpacked)]
@@ -58,7 +58,7 @@ def test_positions_restart_in_packed_sequences(scenario):
     np.testing.assert_array_equal(positions[:, 0], alone)
 
 
-# The vectors of transformers' own test_vision_position_ids; its model merges no patches.
+# Inputs and positions of transformers' own test_vision_position_ids, whose model merges no patches.
 
 
 def test_transformers_image_vector():
@@ -89,11 +89,11 @@ def test_transformers_vector_of_one_token_images():
 def test_long_video():
     """Grid [3, 4, 4] has 3 frames of 2 x 2 tokens. Text continues after the last frame ("max") or at its index ("hf5")."""
     ids = np.array([[5, *[VIDEO] * 12, 6, 7]])
-    follow = {
+    continuations = {
         rule: rope_index(CONFIG, ids, video_grid_thw=np.array([[3, 4, 4]]), video_positions=rule)[:, 0, -2:].tolist()
         for rule in ("max", "hf5")
     }
-    assert follow == {"max": [[4, 5]] * 3, "hf5": [[3, 4]] * 3}
+    assert continuations == {"max": [[4, 5]] * 3, "hf5": [[3, 4]] * 3}
 
 
 def test_unknown_rule():
@@ -102,7 +102,7 @@ def test_unknown_rule():
 
 
 def test_vision_position_ids():
-    """In blocks of 2 x 2 patches, the same for each frame of a video, as in transformers."""
+    """Patches are in blocks of 2 x 2, as in transformers, and each frame of a video has the same positions."""
     four_by_six = "00 01 10 11 02 03 12 13 04 05 14 15 20 21 30 31 22 23 32 33 24 25 34 35"
     expected = [[int(h), int(w)] for h, w in four_by_six.split()]
     positions = vision_position_ids(np.array([[1, 4, 6], [2, 2, 2]]), 2)
@@ -111,8 +111,8 @@ def test_vision_position_ids():
 
 def test_vision_segment_ids():
     """An image is one segment; a video has one segment per frame of its grid."""
-    positions = vision_segment_ids(np.array([[1, 2, 4], [3, 2, 2]]))
-    assert positions.tolist() == [1] * 8 + [2] * 4 + [3] * 4 + [4] * 4
+    segments = vision_segment_ids(np.array([[1, 2, 4], [3, 2, 2]]))
+    assert segments.tolist() == [1] * 8 + [2] * 4 + [3] * 4 + [4] * 4
 
 
 def test_no_grids():

@@ -1,4 +1,4 @@
-"""LoRA: its values and gradients, training it alone, merging it into the weights, and its checkpoints."""
+"""LoRA: values and gradients, training LoRA alone, merging into the weights, and checkpoints."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from liger_jax.train.optimizer import make_optimizer
 from tests._support import parity
 
 CONFIG = Qwen2VLConfig.tiny()
-logits_of = jax.jit(lambda model, batch: model(batch))
+jitted_logits = jax.jit(lambda model, batch: model(batch))
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def base_model(dtype="float32", mesh=None):
 
 
 def random_lora(model, scale=0.1):
-    """Returns the model with random numbers in B as well, as after training."""
+    """Returns the model with noise added to A and B, as after training."""
     rng = np.random.default_rng(7)
     trained = {
         path: jnp.asarray(leaf + scale * rng.normal(size=leaf.shape), leaf.dtype)
@@ -90,7 +90,7 @@ def test_new_lora_changes_no_output():
     model = parity.model()
     with_lora = add_lora(model, rank=4, targets="all-linear", seed=2**32 - 1)
     batch = parity.common(parity.batch("image"))
-    parity.assert_near(logits_of(with_lora, batch), logits_of(model, batch), tolerance=1e-6)
+    parity.assert_near(jitted_logits(with_lora, batch), jitted_logits(model, batch), tolerance=1e-6)
     assert lora_config(model) is None
     assert lora_config(with_lora) == LoraOptions(rank=4, alpha=16, targets=tuple(TARGETS), rslora=False)
     assert len(lora_leaves(with_lora)) == 2 * len(TARGETS)
@@ -143,7 +143,7 @@ def test_merged_model_generates_the_same_tokens():
     """Greedy tokens and logits, with LoRA in all layers; they differ from those of the base model."""
     with_lora = random_lora(add_lora(parity.model(), rank=4, targets="all-linear"), scale=0.05)
     prompt = parity.common(parity.batch("image", prompt=True))
-    unmerged, merged = logits_of(with_lora, prompt), logits_of(merge_lora(with_lora), prompt)
+    unmerged, merged = jitted_logits(with_lora, prompt), jitted_logits(merge_lora(with_lora), prompt)
     parity.assert_near(unmerged, merged, tolerance=1e-5)
     tokens = [
         generate(model, prompt, max_new_tokens=6, eos_token_id=())
@@ -153,7 +153,7 @@ def test_merged_model_generates_the_same_tokens():
     assert np.any(tokens[0] != tokens[2])
 
 
-def test_invalid_arguments_are_refused():
+def test_invalid_arguments_are_rejected():
     model = Qwen2VL.abstract(CONFIG)
     for targets in (["q_proj", "proj"], [], "lm_head"):
         with pytest.raises(ValueError, match=r"targets is .* expected 'all-linear' or some of \['q_proj'"):
@@ -197,7 +197,7 @@ def trained(remat="dots", accumulate=2, mesh_shape=None):
     return state, losses
 
 
-def test_lora_alone_is_trained():
+def test_only_lora_is_trained():
     """All A and B change, no other weight does, and only A and B have moments. The loss falls."""
     state, losses = trained()
     before, after = param_paths(initial_model(None)), param_paths(state.model)
@@ -248,14 +248,14 @@ def test_frozen_weights_cost_nothing():
         compiled = make_train_step(remat="none", accumulate=2).compile(state, batch)
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
-    (flops, bytes_), (flops_of_all, bytes_of_all) = cost(PARTS), cost(["vision", "merger"])
+    (flops, bytes_), (all_flops, all_bytes) = cost(PARTS), cost(["vision", "merger"])
     text = sum(leaf.nbytes for leaf in jax.tree.leaves(model.language_model)) + model.head.nbytes
-    assert flops < 0.72 * flops_of_all  # two matmuls per weight instead of three
-    assert bytes_ < bytes_of_all - 0.9 * text
+    assert flops < 0.72 * all_flops  # two matmuls per weight instead of three
+    assert bytes_ < all_bytes - 0.9 * text
 
 
 def test_unfrozen_parts_are_trained_with_lora():
-    """Here the merger, which `freeze` does not name."""
+    """The merger is not in `freeze`, so it is trained as well."""
     model = jax.eval_shape(add_lora, Qwen2VL.abstract(CONFIG))
     optimizer = make_optimizer(1e-3, freeze=["vision", "text"])
     state = jax.eval_shape(lambda model: TrainState.create(model, optimizer), model)
@@ -268,7 +268,7 @@ def test_unfrozen_parts_are_trained_with_lora():
 
 
 def test_state_checkpoint_round_trip(tmp_path):
-    """Exact to the last bit; the latest weights of a run also load as a model with its LoRA."""
+    """Exact to the last bit. The latest weights of a run also load as a model with LoRA."""
     state, _ = trained()
     save_state(tmp_path, state)
     assert_same_bits(restore_state(tmp_path, state), state)
@@ -285,7 +285,7 @@ def test_model_checkpoint_round_trip(tmp_path):
     assert lora_config(loaded) == LoraOptions(rank=2, alpha=5.5, targets=("down_proj", "qkv"), rslora=True)
     assert_same_bits(loaded, model)
     (tmp_path / "lora.json").write_text('{"rank": 2, "beta": 3}')
-    with pytest.raises(ValueError, match=r"lora\.json is not what save_model writes"):
+    with pytest.raises(ValueError, match=r"lora\.json is invalid .*as save_model writes them"):
         load_model(tmp_path)
     save_model(base_model("bfloat16"), tmp_path, overwrite=True)
     assert lora_config(load_model(tmp_path)) is None
