@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-# All sizes that could be confused differ.
+# Sizes that could be mistaken for each other differ.
 V, H, N, K, D, F, LAYERS = 50, 24, 3, 1, 16, 40, 3  # text: vocabulary, width, heads, kv heads, head size, MLP, layers
 E, BLOCKS, C, T, P = 16, 2, 3, 2, 4  # vision: width, layers, channels, frames, patch side; 2 heads of 8
 M = 4 * E

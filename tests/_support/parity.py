@@ -1,4 +1,4 @@
-"""Access to the reference values of tests/references/make_model.py, and comparison with them."""
+"""Loads the reference values of tests/references/make_model.py, and compares results with them."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ def batch(scenario: str, *, prompt: bool = False, video_positions: str = "hf5", 
 
 
 def common(batch: Batch) -> Batch:
-    """Returns the batch with a common `max_segments`, a static upper bound, so that scenarios share programs."""
+    """Returns the batch with a common `max_segments` (a static upper bound), so that scenarios share compiled programs."""
     vision = batch.vision and dataclasses.replace(batch.vision, max_segments=4)
     return dataclasses.replace(batch, max_segments=2, vision=vision)
 
@@ -75,7 +75,7 @@ def expected_gradients(scenario: str, *, name: str = "untied") -> dict[str, np.n
 
 
 def tokens(scenario: str) -> np.ndarray:
-    """Returns [B, T] bool: True for tokens and False for padding, for which a model's outputs are meaningless."""
+    """Returns [B, T] bool: True for tokens, False for padding, where the outputs of a model are meaningless."""
     arrays = inputs(scenario)
     return (arrays["segment_ids"] if "segment_ids" in arrays else arrays["attention_mask"]) > 0
 

@@ -1,4 +1,4 @@
-"""Generation options equal the installed transformers' (needs torch), on random logits and on a model."""
+"""Generation options act as in the installed transformers (needs torch), on random logits and on a model."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +77,7 @@ def test_logits_processors(seed):
     "options", [{"no_repeat_ngram_size": 2}, {"min_new_tokens": 5}, {"bad_words_ids": [[3, 4], [5]]}]
 )
 def test_generate(scenario, options, tmp_path):
-    """Greedy tokens equal those of transformers' generate(), for other models and prompts than the stored ones."""
+    """Greedy tokens equal those of transformers' generate(), with models and prompts that are not the stored ones."""
     hf, prompt = make_hf_model("untied"), scenarios()[1][scenario]
     length, greedy = prompt["input_ids"].shape[1], {"max_new_tokens": 8, "pad_token_id": reference.PAD}
 

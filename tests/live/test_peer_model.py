@@ -1,4 +1,4 @@
-"""The checkpoint that `python -m benchmarks train | generate` loads in both libraries."""
+"""The checkpoint that both libraries load in `python -m benchmarks train | generate`."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""The model equals the installed transformers' (needs torch), for other models and seeds than the stored ones."""
+"""The model equals the installed transformers' (needs torch), with weights and inputs that are not the stored ones."""
 
 import functools
 
@@ -37,7 +37,7 @@ def make_hf_model(name):
 
 @pytest.fixture(scope="module", params=MODELS)
 def models(request, tmp_path_factory):
-    """Returns models with the same weights in both libraries, transferred by a checkpoint."""
+    """Returns a transformers model and ours with the same weights, transferred through a checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
     make_hf_model(request.param).save_pretrained(folder)
     return make_hf_model(request.param), from_hf(folder, dtype="float32")
@@ -88,7 +88,7 @@ def test_greedy_tokens(models, scenario):
 
 
 def test_written_checkpoints_load_in_transformers(models, tmp_path):
-    """No name is missing or left over, and the logits are equal."""
+    """transformers reports no missing or unexpected name, and the logits are equal."""
     hf, model = models
     to_hf(model, tmp_path)
     loaded, report = type(hf).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
@@ -101,7 +101,7 @@ def test_written_checkpoints_load_in_transformers(models, tmp_path):
 
 
 def test_names_of_newer_transformers(models, tmp_path):
-    """`model.visual.*` and `model.language_model.*` in shards, as in 4.52 and later, give the same weights."""
+    """Shards with the names `model.visual.*` and `model.language_model.*` (4.52 and later) give the same weights."""
     hf, model = models
     hf.save_pretrained(tmp_path, save_original_format=False, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

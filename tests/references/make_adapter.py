@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Writes a PEFT adapter of make_model.py's tiny model, and the values that PEFT computes with it.
+"""Writes a PEFT adapter for the tiny model of make_model.py, and the values that PEFT computes with it.
 
     pip install torch==2.13.0 transformers==5.17.0 peft==0.21.2
     python tests/references/make_adapter.py               # 10 s; writes next to this file
 
 Files
-  adapter/      written by save_pretrained: all linear layers, with a random B as after training
+  adapter/      written by save_pretrained: LoRA of all linear layers; B is random, as after training
   adapter.npz   for the scenario "image": logits, loss, and the gradients of A and B under their names in the file
 """
 
@@ -39,7 +39,7 @@ def main():
             arrays[f"grad/{name.replace('.default', '')}"] = weight.grad
     np.savez_compressed(HERE / "adapter.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
 
-    model.peft_config["default"].base_model_name_or_path = None  # a path of this machine
+    model.peft_config["default"].base_model_name_or_path = None  # otherwise a local path
     model.save_pretrained(HERE / "adapter")
     (HERE / "adapter" / "README.md").unlink()
     config = HERE / "adapter" / "adapter_config.json"

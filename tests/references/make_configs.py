@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the four layouts of config.json that Qwen2-VL checkpoints come in to configs.json, for the 2B and the 7B.
+"""Writes configs.json: the four layouts of config.json in which Qwen2-VL checkpoints exist, for the 2B and the 7B.
 
 Each of these releases of transformers writes a different layout: run this script with `pip install transformers==4.49.0`,
 `4.57.6` and `5.17.0` (torch is not needed). Each run adds one layout to the file. The layout on the hub, "hub", was written

@@ -29,7 +29,7 @@ from liger_jax.demo.tokenizer import train_tokenizer
 HERE = Path(__file__).parent
 SCENARIOS = ("text_batch_left", "batch_left")
 NEW_TOKENS, PAD, END, IMAGE = 12, 150, 152, 158
-BAD_WORDS = [[7], [3, 4], [5, 6, 7], [END]]  # an eos token alone is not forbidden
+BAD_WORDS = [[7], [3, 4], [5, 6, 7], [END]]  # transformers ignores an EOS token alone
 OPTIONS = ("no_repeat_ngram_size=1", "no_repeat_ngram_size=2", "min_new_tokens=6", "bad_words_ids", "all")
 TEXTS = ["Hello world, ünï😀cödé and stop there", "a\nb\n\nc", "<|im_start|>user<|im_end|>!"]
 STRINGS = [
@@ -138,7 +138,7 @@ def generations() -> dict[str, np.ndarray]:
 
 
 def stop_strings() -> list[dict]:
-    """With tokens of whole words, and with tokens of single bytes, for which StopStringCriteria supports only ASCII."""
+    """Returns cases with tokens of whole words and of single bytes, for which StopStringCriteria supports only ASCII."""
     cases = []
     for learnt, text, strings in itertools.product((TEXTS[:1] * 4, []), TEXTS, STRINGS):
         if not learnt and not "".join(strings).isascii():
@@ -152,7 +152,7 @@ def stop_strings() -> list[dict]:
 
 
 def defaults() -> list[dict]:
-    """The options that generate() uses: those in the file, then transformers' defaults."""
+    """Returns the options that generate() uses: those in the file, else transformers' defaults."""
     cases = []
     for stored in DEFAULTS:
         with tempfile.TemporaryDirectory() as folder:

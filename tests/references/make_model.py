@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes reference values of the tests: tiny random Qwen2-VL models, and the outputs of Hugging Face transformers.
+"""Writes reference values for the tests: tiny random Qwen2-VL models, and the outputs of Hugging Face transformers.
 
     pip install torch==2.13.0 transformers==5.17.0        # the CPU builds suffice
     python tests/references/make_model.py                 # 30 s; writes next to this file
@@ -51,12 +51,13 @@ TEXT = {
     # head size 8 has 4 frequencies
     "rope_parameters": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_theta": 1000000.0},
 }
+# The head size is 12: not a power of two, like the published 80.
 VISION = {
     "depth": 2,
     "embed_dim": 24,
     "num_heads": 2,
     "hidden_size": 32,
-}  # head size 12: no power of two, like the real 80
+}
 MODELS = {"untied": 89, "tied": 4}  # name -> seed
 GRIDS = {"a": [1, 4, 6], "b": [1, 6, 4], "c": [1, 2, 2], "d": [1, 4, 4], "v": [3, 4, 4], "w": [2, 2, 6]}
 KINDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -96,7 +97,7 @@ def save(model, folder: Path):
     model.generation_config.eos_token_id = [IM_END, PAD]
     model.generation_config.pad_token_id = PAD
     model.save_pretrained(folder)
-    model.generation_config.eos_token_id = None  # from here on, generate() without an end token never stops
+    model.generation_config.eos_token_id = None  # generate() must not stop unless an EOS token is passed
 
 
 def hub_name(name: str) -> str:

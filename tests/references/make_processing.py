@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the processor's reference values: Hugging Face transformers' results for images, videos and conversations.
+"""Writes reference values for the processor: Hugging Face transformers' results for images, videos and conversations.
 
     pip install torch==2.13.0 torchvision==0.28.0 transformers==5.17.0 pillow==13.0.0   # the CPU builds
     pip install -e . && python tests/references/make_processing.py                      # 10 s; writes processing.npz
@@ -8,7 +8,7 @@ Arrays
   smart_resize             [840, 6]: height, width, min_pixels, max_pixels, new height, new width (-1: ValueError)
   image/<name>             uint8 [H, W, 3]
   default|small/<name>/... pixel_values and image_grid_thw of the PIL backend, with the hub's limits and with small ones
-  mode/<PIL mode>/...      input_png (the encoded file, bytes) and pixel_values
+  mode/<PIL mode>/...      file (the encoded image, bytes) and pixel_values
   video/<name>/...         frames uint8 [T, H, W, 3], pixel_values_videos, video_grid_thw (torchvision backend)
   chat/<name>/...          outputs of Qwen2VLProcessor for the conversations in `CONVERSATIONS`, with the tokenizer without
                            merges, `train_tokenizer([])`; chat/<name>/text is the rendered text, as bytes
