@@ -21,7 +21,7 @@ class Batching:
     accumulate: int = 1
     """Compute each batch in this many parts, one after the other, and sum their gradients: less memory, same result."""
     pack_length: int | None = None
-    """Pack several conversations into each sequence of this many tokens."""
+    """Pack conversations into sequences of this many tokens."""
     group_by_length: bool = False
     """Batch conversations of similar size together, which needs less padding."""
     length: int | None = None
@@ -31,14 +31,14 @@ class Batching:
     skip_broken: bool = False
     """Skip broken and oversized conversations with a warning instead of stopping."""
     workers: int | None = None
-    """Number of processes that load images, 0 for a thread; by default up to 4, leaving half of the cores free."""
+    """Number of processes that load images; 0 uses a thread. By default up to 4, leaving half of the cores free."""
     seed: int = 0
     """Seed for the order of the data and for the initial weights of LoRA."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerExecution:
-    """How the layers of a tower run."""
+    """How the layers of the vision tower and the language model run."""
 
     remat: Remat = "none"
     """Activations that the backward pass recomputes: none needs the most memory, full the least. auto, for a training step,
@@ -58,9 +58,9 @@ class Optimization:
     learning_rate: float = 1e-5
     """Peak learning rate, reached after warmup and followed by a cosine decay to 0."""
     vision_learning_rate: float | None = None
-    """Peak learning rate of the vision tower; by default the same."""
+    """Peak learning rate of the vision tower; by default, equal to learning_rate."""
     merger_learning_rate: float | None = None
-    """Peak learning rate of the merger between vision tower and language model; by default the same."""
+    """Peak learning rate of the merger between vision tower and language model; by default, equal to learning_rate."""
     freeze: tuple[Part, ...] = ()
     """Parts of the model that are not trained."""
     weight_decay: float = 0.0

@@ -106,7 +106,7 @@ def bucket(count: int, smallest: int) -> int:
 
 
 def power_of_two(count: int, *, at_least: int) -> int:
-    """Returns the number of segments rounded up to a power of two, and at least to `at_least`.
+    """Returns a number of segments rounded up to a power of two that is at least `at_least`.
 
     The number is static. Rounding lets more batches share a program, and the cost of attention hardly depends on it.
     """
@@ -130,7 +130,7 @@ def prepare(
     length: int | None = None,
     patches: int | None = None,
 ) -> Batch:
-    """Checks a batch in Hugging Face's layout and pads it to the nearest bucket.
+    """Returns a batch in Hugging Face's layout as a `Batch`, after checking it and padding it to its bucket.
 
     Args:
         input_ids: [B, T] integers, padded on any side.
@@ -147,7 +147,7 @@ def prepare(
         patches: patches per row, likewise.
 
     Returns:
-        A `Batch` of numpy arrays.
+        A `Batch` of numpy arrays, whose shapes and static fields depend on its bucket alone.
 
     Raises:
         UserError: arguments contradict each other or the configuration. The message names the argument, its value, and

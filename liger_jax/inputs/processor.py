@@ -140,7 +140,7 @@ class Processor:
         `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` or `{"type": "video", "video": ...}`.
         An image is a PIL image, a uint8 array [H, W, 3], a path, a `file://` or base64 `data:` URL, or encoded bytes.
         A video is its frames: an array [frames, H, W, 3] or a list of images. A part without a source, such as
-        `{"type": "image"}`, takes the next of `images` (or `videos`), and so does a placeholder `<|image_pad|>` in a
+        `{"type": "image"}`, takes the next of `images` (or `videos`), and so does a placeholder `<|image_pad|>` in the
         text. A part may set its own `min_pixels` and `max_pixels`.
 
         Args:
@@ -188,7 +188,7 @@ class Processor:
         return self._pad([self._expand(row, counts) for row in rows], padding) | arrays
 
     def prompt_ids(self, conversation: Conversation, grids: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        """Returns the tokens [T] of a conversation up to its next answer, if its images have been processed already.
+        """Returns the tokens [T] of a prompt whose images have already been processed, with the opening of the answer.
 
         Args:
             conversation: messages with `{"type": "image"}` or `{"type": "video"}` in place of the media.
@@ -203,7 +203,7 @@ class Processor:
     def measure(self, conversation: Conversation) -> tuple[int, int, int]:
         """Returns the numbers of tokens, patches and frames of a conversation, without processing it.
 
-        Only the headers of image files are read, for their sizes.
+        Reads only the headers of image files, for their sizes.
 
         Raises:
             NotFoundError, UserError: as `__call__`, except for damaged pixels.
