@@ -20,7 +20,7 @@ class Digits(NamedTuple):
 
 
 def load_digits(held_out: int = 297) -> tuple[Digits, Digits]:
-    """Returns the UCI handwritten digits (assets/digits_LICENSE.txt), split into training and held-out ones.
+    """Returns the UCI handwritten digits (assets/digits_LICENSE.txt), split into training and held-out digits.
 
     The split is always the same.
     """
@@ -34,7 +34,7 @@ def load_digits(held_out: int = 297) -> tuple[Digits, Digits]:
 def conversations(
     digits: Digits, rng: np.random.Generator, *, counts: Sequence[int] = (1, 2, 3)
 ) -> Iterator[list[dict]]:
-    """Yields endless conversations, each about one of `counts` digits, all in one image or each in its own."""
+    """Yields conversations without end. Each is about a number of digits from `counts`, in one image or one image each."""
     while True:
         count = counts[int(rng.integers(len(counts)))]
         chosen = rng.integers(len(digits.labels), size=count)

@@ -1,4 +1,4 @@
-"""The demo, from images to answers, with the functions that any other training run uses."""
+"""Runs the demo, from images to answers, with the same functions as any other training run."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ from liger_jax.train.run import METRICS
 
 # Positions and patches per row: the same in every batch, so that one program trains on all of them.
 LENGTH, PATCHES = 48, 48
-# Numbers of digits in the training conversations. Three are the hardest and teach the most; a step costs the same for any.
+# Numbers of digits in the training conversations. Three are the hardest and teach the most, and a step costs no more.
 COUNTS = (1, 2, 2, 3, 3, 3)
 MAX_ANSWER = 8  # tokens
 EVALUATION_BATCH = 64  # questions answered together
@@ -36,7 +36,7 @@ RESULTS = ("checkpoint", METRICS, "loss.png", "answers.png")
 
 
 class Report(NamedTuple):
-    """The result of the demo, and the paths of what it wrote."""
+    """The result of the demo, and the paths of its files."""
 
     accuracy: float  # fraction of the held-out questions answered exactly
     seconds: float
@@ -49,16 +49,19 @@ class Report(NamedTuple):
 def run_demo(
     output: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int, held_out: int, progress: bool = True
 ) -> Report:
-    """Trains a model, saves and loads it, asks it about held-out digits, and plots the results.
+    """Trains a model, saves it, loads it again, asks it about held-out digits, and plots the results.
 
     Args:
         output: folder for all results; replaces those of an earlier demo.
         steps: training steps.
         batch_size: conversations per step.
         learning_rate: peak learning rate.
-        seed: seed of the weights and of the order of the images.
+        seed: seed for the weights and the order of the images.
         held_out: number of questions about held-out digits.
         progress: show a progress bar.
+
+    Returns:
+        The accuracy, the duration, and the paths of the results.
 
     Raises:
         UserError: an argument is out of range.
@@ -122,7 +125,7 @@ def make_processor(digits: Digits) -> Processor:
 
 
 def make_config(processor: Processor) -> Qwen2VLConfig:
-    """Returns the configuration of a Qwen2-VL with a million parameters, for this tokenizer."""
+    """Returns the configuration of a Qwen2-VL with a million parameters for the processor's tokenizer."""
     token_id = processor.tokenizer.convert_tokens_to_ids
     text = TextConfig(
         vocab_size=-(-len(processor.tokenizer) // 64) * 64,
@@ -150,7 +153,7 @@ def make_config(processor: Processor) -> Qwen2VLConfig:
 
 
 def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with gradient clipping, a warmup over a tenth of the steps, and a cosine decay."""
+    """Returns AdamW with gradient clipping, warmup over a tenth of the steps, and cosine decay."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, -(-steps // 10), steps, 0.05 * learning_rate)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
 
@@ -158,7 +161,7 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
 def training_batch(
     processor: Processor, config: Qwen2VLConfig, digits: Digits, seed: int, batch_size: int, index: int
 ) -> Batch:
-    """Returns the batch of a step, the same in any process."""
+    """Returns the batch for step `index`, which is the same in any process."""
     stream = conversations(digits, np.random.default_rng((seed, index)), counts=COUNTS)
     inputs = processor(list(itertools.islice(stream, batch_size)), labels=True)
     return prepare(config, **inputs, length=LENGTH, patches=PATCHES)

@@ -1,4 +1,4 @@
-"""A small tokenizer like Qwen2-VL's, trained in an instant."""
+"""A small tokenizer like Qwen2-VL's, which trains in an instant."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from liger_jax.inputs.processor import default_chat_template
 
-# In this order, at the end of the vocabulary, as in Qwen2-VL's.
+# They come last in the vocabulary, in this order, as in Qwen2-VL's.
 SPECIAL_TOKENS = [
     f"<|{name}|>"
     for name in (
@@ -27,7 +27,7 @@ SPECIAL_TOKENS = [
         "video_pad",
     )
 ]
-# How Qwen2-VL splits text before byte-pair encoding.
+# The pattern by which Qwen2-VL splits text before byte-pair encoding.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -1,1 +1,1 @@
-"""Generation: from prompts to tokens, and from tokens to text."""
+"""Generation: turns prompts into tokens, and tokens into text."""

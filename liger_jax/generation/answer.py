@@ -1,4 +1,4 @@
-"""Answers to many questions, in batches of one size so that few programs are compiled."""
+"""Answers many questions in batches of equal size, so that few programs are compiled."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from liger_jax.model import Qwen2VL
 def prepare_prompt(
     processor: Processor, config: Qwen2VLConfig, conversation: Conversation, max_new_tokens: int
 ) -> Batch:
-    """Returns a batch of one row: a conversation that ends with a question.
+    """Returns a conversation that ends with a question, as a batch of one row.
 
     Raises:
         UserError: the conversation is malformed, an image cannot be read, or prompt and answer exceed the model's positions.
@@ -46,9 +46,15 @@ def answer_conversations(
         processor: the model's processor.
         conversations: the conversations.
         options: generation options with a single seed; conversation i, counted from 0, samples with seed `options.seed` + i.
-        batch_size: conversations answered together.
+        batch_size: number of conversations answered together.
         length: positions per row, see `prepare`.
         patches: image patches per row, see `prepare`.
+
+    Returns:
+        One answer per conversation.
+
+    Raises:
+        UserError: an option is out of range, a conversation is malformed, or an image cannot be read.
     """
     first_seed = options.single_seed()
     answers: list[str] = []
@@ -70,9 +76,9 @@ def answer_batch(
     seeds: Sequence[int],
     batch_size: int,
 ) -> list[str]:
-    """Answers one batch of at most `batch_size` prompts.
+    """Answers a batch of at most `batch_size` prompts.
 
-    A smaller batch is filled up with copies of its first prompt, so that it runs the program of a full one.
+    A smaller batch is padded with copies of its first prompt, so that it runs the same program as a full one.
 
     Args:
         model: the model.
@@ -80,11 +86,14 @@ def answer_batch(
         batch: the prompts, one per row.
         options: generation options, except for the seed.
         seeds: one seed per prompt.
-        batch_size: rows of the batch that is run.
+        batch_size: rows of the padded batch.
+
+    Returns:
+        One answer per prompt.
     """
     options.check_single_text()
     prompts = batch.shape[0]
     rows = [*range(prompts), *[0] * (batch_size - prompts)]
-    filled = jax.tree.map(lambda array: np.asarray(array)[rows], batch)
+    padded = jax.tree.map(lambda array: np.asarray(array)[rows], batch)
     options = dataclasses.replace(options, seed=[seeds[row] for row in rows])
-    return list(processor.decode(generate_with(model, filled, options, processor))[:prompts])
+    return list(processor.decode(generate_with(model, padded, options, processor))[:prompts])

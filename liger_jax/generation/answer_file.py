@@ -1,4 +1,4 @@
-"""Answers to a file of questions, written as they are generated. An interrupted run can be resumed."""
+"""Answers a file of questions and writes the answers as they are generated. An interrupted run can be resumed."""
 
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ MAX_WAITING = 8  # batches' worth of prompts that may wait for others of their s
 
 
 class Record(NamedTuple):
-    """A record of a data file: its number, counted from 1, its name in messages, and its parsed JSON value."""
+    """A record of a data file: its number, counted from 1, its name for error messages, and its parsed JSON value."""
 
     number: int
     name: str
@@ -48,7 +48,7 @@ class Prompt(NamedTuple):
 
     @property
     def shape(self) -> Hashable:
-        """Prompts of equal shape can share a batch, which runs the same compiled program."""
+        """The shapes of the batch's arrays. Prompts of equal shape can share a batch."""
         leaves, structure = jax.tree.flatten(self.batch)
         return structure, tuple(leaf.shape for leaf in leaves)
 
@@ -68,21 +68,21 @@ def answer_file(
     """Answers every record of a file.
 
     A record is a conversation in one of the formats of `liger_jax.data.records`. If it ends with an answer, that answer is
-    removed and generated again. The output has a line per record: `{"record": 3, "content": "9f..", "id": ..., "answer":
+    replaced by a generated one. The output has a line per record: `{"record": 3, "content": "9f..", "id": ..., "answer":
     "..."}` with the record's number in the file, counted from 1, a short hash of its content, and its id if it has one.
     Questions of similar size are answered together, so the lines are not in the order of the records.
 
-    The run can be interrupted and resumed with the same output, which also retries the records skipped as broken. Answers
-    do not depend on batch composition, so a resumed run gives the same ones with the same model and options.
+    An interrupted run resumes when it is called with the same output, and retries the records that were skipped as broken.
+    Answers do not depend on batch composition, so a resumed run with the same model and options gives the same answers.
 
     Args:
         model: the model.
         processor: the model's processor.
         data: a .json file with a list, or a file with one JSON record per line.
-        output: file of answers, one per line; written after each batch.
+        output: file of answers, one per line; lines are added after each batch.
         options: generation options; each record samples with its own seed, `options.seed` plus its number.
-        batch_size: questions answered together; smaller batches are filled up, so that they do not recompile.
-        media: folder that relative image paths start from; by default that of the data.
+        batch_size: questions answered together; smaller batches are padded, so that they do not recompile.
+        media: base folder of relative image paths; by default the folder of the data.
         skip_broken: skip broken records with a warning and a line `{"record": 3, "error": "..."}` instead of stopping.
         progress: show a progress bar.
 
@@ -104,7 +104,7 @@ def answer_file(
     remaining = [record for record in records if record.number not in answered]
     broken = _BrokenRecords(data, skip_broken)
     folder = data.parent if media is None else Path(media)
-    questions = list(_read_questions(remaining, folder, broken))  # checks every record before any computation
+    questions = list(_read_questions(remaining, folder, broken))  # parses every record before any computation
     prompts = _prepare_prompts(questions, processor, model.config, options.max_new_tokens, broken)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def answer_file(
 
 
 class _BrokenRecords:
-    """Collects broken records if they are to be skipped, or else raises an error that names the first one."""
+    """Collects broken records that are skipped, or raises an error that names the first one."""
 
     def __init__(self, data: Path, skip: bool):
         self._data, self._skip = data, skip
@@ -155,10 +155,11 @@ def _read_questions(
 
 
 def _remove_answers(conversation: Conversation) -> Conversation:
+    """Returns a conversation without the answers at its end. Raises UserError if it has no question."""
     while conversation and conversation[-1]["role"] == "assistant":
         conversation = conversation[:-1]
     if not any(message["role"] == "user" for message in conversation):
-        raise UserError("no question; expected a turn of the user")
+        raise UserError("The conversation has no question; expected a user message")
     return conversation
 
 
@@ -169,6 +170,7 @@ def _prepare_prompts(
     max_new_tokens: int,
     broken: _BrokenRecords,
 ) -> Iterator[Prompt]:
+    """Yields each question as a prompt."""
     for record, question in questions:
         try:
             batch = prepare_prompt(processor, config, question, max_new_tokens)
@@ -179,7 +181,7 @@ def _prepare_prompts(
 
 
 def _group_by_shape(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Yields groups of `size` prompts of one shape, and smaller ones if too many prompts wait, and at the end."""
+    """Yields groups of `size` prompts of equal shape; smaller groups at the end, or when too many prompts are waiting."""
     waiting: dict[Hashable, list[Prompt]] = {}
     for prompt in prompts:
         shape = prompt.shape
@@ -195,7 +197,7 @@ def _to_json(line: dict) -> str:
     text = json.dumps(line, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which an id may hold
+    except UnicodeEncodeError:  # an id may hold half of a surrogate pair
         return json.dumps(line)
     return text
 

@@ -1,4 +1,4 @@
-"""A conversation of several turns. The KV cache keeps the earlier turns, so only new tokens are prefilled."""
+"""Multi-turn conversations. The KV cache holds the earlier turns, so only new tokens are prefilled."""
 
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
 
-SLOTS = 1024  # the cache grows by this at first, later by a quarter or more: few sizes, few compilations
+SLOTS = 1024  # the cache grows by this at first, later by a quarter or more: few sizes mean few compilations
 
 Patches = tuple[np.ndarray, np.ndarray]  # of one image or video: its grid (t, h, w), and its patches
 
@@ -31,21 +31,21 @@ Patches = tuple[np.ndarray, np.ndarray]  # of one image or video: its grid (t, h
 class Chat:
     """A conversation with a model about text, images and videos.
 
-    Each question is rendered with the whole conversation before it. The tokens that the cache holds from earlier turns are
-    not prefilled again, so an image runs through the vision tower once. Answers are those of a fresh prompt. Patches of the
-    images stay in host memory, to be prefilled again if the cache is lost (Ctrl-C during a prefill).
+    Each question is rendered with the whole conversation before it. Tokens that are in the cache from earlier turns are not
+    prefilled again, so an image runs through the vision tower once. Answers equal those to a prompt with the whole
+    conversation. Image patches stay in host memory, to be prefilled again if the cache is lost (Ctrl-C during a prefill).
 
     Args:
         model: the model.
         processor: the processor of the same checkpoint.
-        system: the system message; None uses that of the chat template.
-        options: the fields of `GenerationOptions`; `vars(GenerationOptions.from_hf(folder))` has the checkpoint's own.
+        system: the system message; None uses the chat template's.
+        options: the fields of `GenerationOptions`; `vars(GenerationOptions.from_hf(folder))` has the checkpoint's.
 
     Attributes:
         messages: the conversation so far, with `{"type": "image"}` in place of each image.
 
     Raises:
-        UserError: an option is out of range, or asks for more than one text.
+        UserError: an option is out of range, or requests more than one text per question.
 
     Example:
         >>> chat = Chat(model, processor, max_new_tokens=256)  # doctest: +SKIP
@@ -67,7 +67,7 @@ class Chat:
         self.messages: list[dict[str, Any]] = (
             [] if self.system is None else [{"role": "system", "content": self.system}]
         )
-        # By kind, in order; prefilled again if the cache is lost or the chat template renders an earlier turn differently.
+        # By kind, in order. Prefilled again if the cache is lost, or if the template renders an earlier turn differently.
         self._media: dict[str, list[Patches]] = {kind.name: [] for kind in KINDS}
         self._session: DecodeSession | None = None  # of the last answer; holds the cache
         # The cache holds the last prompt and its answer so far, except the answer's last token.
@@ -81,7 +81,7 @@ class Chat:
     def stream(
         self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()
     ) -> Generator[str, None, None]:
-        """Yields the answer to a question in pieces, see `liger_jax.stream`. The answer ends where the reader stops.
+        """Yields the answer to a question in pieces, see `liger_jax.stream`. If the caller stops reading, the answer ends.
 
         Args:
             question: the text of the question.
@@ -130,7 +130,7 @@ class Chat:
         return ids, batch, cached
 
     def _count_cached(self, ids: np.ndarray, items: list[VisionItem]) -> int:
-        """Returns the number of leading tokens that the cache holds; at least one token remains, and only whole images."""
+        """Returns how many leading tokens are in the cache. At least one token remains to prefill; no image is split."""
         cache_ids = np.array(self._prompt + self._answer[:-1], np.int64)[: len(ids) - 1]
         mismatches = np.flatnonzero(cache_ids != ids[: len(cache_ids)])
         cached = int(mismatches[0]) if len(mismatches) else len(cache_ids)
@@ -140,7 +140,7 @@ class Chat:
         return cached
 
     def _prefill_turn(self, ids: np.ndarray, batch: Batch, cached: int) -> DecodeSession:
-        """Prefills the batch after the first `cached` tokens of the cache."""
+        """Prefills the batch after the first `cached` tokens of the cache. Returns the session that decodes the answer."""
         positions, mesh = batch.shape[1], get_mesh(self.model)
         slots = bucket(max(cached + positions, len(ids) + self.options.max_new_tokens), SLOTS)
         batch = shard_batch(batch, mesh)
@@ -157,8 +157,8 @@ class Chat:
         return DecodeSession(self.model, cache, first_step, self.options, ids[None], np.ones((1, len(ids)), np.int64))
 
     def _stream_answer(self, message: dict, session: DecodeSession, tokens: list[int]) -> Generator[str, None, None]:
-        """Yields the answer in pieces, adding them to its message and its tokens to `tokens`, until a newer question."""
-        if session is not self._session:  # reading begins only after the next question, which has taken over the cache
+        """Yields the answer in pieces until a newer question; adds the pieces to its message and its tokens to `tokens`."""
+        if session is not self._session:  # a newer question took over the cache before this answer was read
             return
         for piece in stream_text(session, self.processor, self.options.all_stop_strings, tokens):
             message["content"] += piece
@@ -168,7 +168,7 @@ class Chat:
 
 
 def _split_patches(arrays: dict[str, np.ndarray], kind: Kind) -> list[Patches]:
-    """Returns grid and patches of each image or video among the processor's arrays."""
+    """Returns the grid and the patches of each image or video in the processor's arrays."""
     if kind.arrays[0] not in arrays:
         return []
     patches, grids = (arrays[name] for name in kind.arrays)

@@ -1,11 +1,11 @@
-"""From tokens to text while they are generated: pieces of whole characters, and strings that end an answer."""
+"""Converts tokens to text as they are generated: in pieces of whole characters, and with strings that end an answer."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+INCOMPLETE = "\ufffd"  # a tokenizer decodes an incomplete character to this
 
 
 class TextPieces:
@@ -28,11 +28,11 @@ class TextPieces:
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True):
         self._decode = lambda tokens: tokenizer.decode(np.array(tokens), skip_special_tokens=skip_special_tokens)
-        self._tokens: list[int] = []  # those held back
+        self._tokens: list[int] = []  # tokens held back
         self.held = ""  # their text, ending in an incomplete character
 
     def push(self, token: int) -> str:
-        """Returns the text that the token completes, which may be empty."""
+        """Adds a token and returns the text that it completes, which may be empty."""
         self._tokens.append(token)
         text = self._decode(self._tokens)
         if text.endswith(INCOMPLETE):
@@ -42,22 +42,22 @@ class TextPieces:
         return text
 
     def flush(self) -> str:
-        """Returns the text still held back, after the last token."""
+        """Returns the text that is still held back after the last token."""
         text, self._tokens, self.held = self.held, [], ""
         return text
 
 
 class StopStrings:
-    """Detects the first of several strings to be complete in one row's text, special tokens included."""
+    """Detects when the text of one row, special tokens included, completes any of several strings."""
 
     def __init__(self, strings: Sequence[str], tokenizer: Any):
         self._strings = strings
         self._pieces = TextPieces(tokenizer, skip_special_tokens=False) if strings else None
-        self._tail_length = max(map(len, strings), default=1) - 1  # characters that may begin an incomplete string
+        self._tail_length = max(map(len, strings), default=1) - 1  # characters that may begin a stop string
         self._tail = ""
 
     def push(self, token: int) -> bool:
-        """Returns whether the token completes a string."""
+        """Adds a token and returns whether it completes a string."""
         if self._pieces is None:
             return False
         text = self._tail + self._pieces.push(token)

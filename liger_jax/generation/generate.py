@@ -1,4 +1,4 @@
-"""Generation from prompts: all tokens at the end, or pieces of text as they are generated."""
+"""Generates from prompts: all tokens at once, or pieces of text as they are generated."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def generate(
 ) -> np.ndarray | Generated:
     """Generates a continuation of every row of a batch.
 
-    A row ends at its first end token and is filled up with `pad_token_id`. Generation stops when all rows have ended.
+    A row ends at its first end token; `pad_token_id` fills the rest. Generation stops when all rows have ended.
     Compiles once per bucket of prompt shapes, and the decode loop once per bucket of `max_new_tokens`. Enabling an option
     recompiles; changing its value does not, except for no_repeat_ngram_size, logprobs and num_return_sequences.
 
@@ -45,14 +45,14 @@ def generate(
         model: the model.
         batch: prompts, as `prepare` returns them; padded on any side, one prompt per row.
         tokenizer: a `Processor` or a tokenizer of transformers; needed for `stop_strings`.
-        others: the fields of `GenerationOptions`, which explains them.
+        others: see the fields of `GenerationOptions`.
 
     Returns:
         The new tokens [B, max_new_tokens] int32 in host memory. With `num_return_sequences` n, rows i n to i n + n - 1
         continue prompt i. With `logprobs`, a `Generated` instead.
 
     Raises:
-        UserError: an option is out of range, a row is packed or empty, or the model has too few positions.
+        UserError: an option is out of range, a row is packed or empty, or prompt and answer exceed the model's positions.
 
     Example:
         >>> import numpy as np
@@ -68,10 +68,10 @@ def generate(
 def generate_with(
     model: Qwen2VL, batch: Batch, options: GenerationOptions, tokenizer: Any = None
 ) -> np.ndarray | Generated:
-    """Generates like `generate`, with the options as one value."""
+    """Generates as `generate` does, with the options as one value."""
     strings = options.all_stop_strings
     if strings and tokenizer is None:
-        raise UserError(f"stop_strings is {options.stop_strings!r} without a tokenizer; expected tokenizer=")
+        raise UserError(f"tokenizer is None; expected a tokenizer for stop_strings {options.stop_strings!r}")
     session = DecodeSession.start(model, batch, options)
     if strings:
         _stop_at_strings(session, strings, tokenizer)
@@ -82,8 +82,8 @@ def generate_with(
 
 
 def _stop_at_strings(session: DecodeSession, strings: Sequence[str], tokenizer: Any) -> None:
-    """Generates all tokens, ending each row at its first end token or complete stop string."""
-    detectors = {row: StopStrings(strings, tokenizer) for row in range(session.rows)}  # of the rows that have not ended
+    """Generates all tokens; a row ends at its first end token or complete stop string."""
+    detectors = {row: StopStrings(strings, tokenizer) for row in range(session.rows)}  # of unfinished rows
     end_tokens, length = set(np.asarray(session.sampling.end_tokens).tolist()), 0
     for chunk in session.chunks():
         for row, detector in list(detectors.items()):
@@ -98,8 +98,8 @@ def _stop_at_strings(session: DecodeSession, strings: Sequence[str], tokenizer: 
 def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iterator[str]:
     """Yields the text of one prompt's continuation in pieces, as it is generated.
 
-    The pieces add up to the text of what `generate` returns. A character whose bytes are spread over several tokens comes
-    out whole. The device runs a few tokens ahead of the reader.
+    Joined, the pieces are the text of the tokens that `generate` returns. A character whose bytes are spread over several
+    tokens is yielded whole. The device runs a few tokens ahead of the reader.
 
     Args:
         model: the model.
@@ -108,7 +108,8 @@ def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iter
         options: the fields of `GenerationOptions`.
 
     Raises:
-        UserError: when called, as for `generate`; also for several rows, num_return_sequences above 1, or logprobs.
+        UserError: raised by the call itself, as by `generate`; also for several rows, num_return_sequences above 1, or
+            logprobs.
 
     Example:
         >>> for piece in stream(model, batch, processor, max_new_tokens=64):  # doctest: +SKIP
@@ -117,7 +118,7 @@ def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iter
     generation_options = GenerationOptions(**options)
     generation_options.check_single_text()
     if batch.shape[0] != 1:
-        raise UserError(f"The batch has {batch.shape[0]} rows; expected one prompt, whose answer is streamed")
+        raise UserError(f"The batch has {batch.shape[0]} rows; expected 1, since only one answer can be streamed")
     session = DecodeSession.start(model, batch, generation_options)
     return stream_text(session, tokenizer, generation_options.all_stop_strings, [])
 
@@ -125,7 +126,7 @@ def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iter
 def stream_text(
     session: DecodeSession, tokenizer: Any, stop_strings: Sequence[str], tokens: list[int]
 ) -> Iterator[str]:
-    """Yields the text of a session with a single row in pieces, and appends its tokens to `tokens` as they are read."""
+    """Yields the text of a session with one row in pieces, and appends its tokens to `tokens` as they are read."""
     pieces, detector = TextPieces(tokenizer), StopStrings(stop_strings, tokenizer)
     for chunk in session.chunks():
         for token in chunk[0].tolist():

@@ -1,4 +1,4 @@
-"""From prompts to tokens on the device: one compiled prefill of the prompts, then one compiled loop over new tokens."""
+"""Turns prompts into new tokens on the device: one compiled prefill, then one compiled loop that generates the tokens."""
 
 import dataclasses
 import functools
@@ -24,12 +24,12 @@ from liger_jax.model.qwen2_vl import causal_attention
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
 from liger_jax.model.text import DecoderLayer
 
-NEW_TOKENS = 64  # room for new tokens is a bucket of this size
+NEW_TOKENS = 64  # smallest bucket of room for new tokens, see `bucket`
 CHUNK = 8  # tokens that the device generates while the host reads the previous chunk
 
 
 class Generated(NamedTuple):
-    """New tokens with their log-probabilities, which are 0 after a row's end."""
+    """New tokens and their log-probabilities, which are 0 after a row's end."""
 
     tokens: Any  # [B, T] int32
     logprobs: Any  # [B, T] float32: log-probability of each token
@@ -56,9 +56,10 @@ def check_prompts(config: Qwen2VLConfig, batch: Batch, max_new_tokens: int) -> N
 
 
 class DecodeSession:
-    """Prompts being continued on the device: one KV cache, and the new tokens so far.
+    """The generation of one batch on the device: its KV cache, and the new tokens so far.
 
-    Read the tokens as they are generated with `chunks`, or generate all of them with `run`; then `result` has them all.
+    Iterate over `chunks` to read tokens as they are generated, or call `run` to generate all of them. Then `result` returns
+    all tokens.
     Compiled programs run in this order: `prefill`, `first_token_logits`, `init_cache`, `init_decode_state`, `decode_loop`.
 
     Attributes:
@@ -81,7 +82,7 @@ class DecodeSession:
         Args:
             model: the model.
             cache: filled with the prompts, each `num_return_sequences` times, with room for the new tokens.
-            first_step: logits and positions of the first new tokens; rows as in the cache.
+            first_step: logits and positions of the first new tokens, with the rows of the cache.
             options: generation options.
             input_ids: [prompts, L], the whole prompts, padded on any side.
             segment_ids: [prompts, L], 0 for padding.
@@ -137,7 +138,7 @@ class DecodeSession:
                 if requested == 1 and not finished:
                     self._advance(CHUNK)
         finally:
-            self._weights = None  # a copy of most weights; a chat keeps the session for its cache
+            self._weights = None  # they are a copy of most weights, and a chat keeps the session for its cache
 
     def stop(self, row: int, length: int) -> None:
         """Ends a row after its first `length` tokens."""
@@ -148,7 +149,7 @@ class DecodeSession:
         self._advance(self._limit)
 
     def result(self) -> Generated:
-        """Waits for the device and returns all tokens, with None for log-probabilities that were not asked for."""
+        """Waits for the device and returns all tokens, with None for log-probabilities that were not requested."""
         generated = jax.device_get(self._state.generated)
         after_end = np.arange(self._limit) >= self._length[:, None]
 
@@ -190,7 +191,7 @@ class DecodeSession:
 )
 @dataclasses.dataclass(frozen=True)
 class FirstStep:
-    """Where decoding starts, apart from the cache."""
+    """The inputs of the first decoding step, apart from the cache."""
 
     logits: jax.Array  # [B, V] float32, for the first new token
     position: jax.Array  # [B, 3]: (t, h, w) of the first new token
@@ -213,16 +214,16 @@ class DecodeState:
     slot: jax.Array  # scalar: the cache slot of that token
     done: jax.Array  # [B] bool
     history: History | None  # None unless sampling depends on it
-    generated: Generated  # all new tokens, with room for more; None for log-probabilities that were not asked for
+    generated: Generated  # all new tokens, with room for more; None for log-probabilities that were not requested
 
 
 @functools.partial(jax.jit, compiler_options=runtime.COMPILER_OPTIONS)
 def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Runs vision tower and language model over the prompts.
+    """Runs the vision tower and the language model on the prompts.
 
     `first_token_logits` and `init_cache` are separate programs: this one takes the longest to compile and does not depend
-    on the number of new tokens, and with the first logits inside it XLA took 15 to 24 s instead of 2 s for one row of 2048
-    tokens on a GPU.
+    on the number of new tokens. When it also computed the first logits, XLA took 15 to 24 s instead of 2 s to compile it for
+    one row of 2048 tokens on a GPU.
 
     Returns:
         Hidden states [B, T, H], and (keys, values), each [L, B, T, K, D].
@@ -239,7 +240,7 @@ def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, j
 def first_token_logits(
     model: Qwen2VL, hidden: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, slot: jax.Array
 ) -> FirstStep:
-    """Returns the first step after prompts with hidden states [B, T, H], which occupy the cache from `slot` on."""
+    """Returns the first step after prompts with hidden states [B, T, H] that occupy the cache from `slot` on."""
     valid = segment_ids > 0
     last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)
     logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
@@ -256,16 +257,16 @@ def init_cache(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, ro
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def extend(model: Qwen2VL, cache: KVCache, batch: Batch, slot: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Prefills more of prompts that begin in the first `slot` slots of the cache, and discards the slots after them.
+    """Prefills the next tokens of prompts whose first `slot` slots are cached; later slots of the cache are discarded.
 
     Args:
         model: the model.
         cache: the KV cache; donated.
-        batch: the new tokens and images, with their positions in the whole prompts.
+        batch: the new tokens and images, with positions in the whole prompts.
         slot: scalar, the first slot to write to.
 
     Returns:
-        Hidden states [B, T, H] of the new tokens, and the cache.
+        Hidden states [B, T, H] for the new tokens, and the cache.
     """
     cache, segments = cache.truncate(slot), (batch.segment_ids > 0).astype(jnp.int32)
 
@@ -278,7 +279,7 @@ def extend(model: Qwen2VL, cache: KVCache, batch: Batch, slot: jax.Array) -> tup
 
 @functools.partial(jax.jit, static_argnums=1)
 def repeat_rows(tree: tuple[KVCache, FirstStep], count: int) -> tuple[KVCache, FirstStep]:
-    """Repeats each row `count` times, adjacently."""
+    """Returns the tree with each row repeated `count` times; the copies are adjacent."""
     return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0) if x.ndim else x, tree)
 
 
@@ -292,7 +293,7 @@ def grow(cache: KVCache, *, room: int) -> KVCache:
 def init_decode_state(
     first_step: FirstStep, sampling: Sampling, history: History | None, *, room: int
 ) -> tuple[DecodeState, tuple]:
-    """Chooses the first token of each row; returns the state, and a snapshot of it (tokens, step, done)."""
+    """Chooses each row's first token. Returns the state and a snapshot of it (tokens, step, done)."""
     rows, generated = len(first_step.logits), Generated(None, None, None, None)
     if sampling.logprobs is not None:
         top = (rows, room, sampling.logprobs)
@@ -306,13 +307,13 @@ def init_decode_state(
 
 @jax.jit
 def unstack_layers(model: Qwen2VL) -> list[DecoderLayer]:
-    """Returns each layer's weights as arrays of their own: a loop over the stack would copy a slice of it in every step."""
+    """Returns separate arrays for each layer's weights: a loop over the stack would copy a slice of it in every step."""
     layers = model.language_model.layers
     return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
 
 
 def decode_weights(model: Qwen2VL) -> PackedModel | list[DecoderLayer]:
-    """Returns the weights that `decode_loop` reads: packed, or with a mesh or LoRA, each layer with its sharding."""
+    """Returns the weights that `decode_loop` reads: packed, or, with a mesh or LoRA, separate layers with their sharding."""
     if get_mesh(model) is None and lora_config(model) is None:
         return PackedModel.from_model(model.language_model, model.head)
     return unstack_layers(model)

@@ -1,10 +1,9 @@
-"""Options of generation: what they mean, which values are valid, and the defaults that a checkpoint brings along.
+"""Generation options: their meaning, their valid values, and the defaults of a checkpoint.
 
 `liger-jax --help` imports this module, so it loads neither JAX nor numpy on import.
 """
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
@@ -53,17 +52,17 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = 512
-    """Largest number of new tokens per row."""
+    """Maximum number of new tokens per row."""
     min_new_tokens: int = 0
-    """Smallest number of new tokens per row; end tokens are ruled out before."""
+    """Minimum number of new tokens per row; end tokens are suppressed until then."""
     eos_token_id: int | Sequence[int] | None = None
     """One or more end tokens; None uses the checkpoint's, () uses none."""
     pad_token_id: int | None = None
-    """Fills a row after its end token; None uses the checkpoint's, or else the first end token."""
+    """Token that fills a row after its end; None uses the checkpoint's, or else the first end token."""
     do_sample: bool = False
     """Sample from the distribution; otherwise take the most likely token."""
     temperature: float = 1.0
-    """Divides the logits before sampling, before top_k, top_p and min_p are applied in this order."""
+    """Divisor of the logits before sampling; top_k, top_p and min_p are applied after it, in this order."""
     top_k: int | None = None
     """Sample from this many most likely tokens; None disables the filter, 1 takes the most likely token without sampling."""
     top_p: float | None = None
@@ -73,14 +72,14 @@ class GenerationOptions:
     repetition_penalty: float = 1.0
     """Values above 1 make tokens that have occurred less likely, including those of the prompt."""
     no_repeat_ngram_size: int | None = None
-    """No sequence of this many tokens occurs twice, counting the prompt; None allows all."""
+    """No sequence of this many tokens occurs twice, prompt included; None allows all."""
     bad_words_ids: Sequence[Sequence[int]] = ()
     """Token sequences that may not occur. A sequence that is just an end token is ignored."""
     stop_strings: str | Sequence[str] = ()
     """A row ends with the token that completes one of these strings, which may begin or end within a token. Needs a
     tokenizer. The string stays in the result, as in transformers; prompts are not searched."""
     num_return_sequences: int = 1
-    """Continuations per prompt, adjacent in the result. The prompt is read once."""
+    """Continuations per prompt, adjacent in the result. The prompt is prefilled once."""
     logprobs: int | None = None
     """Also return each new token's log-probability, and the log-probabilities of this many most likely tokens at its
     position; None returns tokens only. They are the model's own, before penalties, temperature and filters."""
@@ -124,28 +123,25 @@ class GenerationOptions:
 
     @classmethod
     def from_hf(cls, folder: str | Path, **overrides: Any) -> Self:
-        """Reads a checkpoint's defaults from its generation_config.json, as transformers does.
+        """Returns a checkpoint's defaults, read from its generation_config.json as in transformers.
 
-        Whatever the file leaves out gets transformers' default: greedy decoding, and top_k 50 where do_sample is set
+        An option missing from the file has transformers' default: greedy decoding, and top_k 50 if do_sample is set
         without a top_k. One default differs: transformers stops at 20 tokens including the prompt; here the default of
         max_new_tokens applies.
 
         Args:
             folder: the checkpoint's folder, or its hub id.
-            overrides: options that replace those of the file.
+            overrides: options that override those of the file.
 
         Raises:
-            NotFoundError: there is no such folder, and the hub has no such checkpoint.
+            NotFoundError: there is neither such a folder nor such a checkpoint on the hub.
             UserError: the file is not a JSON object, or a value is out of range.
         """
-        from liger_jax.files import GENERATION_CONFIG, local_folder
+        from liger_jax.files import GENERATION_CONFIG, local_folder, read_json_object
 
         path = local_folder(folder, [GENERATION_CONFIG]) / GENERATION_CONFIG
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            stored = {name: value for name, value in stored.items() if value is not None}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a JSON object: {error}") from error
+        stored = read_json_object(path) if path.is_file() else {}
+        stored = {name: value for name, value in stored.items() if value is not None}
         if not (stored | overrides).get("do_sample"):  # the filters have no effect then, whatever their values
             stored = {name: value for name, value in stored.items() if name not in SAMPLING_FILTERS}
         unsupported = {name: stored[name] for name, off in UNSUPPORTED.items() if stored.get(name, off) != off}
@@ -171,7 +167,7 @@ class GenerationOptions:
         return next(iter(self.resolve_end_tokens(config)), 0) if pad_token is None else pad_token
 
     def check_against(self, config: "Qwen2VLConfig", prompts: int) -> None:
-        """Raises UserError for a token outside the vocabulary, or if there are several seeds but not one per prompt."""
+        """Raises UserError if a token is outside the vocabulary, or if there are several seeds but not one per prompt."""
         import numpy as np
 
         bad_tokens = [token for word in self.bad_words_ids for token in word]
@@ -190,27 +186,29 @@ class GenerationOptions:
             )
 
     def single_seed(self) -> int:
-        """Returns the seed; raises UserError if there is one for each prompt."""
+        """Returns the seed. Raises UserError if there is one per prompt."""
         if not isinstance(self.seed, Integral):
             raise UserError(f"seed is {self.seed}; expected a single integer")
         return int(self.seed)
 
     def check_single_text(self) -> None:
-        """Raises UserError for options that ask for more than one text per prompt."""
+        """Raises UserError for options that request more than one text per prompt."""
         for name, expected in (("num_return_sequences", 1), ("logprobs", None)):
             if (value := getattr(self, name)) != expected:
-                raise UserError(f"{name} is {value}; expected {expected}, for one text as the answer")
+                raise UserError(f"{name} is {value}; expected {expected}, since the answer is one text")
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerOptions:
-    """Generation options of the command line. One that is not given comes from the checkpoint's generation_config.json."""
+    """How answers are generated. Options that are not given come from the checkpoint's generation_config.json.
+
+    Each of temperature, top_k, top_p and min_p enables sampling and disables those of them that are not given.
+    """
 
     max_new_tokens: int | None = None
-    """Largest number of tokens per answer; 512 if the checkpoint does not say."""
+    """Maximum length of an answer, in tokens; by default the checkpoint's, or 512."""
     temperature: float | None = None
-    """Sample answers at this temperature; by default the checkpoint decides. Any of temperature, top_k,
-    top_p and min_p enables sampling and disables those not given; temperature 0 always takes the most likely token."""
+    """Sample answers at this temperature; 0 always takes the most likely token."""
     top_k: int | None = None
     """Sample from this many most likely tokens."""
     top_p: float | None = None
@@ -227,7 +225,7 @@ class AnswerOptions:
     """Seed for sampling."""
 
     def resolve(self, folder: str | Path) -> GenerationOptions:
-        """Returns these options with the checkpoint's where none is given; `folder` is as in `GenerationOptions.from_hf`."""
+        """Returns these options, completed by those of a checkpoint (a folder or a hub id)."""
         overrides = {name: value for name, value in vars(self).items() if value not in (None, ())}
         if self.stop:
             overrides["stop_strings"] = overrides.pop("stop")

@@ -1,4 +1,4 @@
-"""From logits to the next token: constraints, penalties and filters on the logits, then the draw."""
+"""Chooses the next token from logits: applies constraints, penalties and filters to the logits, then draws."""
 
 import dataclasses
 import functools
@@ -36,8 +36,8 @@ Scalar = float | np.number | jax.Array
 class Sampling:
     """Generation options as arrays, for compiled functions. None disables an option.
 
-    Enabling an option recompiles. Changing its value does not, except for the `meta_fields`. Without `do_sample` the token
-    with the largest logit is taken, which temperature, top_k, top_p and min_p never change.
+    Enabling an option recompiles. Changing its value does not, except for the `meta_fields`. Without `do_sample`, the token
+    with the largest logit is taken; temperature, top_k, top_p and min_p do not affect it.
     """
 
     seeds: Any = None  # [B] uint32
@@ -57,7 +57,7 @@ class Sampling:
 
     @classmethod
     def from_options(cls, options: GenerationOptions, config: Qwen2VLConfig, prompts: int, rows: int) -> Self:
-        """Returns the options as arrays for `rows` rows, the first of which continue `prompts` prompts."""
+        """Returns the options as arrays for `rows` rows, of which the first ones continue `prompts` prompts."""
         ends = options.resolve_end_tokens(config)
         end_tokens = np.full(_round_up(len(ends)), -1, np.int32)
         end_tokens[: len(ends)] = ends
@@ -89,7 +89,7 @@ class Sampling:
 def _row_seeds(options: GenerationOptions, prompts: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns each row's seed [rows] uint32 and stream id [rows] int32.
 
-    With one seed, every row has a stream of its own. With a seed per prompt, the streams distinguish its continuations.
+    With one seed, every row has its own stream. With a seed per prompt, streams distinguish the prompt's continuations.
     """
     samples = options.num_return_sequences
     if np.ndim(options.seed) == 0:
@@ -129,12 +129,12 @@ class History:
 
     @classmethod
     def from_prompts(cls, input_ids: np.ndarray, segment_ids: np.ndarray, width: int) -> Self:
-        """Returns the history of prompts padded on any side, with room for `width` tokens per row. Runs on the host.
+        """Returns the history of prompts that are padded on any side. Runs on the host.
 
         Args:
             input_ids: [B, L] integers.
             segment_ids: [B, L] integers, 0 for padding.
-            width: S, the tokens that a row has room for, those of the prompt included.
+            width: S, the number of tokens that a row has room for, prompt included.
         """
         tokens_first = np.argsort(segment_ids == 0, axis=1, kind="stable")
         tokens = np.zeros((len(input_ids), width), np.int32)
@@ -147,18 +147,20 @@ class History:
         return History(self.tokens.at[rows, self.length].set(token, mode="drop"), self.length + 1)
 
     def last(self, count: int) -> jax.Array:
-        """Returns the latest tokens [B, count]; before a row's first token -2, which equals no token."""
+        """Returns each row's latest tokens [B, count]. Entries before its first token are -2, which equals no token."""
         positions = self.length[:, None] + jnp.arange(-count, 0)
         tokens = jnp.take_along_axis(self.tokens, jnp.maximum(positions, 0), axis=1)
         return jnp.where(positions >= 0, tokens, -2)
 
     def valid(self) -> jax.Array:
-        """Returns [B, S] bool: which entries of `tokens` are tokens of the row."""
+        """Returns [B, S] bool: True for the entries of `tokens` that are tokens of the row."""
         return jnp.arange(self.tokens.shape[1]) < self.length[:, None]
 
 
 def constrain_logits(logits: jax.Array, sampling: Sampling, history: History | None, step: jax.Array) -> jax.Array:
-    """Applies what constrains greedy decoding too, in transformers' order. Forbidden tokens become -inf.
+    """Returns the logits after the options that constrain greedy decoding too, applied in transformers' order.
+
+    The logits of forbidden tokens become -inf.
 
     Args:
         logits: [B, V] float32.
@@ -181,13 +183,13 @@ def constrain_logits(logits: jax.Array, sampling: Sampling, history: History | N
 
 
 def _forbid(logits: jax.Array, tokens: jax.Array, forbidden: jax.Array) -> jax.Array:
-    """Sets the logits of `tokens` [B, N] to -inf where `forbidden` [B, N]."""
+    """Returns the logits, with -inf for each of `tokens` [B, N] where `forbidden` [B, N] is True."""
     rows = jnp.arange(len(logits))[:, None]
     return logits.at[rows, jnp.where(forbidden, tokens, logits.shape[1])].set(-jnp.inf, mode="drop")
 
 
 def penalize_repetition(logits: jax.Array, history: History, penalty: Scalar) -> jax.Array:
-    """Makes tokens that have occurred less likely: divides a positive logit by the penalty, multiplies a negative one.
+    """Makes tokens that have occurred less likely: divides positive logits by the penalty, multiplies negative ones.
 
     The prompt's tokens count, image placeholders included, as in transformers; padding does not.
     """
@@ -198,7 +200,7 @@ def penalize_repetition(logits: jax.Array, history: History, penalty: Scalar) ->
 
 
 def repeated_ngrams(history: History, size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns tokens [B, S], and [B, S] bool: whether each would repeat an n-gram of `size` tokens in its row."""
+    """Returns tokens [B, S], and for each, [B, S] bool, whether it would repeat an n-gram of `size` tokens in its row."""
     positions = jnp.arange(history.tokens.shape[1])
     completes = history.valid() & (positions >= size - 1)
     for distance, token in enumerate(history.last(size - 1).T[::-1], start=1):
@@ -207,7 +209,12 @@ def repeated_ngrams(history: History, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def completed_words(history: History, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the last tokens of words [W, longest], and [B, W] bool: whether each would complete its word; both [B, W]."""
+    """Returns the last token of each word, [B, W], and whether it would complete the word, [B, W] bool.
+
+    Args:
+        history: each row's tokens so far.
+        words: [W, longest], left-padded with -1.
+    """
     *prefix, last = words.T
     matches = jnp.ones((len(history.tokens), len(last)), bool)
     for word_token, row_token in zip(prefix, history.last(len(prefix)).T, strict=True):
@@ -233,18 +240,18 @@ def next_token(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Ar
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Applies temperature, then top-k, top-p and min-p, in transformers' order, to logits [B, V] float32.
 
-    Tokens that are filtered out become -inf. No filter sorts. Tokens as likely as the least likely one kept are kept too:
-    transformers does the same for top-k and min-p, while its top-p keeps whichever of them a sort puts first.
+    The logits of tokens that are filtered out become -inf. No filter sorts. Ties with the least likely kept token are kept
+    too, as in transformers' top-k and min-p; its top-p keeps only those that its sort puts first.
     """
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
         logits = _keep_largest(logits, jnp.ones_like(logits), sampling.top_k)
     if sampling.top_p is not None:
-        # A token is kept if all more likely tokens together have less than top_p; at 1 all are, however the sum rounds.
+        # Keeps a token if all more likely tokens together have less than top_p. At 1 it keeps all, however the sum rounds.
         threshold = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)
         logits = _keep_largest(logits, jax.nn.softmax(logits, axis=-1), threshold)
     if sampling.min_p is not None:
-        # A token is kept if it is at least min_p times as likely as the most likely one.
+        # Keeps a token if it is at least min_p times as likely as the most likely one.
         probabilities = jax.nn.softmax(logits, axis=-1)
         kept = probabilities >= sampling.min_p * probabilities.max(axis=-1, keepdims=True)
         logits = jnp.where(kept, logits, -jnp.inf)
@@ -252,7 +259,7 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _keep_largest(logits: jax.Array, weights: jax.Array, threshold: Scalar) -> jax.Array:
-    """Keeps each row's largest logits, as few as reach `threshold` in total weight, and ties; the others become -inf.
+    """Keeps each row's largest logits, as few as reach a total weight of `threshold`, and ties. The others become -inf.
 
     Finds the smallest logit to keep by its 32 bits, four at a time: eight passes over the logits instead of a sort.
     """
@@ -274,10 +281,11 @@ def _sortable_bits(x: jax.Array) -> jax.Array:
 
 
 def token_logprobs(logits: jax.Array, token: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns log-probabilities for logits [B, V] and the chosen token [B].
+    """Returns the log-probabilities of the chosen token [B] and of the most likely tokens, given logits [B, V].
 
     Returns:
-        That of the chosen token [B]; the `count` most likely tokens [B, count] int32; theirs [B, count].
+        The log-probability of the chosen token [B]; the `count` most likely tokens [B, count] int32; their
+        log-probabilities [B, count].
     """
     logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""The demo, shortened to two steps: it writes usable results, and its data are as documented."""
+"""A demo of two steps writes usable results, and its data are as documented."""
 
 import itertools
 import json

@@ -33,7 +33,7 @@ def encode_image(width):
 
 
 def make_records():
-    """Text and images of several sizes, with and without answers and ids."""
+    """Returns records with text and images of several sizes, with and without answers and ids."""
     records = []
     for number in range(7):
         text = f"Which digit is {number}?\u2028" + " And?" * (30 if number == 5 else 1)
@@ -87,7 +87,7 @@ def test_answers_match_each_question_alone(finished):
 
 
 def test_resumed_run_matches_uninterrupted_run(finished, tmp_path):
-    """Interrupted after some answers and half a line; nothing is answered twice."""
+    """Interrupted after some answers and half a line. Nothing is answered twice."""
     data, complete = finished
     lines = complete.read_bytes().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:17])
@@ -107,7 +107,7 @@ def test_answers_do_not_depend_on_the_waiting_limit(finished, tmp_path, monkeypa
 
 BROKEN = {
     2: ({"messages": [{"role": "robot", "content": "Hello"}]}, "'role' is 'robot'"),
-    3: ({"messages": [{"role": "assistant", "content": "7"}]}, "no question"),
+    3: ({"messages": [{"role": "assistant", "content": "7"}]}, "has no question"),
     4: ({"messages": [{"role": "user", "content": "<image>?"}], "image": "data:image/png;base64,AAAA"}, "image"),
     5: ({"messages": [{"role": "user", "content": "long " * 5000}]}, "max_position_embeddings"),
 }

@@ -1,4 +1,4 @@
-"""A chat gives the answers of a fresh prompt with the whole conversation, and prefills only what is new."""
+"""A chat gives the same answers as prompts with the whole conversation, and prefills only new tokens."""
 
 import functools
 
@@ -29,7 +29,7 @@ def make_image(width, height, seed=0):
 
 
 def fresh(conversation, **options):
-    """Answers a whole conversation without a cache; one program serves all of them."""
+    """Answers a whole conversation from a fresh prompt. One program serves all conversations."""
     model, processor = model_and_processor()
     batch = prepare(model.config, **processor(conversation, add_generation_prompt=True), length=768, patches=64)
     tokens = generate(model, batch, **OPTIONS | options)[0]
@@ -39,7 +39,7 @@ def fresh(conversation, **options):
 
 @pytest.fixture
 def prefilled(monkeypatch):
-    """The numbers of (tokens, patches) in each batch that the chat prefills."""
+    """Returns a list that receives the numbers of (tokens, patches) in each batch that the chat prefills."""
     batches = []
 
     def spy(name):
@@ -73,7 +73,7 @@ TURNS = [
 
 
 def test_answers_match_a_fresh_prompt(prefilled):
-    """Over turns with images and a video, which shift later positions; each is encoded once."""
+    """Over turns with images and a video, which shift later positions. Each image is encoded once."""
     chat, conversation = Chat(*model_and_processor(), **OPTIONS), []
     for question, media in TURNS:
         parts = [{"type": kind[:-1], kind[:-1]: item} for kind in ("images", "videos") for item in media.get(kind, ())]
@@ -186,7 +186,7 @@ def test_on_a_mesh():
         assert single_device == sharded
 
 
-def test_reset_and_a_system_message():
+def test_reset_keeps_the_system_message():
     chat = Chat(*model_and_processor(), system="Read.", **OPTIONS)
     first = chat.ask("Which digit?")
     chat.ask("And now?")

@@ -49,7 +49,7 @@ def test_pieces_are_whole_characters_and_add_up_to_the_text(text):
 
 
 def test_bytes_that_are_not_utf8():
-    """Random bytes, with an incomplete character at the end, decode as they do all at once."""
+    """Random bytes, with an incomplete character at the end, decode to the same text as all at once."""
     tokenizer = cached_tokenizer(())
     for seed in range(20):
         tokens = np.random.default_rng(seed).integers(0, 256, 40).tolist() + tokenizer("é")["input_ids"][:1]
@@ -75,7 +75,7 @@ def test_stop_string_of_multi_token_characters():
 
 
 def test_rows_end_at_their_stop_string():
-    """Each row ends where its own text completes the string; the tokens before are unchanged, padding follows."""
+    """Each row ends where its own text completes the string. The tokens before are unchanged, padding follows."""
     model, processor = model_and_processor()
     batch = make_batch("Which?", "And now?", "What is it then?")
     options = {"max_new_tokens": 20, "eos_token_id": (), "repetition_penalty": 1.5, "pad_token_id": 3, "logprobs": 0}

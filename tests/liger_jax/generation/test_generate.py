@@ -1,4 +1,4 @@
-"""`generate` returns the tokens of transformers, with the cache as without it."""
+"""`generate` returns the same tokens as transformers, and as full forward passes without a cache."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def make_prompt(scenario):
 
 
 def generate_tokens(scenario, name="untied", **options):
-    """Generates without end tokens by default."""
+    """Returns the tokens for a scenario's prompts; without end tokens by default."""
     options = {"eos_token_id": (), "max_new_tokens": NEW} | options
     return np.asarray(generate(parity.model(name), make_prompt(scenario), **options))
 
@@ -52,7 +52,7 @@ def test_end_tokens(scenario):
 
 @pytest.mark.parametrize("scenario", parity.PROMPTS)
 def test_repetition_penalty(scenario):
-    """The prompt's tokens count, its padding does not."""
+    """The penalty applies to the tokens of the prompt, but not to its padding."""
     tokens = generate_tokens(scenario, repetition_penalty=1.3)
     np.testing.assert_array_equal(tokens, parity.expected(scenario, "greedy_repetition1.3"))
 
@@ -107,7 +107,7 @@ def test_rows_are_independent():
 
 
 def test_end_tokens_of_the_checkpoint():
-    """None means those of generation_config.json: 152 and 150, with 150 for padding."""
+    """None uses those of generation_config.json: 152 and 150 end a row, 150 pads it."""
     assert parity.config().eos_token_ids == (152, 150)
     first = int(parity.expected("text_batch_left", "greedy")[0, 0])
     model = jax.tree.map(lambda weight: weight, parity.model())  # a copy whose configuration can be replaced
@@ -235,7 +235,7 @@ def test_seeds():
 
 
 def test_filter_that_keeps_one_token_is_greedy():
-    """Any filter, with any seed."""
+    """Holds for each filter, with any seed."""
     wide = SAMPLING | {"temperature": 1.0, "top_k": 160, "top_p": 1.0, "min_p": 0.0}
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}):
         tokens = generate_tokens("text_batch_left", **wide | narrow, seed=5)
@@ -272,7 +272,7 @@ def test_greedy_ignores_filters():
         ({"bad_words_ids": [[]]}, "bad_words_ids is"),
         ({"bad_words_ids": [[5, 400]]}, "400"),
         ({"stop_strings": ["a", ""]}, "stop_strings is"),
-        ({"stop_strings": "stop"}, "without a tokenizer"),
+        ({"stop_strings": "stop"}, "tokenizer is None"),
         ({"num_return_sequences": 2}, "num_return_sequences is 2"),
         ({"num_return_sequences": 0}, "num_return_sequences is 0"),
         ({"logprobs": -1}, "logprobs is -1"),
@@ -302,7 +302,7 @@ def test_row_without_tokens_is_rejected():
 
 
 def test_too_many_positions():
-    """The last position of the model is 511; the cache would have room for more."""
+    """The model's last position is 511, even though the cache would have room for more."""
     batch = prepare(parity.config(), input_ids=np.full((1, 505), 5))
     with pytest.raises(UserError, match="512"):
         generate(parity.model(), batch, max_new_tokens=100)

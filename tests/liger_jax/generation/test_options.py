@@ -1,4 +1,4 @@
-"""Generation options: their checks, and a checkpoint's defaults as transformers reads them."""
+"""Generation options: validation, and a checkpoint's defaults, which are read as in transformers."""
 
 import dataclasses
 import inspect
@@ -41,7 +41,7 @@ def test_generate_takes_all_options_with_their_defaults():
 
 def test_missing_file_and_overrides(tmp_path):
     assert GenerationOptions.from_hf(tmp_path, seed=3) == GenerationOptions(seed=3)
-    with pytest.raises(NotFoundError, match="neither a folder nor a hub id"):  # nor is it a hub id
+    with pytest.raises(NotFoundError, match="neither a folder nor a hub id"):
         GenerationOptions.from_hf(tmp_path / "no such folder")
 
 
@@ -70,9 +70,9 @@ def test_sampling_filters_are_ignored_without_do_sample(tmp_path):
     assert GenerationOptions.from_hf(tmp_path) == GenerationOptions()
     with pytest.raises(UserError, match=r"temperature is 0\.0"):
         GenerationOptions.from_hf(tmp_path, do_sample=True)
-    for text in ("{", "[]"):
+    for text, message in (("{", r"is malformed .* expected valid JSON"), ("[]", r"holds \[\]; expected a JSON object")):
         (tmp_path / "generation_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"generation_config\.json is not a JSON object"):
+        with pytest.raises(UserError, match=rf"generation_config\.json {message}"):
             GenerationOptions.from_hf(tmp_path)
 
 

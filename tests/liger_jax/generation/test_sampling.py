@@ -1,4 +1,4 @@
-"""Logits processing against transformers, and draws against their distribution."""
+"""Logits processing equals that of transformers, and samples follow their distribution."""
 
 import functools
 
@@ -33,7 +33,7 @@ def assert_same(logits, expected):
 
 
 def make_history(ids):
-    """The history of prompts with padding before and between their tokens."""
+    """Returns the history of prompts that have padding before and between their tokens."""
     ids = np.asarray(ids)
     padded = np.concatenate([np.full((len(ids), 3), 5), ids[:, :4], np.full((len(ids), 2), 6), ids[:, 4:]], axis=1)
     segments = np.ones_like(padded)
