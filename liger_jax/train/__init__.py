@@ -1,1 +1,1 @@
-"""Batches in, a trained model out."""
+"""Training: turns batches into a trained model."""

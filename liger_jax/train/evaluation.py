@@ -1,4 +1,4 @@
-"""Measures a model on held-out conversations: the loss of their answers, and how often its own answers equal them."""
+"""Evaluates a model on held-out conversations: the loss of their answers, and how often generated answers equal them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ from liger_jax.train.step import loss_fn
 
 
 def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
-    """Computes loss and accuracy over all batches.
+    """Returns the loss and accuracy over all batches.
 
     Returns:
-        "loss" and "accuracy", means over all labels that count, and "num_tokens", the number of these labels.
+        "loss" and "accuracy", means over all trained tokens, and "num_tokens", the number of these tokens.
 
     Raises:
         UserError: a batch has no labels, or there are no batches.
@@ -67,14 +67,14 @@ def compare_answers(
         model: the model.
         processor: the model's processor.
         conversations: conversations that end with an answer.
-        max_new_tokens: largest number of tokens per answer.
-        batch_size: conversations answered together.
+        max_new_tokens: maximum length of an answer, in tokens.
+        batch_size: number of conversations answered together.
         length: positions per row, see `prepare`.
         patches: image patches per row, see `prepare`.
 
     Returns:
-        A dict per conversation: "expected", its answer; "answer", the model's; "exact", whether they are equal apart from
-        surrounding white space.
+        A dict per conversation: "expected", the conversation's answer; "answer", the model's; "exact", whether the two are
+        equal apart from surrounding white space.
     """
     prompts, expected_answers = zip(*map(split_last_answer, conversations), strict=True)
     options = GenerationOptions(max_new_tokens=max_new_tokens)
@@ -90,8 +90,9 @@ def compare_answers(
 def split_last_answer(conversation: Conversation) -> tuple[Conversation, str]:
     """Returns a conversation up to the assistant's last answer, and the text of that answer.
 
-    >>> split_last_answer([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
-    ([{'role': 'user', 'content': '1 + 1?'}], '2')
+    Example:
+        >>> split_last_answer([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
+        ([{'role': 'user', 'content': '1 + 1?'}], '2')
     """
     last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
     content = conversation[last]["content"]

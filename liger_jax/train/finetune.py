@@ -1,4 +1,4 @@
-"""Fine-tuning from conversations to checkpoints: batches, steps, a log, and resuming an interrupted run."""
+"""Fine-tuning, from conversations to checkpoints: batches, steps, a log, and resuming an interrupted run."""
 
 import contextlib
 import dataclasses
@@ -51,17 +51,17 @@ def finetune(
 ) -> TrainState:
     """Trains a model on the assistant's answers in conversations.
 
-    If `output` has a run, it is resumed: on the same device, its losses are bit for bit those of an uninterrupted run. On
-    SIGTERM the state is saved and training ends.
+    If `output` has a run, it is resumed. On the same device, its losses equal those of an uninterrupted run bit for bit. On
+    SIGTERM, the state is saved and training ends.
 
     Args:
-        model: the initial weights; the buffers are donated. A sharded model trains sharded. A resumed run takes only the
-            shapes and shardings.
-        processor: the model's processor. It is saved too, so that `load_model` and `Processor.from_pretrained` accept
+        model: the initial weights; the buffers are donated. A sharded model trains sharded. A resumed run uses only
+            their shapes and shardings.
+        processor: the model's processor. It is saved as well, so that `load_model` and `Processor.from_pretrained` accept
             `output`.
-        conversations: as returned by `read_conversations`. Their order differs between epochs.
+        conversations: as returned by `read_conversations`. Each epoch has another order.
         output: folder of the run, see `liger_jax.train.run`.
-        steps: number of steps of the whole run, including those before it was resumed.
+        steps: number of steps of the whole run, including those before a resumption.
         optimizer: options for AdamW, or any optax transformation. A resumed run needs one with the same state structure.
         batching: how conversations become batches.
         execution: how the layers run.
@@ -75,9 +75,9 @@ def finetune(
         The last state.
 
     Raises:
-        UserError: an option out of range; a conversation that is too large or cannot be read; or `output` has a run with
+        UserError: an option is out of range, a conversation is too large or cannot be read, or `output` has a run with
             other data, another model or another optimizer.
-        AlreadyExistsError: `output` has files and no run.
+        AlreadyExistsError: `output` has files, but no run.
 
     Example:
         >>> from liger_jax import finetune, read_conversations
@@ -101,7 +101,7 @@ def finetune(
         with _named_held_out():
             unseen = make_dataset(processor, model.config, held_out, batching, shuffle=False, progress=progress)
             evaluator = HeldOutEvaluator.create(unseen, evaluation, answers_file=run.answers)
-    evaluate_first = evaluator is not None and run.owes_evaluation(options)
+    evaluate_first = evaluator is not None and run.needs_evaluation(options)
     state = open_state(model, optimizer, run)
     if run.start == steps and not evaluate_first:
         return state
@@ -122,7 +122,7 @@ def finetune(
 
 
 def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
-    """Raises UserError for an option out of range, before anything is read or written."""
+    """Raises UserError if an option is out of range, before anything is read or written."""
     check_batching(options.batching)
     saving, evaluation = options.saving, options.evaluation
     for name, value in {
@@ -141,7 +141,7 @@ def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
 
 
 def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run) -> TrainState:
-    """Returns the initial state of a new run, or the latest one of a run to resume, whose `model` is freed."""
+    """Returns the initial state of a new run, or the latest state of a run to resume, after freeing `model`."""
     state = TrainState.create(model, optimizer)
     if not run.resumes:
         return state
@@ -149,7 +149,7 @@ def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run
     del state  # frees the optimizer's arrays before the stored ones are read
     state = restore_state(run.folder, abstract, step=run.start)
     for weight in jax.tree.leaves(model):
-        weight.delete()  # not needed any more, and the step needs the memory
+        weight.delete()  # no longer needed, and the step needs the memory
     return state
 
 
@@ -157,7 +157,7 @@ def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run
 
 
 class Checkpoints(NamedTuple):
-    """Where and how often `fit` saves the state, and how it evaluates what it saved."""
+    """Where and how often `fit` saves the state, and how it evaluates the saved state."""
 
     manager: "CheckpointManager"
     save_every: int
@@ -193,13 +193,13 @@ def fit(
         log: the open log of the run.
         checkpoints: if given, the state is saved every few steps, after the last one, and when a stop is requested.
         frozen: parts that the optimizer does not train, for the FLOPs in the log.
-        stop_requested: whether to stop after the current step.
+        stop_requested: returns whether to stop after the current step.
 
     Returns:
         The last state. The logged steps are in `log.history`.
 
     Raises:
-        UserError: at the first checkpoint, no step had a token to train.
+        UserError: at a checkpoint, no step so far had a token to train.
     """
     config, adapted = state.model.config, adapted_parts(state.model)
     devices = sorted(state.step.devices(), key=lambda device: device.id)
@@ -228,21 +228,22 @@ def fit(
 
 
 def _log_step(log: RunLog, pending: PendingStep, devices: list[jax.Device]) -> None:
-    """Waits for a step's metrics and logs them."""
+    """Waits for the metrics of a step and logs them."""
     values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
     values |= step_rates(pending.work, values["num_tokens"], log.seconds_since_last(), devices)
     log.write_step(pending.step, values)
 
 
 def _check_trained(log: RunLog) -> None:
+    """Raises UserError if no step so far had a token to train."""
     if not any(line["num_tokens"] for line in log.history):
         first, last = log.history[0]["step"], log.history[-1]["step"]
-        raise UserError(f"Steps {first} to {last} had no token to train; expected at least one. Nothing is saved")
+        raise UserError(f"Steps {first} to {last} had no token to train; expected at least one. Nothing was saved")
 
 
 @contextlib.contextmanager
 def catch_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether SIGTERM has arrived. Outside the main thread, it never has."""
+    """Yields a function that returns whether SIGTERM has arrived. Outside the main thread, it always returns False."""
     received: list[int] = []
     try:
         previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
@@ -310,7 +311,11 @@ class HeldOutEvaluator:
 
 
 def _can_be_answered(dataset: Dataset, index: int, max_new_tokens: int) -> bool:
-    """Whether a conversation has a question and room for an answer. Raises a UserError unless the dataset skips it."""
+    """Returns whether a conversation has a question and room for an answer.
+
+    Raises:
+        UserError: it does not, and the dataset does not skip broken conversations.
+    """
     try:
         prompt, _ = split_last_answer(dataset.conversations[index])
         prepare_prompt(dataset.processor, dataset.config, prompt, max_new_tokens)
@@ -323,7 +328,7 @@ def _can_be_answered(dataset: Dataset, index: int, max_new_tokens: int) -> bool:
 
 @contextlib.contextmanager
 def _named_held_out() -> Iterator[None]:
-    """Adds to a UserError that it concerns the held-out conversations."""
+    """Adds to the message of a UserError that it concerns the held-out conversations."""
     try:
         yield
     except UserError as error:

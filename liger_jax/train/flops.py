@@ -1,4 +1,4 @@
-"""Counts the floating point operations of a training step, and looks up the peak rate of a device."""
+"""Counts the floating-point operations of a training step, and looks up the peak rate of a device."""
 
 import re
 from collections.abc import Collection
@@ -21,27 +21,27 @@ PEAKS = (
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the bfloat16 operations per second in the device's data sheet, or None for a device that is not listed."""
+    """Returns the bfloat16 operations per second from the device's data sheet, or None for a device that is not listed."""
     return next((peak for name, peak in PEAKS if re.search(name, device.device_kind)), None)
 
 
 def step_flops(
     config: Qwen2VLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
 ) -> float:
-    """Returns the number of operations in a training step on a batch.
+    """Returns the number of floating-point operations of a training step on a batch.
 
-        matmuls with weights:  2 x tokens x weights forward, the same for the gradient of the input, and of the weights
+        matmuls with weights:  2 x tokens x weights forward, and as many for each of the input's and the weights' gradient
         attention:             4 x pairs x heads x head size forward, twice that backward
 
-    Only necessary operations count: not padding, not recomputation in the backward pass, only the unmasked half of causal
-    attention, and only the logits of trained tokens. Norms, rotations, the optimizer and LoRA's low-rank matmuls are left
-    out. The weights of each part follow from the table of parameters.
+    Only necessary operations count: the unmasked half of causal attention, the logits of trained tokens, no padding, and no
+    recomputation in the backward pass. Norms, RoPE, the optimizer and LoRA's low-rank matmuls are ignored. The number of
+    weights in each part follows from the table of parameters.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
         batch: as `prepare` returns it, in host memory.
-        frozen: parts that are not trained (vision, merger, text): operations that only their gradients need do not count.
-        adapted: parts with LoRA: the gradients of their inputs are needed even where their weights are frozen.
+        frozen: parts that are not trained (vision, merger, text). Operations that only their gradients need do not count.
+        adapted: parts with LoRA. They need the gradients of their inputs even if their weights are frozen.
 
     Example:
         >>> import numpy as np

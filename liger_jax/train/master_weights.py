@@ -1,4 +1,4 @@
-"""Master weights: float32 copies of a bfloat16 model's weights, so that small updates accumulate instead of vanishing."""
+"""Master weights: float32 copies of bfloat16 weights, in which small updates accumulate instead of vanishing."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class MasterState(NamedTuple):
 
 
 def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer that updates float32 copies of bfloat16 weights. Its moments are float32, too.
+    """Returns an optimizer that updates float32 copies of bfloat16 weights. Its moments are float32 too.
 
         master = master + update(gradient, master)
         weight = bfloat16(master)
@@ -31,7 +31,7 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
     it differs by no more than the rounding error of a float32 of the old size.
 
     Raises:
-        UserError: When the state is initialised: a weight is not bfloat16.
+        UserError: From `init`, if a weight is not bfloat16.
 
     Source: Micikevicius et al. 2018, Mixed Precision Training, https://arxiv.org/abs/1710.03740
 
@@ -62,21 +62,21 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
         updates, inner = optimizer.update(_float32(grads), state.inner, state.weights)
         weights = _float32(params)
         masters = jax.tree.map(_reachable_master, jax.tree.map(jnp.add, state.weights, updates), weights)
-        # computed once: XLA would recompute them for the changes, perhaps with different rounding
+        # XLA would otherwise recompute the masters for the updates, perhaps with different rounding
         masters = jax.lax.optimization_barrier(masters)
-        return jax.tree.map(_change, masters, weights), MasterState(masters, inner)
+        return jax.tree.map(_weight_update, masters, weights), MasterState(masters, inner)
 
     return optax.GradientTransformation(init, update)
 
 
-def _change(master: jax.Array, weight: jax.Array) -> jax.Array:
+def _weight_update(master: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the update that turns a weight into its rounded master."""
     return _rounded(master) - weight
 
 
 def _reachable_master(master: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns the master, or where no update of the weight reaches it, the value that the update does reach."""
-    reached = _rounded(weight + _change(master, weight))
+    """Returns the master, or, where no update of the weight can reach it, the value that the update reaches."""
+    reached = _rounded(weight + _weight_update(master, weight))
     return jnp.where(_rounded(master) == reached, master, reached)
 
 

@@ -1,4 +1,4 @@
-"""The log of a training run: metrics.jsonl, TensorBoard, a progress bar; and the throughput of a step."""
+"""The log of a training run (metrics.jsonl, TensorBoard, a progress bar), and the throughput of its steps."""
 
 import contextlib
 import json
@@ -31,8 +31,8 @@ def batch_work(
         frozen, adapted: see `step_flops`.
 
     Returns:
-        tokens: without padding; positions: with padding; images, and each pair of video frames that shares a layer of
-        patches; flops: see `step_flops`.
+        "tokens", without padding; "positions", tokens and padding; "images", where each pair of video frames that shares
+        patches counts as one; and "flops", see `step_flops`.
     """
     images = 0 if batch.vision is None else int(np.max(batch.vision.segment_ids, axis=1).sum())
     tokens, positions = int(np.count_nonzero(batch.segment_ids)), int(np.size(batch.segment_ids))
@@ -49,12 +49,12 @@ def step_rates(
         work: as returned by `batch_work`.
         trained_tokens: number of tokens that the loss counts.
         seconds: time between the end of the previous step and the end of this one.
-        devices: the devices that computed it.
+        devices: the devices that computed the step.
 
     Returns:
-        tokens_per_second (without padding), trained_tokens_per_second, images_per_second; token_utilisation: fraction of the
-        positions that are tokens; model_flops_utilisation: fraction of the devices' peak bfloat16 FLOPs; and
-        peak_memory_gib: peak memory so far on the first device. Devices that do not report the last two leave them out.
+        tokens_per_second (without padding), trained_tokens_per_second, images_per_second; token_utilisation: fraction of
+        positions that are tokens; model_flops_utilisation: fraction of the devices' peak bfloat16 FLOPs; peak_memory_gib:
+        peak memory so far on the first device. The last two are omitted for devices that do not report them.
 
     Example:
         >>> import jax
@@ -79,7 +79,7 @@ def step_rates(
 class RunLog:
     """The log of a training run from a given step on: a file, TensorBoard curves and a progress bar.
 
-    A context manager. Lines of later steps, from a run that was interrupted after its last checkpoint, are dropped.
+    A context manager. Opening it drops lines of later steps, left by a run that was interrupted after its last checkpoint.
 
     Args:
         file: metrics.jsonl, with one line per step.
@@ -90,9 +90,10 @@ class RunLog:
 
     Attributes:
         history: the lines of the training steps logged so far.
+        steps: number of steps of the whole run.
 
     Raises:
-        UserError: `file` has a line that is not one of a log.
+        UserError: a line of `file` is not a log entry.
 
     Example:
         >>> import pathlib, tempfile
@@ -150,23 +151,23 @@ class RunLog:
 
 
 def truncate_after(file: Path, step: int) -> None:
-    """Drops the lines of later steps, and an incomplete last line.
+    """Drops the lines of steps after `step`, and an incomplete last line.
 
     Raises:
-        UserError: the file has a line that is not one of a log.
+        UserError: a line of the file is not a log entry.
     """
     if file.exists():
         atomic_write(file, b"".join(line + b"\n" for line, values in _read_lines(file) if values["step"] <= step))
 
 
 def was_evaluated(file: Path, step: int) -> bool:
-    """Whether the log has held-out metrics of a step."""
+    """Returns whether the log has held-out metrics for a step."""
     lines = [values for _, values in _read_lines(file) if values["step"] == step] if file.exists() else []
     return any(name.startswith(HELD_OUT) for values in lines for name in values)
 
 
 def _read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Returns each complete line and its parsed content."""
+    """Returns each complete line with its parsed content."""
     *lines, _ = file.read_bytes().split(b"\n")  # not splitlines: an answer may contain other line separators
     parsed = []
     for number, line in enumerate(lines, start=1):
@@ -174,8 +175,6 @@ def _read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
             values = json.loads(line)
             values["step"] + 0  # must be a number
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{file}, line {number} is {line[:60]!r}; expected JSON with a step, or no such line"
-            ) from error
+            raise UserError(f"{file}, line {number} is {line[:60]!r}; expected JSON with a step number") from error
         parsed.append((line, values))
     return parsed

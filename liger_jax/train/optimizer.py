@@ -1,4 +1,4 @@
-"""AdamW for fine-tuning: parts of the model can be frozen or have their own learning rates; norms and biases never decay."""
+"""AdamW for fine-tuning. Parts of the model can be frozen or have their own learning rates; norms and biases never decay."""
 
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ LearningRate = float | Callable[[Any], Any]  # a number, or an optax schedule
 
 
 def build_optimizer(options: Optimization, steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer of a training run: AdamW with warm-up and cosine decay over this many steps.
+    """Returns the optimizer of a training run: AdamW with warmup and cosine decay over `steps` steps.
 
     Raises:
         UserError: A value is out of range, or a part is frozen and has a learning rate of its own.
@@ -60,21 +60,20 @@ def make_optimizer(
 
     Args:
         learning_rate: a number, or an optax schedule.
-        vision, merger: learning rates of the vision tower and of its merger. The default is `learning_rate`.
-        freeze: parts that are not trained: any of vision, merger, text (`liger_jax.model.params.PARTS`, all of which are
-            frozen to train LoRA alone) and lora. They have no moments; their gradients are not computed and do not count
-            in the norm.
-        weight_decay: of matmul weights and embeddings; norms and biases never decay.
+        vision, merger: learning rates of the vision tower and of its merger; by default, `learning_rate`.
+        freeze: parts that are not trained, any of vision, merger, text and lora. They have no moments. Their gradients are
+            not computed and do not count in the norm. To train LoRA alone, freeze `liger_jax.model.params.PARTS`.
+        weight_decay: weight decay of matmul weights and embeddings; norms and biases never decay.
         max_grad_norm: upper limit of the global gradient norm, or None for no limit.
         master_weights: for a model in bfloat16, keep weights and moments of the trained parts in float32.
-        b1, b2, eps: of Adam.
+        b1, b2, eps: parameters of Adam, see the formula.
 
     Returns:
         An `optax.GradientTransformation`. Its state records the gradient norm and `learning_rate`, see `read_grad_stats`.
 
     Raises:
         UserError: An unknown part, a frozen part with a learning rate of its own, or a max_grad_norm that is not positive.
-            When a `TrainState` is created: no part is left to train.
+            From `TrainState.create`, if no part is left to train.
 
     Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101
 
@@ -95,7 +94,7 @@ def make_optimizer(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UserError(f"max_grad_norm is {max_grad_norm}; expected above 0, or None for no limit")
 
-    def optimizer_of(part: str) -> optax.GradientTransformation:
+    def build_part(part: str) -> optax.GradientTransformation:
         if part in freeze:
             return optax.set_to_zero()
         rate = learning_rate if rates.get(part) is None else rates[part]
@@ -113,14 +112,14 @@ def make_optimizer(
         optax.masked(optax.set_to_zero(), frozen_mask),
         with_grad_stats(learning_rate),
         optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
-        optax.multi_transform({part: optimizer_of(part) for part in parts}, lambda tree: _map_paths(param_group, tree)),
+        optax.multi_transform({part: build_part(part) for part in parts}, lambda tree: _map_paths(param_group, tree)),
     )
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:
-    """Returns a learning rate that rises to `peak` over a fraction `warmup` of the steps and falls to 0 along a cosine.
+    """Returns a schedule that rises to `peak` over a fraction `warmup` of the steps and then falls to 0 along a cosine.
 
-    It rises from the first step on.
+    The learning rate of the first step is above 0.
 
     Raises:
         UserError: The peak or the fraction is out of range.
@@ -151,9 +150,9 @@ def _map_paths(function: Callable[[str], Any], tree: Any) -> Any:
 
 
 class GradStats(NamedTuple):
-    """The part of an optimizer's state that the log shows."""
+    """The part of an optimizer's state that is logged."""
 
-    count: jax.Array  # type: ignore[assignment]  # number of updates; tuples have a method of this name
+    count: jax.Array  # type: ignore[assignment]  # number of updates; shadows tuple.count
     grad_norm: jax.Array  # of the latest gradients
     learning_rate: jax.Array
 
@@ -161,7 +160,7 @@ class GradStats(NamedTuple):
 def with_grad_stats(learning_rate: LearningRate) -> optax.GradientTransformation:
     """Returns a transformation that records the gradient norm and the learning rate, and leaves the gradients unchanged.
 
-    In `optax.chain` it comes after the one that removes frozen parts and before clipping.
+    In `optax.chain`, it belongs after the transformation that removes frozen parts and before clipping.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -184,7 +183,7 @@ def with_grad_stats(learning_rate: LearningRate) -> optax.GradientTransformation
 
 
 def read_grad_stats(opt_state: Any) -> dict[str, jax.Array]:
-    """Returns {"grad_norm", "learning_rate"} of the latest update, or {} for an optimizer without `with_grad_stats`."""
+    """Returns {"grad_norm", "learning_rate"} for the latest update, or {} for an optimizer without `with_grad_stats`."""
     for state in jax.tree.leaves(opt_state, is_leaf=lambda state: isinstance(state, GradStats)):
         if isinstance(state, GradStats):
             return {"grad_norm": state.grad_norm, "learning_rate": state.learning_rate}

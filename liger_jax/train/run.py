@@ -1,10 +1,10 @@
-"""The folder of a training run: its layout, the record of its data and options, and the step that it resumes from.
+"""The folder of a training run: its layout, the record of its data and options, and the step to resume from.
 
 run.json               data, tokenizer and options of the run
 100/, 200/, ...        checkpoints
 config.json, ...       the model's configuration and processor, so that the folder can be loaded like any model
-metrics.jsonl          a line per training step, and one per evaluation
-tensorboard/           the same as curves
+metrics.jsonl          a line per training step and per evaluation
+tensorboard/           the same values as curves
 answers.jsonl          generated answers to held-out questions
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from liger_jax.checkpoint import is_model, latest_step
 from liger_jax.errors import AlreadyExistsError, UserError
-from liger_jax.files import GENERATION_CONFIG, atomic_write, fingerprint
+from liger_jax.files import GENERATION_CONFIG, atomic_write, fingerprint, read_json_object
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
@@ -29,7 +29,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 ANSWERS = "answers.jsonl"
 
-# Entries of run.json that may differ when a run is resumed. All others determine its batches or its weights.
+# Entries of run.json that may change when a run is resumed. All others determine its batches or its weights.
 MAY_CHANGE = (
     *("steps", "optimization", "execution", "saving", "evaluation"),
     *("batching.accumulate", "batching.skip_broken", "batching.workers"),
@@ -68,7 +68,7 @@ def make_record(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder, new or to be resumed. Opened by `open_run`.
+    """The folder of a new run, or of a run to resume. Returned by `open_run`.
 
     Attributes:
         folder: the folder, which may not exist yet.
@@ -94,16 +94,16 @@ class Run:
     def answers(self) -> Path:
         return self.folder / ANSWERS
 
-    def owes_evaluation(self, options: RunOptions) -> bool:
-        """Whether the checkpoint that it resumes from should have been evaluated, but was not.
+    def needs_evaluation(self, options: RunOptions) -> bool:
+        """Returns whether the checkpoint to resume from should have been evaluated, but was not.
 
-        The run was interrupted during the evaluation, or had no held-out data before.
+        Either the run was interrupted during the evaluation, or it had no held-out data before.
         """
         due = self.start == options.steps or self.start % options.saving.save_every == 0
         return self.resumes and due and not was_evaluated(self.metrics, self.start)
 
     def begin(self, processor: Processor, *, generation_config: Path | None, last_answers: int) -> None:
-        """Writes the record, the processor and generation_config.json; drops answers of steps after `last_answers`."""
+        """Writes the record, the processor and generation_config.json; drops the answers of steps after `last_answers`."""
         write_record(self.folder, self.record)
         processor.save_pretrained(self.folder)
         target = self.folder / GENERATION_CONFIG
@@ -116,12 +116,12 @@ def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
     """Opens a folder for a new run, or to resume the run in it. Writes nothing.
 
     Args:
-        folder: an empty or missing folder, or that of a run.
+        folder: a missing or empty folder, or the folder of a run.
         record: as returned by `make_record`.
 
     Raises:
         AlreadyExistsError: the folder has files, but no run.
-        UserError: its run has other data or options, or more steps.
+        UserError: the run in it has other data or options, or more steps.
     """
     if not is_run(folder) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AlreadyExistsError(
@@ -139,7 +139,7 @@ def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was started in a folder, even if it has no checkpoint yet."""
+    """Returns whether a run was started in a folder, even if it has no checkpoint yet."""
     return (folder / RECORD).is_file()
 
 
@@ -153,13 +153,9 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Compares a record with that of the run in a folder, except for the options that may change.
 
     Raises:
-        UserError: the records differ; the message names all differences. Or the stored one is damaged.
+        UserError: the records differ, and the message names all differences; or the stored record is damaged.
     """
-    try:
-        stored = _flatten(json.loads((folder / RECORD).read_text()))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder / RECORD} is damaged ({error}); expected the record of a training run") from error
-    record = _flatten(record)
+    stored, record = _flatten(read_json_object(folder / RECORD)), _flatten(record)
     names = [*record, *(name for name in stored if name not in record)]
     differences = [
         f"{name} was {stored.get(name)!r} and is {record.get(name)!r}"

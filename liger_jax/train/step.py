@@ -1,4 +1,4 @@
-"""The loss, the state and the step of training."""
+"""The training loss, the training state and the training step."""
 
 import dataclasses
 import functools
@@ -28,19 +28,15 @@ from liger_jax.model.sharding import (
 from liger_jax.options import LayerExecution, Remat
 from liger_jax.train.optimizer import read_grad_stats
 
-AUTO_REMAT: tuple[Remat, ...] = (
-    "dots",
-    "narrow",
-    "attention",
-    "full",
-)  # from the fastest to the smallest in memory
+# The choices of remat="auto", from the fastest to the one that needs the least memory.
+AUTO_REMAT: tuple[Remat, ...] = ("dots", "narrow", "attention", "full")
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
 
 
 def next_token_labels(batch: Batch) -> jax.Array:
-    """Returns the label that each position predicts, [B, T]: the label of the next position in the same sequence.
+    """Returns the label that each position predicts, [B, T]: that of the next position in the same sequence, or IGNORE.
 
     Raises:
         UserError: the batch has no labels.
@@ -53,6 +49,7 @@ def next_token_labels(batch: Batch) -> jax.Array:
 
 
 def check_labels(batch: Batch) -> None:
+    """Raises UserError if the batch has no labels."""
     if batch.labels is None:
         raise UserError("batch.labels is None; expected labels, which prepare(..., labels=) adds")
 
@@ -72,14 +69,14 @@ def loss_fn(
     Args:
         model: the model.
         batch: a batch with labels. The labels are shifted here, as in Hugging Face's models.
-        num_items: divisor of the sum, by default the number of trained tokens. When a batch is split over several calls,
-            pass the total of all of them.
+        num_items: divisor of the sum; by default, the number of trained tokens. When a batch is split over several calls,
+            pass the total over all calls.
         remat, unroll: how the layers run, see `liger_jax.options.LayerExecution`.
 
     Returns:
         loss: float32 scalar.
         metrics: {"loss", "num_tokens", "accuracy"}: the loss, the number of trained tokens, and the fraction of them that
-            argmax predicts correctly. Without a trained token, all of them and the gradients are 0.
+            argmax predicts correctly. Without trained tokens, all metrics and gradients are 0.
 
     Raises:
         UserError: the batch has no labels.
@@ -144,15 +141,15 @@ def make_train_step(
 
     Args:
         remat: which activations the backward pass recomputes: "none", "dots", "narrow", "attention" or "full", see
-            `liger_jax.model.remat`. "auto" tries all but "none" in this order and takes the first one whose memory, as
-            reported by the compiler, fits the device.
-        accumulate: number of parts that the batch is computed in, one after the other. The gradient is that of the whole
-            batch: the loss of each part is divided by the number of trained tokens in all of them.
-        unroll: unroll the layers for a faster step and a longer compilation, see `liger_jax.options.LayerExecution`.
+            `liger_jax.model.remat`. "auto" tries all but "none" in this order and takes the first that fits in memory,
+            according to the compiler.
+        accumulate: number of parts in which the batch is computed, one after the other. The gradient is that of the whole
+            batch: the loss of each part is divided by the number of trained tokens in all parts.
+        unroll: unroll the layers, for a faster step and a longer compilation, see `liger_jax.options.LayerExecution`.
 
     Returns:
-        A function of a `TrainState` and a `Batch`. Its metrics are those of `loss_fn`, and grad_norm and learning_rate if
-        the optimizer was made by `make_optimizer`.
+        A function of a `TrainState` and a `Batch`. Its metrics are those of `loss_fn`, plus grad_norm and
+        learning_rate if the optimizer was made by `make_optimizer`.
 
     Raises:
         UserError: an unknown remat, or accumulate below 1.
@@ -179,7 +176,7 @@ class TrainStep:
     def __init__(self, execution: LayerExecution, accumulate: int):
         self.execution = execution
         self.accumulate = accumulate
-        self.chosen_remat: str | None = None  # by the latest compilation
+        self.chosen_remat: str | None = None  # in the latest compilation
         self.compiled: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -195,7 +192,7 @@ class TrainStep:
         return jax.tree.unflatten(structure, leaves), metrics
 
     def compile(self, state: TrainState, batch: Batch):
-        """Returns the executable for arrays of these shapes, for its `.memory_analysis()` and `.as_text()`."""
+        """Returns the executable for arrays of these shapes, to inspect its `.memory_analysis()` or `.as_text()`."""
         leaves, structure = jax.tree.flatten(state)
         mesh = get_mesh(leaves)
         return self._compile(leaves, structure, mesh, shard_batch(batch, mesh, multiple=self.accumulate))
@@ -224,7 +221,7 @@ def _shapes(leaves: list[jax.Array]) -> tuple:
 
 
 def _fits_memory(compiled) -> bool:
-    """Whether a program's arguments and temporaries fit its device. True if the device does not report its memory."""
+    """Returns whether a program's arguments and temporaries fit in memory, or True if the device does not report it."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     memory = compiled.memory_analysis()
     if limit is None or memory is None:
@@ -235,7 +232,7 @@ def _fits_memory(compiled) -> bool:
 def _flat_train_step(
     leaves: list[jax.Array], batch: Batch, *, structure, accumulate: int, execution: LayerExecution
 ) -> tuple[list[jax.Array], Metrics]:
-    """Applies `train_step` to the leaves of a state."""
+    """Applies `train_step` to the leaves of a state. Raises UserError if the optimizer changes the state's structure."""
     state = structure.unflatten(leaves)
     state, metrics = train_step(state, batch, accumulate=accumulate, execution=execution)
     leaves, new_structure = jax.tree.flatten(state)
@@ -249,7 +246,7 @@ def _flat_train_step(
 def train_step(
     state: TrainState, batch: Batch, *, accumulate: int, execution: LayerExecution
 ) -> tuple[TrainState, Metrics]:
-    """Computes one update. A plain function, to be jitted."""
+    """Returns the next state and the metrics. A plain function, to be jitted."""
     if accumulate == 1:
         grads, metrics = gradients(state.model, batch, None, execution=execution)
     else:
@@ -272,7 +269,7 @@ def gradients(
 def _accumulated_gradients(
     model: Qwen2VL, batch: Batch, parts: int, *, execution: LayerExecution
 ) -> tuple[Qwen2VL, Metrics]:
-    """Returns the `gradients` of the whole batch, computed in parts and summed in float32."""
+    """Returns the same as `gradients`, for the whole batch: computed in parts and summed in float32."""
     num_items = jnp.sum(next_token_labels(batch) != IGNORE)
     # part i takes sequences i, i + parts, ...: on a mesh, each device splits the sequences that it holds
     batches = jax.tree.map(lambda a: jnp.reshape(a, (-1, parts, *a.shape[1:])).swapaxes(0, 1), batch)

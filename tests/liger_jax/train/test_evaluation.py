@@ -1,4 +1,4 @@
-"""Splitting conversations into questions and answers. Runs that measure with them are tested in test_finetune."""
+"""Splitting conversations into questions and answers. Evaluation during a run is tested in test_finetune."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_evaluate_needs_batches():
 
 
 def test_split_last_answer():
-    """Earlier turns are part of the question; an answer in parts is their text; later turns are dropped."""
+    """Earlier turns belong to the question, the parts of an answer are joined, and later turns are dropped."""
     turns = [
         "Read.",
         "Which?",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import liger_jax.train.finetune as module
+import liger_jax.train.finetune as finetune_module
 from convert import from_hf, load_adapter
 from convert.load import convert_checkpoint
 from liger_jax import Processor, Qwen2VL, loss_fn, make_train_step, prepare
@@ -74,7 +74,7 @@ def data():
 def compiled_once():
     """Runs with the same options share their compiled step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "make_train_step", functools.cache(make_train_step))
+        patch.setattr(finetune_module, "make_train_step", functools.cache(make_train_step))
         yield
 
 
@@ -84,7 +84,7 @@ def initial_model(config):
 
 
 def run(config, processor, data, output, *, model=None, **options):
-    """Calls finetune with the defaults above; `options` may name any field of its options."""
+    """Calls finetune with the defaults above. `options` are its arguments, or fields of its options."""
     options = DEFAULTS | options
     for argument, kind in {
         "batching": Batching,
@@ -100,7 +100,7 @@ def run(config, processor, data, output, *, model=None, **options):
 
 @pytest.fixture(scope="module")
 def uninterrupted(config, processor, data, tmp_path_factory):
-    """The folder of an uninterrupted run and its last state."""
+    """Returns the folder of an uninterrupted run and its last state."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     options = {"held_out": data[:3], "eval_generate": 2, "max_new_tokens": 4}
     return folder, run(config, processor, data, folder, steps=6, save_every=3, **options)
@@ -122,7 +122,7 @@ def assert_equal(state, expected):
 
 
 def test_resumed_run_matches_uninterrupted_run(config, processor, data, tmp_path, uninterrupted):
-    """Killed one step after a checkpoint: the same losses and weights, bit for bit, and nothing is logged twice."""
+    """Killed after a checkpoint: losses and weights are equal bit for bit, and nothing is logged twice."""
     run(config, processor, data, tmp_path / "parts", steps=3, save_every=3)
     with (tmp_path / "parts/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')  # killed before the next checkpoint, and while writing
@@ -136,7 +136,7 @@ def test_resumed_run_matches_uninterrupted_run(config, processor, data, tmp_path
 
 
 def test_resume_after_kill_during_a_checkpoint(config, processor, data, tmp_path, uninterrupted):
-    """SIGKILL while step 4 is written in the background: the run ignores it and resumes from step 2."""
+    """SIGKILL while step 4 is written in the background: the run ignores that checkpoint and resumes from step 2."""
     script = """
         import os, signal, sys
         import jax
@@ -201,7 +201,7 @@ def test_log(uninterrupted):
 
 
 def test_held_out_loss_and_accuracy(config, processor, data, uninterrupted):
-    """At each checkpoint, per token over all conversations: those of a single batch, though the last batch is not full."""
+    """At each checkpoint, they equal those of all conversations in a single batch, although the last batch is not full."""
     folder, state = uninterrupted
     first, second = logged(folder, "held_out_loss")
     assert (first["step"], second["step"]) == (3, 6) and first["held_out_loss"] != second["held_out_loss"]
@@ -211,8 +211,8 @@ def test_held_out_loss_and_accuracy(config, processor, data, uninterrupted):
     assert second["held_out_num_tokens"] == int(metrics["num_tokens"])
 
 
-def test_missing_evaluation_is_made_up_on_resume(config, processor, data, tmp_path, uninterrupted):
-    """An evaluation that was interrupted, or that the run had no held-out data for, is made up once."""
+def test_missing_evaluation_is_run_on_resume(config, processor, data, tmp_path, uninterrupted):
+    """An evaluation that was interrupted, or for which the run had no held-out data, is run once."""
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted[0], folder)
     before, answers = logged(uninterrupted[0], "held_out_loss"), (folder / "answers.jsonl").read_bytes()
@@ -237,12 +237,12 @@ def test_held_out_answers(processor, data, uninterrupted):
         assert line["expected"] == expected
         assert [line["answer"]] == answer_conversations(state.model, processor, [prompt], options, batch_size=1)
         assert line["exact"] == (line["answer"].strip() == expected)
-    right = np.mean([line["exact"] for line in answers[2:]])
-    assert logged(folder, "held_out_exact_match")[1]["held_out_exact_match"] == right
+    exact_match = np.mean([line["exact"] for line in answers[2:]])
+    assert logged(folder, "held_out_exact_match")[1]["held_out_exact_match"] == exact_match
 
 
 def test_on_a_mesh(config, processor, data, tmp_path, uninterrupted):
-    """Weights sharded over four devices: the losses of one device."""
+    """Weights sharded over four devices give the losses of one device."""
     mesh = make_mesh(fsdp=2, tensor=2)
     model = jax.tree.map(jnp.copy, initial_model(config))
     model = jax.device_put(model, param_shardings(model, mesh))
@@ -255,7 +255,7 @@ def test_on_a_mesh(config, processor, data, tmp_path, uninterrupted):
 
 
 def test_sigterm_saves_and_stops(config, processor, data, tmp_path, monkeypatch):
-    """The signal arrives during the second step: it is the last one, and is saved."""
+    """The signal arrives during the second step, which becomes the last one and is saved."""
 
     def load(make, steps, workers):
         for step in steps:
@@ -263,7 +263,7 @@ def test_sigterm_saves_and_stops(config, processor, data, tmp_path, monkeypatch)
                 os.kill(os.getpid(), signal.SIGTERM)
             yield make(step)
 
-    monkeypatch.setattr(module, "load_batches", load)
+    monkeypatch.setattr(finetune_module, "load_batches", load)
     state = run(config, processor, data, tmp_path, steps=5)
     assert int(state.step) == 2 and (tmp_path / "2").is_dir() and len(losses(tmp_path)) == 2
     with catch_sigterm() as stop_requested:
@@ -272,7 +272,7 @@ def test_sigterm_saves_and_stops(config, processor, data, tmp_path, monkeypatch)
 
 
 def test_workers_make_the_same_batches(config, processor, data):
-    """In a thread or in processes, starting at any step. Their errors are raised here."""
+    """In a thread or in processes, starting at any step. Their errors reach the caller."""
     dataset = make_dataset(processor, config, data, Batching(batch_size=2))
     for workers in (0, 2):
         batches = list(load_batches(dataset, range(1, 4), workers=workers))
@@ -292,8 +292,8 @@ def test_no_conversations(config, processor, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_folders_that_are_refused(config, processor, data, tmp_path, uninterrupted):
-    """Other files, a run with more steps, a run with another optimizer."""
+def test_unsuitable_folders_are_rejected(config, processor, data, tmp_path, uninterrupted):
+    """A folder with other files, with a run of more steps, or with a run with another optimizer."""
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(AlreadyExistsError, match="no training run"):
         run(config, processor, data, tmp_path, steps=1)
@@ -323,7 +323,7 @@ def test_resuming_requires_the_same_data_and_batches(config, processor, data, un
 
 
 def test_incomplete_checkpoint_is_replaced(config, processor, data, tmp_path, uninterrupted):
-    """One left by an interrupted copy or deletion is ignored when the run resumes, and overwritten."""
+    """A checkpoint left by an interrupted copy or deletion is ignored when the run resumes, and overwritten."""
     run(config, processor, data, tmp_path / "run", steps=6, save_every=3)
     (tmp_path / "run/6/default/_METADATA").unlink()
     assert_equal(run(config, processor, data, tmp_path / "run", steps=6, save_every=3), uninterrupted[1])
@@ -338,7 +338,7 @@ def test_resumed_run_frees_the_initial_weights(config, processor, data, tmp_path
         run(config, processor, data, tmp_path / "run", steps=1)
 
 
-REFUSED = {
+REJECTED = {
     **{name: ({name: 0}, f"{name} is 0; expected at least 1") for name in ("steps", "batch_size", "save_every")},
     "max_to_keep": ({"max_to_keep": 0}, "max_to_keep is 0; expected at least 1"),
     "max_new_tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
@@ -362,9 +362,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_anything_is_written(config, processor, data, tmp_path, case):
-    options, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected_before_anything_is_written(config, processor, data, tmp_path, case):
+    options, message = REJECTED[case]
     with pytest.raises(UserError, match=message):
         run(config, processor, data, tmp_path / "run", **({"steps": 1} | options))
     assert not (tmp_path / "run").exists()
@@ -381,8 +381,10 @@ def test_run_without_a_trained_token_saves_nothing(config, processor, tmp_path):
 
 
 def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
-    """`liger-jax finetune` from files to a checkpoint: base64 images, packing, a frozen part, bfloat16 with master weights,
-    two devices, a skipped record."""
+    """`liger-jax finetune`, from files to a checkpoint.
+
+    With base64 images, packing, a frozen part, bfloat16 with master weights, two devices and a skipped record.
+    """
     from liger_jax.cli import main
 
     def as_record(messages):
@@ -425,7 +427,7 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     assert (before["visual/patch_embed/kernel"] == after["visual/patch_embed/kernel"]).all()
     assert (before["visual/merger/fc1/kernel"] != after["visual/merger/fc1/kernel"]).any()
 
-    # LoRA: the base weights stay, the adapter is written for PEFT, and converting merges it into the weights
+    # LoRA: the base weights do not change, the adapter is written for PEFT, and conversion merges it into the weights
     arguments[-1] = str(tmp_path / "lora")
     options = "--steps 2 --batch-size 2 --skip-broken --workers 0 --remat none --learning-rate 0.1"
     for contradiction in ("--lora-alpha 4", "--lora 4 --freeze vision", "--lora 4 --master-weights"):

@@ -1,4 +1,4 @@
-"""step_flops: compared with the compiler's own count, and with formulas for the published models."""
+"""step_flops agrees with the compiler's own count, and with formulas for the published models."""
 
 import dataclasses
 import types
@@ -26,7 +26,7 @@ def batch(config, tokens, side, rows=2, pad=0, labels=True):
 
 
 def test_forward_pass_equals_the_compilers_count():
-    """Without gradients, up to norms and activations, and the masked half of causal attention, which XLA computes.
+    """Without gradients, the counts agree up to norms, activations and the masked half of attention, which XLA computes.
 
     One layer in each tower, since XLA counts the body of a loop once.
     """
@@ -44,17 +44,17 @@ def test_forward_pass_equals_the_compilers_count():
     assert flops == pytest.approx(cost["flops"], rel=0.05)
 
 
-def test_a_step_is_three_forward_passes():
-    """And the usual estimate, six operations per weight and token, plus attention."""
+def test_step_equals_three_forward_passes():
+    """A step also equals the usual estimate: six operations per weight and token, plus attention."""
     text = prepare(CONFIG, input_ids=np.ones((1, 512), int), labels=np.ones((1, 512), int))
-    everything = step_flops(CONFIG, text)
-    assert everything == pytest.approx(3 * step_flops(CONFIG, text, frozen=["vision", "merger", "text"]))
+    flops = step_flops(CONFIG, text)
+    assert flops == pytest.approx(3 * step_flops(CONFIG, text, frozen=["vision", "merger", "text"]))
     weights = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960) + 151936 * 1536
-    assert everything == pytest.approx(6 * 512 * weights + 6 * 28 * 1536 * 512**2)
+    assert flops == pytest.approx(6 * 512 * weights + 6 * 28 * 1536 * 512**2)
 
 
 def test_unnecessary_operations_do_not_count():
-    """Padding, logits of untrained tokens, gradients of frozen parts."""
+    """Padding, logits of untrained tokens and gradients of frozen parts do not count."""
     whole = step_flops(CONFIG, batch(CONFIG, 400, 32))
     assert step_flops(CONFIG, batch(CONFIG, 400, 32, pad=300)) == whole
     untrained = step_flops(CONFIG, batch(CONFIG, 400, 32, labels=False))
@@ -62,12 +62,12 @@ def test_unnecessary_operations_do_not_count():
     choices = ([], ["vision"], ["vision", "merger"], ["vision", "merger", "text"])
     counts = [step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=frozen) for frozen in choices]
     assert counts == sorted(counts, reverse=True) and len(set(counts)) == 4
-    below = step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=["text"])  # its input still has a gradient
+    text_frozen = step_flops(CONFIG, batch(CONFIG, 400, 32), frozen=["text"])  # its input still has a gradient
     text_alone = step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int)), frozen=["text"])
     assert text_alone == pytest.approx(
         2 / 3 * step_flops(CONFIG, prepare(CONFIG, input_ids=np.ones((2, 400), int))), rel=0.1
     )
-    assert counts[2] < below < whole
+    assert counts[2] < text_frozen < whole
 
 
 def test_packed_rows_attend_within_themselves():
@@ -93,7 +93,7 @@ def test_peaks(kind, peak):
 
 
 def test_lora_needs_the_gradients_of_inputs():
-    """With all parts frozen and LoRA in both towers, a third of the operations is saved: the gradients of the weights."""
+    """With all parts frozen and LoRA in both towers, a step omits the gradients of weights: a third of the operations."""
     example = batch(CONFIG, 64, 8, labels=True)
     unfrozen, frozen = step_flops(CONFIG, example), {"frozen": ("vision", "merger", "text")}
     forward, text_lora = (step_flops(CONFIG, example, **frozen, adapted=parts) for parts in ((), ("text",)))

@@ -29,7 +29,7 @@ def bits(x):
 
 
 def test_tiny_updates_accumulate():
-    """A thousand updates of 2^-10: a bfloat16 weight never changes; with a master it arrives at the exact sum."""
+    """After a thousand updates of 2^-10, a bfloat16 weight is unchanged; with a master, it has the exact sum."""
     one, gradient = jnp.ones(3, "bfloat16"), jnp.ones(3, "bfloat16")
     sgd = optax.sgd(2.0**-10)
     unchanged, _ = train(sgd, one, lambda step: gradient, 1000)[-1]
@@ -52,7 +52,7 @@ def test_equals_float32_training():
 
 
 def test_weights_are_the_rounded_masters():
-    """To the last bit, for updates far above and below the weights, sign changes, and results near zero."""
+    """Equal to the last bit, for updates much larger and smaller than the weights, sign changes, and results near zero."""
     rng = np.random.default_rng(1)
     scale = 2.0 ** rng.integers(-20, 8, size=20_000)
     weights = jnp.asarray(rng.normal(size=20_000) * scale, "bfloat16")
@@ -80,7 +80,7 @@ def test_through_make_optimizer():
     assert len(masters) == len(weights) and {leaf.dtype for leaf in masters.values()} == {np.dtype("float32")}
 
 
-def test_invalid_arguments_are_refused():
+def test_invalid_arguments_are_rejected():
     optimizer = with_master_weights(optax.sgd(1.0))
     with pytest.raises(ValueError, match=r"weights in \['float32'\]; expected all in bfloat16"):
         optimizer.init({"w": jnp.ones(2)})

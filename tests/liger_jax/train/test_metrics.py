@@ -1,4 +1,4 @@
-"""Counting the work of a batch, throughput, and the log of a resumed run."""
+"""The work in a batch, throughput, and the log of a resumed run."""
 
 import json
 import types
@@ -34,7 +34,7 @@ def test_batch_work():
 
 
 def test_step_rates():
-    """Utilisation relates to all devices. It is left out if the device is unknown or does not report its memory."""
+    """Utilisation is relative to all devices. Rates that need an unreported peak or memory are omitted."""
     device = types.SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: {"peak_bytes_in_use": 2**31})
     work = {"tokens": 100, "positions": 200, "images": 4, "flops": 989.4e12}
     rates = step_rates(work, 30, 0.5, [device] * 4)
@@ -51,7 +51,7 @@ def test_step_rates():
 
 
 def test_resumed_log_drops_later_steps(tmp_path):
-    """Lines of later steps and an incomplete last line are removed; other lines are refused."""
+    """Lines of later steps and an incomplete last line are removed; malformed lines are rejected."""
     file = tmp_path / "metrics.jsonl"
     for begin, end in ((0, 4), (2, 3)):
         with RunLog(file, begin=begin, steps=4, progress=False) as log:

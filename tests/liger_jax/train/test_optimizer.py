@@ -42,7 +42,7 @@ def batch_with_an_image():
 
 
 def test_every_weight_belongs_to_one_part(model):
-    """LoRA is a part of its own, and the merger does not belong to the vision tower. An unknown path is an error."""
+    """LoRA is a part of its own, and the merger does not belong to the vision tower. An unknown path raises."""
     parts = {path: param_group(path) for path in param_paths(add_lora(model, targets="all-linear"))}
     assert set(parts.values()) == {"lora", *PARTS} == {"lora", "vision", "merger", "text"}
     assert parts["visual/merger/fc1/kernel"] == "merger" and parts["visual/patch_embed/kernel"] == "vision"
@@ -61,7 +61,7 @@ def test_learning_rates_of_parts(model):
 
 
 def test_equals_optax_adamw(model):
-    """With one learning rate and decay: optax.adamw on kernels and embeddings, Adam on norms and biases."""
+    """With one learning rate and decay, updates equal optax.adamw on kernels and embeddings, Adam on norms and biases."""
     changes = updated(model, make_optimizer(1e-3, weight_decay=0.1, max_grad_norm=None), gradient=0.3)
     undecayed = updated(model, optax.adam(1e-3), gradient=0.3)
     decayed = updated(model, optax.adamw(1e-3, weight_decay=0.1), gradient=0.3)
@@ -110,7 +110,7 @@ def test_frozen_parts_do_not_count_in_the_norm(model):
     assert norm == pytest.approx(1e-6, rel=1e-3)
 
 
-def test_invalid_arguments_are_refused(model):
+def test_invalid_arguments_are_rejected(model):
     with pytest.raises(ValueError, match=r"freeze has \['head'\]"):
         make_optimizer(1e-3, freeze=["head"])
     with pytest.raises(ValueError, match="at least one part to train"):
@@ -138,7 +138,7 @@ def test_grad_stats():
 
 
 def test_build_optimizer(model):
-    """The options of a run give the optimizer that make_optimizer gives with warm-up and cosine schedules."""
+    """The options of a run give the same optimizer as make_optimizer with warmup and cosine schedules."""
     options = Optimization(1e-3, vision_learning_rate=2e-3, freeze=("merger",), weight_decay=0.1, warmup=0.5)
     built = updated(model, build_optimizer(options, steps=8))
     schedules = (warmup_cosine(rate, steps=8, warmup=0.5) for rate in (1e-3, 2e-3))

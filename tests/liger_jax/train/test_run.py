@@ -1,4 +1,4 @@
-"""A run's record: fingerprints of equal data are equal, all differences are named, and an incomplete record is ignored."""
+"""A run's record: equal data have equal fingerprints, all differences are named, and an incomplete record is ignored."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def ask_about(image, text="Which?"):
 
 
 def test_fingerprints(tmp_path):
-    """Of texts, paths, bytes and images in memory: equal for equal data, different for any difference."""
+    """Texts, paths, bytes and images in memory have equal fingerprints only if they are equal."""
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
     with Image.open(tmp_path / "red.png") as opened:
@@ -69,9 +69,12 @@ def test_options_that_may_change(tmp_path, change):
 
 
 def test_damaged_record(tmp_path):
-    for text in ("{", "[1]"):
+    for text, message in (
+        ("{", r"is malformed .* expected valid JSON"),
+        ("[1]", r"holds \[1\]; expected a JSON object"),
+    ):
         (tmp_path / RECORD).write_text(text)
-        with pytest.raises(UserError, match=r"run\.json is damaged"):
+        with pytest.raises(UserError, match=rf"run\.json {message}"):
             check_record(tmp_path, {})
 
 
@@ -80,7 +83,7 @@ def test_incomplete_record_is_ignored(tmp_path):
     assert not is_run(tmp_path)
 
 
-def test_opening_a_folder_of_something_else(tmp_path):
+def test_open_run_rejects_folders_without_a_run(tmp_path):
     run = open_run(tmp_path / "new", {"steps": 1})
     assert (run.start, run.resumes) == (0, False) and not (tmp_path / "new").exists()
     (tmp_path / "file").touch()

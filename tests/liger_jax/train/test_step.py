@@ -1,4 +1,4 @@
-"""The training step: the gradient of the whole batch, however it is computed, and the optimizer's update."""
+"""The training step applies the optimizer's update to the gradient of the whole batch, however that is computed."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ def applied_gradient(new_model, *, old_model=None):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_update_equals_the_gradient_of_transformers(options):
-    """With any rematerialization, accumulated or not."""
+    """With any rematerialization, with and without accumulation."""
     state, metrics = shared_train_step(**options)(fresh_state(), batch())
     assert int(state.step) == 1
     parity.assert_near(metrics["loss"], parity.expected(SCENARIO, "loss"), name="loss")
@@ -138,7 +138,7 @@ def test_optimizer_state_is_carried_over():
 
 
 def test_next_token_labels():
-    """Labels shift by one position to the left, within their sequence."""
+    """Labels shift one position to the left within their sequence."""
     packed = parity.batch("packed_text_batch_left")
     packed = dataclasses.replace(packed, labels=packed.input_ids)
     targets = np.asarray(next_token_labels(packed))
@@ -158,7 +158,7 @@ def test_invalid_options(options, message):
 
 
 def test_batch_without_labels():
-    """It is refused before anything is compiled, and the state remains usable."""
+    """It is rejected before anything is compiled, and the state remains usable."""
     state = fresh_state()
     with pytest.raises(UserError, match="labels"):
         make_train_step()(state, batch(labels=None))
