@@ -1,9 +1,7 @@
 """from_hf loads all layouts of checkpoints, and its errors name damaged files."""
 
 import json
-import subprocess
 import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from liger_jax import Qwen2VL
 from liger_jax.model.params import param_paths
 from tests._support import hub_layout as hub
 from tests._support import parity
+from tests._support.scripts import run_script
 
 
 def parameters(model: Qwen2VL) -> dict[str, np.ndarray]:
@@ -91,21 +90,10 @@ def test_large_parameters_are_rearranged_on_the_device(tmp_path, monkeypatch, st
     assert_equal(parameters(from_hf(tmp_path, dtype=dtype)), parameters(small))
 
 
-def run(script: str, *arguments) -> str:
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
 def test_mesh(tmp_path):
     """Loads the same weights on a mesh of 4 devices, split by the model's own rules."""
     hub.write(tmp_path, hub.tensors())
-    run(
+    run_script(
         """
         import os, sys
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -132,7 +120,7 @@ def test_mesh(tmp_path):
 
 def test_host_memory(tmp_path):
     """Beyond the model itself, loading or writing 220 MB needs host memory for a few tensors of 11 MB."""
-    output = run(
+    output = run_script(
         """
         import json, math, resource, sys
         from pathlib import Path

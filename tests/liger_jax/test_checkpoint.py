@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,7 @@ from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
 from liger_jax.checkpoint import checkpoint_manager, is_model, load_model, restore_state, save_model, save_state
 from liger_jax.errors import AlreadyExistsError
 from liger_jax.model.params import param_paths
+from tests._support.scripts import run_script
 
 CONFIG = dataclasses.replace(Qwen2VLConfig.tiny(), eos_token_ids=(7, 8), pad_token_id=8)
 
@@ -107,16 +105,6 @@ def test_incomplete_and_mismatched_models_are_refused(tmp_path, model):
     assert "language_model/layers/mlp/down_proj/kernel is (2, 160, 64), expected (2, 161, 64)" in str(raised.value)
 
 
-def run(script: str, *arguments) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
-
-
 def test_error_names_damaged_files(tmp_path, model):
     save_model(model, tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "cut")
@@ -136,7 +124,7 @@ def test_error_names_damaged_files(tmp_path, model):
         else:
             raise AssertionError("loaded")
     """
-    run(script, tmp_path / "cut")
+    run_script(script, tmp_path / "cut")
 
 
 # ---- training runs ---------------------------------------------------------------------------------------------------
@@ -234,5 +222,5 @@ def test_meshes(tmp_path, model, state):
             assert b.sharding.is_equivalent_to(a.sharding, a.ndim)
         save_model(four, folder + "/model4")
     """
-    run(script, tmp_path)
+    run_script(script, tmp_path)
     assert_same(load_model(tmp_path / "model4"), model)
