@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from liger_jax.model.lora import LoraOptions
 
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
-# Errors of the operating system that the user can mend: about a disk, and about a path.
+# Operating system errors that the user can fix: about a disk, and about a path.
 DISK_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 SYSTEM_ERRORS = (*DISK_ERRORS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPIPE)
 BUG_HINT = "This looks like a bug in liger-jax. Please report it with this traceback and the output of `liger-jax env`."
 
-ModelArgument = Annotated[str, tyro.conf.Positional]
+ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 app = tyro.extras.SubcommandApp()
 
 
 def flags(options: type, **names: str | None) -> Any:
-    """Returns a tyro annotation that renames the flags of some fields of an options dataclass, or hides them (None)."""
+    """Returns a tyro annotation for an options dataclass. It renames the flags of the named fields, or hides them (None)."""
     types = typing.get_type_hints(options)
     markers = {name: tyro.conf.Suppress if flag is None else tyro.conf.arg(name=flag) for name, flag in names.items()}
     fields = [
@@ -65,15 +65,15 @@ def demo(
 ) -> None:
     """Train a small Qwen2-VL on images of handwritten digits, then ask it about digits that it has not seen.
 
-    Takes two minutes on two CPU cores. Writes a checkpoint, a loss curve, an image of answers, and metrics.jsonl.
+    Takes two minutes on two CPU cores. Writes a checkpoint, plots of the loss and of answers, and metrics.jsonl.
 
     Args:
-        output: Folder for the results; those of an earlier demo are replaced.
+        output: Folder for the results; replaces those of an earlier demo.
         steps: Number of training steps.
         batch_size: Conversations per step.
         learning_rate: Peak learning rate, reached after warmup and followed by a cosine decay.
         seed: Seed for the weights and the order of the images.
-        held_out: Number of questions about unseen digits that measure the accuracy.
+        held_out: Number of questions about unseen digits, for the accuracy.
     """
     # Autotuning matmuls takes a third of the demo's time on a GPU and gains nothing for a model this small.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
@@ -93,14 +93,14 @@ def demo(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The conversations to train and to evaluate on."""
+    """Conversations to train and evaluate on."""
 
-    conversations: Annotated[Path, tyro.conf.Positional]
+    conversations: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """File of conversations in LLaVA, ShareGPT or messages format: a JSON list, or JSON lines."""
     held_out: Path | None = None
-    """File of conversations to evaluate on at each checkpoint: loss and accuracy."""
+    """File of conversations on which loss and accuracy are measured at each checkpoint."""
     media: Path | None = None
-    """Folder that relative image paths start from; by default the folder of the conversations."""
+    """Base folder of relative image paths; by default the folder of the conversations."""
     max_pixels: int | None = None
     """Maximum number of pixels per image; by default the model's limit."""
 
@@ -112,12 +112,12 @@ class LoraFlags:
     lora: int | None = None
     """Train only LoRA matrices of this rank. They are also written to adapter/ in PEFT's format."""
     lora_alpha: float | None = None
-    """LoRA scaling is alpha / rank; default 2 * rank."""
+    """LoRA updates are scaled by alpha / rank; by default alpha is 2 * rank."""
     lora_targets: tuple[str, ...] = ()
-    """PEFT's names of the layers that get LoRA, or all-linear; by default the linear layers of the text model."""
+    """PEFT's names for the layers that get LoRA, or all-linear; by default the linear layers of the text model."""
 
     def resolve(self, optimization: Optimization) -> "LoraOptions | None":
-        """Returns the options of LoRA, or None to train the weights.
+        """Returns LoRA's options, or None if the weights are trained instead.
 
         Raises:
             UserError: contradictory flags, or unknown targets.
@@ -128,9 +128,11 @@ class LoraFlags:
             return None
         part_rates = (optimization.vision_learning_rate, optimization.merger_learning_rate)
         if optimization.freeze or part_rates != (None, None):
-            raise UserError("--lora trains nothing else; expected no --freeze and no learning rate of a part with it")
+            raise UserError(
+                "--lora is set; expected no --freeze or learning rate of a part, since only LoRA is trained"
+            )
         if optimization.master_weights:
-            raise UserError("--lora trains float32 matrices; expected no --master-weights with it")
+            raise UserError("--lora is set; expected no --master-weights, since LoRA matrices are float32 already")
         from liger_jax.model.lora import TEXT_TARGETS, LoraOptions
 
         targets = "all-linear" if self.lora_targets == ("all-linear",) else self.lora_targets or tuple(TEXT_TARGETS)
@@ -165,13 +167,13 @@ def finetune(
     evaluation: Evaluation = Evaluation(),
     mesh: MeshShape = MeshShape(),
 ) -> None:
-    """Fine-tune a model on a file of conversations. Run again with the same --output, it resumes.
+    """Fine-tune a model on a file of conversations. To resume an interrupted run, repeat the command.
 
     Args:
         model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
         output: Folder for checkpoints, metrics.jsonl, and TensorBoard curves.
         steps: Number of training steps of the whole run.
-        dtype: Dtype of weights and computation; by default bfloat16 for Hugging Face, and as stored for Orbax.
+        dtype: Dtype of weights and computation; by default bfloat16 for Hugging Face, the stored one for Orbax.
     """
     from convert import open_model, save_adapter
     from liger_jax import add_lora, read_conversations
@@ -184,7 +186,7 @@ def finetune(
     lora_options = lora.resolve(optimization)
     if lora_options is not None:
         optimization = dataclasses.replace(optimization, freeze=PARTS)
-    build_optimizer(optimization, steps)  # only to raise its errors before the model is loaded
+    build_optimizer(optimization, steps)  # raises errors in the options before the model is loaded
     runtime.enable_compilation_cache()
     devices = make_mesh(**vars(mesh))
 
@@ -221,7 +223,7 @@ def finetune(
 @app.command
 def generate(
     model: ModelArgument,
-    question: Annotated[str | None, tyro.conf.Positional] = None,
+    question: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = None,
     images: tuple[Path, ...] = (),
     system: str | None = None,
     data: Path | None = None,
@@ -234,16 +236,16 @@ def generate(
 ) -> None:
     """Answer one question, with or without images, or all questions of a file.
 
-    Answering a file can be interrupted. Run again with the same --output, it resumes.
+    If a file of questions is interrupted, repeat the command to resume.
 
     Args:
         model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        question: The question; its answer is printed token by token.
-        images: Images that the question is about.
+        question: The question; its answer is printed as it is generated.
+        images: Images to ask the question about.
         system: System message for the question.
-        data: File of questions, instead of a question, in LLaVA, ShareGPT or messages format: a JSON list, or JSON lines.
-        output: File for the answers to --data, as JSON lines.
-        media: Folder that relative image paths in --data start from; by default the folder of the data.
+        data: File of questions in LLaVA, ShareGPT or messages format: a JSON list, or JSON lines.
+        output: File for the answers to --data, in JSON lines.
+        media: Base folder of relative image paths in --data; by default the folder of the data.
         batch_size: Number of questions of --data to answer together; default 8.
         skip_broken: Skip broken records of --data with a warning instead of stopping.
         max_pixels: Maximum number of pixels per image; by default the model's limit.
@@ -256,11 +258,12 @@ def generate(
     else:
         unused = {"--images": images or None, "--system": system}
     if names := [name for name, value in unused.items() if value is not None]:
-        raise UserError(f"{' and '.join(names)} is not for {'a file of questions' if data else 'a single question'}")
+        other = "a single question" if data else "--data"
+        raise UserError(f"{' and '.join(names)} set; expected only with {other}")
     if data is not None and not data.is_file():
-        raise NotFoundError(f"{data}: no such file of questions")
+        raise NotFoundError(f"{data} does not exist; expected a file of questions")
     if missing := [str(path) for path in images if not path.is_file()]:
-        raise NotFoundError(f"{', '.join(missing)}: no such image")
+        raise NotFoundError(f"--images has {missing}, which do not exist; expected image files")
     weights, processor, options = open_for_answers(model, answers, max_pixels)
     if question is not None:
         from liger_jax import Chat
@@ -291,7 +294,8 @@ def chat(
 ) -> None:
     """Chat with a model about text and images, in the terminal.
 
-    `/image PATH` adds an image to the next question, `/reset` starts a new chat, `/quit` ends. Ctrl-C stops an answer.
+    Type `/image PATH` to add an image to the next question, `/reset` to start a new chat, and `/quit` to end. Ctrl-C stops
+    an answer.
 
     Args:
         model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
@@ -320,7 +324,7 @@ def chat(
 
 
 def respond(session: "Chat", line: str, images: list[Any]) -> list[Any]:
-    """Runs a command of the chat or prints the answer to a question; returns the images for the next question."""
+    """Runs a chat command or prints the answer to a question. Returns the images for the next question."""
     from liger_jax.inputs.images import load_image
 
     command, _, argument = line.partition(" ")
@@ -339,7 +343,7 @@ def respond(session: "Chat", line: str, images: list[Any]) -> list[Any]:
 
 def print_stream(pieces: Generator[str, None, None]) -> None:
     """Prints an answer piece by piece."""
-    with contextlib.closing(pieces):  # otherwise an answer stopped by Ctrl-C keeps the decoder's copy of the weights
+    with contextlib.closing(pieces):  # frees the session's copy of the weights if Ctrl-C stops the answer
         for piece in pieces:
             print(piece, end="", flush=True)
     print()
@@ -348,6 +352,7 @@ def print_stream(pieces: Generator[str, None, None]) -> None:
 def open_for_answers(
     model: str, answers: AnswerOptions, max_pixels: int | None
 ) -> tuple["Qwen2VL", "Processor", "GenerationOptions"]:
+    """Returns the model, its processor, and the generation options of the flags and the checkpoint."""
     from convert import open_model
     from liger_jax.files import GENERATION_CONFIG, local_folder
 
@@ -358,6 +363,7 @@ def open_for_answers(
 
 
 def open_processor(model: str, max_pixels: int | None) -> "Processor":
+    """Returns the processor of a checkpoint, with a limit on the size of images."""
     from liger_jax import Processor
 
     processor = Processor.from_pretrained(model)
@@ -370,8 +376,8 @@ def open_processor(model: str, max_pixels: int | None) -> "Processor":
 
 @app.command
 def convert(
-    source: Annotated[str, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     to: Literal["orbax", "hf"] | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
@@ -384,13 +390,12 @@ def convert(
     Args:
         source: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
         target: Folder to write.
-        to: Format to write; by default the one that the source does not have.
-        dtype: Dtype of the weights: bfloat16, float16 or float32; by default bfloat16 from Hugging Face, and as stored from
-            Orbax.
+        to: Format to write; by default, orbax for a Hugging Face source and hf for an Orbax source.
+        dtype: bfloat16, float16 or float32; by default bfloat16 for a Hugging Face source, the stored one for Orbax.
         max_shard_size: Maximum size of a Hugging Face weight file.
         revision: Branch, tag or commit on the hub.
-        allow_pickle: Also read pytorch_model*.bin files, which can run code.
-        overwrite: Write into a folder that has files.
+        allow_pickle: Also read pytorch_model*.bin files, which can execute code.
+        overwrite: Write even if the folder has files.
     """
     from convert.load import convert_checkpoint
 
@@ -409,10 +414,10 @@ def convert(
 
 @app.command
 def tune(*only: str) -> None:
-    """Time the candidate block sizes of the kernels on this GPU and save the fastest for it.
+    """Time candidate block sizes of the kernels on this GPU, and save the fastest.
 
     Args:
-        only: Names of kernels; by default all.
+        only: Names of kernels to tune; by default all.
     """
     from pallas_kernels.tune import main as tune_kernels
 
@@ -439,7 +444,7 @@ def env() -> None:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> None:
-    """Runs a command. A user's mistake ends it with one line on stderr; any other error keeps its traceback.
+    """Runs a command. An error that the user can fix ends it with one line on stderr; other errors keep their traceback.
 
     Args:
         arguments: the command and its arguments; by default those of the process.
@@ -453,16 +458,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except Exception as error:
-        if is_users_mistake(error):
+        if can_user_fix(error):
             sys.exit(f"liger-jax: {' '.join(str(error).split())}")
         error.add_note(BUG_HINT)  # printed after the traceback
         raise
 
 
-def is_users_mistake(error: Exception) -> bool:
-    """Whether the user can mend an error, including a full or read-only disk."""
+def can_user_fix(error: Exception) -> bool:
+    """Returns whether the user can fix an error: a mistake, or for example a full or read-only disk."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in SYSTEM_ERRORS
-    # TensorStore, which writes checkpoints, reports the disk's errors as ValueErrors
+    # TensorStore, which writes checkpoints, reports disk errors as ValueErrors
     disk_error = isinstance(error, ValueError) and any(os.strerror(code) in str(error) for code in DISK_ERRORS)
     return isinstance(error, UserError) or disk_error

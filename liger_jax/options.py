@@ -1,7 +1,7 @@
 """Options of a training run: plain values, defined once for the library, the command line and a run's record.
 
-This module imports nothing heavy, so that `liger-jax finetune --help` is quick. The functions that take these options check
-their values.
+The functions that take these options check their values. `liger-jax --help` imports this module, which is therefore light,
+and shows the docstring of each field, which therefore fits on one line.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ class Batching:
     batch_size: int = 8
     """Conversations per training step; with --pack, sequences per step."""
     accumulate: int = 1
-    """Compute each batch in this many parts, one after the other, and sum their gradients: less memory, same result."""
+    """Compute each batch in this many parts, one after the other, and sum their gradients: saves memory, same result."""
     pack_length: int | None = None
     """Pack conversations into sequences of this many tokens."""
     group_by_length: bool = False
-    """Batch conversations of similar size together, which needs less padding."""
+    """Batch conversations of similar size together, which reduces padding."""
     length: int | None = None
     """Tokens per sequence; by default, each batch uses its own bucket."""
     patches: int | None = None
@@ -41,11 +41,9 @@ class LayerExecution:
     """How the layers of the vision tower and the language model run."""
 
     remat: Remat = "none"
-    """Activations that the backward pass recomputes: none needs the most memory, full the least. auto, for a training step,
-    takes the fastest that fits in memory."""
+    """Activations to recompute in the backward pass, from none (most memory) to full; auto: the fastest choice that fits."""
     unroll: bool = False
-    """Compile each layer separately instead of scanning over them: a faster step, but compilation takes several times
-    longer."""
+    """Unroll the layers instead of scanning over them: faster steps, but compilation takes several times longer."""
 
 
 DEFAULT_EXECUTION = LayerExecution()
@@ -53,7 +51,7 @@ DEFAULT_EXECUTION = LayerExecution()
 
 @dataclasses.dataclass(frozen=True)
 class Optimization:
-    """The optimizer: AdamW with a linear warmup and a cosine decay."""
+    """The optimizer: AdamW with linear warmup and cosine decay."""
 
     learning_rate: float = 1e-5
     """Peak learning rate, reached after warmup and followed by a cosine decay to 0."""
@@ -66,31 +64,30 @@ class Optimization:
     weight_decay: float = 0.0
     """Weight decay of matrices and embeddings; norms and biases never decay."""
     warmup: float = 0.03
-    """Fraction of the steps in which the learning rate rises."""
+    """Fraction of the steps over which the learning rate rises."""
     master_weights: bool = False
     """Keep float32 copies of the weights and float32 moments, and compute in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """When a run writes checkpoints, and what goes into them."""
+    """When checkpoints are written, and which are kept."""
 
     save_every: int = 500
     """Steps between checkpoints."""
     max_to_keep: int | None = 3
     """Number of latest checkpoints to keep; None keeps all."""
     asynchronous: bool = True
-    """Write checkpoints while training continues. Needs host memory for the whole state."""
+    """Write checkpoints while training continues, which needs host memory for the whole state."""
     generation_config: Path | None = None
     """The model's generation_config.json, copied next to the checkpoints if the file exists."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How the model is evaluated on held-out conversations whenever a checkpoint is saved."""
+    """How the model is evaluated on held-out conversations, at each checkpoint."""
 
     eval_generate: int = 0
-    """Number of held-out conversations that the model also answers; answers.jsonl compares its answers with the expected
-    ones."""
+    """Number of held-out conversations to answer as well; answers.jsonl compares generated and expected answers."""
     max_new_tokens: int = 64
     """Maximum length of these answers, in tokens."""

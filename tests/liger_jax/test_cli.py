@@ -1,4 +1,4 @@
-"""The command line: help is quick and complete, commands work, a user's mistake is reported in one line."""
+"""The command line: help is quick and complete, commands work, and a user's mistake is reported in one line."""
 
 import errno
 import json
@@ -58,7 +58,7 @@ def test_flags_of_finetune(monkeypatch, capsys):
 
 
 def test_help_takes_less_than_one_and_a_half_seconds():
-    """CPU time, which does not depend on other processes; the better of two runs, as the first one may fill caches."""
+    """Measures CPU time, which does not depend on other processes. The first of two runs may fill caches."""
     resource = pytest.importorskip("resource")
     times = []
     for _ in range(2):
@@ -109,7 +109,7 @@ def test_convert_to_hugging_face_and_back(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder with a random model, its processor, and an image."""
+    """Returns a folder with a random model, its processor, and an image."""
     folder = tmp_path_factory.mktemp("model")
     processor = make_processor(load_digits()[0])
     save_model(Qwen2VL.init(make_config(processor), seed=1, dtype="float32"), folder / "orbax")
@@ -128,7 +128,7 @@ def expected(checkpoint, question, images=(), **options):
 
 
 def test_generate_answers_a_question(checkpoint, monkeypatch, capsys):
-    """About images, with the checkpoint's generation options; then with flags, which enable sampling."""
+    """A question about images with the checkpoint's generation options; then with flags, which enable sampling."""
     image = checkpoint / "dog.png"
     call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", "--images", image, image)
     greedy = expected(checkpoint, "What is this?", [image, image])
@@ -153,7 +153,7 @@ def test_generate_answers_a_file(checkpoint, monkeypatch, capsys, tmp_path):
 
 
 def test_chat(checkpoint, monkeypatch, capsys):
-    """Images by path, errors that do not end the chat, /reset, and the end by /quit or Ctrl-D."""
+    """Images are given by path, errors do not end the chat, /reset starts again, and /quit or Ctrl-D end it."""
     image = checkpoint / "dog.png"
     for last in ("/quit", None):
         typed = iter([f"/image {image}", "What is this?", "/image missing.png", "/help", "", "/reset", "Hello", last])
@@ -188,7 +188,7 @@ def test_ctrl_c_stops_an_answer_but_not_the_chat(checkpoint, monkeypatch, capsys
 
 
 def test_compilation_cache(tmp_path):
-    """In the user's cache folder by default; the environment can choose another one or disable it."""
+    """The cache is in the user's cache folder by default. The environment can choose another folder or disable it."""
     code = (
         "import jax; from liger_jax import runtime; runtime.enable_compilation_cache(); "
         "print(jax.config.jax_compilation_cache_dir)"
@@ -214,11 +214,14 @@ def test_compilation_cache(tmp_path):
         (("generate", "m"), "expected a question, or --data and --output"),
         (("generate", "m", "What?", "--data", "x", "--output", "y"), "expected a question, or --data and --output"),
         (("generate", "m", "--data", "x"), "expected a question, or --data and --output"),
-        (("generate", "m", "--data", "x", "--output", "y"), "x: no such file of questions"),
-        (("generate", "m", "--data", "x", "--output", "y", "--images", "z"), "--images is not for a file of questions"),
-        (("generate", "m", "What?", "--batch-size", "0"), "--batch-size is not for a single question"),
-        (("generate", "m", "What?", "--skip-broken"), "--skip-broken is not for a single question"),
-        (("generate", "m", "What?", "--images", "dog.jpg"), "dog.jpg: no such image"),
+        (("generate", "m", "--data", "x", "--output", "y"), "x does not exist; expected a file of questions"),
+        (
+            ("generate", "m", "--data", "x", "--output", "y", "--images", "z"),
+            "--images set; expected only with a single",
+        ),
+        (("generate", "m", "What?", "--batch-size", "0"), "--batch-size set; expected only with --data"),
+        (("generate", "m", "What?", "--skip-broken"), "--skip-broken set; expected only with --data"),
+        (("generate", "m", "What?", "--images", "dog.jpg"), "['dog.jpg'], which do not exist; expected image files"),
         (("generate", "missing/folder/x", "What?"), "missing/folder/x"),
         (("chat", "missing/folder/x"), "missing/folder/x"),
         (("convert", "missing/folder/x", "out"), "missing/folder/x"),
@@ -246,7 +249,7 @@ def test_mistakes_are_one_line_without_a_traceback(monkeypatch, tmp_path, argume
     ],
     ids=" ".join,
 )
-def test_contradictory_flags_of_lora(monkeypatch, flags):
+def test_contradictory_lora_flags(monkeypatch, flags):
     with pytest.raises(SystemExit, match="--lora"):
         call(monkeypatch, "finetune", "m", "data.json", *flags)
 
@@ -272,8 +275,8 @@ def failing_env(monkeypatch, error):
     ],
     ids=str,
 )
-def test_errors_that_the_user_can_mend_are_one_line(monkeypatch, error):
-    """Also an error of the operating system about a path, and a message of several lines."""
+def test_errors_that_the_user_can_fix_are_one_line(monkeypatch, error):
+    """Includes an operating system error about a path, and a message of several lines."""
     with pytest.raises(SystemExit) as exit_error:
         failing_env(monkeypatch, error)
     message = exit_error.value.code  # printed on stderr, with exit status 1

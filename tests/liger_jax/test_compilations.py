@@ -19,13 +19,13 @@ events: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def listener():
-    """JAX reports each compilation. Removing a listener requires private functions; this one only counts, so it stays."""
+    """Records each compilation that JAX reports. It is never removed, which would require private functions of JAX."""
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: events.append(event))
 
 
 @contextlib.contextmanager
 def compilations(expected):
-    """Checks the number of programs that the block compiles; None: at least one."""
+    """Checks the number of programs that the block compiles; None expects at least one."""
     start = len(events)
     yield
     count = events[start:].count(COMPILED)
@@ -81,7 +81,7 @@ def test_train_step():
 
 
 def test_generate():
-    """Other end tokens, or a few more or fewer new tokens, compile nothing either."""
+    """Other end tokens, or a few more new tokens, compile nothing either."""
     model = parity.model()
     with compilations(None):
         generate(model, FIRST, max_new_tokens=8)
@@ -93,7 +93,7 @@ def test_generate():
 
 
 def test_more_new_tokens():
-    """Room for more tokens requires another cache and another loop; prefill is not compiled again."""
+    """Room for more tokens requires another cache and another loop, but prefill is not compiled again."""
     generate(parity.model(), FIRST, max_new_tokens=8)
     programs = loop.prefill._cache_size()
     with compilations(None):
@@ -109,22 +109,22 @@ def test_sampling():
 
 
 def test_fifty_requests():
-    """With different lengths, images, padding and options: at most one program per function, bucket and batch size."""
+    """Different lengths, images, padding and options compile at most one program per function, bucket and batch size."""
     rng = np.random.default_rng(0)
     functions = ("prefill", "first_token_logits", "init_cache", "init_decode_state", "decode_loop")
-    buckets = {function: set() for function in functions} | {"_packed": {parity.model}}
+    buckets = {function: set() for function in functions} | {"_pack_layer": {parity.model}}
     requests = []
     for _ in range(50):
         rows, longest = int(rng.integers(1, 3)), int(rng.integers(20, 120))
         lengths = rng.integers(12, longest + 1, rows)
         ids, mask, grids = np.full((rows, longest), 150), np.zeros((rows, longest), int), []
         for b, length in enumerate(lengths):
-            columns = slice(longest - length, None) if rng.random() < 0.5 else slice(length)
-            ids[b, columns], mask[b, columns] = rng.integers(3, 150, length), 1
-            for place in range(int(rng.integers(0, 3))):
+            positions = slice(longest - length, None) if rng.random() < 0.5 else slice(length)
+            ids[b, positions], mask[b, positions] = rng.integers(3, 150, length), 1
+            for i in range(int(rng.integers(0, 3))):
                 grid = [1, 2 * int(rng.integers(1, 3)), 2 * int(rng.integers(1, 3))]
-                start = columns.start or 0
-                ids[b, start + 6 * place : start + 6 * place + np.prod(grid) // 4] = CONFIG.image_token_id
+                start = positions.start or 0
+                ids[b, start + 6 * i : start + 6 * i + np.prod(grid) // 4] = CONFIG.image_token_id
                 grids.append(grid)
         images = {}
         if grids:
