@@ -1,4 +1,4 @@
-"""Runs scripts in processes of their own, for tests that set flags of JAX or measure a whole process."""
+"""Runs scripts in separate processes, for tests that set flags of JAX or measure a whole process."""
 
 import subprocess
 import sys
