@@ -60,6 +60,7 @@ class DecodeSession:
 
     Iterate over `chunks` to read tokens as they are generated, or call `run` to generate all of them. Then `result` returns
     all tokens.
+
     Compiled programs run in this order: `prefill`, `first_token_logits`, `init_cache`, `init_decode_state`, `decode_loop`.
 
     Attributes:

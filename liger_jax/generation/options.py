@@ -119,6 +119,7 @@ class GenerationOptions:
 
     @property
     def all_stop_strings(self) -> tuple[str, ...]:
+        """`stop_strings` as a tuple."""
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
 
     @classmethod
@@ -142,7 +143,7 @@ class GenerationOptions:
         path = local_folder(folder, [GENERATION_CONFIG]) / GENERATION_CONFIG
         stored = read_json_object(path) if path.is_file() else {}
         stored = {name: value for name, value in stored.items() if value is not None}
-        if not (stored | overrides).get("do_sample"):  # the filters have no effect then, whatever their values
+        if not (stored | overrides).get("do_sample"):  # the filters then have no effect and are not checked
             stored = {name: value for name, value in stored.items() if name not in SAMPLING_FILTERS}
         unsupported = {name: stored[name] for name, off in UNSUPPORTED.items() if stored.get(name, off) != off}
         if unsupported:

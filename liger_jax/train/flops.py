@@ -30,12 +30,12 @@ def step_flops(
 ) -> float:
     """Returns the number of floating-point operations of a training step on a batch.
 
-        matmuls with weights:  2 x tokens x weights forward, and as many for each of the input's and the weights' gradient
+        matmuls with weights:  2 x tokens x weights forward, and the same for each gradient: of the input, and of the weights
         attention:             4 x pairs x heads x head size forward, twice that backward
 
-    Only necessary operations count: the unmasked half of causal attention, the logits of trained tokens, no padding, and no
-    recomputation in the backward pass. Norms, RoPE, the optimizer and LoRA's low-rank matmuls are ignored. The number of
-    weights in each part follows from the table of parameters.
+    Counts only necessary operations: no padding, no recomputation in the backward pass, only the unmasked half of causal
+    attention, and only the logits of trained tokens. Ignores norms, RoPE, the optimizer and LoRA's low-rank matmuls. The
+    number of weights in each part follows from the table of parameters.
 
     Args:
         config: the model's configuration.

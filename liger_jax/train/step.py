@@ -269,7 +269,7 @@ def gradients(
 def _accumulated_gradients(
     model: Qwen2VL, batch: Batch, parts: int, *, execution: LayerExecution
 ) -> tuple[Qwen2VL, Metrics]:
-    """Returns the same as `gradients`, for the whole batch: computed in parts and summed in float32."""
+    """Returns `gradients` for the whole batch, computed in parts and summed in float32."""
     num_items = jnp.sum(next_token_labels(batch) != IGNORE)
     # part i takes sequences i, i + parts, ...: on a mesh, each device splits the sequences that it holds
     batches = jax.tree.map(lambda a: jnp.reshape(a, (-1, parts, *a.shape[1:])).swapaxes(0, 1), batch)

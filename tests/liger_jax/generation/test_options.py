@@ -65,7 +65,7 @@ def test_unsupported_entries_warn(tmp_path):
 
 
 def test_sampling_filters_are_ignored_without_do_sample(tmp_path):
-    """As in transformers, whatever their values; with do_sample they are checked."""
+    """Their values are not even checked, as in transformers; with do_sample they are."""
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.0, "top_p": 0.0}))
     assert GenerationOptions.from_hf(tmp_path) == GenerationOptions()
     with pytest.raises(UserError, match=r"temperature is 0\.0"):
