@@ -1,7 +1,6 @@
 """Answers to a file of questions equal those to each question alone, in any batch, interrupted or not."""
 
 import base64
-import functools
 import io
 import json
 
@@ -10,20 +9,13 @@ import pytest
 from PIL import Image
 
 import liger_jax.generation.answer_file
-from liger_jax import Qwen2VL, generate, prepare
-from liger_jax.demo.data import load_digits
-from liger_jax.demo.run import make_config, make_processor
+from liger_jax import generate, prepare
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.generation.answer_file import answer_file
 from liger_jax.generation.options import GenerationOptions
+from tests._support.demo_model import model_and_processor
 
 OPTIONS = GenerationOptions(max_new_tokens=6, do_sample=True, temperature=2.0, seed=5)
-
-
-@functools.cache
-def model_and_processor():
-    processor = make_processor(load_digits()[0])
-    return Qwen2VL.init(make_config(processor), seed=1, dtype="float32"), processor
 
 
 def encode_image(width):

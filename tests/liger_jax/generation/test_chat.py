@@ -8,20 +8,18 @@ import pytest
 from PIL import Image
 
 import liger_jax.generation.chat
-from liger_jax import Chat, Processor, Qwen2VL, generate, prepare
-from liger_jax.demo.data import load_digits
-from liger_jax.demo.run import make_config, make_processor
+from liger_jax import Chat, Processor, generate, prepare
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.model.sharding import param_shardings
+from tests._support import demo_model
 
 OPTIONS = {"max_new_tokens": 12, "repetition_penalty": 1.5}
 
 
 @functools.cache
 def model_and_processor():
-    processor = make_processor(load_digits()[0])
-    processor = Processor(processor.tokenizer, processor.image, processor.image)  # small video frames too
-    return Qwen2VL.init(make_config(processor), seed=1, dtype="float32"), processor
+    model, processor = demo_model.model_and_processor()
+    return model, Processor(processor.tokenizer, processor.image, processor.image)  # small video frames too
 
 
 def make_image(width, height, seed=0):

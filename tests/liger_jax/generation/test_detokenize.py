@@ -6,9 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from liger_jax import Qwen2VL, generate, prepare
-from liger_jax.demo.data import load_digits
-from liger_jax.demo.run import make_config, make_processor
+from liger_jax import generate, prepare
 from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.generation import loop
 from liger_jax.generation.detokenize import StopStrings, TextPieces
@@ -16,15 +14,10 @@ from liger_jax.generation.generate import stream
 from liger_jax.generation.loop import DecodeSession
 from liger_jax.generation.options import GenerationOptions
 from tests._support import parity
+from tests._support.demo_model import model_and_processor
 
 STORED = json.loads((parity.REFERENCES / "generation.json").read_text(encoding="utf-8"))
 cached_tokenizer = functools.cache(train_tokenizer)
-
-
-@functools.cache
-def model_and_processor():
-    processor = make_processor(load_digits()[0])
-    return Qwen2VL.init(make_config(processor), seed=1, dtype="float32"), processor
 
 
 def make_batch(*questions):
