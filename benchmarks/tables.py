@@ -1,6 +1,6 @@
 """`python -m benchmarks tables`: writes the tables of README.md and docs/ from benchmarks/results.
 
-No figure in a table is typed by hand. A table is the text between `<!-- table: NAME -->` and `<!-- end -->`.
+Tables are never edited by hand. A table is the text between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import start
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.programs import LARGE_ERROR
 from benchmarks.record import OURS
@@ -51,7 +52,7 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
 
 
 def _read(results: Path, prefix: str) -> list[list[dict]]:
-    """Returns the content of <prefix>.json or <prefix>_<device>.json, one list of entries per file."""
+    """Returns the entries of <prefix>.json and <prefix>_<device>.json, one list per file."""
     files = [file for file in sorted(results.glob(f"{prefix}*.json")) if not file.name.startswith(f"{prefix}_sweep")]
     return [json.loads(file.read_text()) for file in files]
 
@@ -68,24 +69,24 @@ TITLES = {
     "convert": "{model}: read and convert the checkpoint",
     "train": "{model}: training step, batch {rows}",
     "train mixed": "{model}: training step, batch {rows}, packed with images of 224 to 1344 px a side",
-    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens, then 128 new ones",
+    "generate": "{model}: generation, {rows} x {prompt_tokens} tokens, 128 new tokens each",
     "start": "{model}: from process start to the first token, weights in {weights}, {programs} compilation cache",
 }
 CELLS: dict[str, Callable[[dict], str]] = {
     "convert": lambda r: f"{r['seconds']:.1f} s, {r['host_gib_above_start']:.1f} GiB of host memory",
     "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _rates(r) + _compilation(r),
     "train mixed": lambda r: CELLS["train"](r),
-    "generate": lambda r: f"{r['ms_per_token']:.2f} ms a token, prefill {r['prefill_ms']:.0f} ms" + _compilation(r),
+    "generate": lambda r: f"{r['ms_per_token']:.2f} ms per token, prefill {r['prefill_ms']:.0f} ms" + _compilation(r),
     "start": lambda r: (
         f"{r['seconds']:.1f} s: "
         + ", ".join(f"{name} {seconds:.1f}" for name, seconds in r["parts"].items())
-        + f"; the other tokens of an answer of 64: {r['rest_s']:.1f} s"
+        + f"; the remaining {start.NEW_TOKENS - 1} tokens of the answer: {r['rest_s']:.1f} s"
     ),
 }
 
 
 def model_table(results: list[dict]) -> str:
-    """Returns one row per case, next to the best that transformers reached in the same case."""
+    """Returns one row per case, with the best result of transformers in the same case."""
     lines = ["| | liger-jax | transformers |", "|---|---|---|"]
     order = list(TITLES)
     results = sorted(results, key=lambda r: (r["model"], order.index(r["what"]), r.get("rows", 0), r.get("devices", 1)))
@@ -102,7 +103,7 @@ def _best_peer(result: dict, results: list[dict]) -> dict | None:
 
 
 def _work(result: dict) -> tuple:
-    """Returns the fields that a result shares with the peers it is compared to."""
+    """Returns the fields in which a result and its peers must agree."""
     names = ("what", "rows", "model", "prompt_tokens", "lora", "master_weights")
     return *(result.get(name) for name in names), result.get("devices", 1)
 
@@ -118,7 +119,7 @@ def _cell(result: dict | None, *, package: bool = False) -> str:
 
 
 def _package(result: dict) -> str:
-    """Returns how transformers was run: with Liger's kernels, checkpointing, or which cache."""
+    """Returns how transformers was run: with Liger's kernels, with checkpointing, with which cache."""
     parts = [result["package"].removeprefix("transformers").replace(" + ", "")]
     parts += ["checkpointing"] * (result.get("remat") == "full")
     parts += [f"{result.get('cache')} cache"] * ("cache" in result)
@@ -135,10 +136,10 @@ def _options(result: dict) -> str:
 
 
 def _rates(result: dict) -> str:
-    """Returns tokens per second without padding, and the share of the GPU's FLOP/s."""
+    """Returns tokens per second without padding, and the model FLOPs utilisation (MFU)."""
     text = f", {result['tokens_per_s'] / 1e3:.1f}k tokens/s" if "tokens_per_s" in result else ""
     if text and "model_flops_utilisation" in result:
-        text += f", {result['model_flops_utilisation']:.0%} of the GPU's FLOP/s"
+        text += f", {result['model_flops_utilisation']:.0%} MFU"
     return text
 
 
@@ -154,17 +155,20 @@ def _model(result: dict) -> str:
 
 OWN_COLUMNS = ("ours", "xla", "jnp", "cudnn", "liger", "copy")  # every other implementation is in "best other"
 OPS_NOTE = (
-    "Kernel time, forward / forward + backward with all gradients, median of 9, in us; for `linear_cross_entropy` in ms, "
-    'with the memory on top of inputs and results. "kernel": our kernel, for operations where `implementation=None` is XLA. '
-    '"copy": the time XLA needs to read and write as many bytes as the forward pass. A star: a result or gradient is more '
-    "than 2 % from float32. Measured by `python -m benchmarks ops`. "
+    "Kernel times in us: forward / forward + backward with all gradients, median of 9. `linear_cross_entropy`: in ms, with "
+    'the memory used on top of inputs and results. "kernel": our Pallas kernel, where `implementation=None` is XLA. '
+    '"copy": the time XLA takes to read and write as many bytes as the forward pass. A star marks a result or gradient that '
+    "differs from float32 by more than 2 %. Measured by `python -m benchmarks ops`. "
 )
-FORWARD_NOTE = "A single time: the forward pass of an operation without a gradient, on inputs that are in no cache. "
+FORWARD_NOTE = "A single time is the forward pass of an operation without a gradient, on inputs that are in no cache. "
 
 
 def ops_table(results: list[dict]) -> str:
-    """Returns kernel times with one row per case: ours, XLA's for the formula, the peers', and a copy's."""
-    lines = ["| | ours | jitted jnp (cuDNN for attention) | Liger | best other | copy |", "|---|---|---|---|---|---|"]
+    """Returns kernel times, one row per case: ours, jitted jnp or cuDNN, the peers, and a copy."""
+    lines = [
+        "| | liger-jax | jitted jnp (cuDNN for attention) | Liger | best other | copy |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in results:
         timed = {name: result for name, result in r["results"].items() if "forward_us" in result}
         if "ours" not in timed:
@@ -198,7 +202,7 @@ def _times(op: str, result: dict | None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Returns three or more significant digits."""
+    """Returns a number with at least three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -208,14 +212,14 @@ HEADLINE_LOSS = "linear_cross_entropy 8192 x 1536 x 151936"
 
 
 def headline_table(model: list[dict], ops: list[dict]) -> str:
-    """Returns three figures: a training step, a new token, and the loss with its memory."""
+    """Returns three measurements: a training step, a new token, and the loss with its memory."""
     options = {"model": "qwen2-vl-2b", "package": OURS, "devices": 1}
     train = _find(model, {**options, "what": "train", "rows": 4, "remat": "dots", "unroll": False})
     decode = _find(model, {**options, "what": "generate", "rows": 1})
     lines = ["| | liger-jax | peer |", "|---|---|---|"]
     for title, result, cell in (
-        ("Training step of the 2B, 4 x 2048 tokens with an image each", train, _step_cell),
-        ("New token of the 2B after a prompt of 2048", decode, lambda r: f"{r['ms_per_token']:.2f} ms"),
+        ("2B: training step, 4 sequences of 2048 tokens with an image each", train, _step_cell),
+        ("2B: new token, after a prompt of 2048 tokens", decode, lambda r: f"{r['ms_per_token']:.2f} ms"),
     ):
         peer = _best_peer(result, model)
         cache = f", {peer.get('cache')} cache" if peer and "cache" in peer else ""
@@ -225,13 +229,15 @@ def headline_table(model: list[dict], ops: list[dict]) -> str:
     peers = [
         f"{name}: {_loss_cell(loss[key])}" for name, key in (("Liger", "liger"), ("torch.compile", "torch.compile"))
     ]
-    title = "`linear_cross_entropy` and its gradients, 8192 tokens of the 2B"
+    title = "2B: `linear_cross_entropy` and its gradients, 8192 tokens"
     lines.append(f"| {title} | {_loss_cell(loss['ours'])} | {'; '.join(peers)} |")
-    return "\n".join([*lines, "", f"One {train['device']}, bfloat16, random weights; see docs/benchmarks.md."])
+    return "\n".join(
+        [*lines, "", f"One {train['device']}, bfloat16, random weights; see [benchmarks](docs/benchmarks.md)."]
+    )
 
 
 def _find(results: list[dict], fields: dict) -> dict:
-    """Returns the only result that has these fields, and no LoRA, master weights or prompt length of its own."""
+    """Returns the only result with these fields and without LoRA, master weights or another prompt length."""
     plain = [r for r in results if not {"lora", "master_weights", "prompt_tokens"} & r.keys()]
     (result,) = (r for r in plain if all(r.get(name) == value for name, value in fields.items()))
     return result

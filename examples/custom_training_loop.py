@@ -1,8 +1,8 @@
-"""A training loop of your own: `loss_fn` with a penalty added, any optax optimizer, and a jitted step.
+"""A custom training loop: `loss_fn` plus a penalty, any optax optimizer, and a jitted step.
 
 python examples/custom_training_loop.py outputs/demo/checkpoint --steps 5
 
-`make_train_step` is the shorter way when the loss needs no change.
+If the loss needs no change, `make_train_step` is shorter.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def main() -> None:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     optimizer_state = optimizer.init(model)  # a model is a pytree of arrays
 
-    initial = model
+    initial_model = model
 
     def penalised_loss(model, batch):
         loss, metrics = loss_fn(model, batch, remat="dots")
-        distances = jax.tree.map(lambda weight, start: jnp.sum((weight - start) ** 2), model, initial)
+        distances = jax.tree.map(lambda weight, initial: jnp.sum((weight - initial) ** 2), model, initial_model)
         return loss + args.penalty * sum(jax.tree.leaves(distances)), metrics
 
     @jax.jit
