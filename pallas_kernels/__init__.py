@@ -1,15 +1,15 @@
 """Fused Pallas/Triton kernels for transformers on NVIDIA GPUs, each with an equivalent pure-XLA implementation.
 
-The operations take arrays, know nothing about models, and depend on JAX only. Every operation takes `implementation`:
+The operations take arrays, know nothing about models, and depend only on JAX. Every operation takes `implementation`:
 
-  None         the kernel on a GPU and XLA elsewhere, decided by the platform that the program is lowered for (activations
+  None         the kernel on a GPU, XLA elsewhere, as decided by the platform that the program is lowered for (activations
                and RoPE: XLA everywhere; attention: cuDNN where it supports the call)
   "triton"     the Pallas kernel, lowered to Triton
   "xla"        plain JAX
   "interpret"  the same kernel in Pallas's interpreter: on any platform, slow, for tests
-  "cudnn"      cuDNN, for `attention` only
+  "cudnn"      cuDNN, only for `attention`
 
-An implementation that cannot run raises.
+An implementation that does not support a call raises.
 """
 
 from pallas_kernels.activations import geglu, quick_gelu, swiglu

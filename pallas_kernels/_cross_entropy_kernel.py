@@ -1,9 +1,9 @@
 """Triton kernels for the loss of rows of logits and its gradient, shared by both cross-entropies.
 
-The formulas are those of _cross_entropy_math. A program takes one row, too wide to be held at once, in tiles
-[blocks.rows, blocks.columns] of neighbouring logits. Each column of the tile keeps a running maximum and sum of its own;
-they are combined at the end of the row, so that no warp waits for another on the way. Each tile is loaded before the
-previous one is processed.
+The formulas are those of _cross_entropy_math. A row is too wide to be held at once, so a program processes it in tiles
+[blocks.rows, blocks.columns] of neighbouring logits. Each column of the tile keeps its own running maximum and sum, which
+are combined at the end of the row, so that no warp waits for another within the row. Each tile is loaded before the previous
+one is processed.
 """
 
 import functools
@@ -24,7 +24,7 @@ LOWEST = -1e38  # finite, so that the difference of two is a number
 
 
 def row_losses(implementation: str | None, options: Options, logits, labels, class_weights) -> RowLosses:
-    """Computes the losses of each row."""
+    """Computes RowLosses."""
 
     def xla(logits, labels, *weights):
         return _cross_entropy_math.row_stats_xla(options, logits, labels, *_or_none(weights))
@@ -53,7 +53,7 @@ def gradient(implementation: str | None, options: Options, logits, labels, class
 def row_losses_and_gradient(
     implementation: str | None, options: Options, logits, labels, class_weights, cotangent
 ) -> tuple[RowLosses, jax.Array]:
-    """Computes the losses, and the gradient of the logits for a known cotangent. The kernel overwrites the logits."""
+    """Computes RowLosses and the gradient [..., V] for a known cotangent. The kernel writes the gradient over the logits."""
 
     def xla(logits, labels, cotangent, *weights):
         stats = _cross_entropy_math.row_stats_xla(options, logits, labels, *_or_none(weights))
@@ -86,6 +86,7 @@ def _xla_if_empty(implementation: str | None, logits: jax.Array) -> str | None:
 def stats_kernel(
     options: Options, logits, labels, class_weights, *, interpret: bool, blocks: Blocks | None = None
 ) -> RowStats:
+    """Computes RowStats, as row_stats_xla does."""
     operands = [labels, class_weights if options.label_smoothing else None]
     return RowStats(*_launch(_cross_entropy_forward, options, logits, operands, interpret, blocks, stats=True))
 
@@ -93,6 +94,7 @@ def stats_kernel(
 def gradient_kernel(
     options: Options, logits, labels, class_weights, lse, cotangent, *, interpret: bool, blocks: Blocks | None = None
 ) -> jax.Array:
+    """Computes the gradient [..., V], as gradient_xla does."""
     operands = [labels, lse, cotangent, *_gradient_weights(options, logits, labels, class_weights)]
     (d_logits,) = _launch(_cross_entropy_backward, options, logits, operands, interpret, blocks, gradient=True)
     return d_logits
@@ -101,6 +103,7 @@ def gradient_kernel(
 def stats_and_gradient_kernel(
     options: Options, logits, labels, class_weights, cotangent, *, interpret: bool, blocks: Blocks | None = None
 ) -> tuple[RowStats, jax.Array]:
+    """Computes RowStats and the gradient [..., V] in one launch."""
     operands = [labels, cotangent, *_gradient_weights(options, logits, labels, class_weights)]
     *stats, d_logits = _launch(_cross_entropy, options, logits, operands, interpret, blocks, stats=True, gradient=True)
     return RowStats(*stats), d_logits
@@ -140,7 +143,8 @@ def _launch(
 ) -> list[jax.Array]:
     """Runs a kernel with refs (logits, *operands, *results) over all rows.
 
-    The results are the statistics of each row, the gradient of the logits, or both; the gradient then overwrites the logits.
+    The results are the statistics of each row, the gradient of the logits, or both, where the gradient overwrites the
+    logits.
     """
     *leading, vocab = logits.shape
     rows = math.prod(leading)
@@ -163,7 +167,7 @@ def _launch(
     return [output.reshape(*leading, *output.shape[1:]) for output in outputs]
 
 
-# ---- kernels, grid (programs,): the programs take turns with the rows ---------------------------------------------------
+# ---- kernels, grid (programs,): program i processes the rows i, i + programs, ... ---------------------------------------
 # The refs of class_weights and total_weight are None where they are not needed.
 
 
@@ -181,7 +185,7 @@ def _cross_entropy_backward(
     logits_ref, labels_ref, lse_ref, cotangent_ref, label_weight_ref, class_weights_ref, total_weight_ref, gradient_ref,
     *, static: _Static,
 ):  # fmt: skip
-    """Writes the gradient of each row, whose lse is known."""
+    """Writes the gradient of each row, given its lse."""
 
     def step(index):
         row = _Row(static, index, logits_ref, labels_ref)
@@ -223,7 +227,7 @@ def _for_each_row(static: _Static, step: Callable[[jax.Array], None]) -> None:
 
 
 class _Row:
-    """One row of logits inside a kernel; numbers of the row are arrays [1]."""
+    """One row of logits inside a kernel. Its scalars are arrays [1]."""
 
     def __init__(self, static: _Static, index: jax.Array, logits_ref, labels_ref):
         self.static, self.index, self.logits_ref = static, index, logits_ref
@@ -248,7 +252,7 @@ class _Row:
         return columns, columns < self.static.vocab
 
     def load(self, columns: jax.Array, inside: jax.Array) -> jax.Array:
-        """Loads logits; -inf past the end. The row of an ignored label is not read."""
+        """Loads logits; -inf past the end. A row whose label is ignored is not read."""
         return _pallas.load(
             self.logits_ref, (jnp.full_like(columns, self.index), columns), inside & self.counts[None], other=-jnp.inf
         )
@@ -261,7 +265,7 @@ class _Row:
         return z
 
     def load_class_weights(self, ref, columns: jax.Array, inside: jax.Array) -> jax.Array:
-        """Loads class weights; 1 for each without class weights, and 0 past the end."""
+        """Loads class weights, or ones if there are none; 0 past the end."""
         return inside.astype(self.dtype) if ref is None else _pallas.load(ref, (columns,), inside, self.dtype)
 
     def exp(self, x: jax.Array) -> jax.Array:
@@ -327,7 +331,7 @@ def _store_gradient(row: _Row, gradient_ref, factors: _GradientFactors, class_we
     options, (lse, a, b, c) = row.static.options, factors
 
     def step(step_index, logits):
-        i = row.tiles - 1 - step_index  # backwards: the tiles read last are the likeliest to be in a cache
+        i = row.tiles - 1 - step_index  # backwards, because the tiles read last are the likeliest to be in a cache
         next_logits = row.load(*row.tile(jnp.maximum(i - 1, 0)))
         columns, inside = row.tile(i)
         z = row.z(logits, inside)

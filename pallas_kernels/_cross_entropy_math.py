@@ -43,7 +43,7 @@ class Options:
 
 
 class RowStats(NamedTuple):
-    """The statistics of each row of z that its loss depends on; all [...]."""
+    """The statistics of each row of logits that determine its loss; all [...]."""
 
     lse: jax.Array  # log-sum-exp
     z_label: jax.Array  # z of the label; arbitrary for a label outside the vocabulary
@@ -54,7 +54,7 @@ class RowStats(NamedTuple):
 class RowLosses(NamedTuple):
     """The losses of each row of logits; all [...]. The losses are 0 where the label is ignored."""
 
-    loss: jax.Array  # with class weights and z-loss, without token weights
+    loss: jax.Array  # includes class weights and z-loss, but no token weights
     z_loss: jax.Array  # the part of `loss` that is z-loss
     lse: jax.Array  # log-sum-exp
     correct: jax.Array  # float: 1 where the label counts and is the first largest logit
@@ -72,8 +72,8 @@ def check_operands(
 ) -> jax.Array:
     """Returns the labels as int32 or int64, which can represent both ignore_index and V.
 
-    Raises ValueError unless labels and token_weights have the shape of the rows, class_weights is [V], and normalizer is a
-    scalar that `reduction` uses.
+    Raises ValueError unless labels and token_weights have the shape of the rows, class_weights is [V], and normalizer is
+    None or a scalar for the reduction "mean".
     """
     _validate.integer(op, labels=labels)
     _validate.shape(op, "labels", labels.shape, rows)
@@ -95,7 +95,7 @@ def check_operands(
 def row_stats_xla(options: Options, logits: jax.Array, labels: jax.Array, class_weights: jax.Array | None) -> RowStats:
     """Computes the statistics of logits [..., V] with labels [...].
 
-    A masked sum selects the label's z: a gather would neither fuse with the other sums over the row nor work on a sharded
+    A masked sum selects the label's z. A gather would neither fuse with the other sums over the row nor work on a sharded
     vocabulary.
     """
     vocab = logits.shape[-1]
@@ -151,7 +151,7 @@ def gradient_xla(
     if options.softcap is not None:
         gradient *= 1 - jnp.square(z / options.softcap)
     gradient *= jnp.where(in_vocab, cotangent.astype(z.dtype), jnp.nan)[..., None]
-    return jnp.where(counts[..., None], gradient, 0).astype(logits.dtype)  # not a product: 0 x inf would be NaN
+    return jnp.where(counts[..., None], gradient, 0).astype(logits.dtype)  # no product, because 0 x inf would be NaN
 
 
 def gradient_terms(
@@ -179,7 +179,7 @@ def total_weight(class_weights: jax.Array | None, vocab: int, dtype: jnp.dtype) 
 
 
 def apply_softcap(options: Options, logits: jax.Array) -> jax.Array:
-    """Returns z of the logits, in the accumulation dtype."""
+    """Returns z, the logits after the softcap, in the accumulation dtype."""
     z = logits.astype(_validate.accumulation_dtype(logits.dtype))
     return z if options.softcap is None else options.softcap * jnp.tanh(z / options.softcap)
 
@@ -196,7 +196,7 @@ def loss_scale(
     normalizer: jax.Array | float | None,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Returns the factor [...] of RowLosses.loss before it is summed ("mean", "sum") or returned ("none")."""
+    """Returns the factor [...] that multiplies RowLosses.loss before it is summed ("mean", "sum") or returned ("none")."""
     counts = labels != options.ignore_index
     scale = jnp.where(counts, 1 if token_weights is None else token_weights.astype(dtype), 0).astype(dtype)
     if reduction != "mean":

@@ -1,8 +1,8 @@
-"""cuDNN's flash attention. The only file that reaches into a private module of JAX.
+"""cuDNN's flash attention. This is the only file that uses a private module of JAX.
 
-`jax.nn.dot_product_attention` supports no packed segments, and does not expose its forward and backward passes separately,
-as one gradient rule for all implementations requires. The primitives that implement it do both. They are the same in JAX
-0.10 to 0.12, except for one option of 0.12.
+`jax.nn.dot_product_attention` supports no packed segments and does not expose its forward and backward passes separately,
+which a common gradient rule for all implementations needs. The primitives behind it do both. They are the same in JAX 0.10
+to 0.12, except for one option of 0.12.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from pallas_kernels import _pallas
 from pallas_kernels.segments import Segments
 
-# Earlier releases look up the start of a segment as if there were as many key and value heads as query heads.
+# Earlier releases look up the start of a segment as if there were as many key heads as query heads.
 SUPPORTS_GROUPED_SEGMENTS = jax.__version_info__ >= (0, 11, 2)
 
 
@@ -75,7 +75,7 @@ def backward(
 
 
 def _clear_padding(x: jax.Array, segments: Segments | None) -> jax.Array:
-    """Sets padding, which cuDNN leaves uninitialised, to zero, and tokens of segments without a slot to NaN."""
+    """Returns x with zeros in padding, which cuDNN leaves uninitialized, and NaN in tokens of segments without a slot."""
     if segments is None:
         return x
     ids = segments.ids[:, :, None, None]
@@ -84,7 +84,7 @@ def _clear_padding(x: jax.Array, segments: Segments | None) -> jax.Array:
 
 
 def _optional_operands(q: jax.Array, segments: Segments | None) -> tuple[jax.Array, ...]:
-    """Returns bias, query and key segment lengths, their offsets, two page tables; empty arrays for unused ones."""
+    """Returns bias, lengths and offsets of the query and key segments, and two page tables; unused ones are empty."""
     empty = jnp.zeros(0, q.dtype)
     if segments is None:
         return (empty,) * 7
@@ -113,14 +113,14 @@ def _options(segments: Segments | None, scale: float, causal: bool) -> dict:
 
 
 def _with_query_heads(q: jax.Array, x: jax.Array, segments: Segments | None) -> jax.Array:
-    """Repeats the heads of k or v for each query head, where cuDNN's wrapper does not support grouped heads."""
+    """Returns k or v, with its heads repeated for each query head where JAX lacks grouped heads with segments."""
     if segments is None or SUPPORTS_GROUPED_SEGMENTS:
         return x
     return jnp.repeat(x, q.shape[2] // x.shape[2], axis=2)
 
 
 def _sum_to_key_heads(grad: jax.Array, key_heads: int) -> jax.Array:
-    """Reverses `_with_query_heads` for a gradient."""
+    """Returns the gradient of k or v before `_with_query_heads`."""
     if grad.shape[2] == key_heads:
         return grad
     batch, tokens, _, dim = grad.shape

@@ -1,7 +1,7 @@
-"""Flash attention kernels for masks in which each query sees one interval of keys, and each key is seen by one of queries.
+"""Flash attention kernels for interval masks: each query sees one interval of keys, one interval of queries sees each key.
 
-Causal masks, packed segments and padding all have this form. A program holds a block of queries (or keys) and loops over the
-blocks of the other side that its intervals reach; blocks that all of its elements see entirely are not masked.
+Causal masks, packed segments and padding all have this form. A program holds a block of queries and loops over the blocks of
+keys that their intervals reach, or vice versa. Blocks that lie inside all of these intervals are not masked.
 
 The forward kernel loops over keys with an online softmax (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao
 et al. 2022, https://arxiv.org/abs/2205.14135). The backward pass computes the scores twice, once for dq and once for dk and
@@ -24,8 +24,9 @@ from pallas_kernels import _pallas, _validate
 from pallas_kernels._tuning import Blocks
 
 MASKED_SCORE = -1e30  # the running maximum before any score: finite, so that differences stay numbers
-MAX_HEAD_BYTES = 512  # the keys and values of larger heads do not fit the shared memory of an SM
-# Queries (rows) and keys (columns) of a block, by the largest bytes of a head; for 80 and 128 elements measured on an H200.
+MAX_HEAD_BYTES = 512  # the keys and values of larger heads do not fit in the shared memory of an SM
+# Largest number of bytes per head -> queries (rows) and keys (columns) of a block. Those for heads of 80 and 128 elements
+# were measured on an H200.
 FORWARD_BLOCKS = {
     160: Blocks(rows=128, columns=64, num_warps=4, loads=3),
     256: Blocks(rows=64, columns=64, num_warps=4, loads=2),
@@ -39,7 +40,7 @@ BACKWARD_BLOCKS = {
 
 
 class Intervals(NamedTuple):
-    """The keys that each query sees, or the queries that see each key. Empty where `end` <= `first`."""
+    """The keys that each query sees, or the queries that see each key. An interval is empty where `end` <= `first`."""
 
     first: jax.Array  # [B, T] int32
     end: jax.Array  # [B, T] int32, one past the last
@@ -50,7 +51,7 @@ def visible_intervals(
 ) -> tuple[Intervals, Intervals]:
     """Returns the keys that each query sees, and the queries that see each key.
 
-    `segment_ids` [B, T] apply to queries and keys, of which there are equally many then; equal ids are contiguous.
+    `segment_ids` [B, T] apply to both queries and keys, so T = S. Equal ids are contiguous.
     """
     (batch, tokens), sources = q.shape[:2], k.shape[1]
     query, key = jnp.arange(tokens, dtype=jnp.int32), jnp.arange(sources, dtype=jnp.int32)
@@ -83,7 +84,7 @@ def unsupported_reason(q: jax.Array, kv_segmented: bool, scale: float) -> str | 
 
 
 def preferred(q: jax.Array) -> bool:
-    """Returns whether None may pick the kernels: where tensor cores support q's dtype (the kernels use none for float32)."""
+    """Returns whether None may pick the kernels: only if they use tensor cores, which they do not for float32."""
     capability = _pallas.compute_capability()
     return q.dtype in (jnp.bfloat16, jnp.float16) and (capability is None or capability >= 8.0)
 
@@ -142,7 +143,7 @@ def backward(
 
 
 def _blocks(table: dict[int, Blocks], q: jax.Array) -> Blocks:
-    """Returns the block sizes of a head size. Exact float32 products use many registers: always the smallest blocks."""
+    """Returns the block sizes for q's heads: the smallest for float32, whose exact products use many registers."""
     head_bytes = q.shape[-1] * q.dtype.itemsize if q.dtype.itemsize == 2 else MAX_HEAD_BYTES
     return next(blocks for limit, blocks in table.items() if head_bytes <= limit)
 
@@ -161,7 +162,7 @@ def _attention_forward(
     key_head = queries.head // (heads // key_heads)
     visible_keys = _load_intervals(first_ref, end_ref, queries, empty_at=sources)
     q = _load(q_ref, queries, parts)
-    scale *= _pallas.LOG2_E  # scores are exponents of two
+    scale *= _pallas.LOG2_E  # so that scores are exponents of 2
     exp2 = functools.partial(_pallas.exp2, interpret=interpret)
 
     def step(start, exists, visible, state):
@@ -198,7 +199,7 @@ def _attention_backward_queries(
     key_head = queries.head // (heads // key_heads)
     visible_keys = _load_intervals(first_ref, end_ref, queries, empty_at=sources)
     q, grad = (_load(ref, queries, parts) for ref in (q_ref, grad_ref))
-    lse, delta = (_load_numbers(ref, queries)[:, None] for ref in (lse_ref, delta_ref))
+    lse, delta = (_load_scalars(ref, queries)[:, None] for ref in (lse_ref, delta_ref))
 
     def step(start, exists, visible, dq):
         keys = _Tile(queries.row, key_head, start, blocks.columns, exists)
@@ -231,7 +232,7 @@ def _attention_backward_keys(
             dk, dv = sums[: len(parts)], sums[len(parts) :]
             queries = _Tile(keys.row, head, start, blocks.rows, exists)
             q, grad = (_load(ref, queries, parts) for ref in (q_ref, grad_ref))
-            lse, delta = (_load_numbers(ref, queries)[None, :] for ref in (lse_ref, delta_ref))
+            lse, delta = (_load_scalars(ref, queries)[None, :] for ref in (lse_ref, delta_ref))
             p = _pallas.exp2((_products(k, q) * scale - lse) * _pallas.LOG2_E, interpret=interpret)
             ds = p * ((_products(v, grad) - delta) * scale)
             if visible is not None:
@@ -255,7 +256,7 @@ class _Tile(NamedTuple):
     head: Any
     start: Any
     size: int
-    inside: jax.Array | None  # the mask of tokens to load; None if all
+    inside: jax.Array | None  # the mask of tokens to load; None for all
 
     @classmethod
     def of_program(cls, heads: int, size: int, tokens: int) -> "_Tile":
@@ -272,13 +273,13 @@ class _Tile(NamedTuple):
 class _HeadPart(NamedTuple):
     """Some columns of a head."""
 
-    columns: Any  # index
+    columns: Any  # index of the columns
     width: int  # a power of two, at least 16
-    inside: jax.Array | None  # the mask of columns that exist; None if all
+    inside: jax.Array | None  # the mask of columns that exist; None for all
 
 
 def _head_parts(dim: int) -> list[_HeadPart]:
-    """Divides a head into parts by powers of two, the largest first; the last one may extend past the head."""
+    """Returns parts of a head whose widths are powers of two, widest first; the last part may extend past the head."""
     parts, start = [], 0
     while start < dim:
         remaining = dim - start
@@ -303,8 +304,8 @@ def _store(ref, tile: _Tile, parts: list[_HeadPart], values: Sequence[jax.Array]
         _pallas.store(ref, (tile.row, tile.tokens, tile.head, part.columns), value, _part_mask(tile, part))
 
 
-def _load_numbers(ref, tile: _Tile) -> jax.Array:
-    """Loads a tile of [B, N, T]; zeros where the mask is False."""
+def _load_scalars(ref, tile: _Tile) -> jax.Array:
+    """Loads one number per token of a tile, from [B, N, T]; zeros where the mask is False."""
     return _pallas.load(ref, (tile.row, tile.head, tile.tokens), tile.inside)
 
 
@@ -330,7 +331,7 @@ def _zeros(size: int, parts: list[_HeadPart], dtype: Any) -> list[jax.Array]:
 
 
 def _load_intervals(first_ref, end_ref, tile: _Tile, *, empty_at: int) -> Intervals:
-    """Loads the intervals of a tile; tokens that do not exist get the empty interval that starts at `empty_at`."""
+    """Loads the intervals of a tile. Tokens that do not exist get an empty interval, which starts at `empty_at`."""
     first = _pallas.load(first_ref, (tile.row, tile.tokens), tile.inside, other=empty_at)
     return Intervals(first, _pallas.load(end_ref, (tile.row, tile.tokens), tile.inside))
 
@@ -338,13 +339,13 @@ def _load_intervals(first_ref, end_ref, tile: _Tile, *, empty_at: int) -> Interv
 def _for_each_block(intervals: Intervals, size: int, step: Callable, state: tuple) -> tuple:
     """Runs state = step(start, exists, visible, state) over the blocks of `size` elements that the intervals reach.
 
-    `intervals` are those of a tile. `exists` [size] masks the elements inside any interval, and `visible` [tile, size] those
-    inside each one; both are None for blocks that lie inside all intervals.
+    `intervals` are those of a tile. `exists` [size] masks the elements before the end of the last interval, and `visible`
+    [tile, size] those inside each interval. Both are None for blocks that lie inside all intervals.
     """
     first, end = intervals
     start, stop = jnp.min(first), jnp.max(end)
     count = jnp.maximum(stop - start + size - 1, 0) // size
-    # In order: blocks in which some intervals begin, blocks inside all intervals, blocks in which some intervals end.
+    # The order: blocks in which some intervals begin, blocks inside all intervals, blocks in which some intervals end.
     before = jnp.minimum((jnp.max(first) - start + size - 1) // size, count)
     unmasked = jnp.clip(jnp.maximum(jnp.min(end) - start, 0) // size - before, 0, count - before)
 

@@ -1,7 +1,7 @@
-"""Builds a differentiable operation that runs on a mesh and picks its implementation for the platform.
+"""Builds a differentiable operation that runs on a mesh and chooses its implementation for the platform.
 
-An op file has, for its forward and its backward pass, a kernel and its XLA twin (`choose_implementation` makes one local
-function of the two), and declares how the arrays are named and laid out:
+For each of its two passes, an op file has a kernel and an equivalent XLA function, which `choose_implementation` combines
+into one local function. It declares the names and the axes of their arrays:
 
     _OPERATION = DifferentiableOp(
         forward=Pass(
@@ -20,8 +20,8 @@ function of the two), and declares how the arrays are named and laid out:
     )
     (out,) = _OPERATION(static, x, weight)
 
-The names do the wiring. In the backward pass an operand is a forward operand or result, saved as a residual, or d_NAME, the
-cotangent of the result NAME. Its results are d_NAME, the gradient of the forward operand NAME.
+The names connect the passes. A backward operand is either a forward operand or result, which is then saved as a residual, or
+d_NAME, the cotangent of the result NAME. A backward result d_NAME is the gradient of the forward operand NAME.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ from pallas_kernels import _sharding
 class Pass:
     """One pass of an operation: a local function, and the axes of each operand and result (see `_sharding.ParallelOp`).
 
-    `local(static, *operands)` returns a tuple of results; `static` is hashable. An operand may be None: it is then absent
-    from the pass, and so is the result d_NAME of an absent operand NAME, for which `local` returns None.
+    `local(static, *operands)` returns a tuple of results; `static` is hashable. An operand NAME may be None. It is then
+    absent from the pass, and so is its gradient, the result d_NAME, for which `local` returns None.
     """
 
     local: Callable[..., tuple]
@@ -61,7 +61,7 @@ class Pass:
         )
 
     def align(self, static: Any, *operands: jax.Array | None) -> tuple[Any, ...]:
-        """Returns the operands in the layout that the pass takes; see `_sharding.align_operands`."""
+        """Returns the operands in the layout that the pass needs; see `_sharding.align_operands`."""
         op = self.parallel_op(static, *operands)
         aligned = iter(_sharding.align_operands(op, *_present(operands)))
         return tuple(operand if operand is None else next(aligned) for operand in operands)
@@ -86,9 +86,9 @@ class DifferentiableOp:
     Attributes:
         forward: the forward pass.
         backward: the backward pass; its operands that are not cotangents are the residuals.
-        returns: the names of the forward results to return; the other results are residuals only.
-        gradients: operand -> its gradient, for operands whose gradient is not d_NAME, such as one that shares it.
-        saved_as: name of the forward results in rematerialization policies.
+        returns: the names of the forward results to return; the other results are only residuals.
+        gradients: operand -> backward result that is its gradient, where that is not d_NAME: operands may share a gradient.
+        saved_as: the name of the forward results in rematerialization policies.
     """
 
     forward: Pass
@@ -101,10 +101,10 @@ class DifferentiableOp:
         return self.apply(static, *self.align(static, *operands))
 
     def align(self, static: Any, *operands: jax.Array | None) -> tuple[Any, ...]:
-        """Returns the operands in the layout of the forward pass, with constants cut off from differentiation."""
+        """Returns the operands in the layout of the forward pass; no gradient flows into constants."""
         constants = (self._gradient_name(name) not in self.backward.results for name in self.forward.operands)
-        cut = (jax.lax.stop_gradient(x) if constant else x for x, constant in zip(operands, constants, strict=True))
-        return self.forward.align(static, *cut)
+        stopped = (jax.lax.stop_gradient(x) if constant else x for x, constant in zip(operands, constants, strict=True))
+        return self.forward.align(static, *stopped)
 
     def apply(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array, ...]:
         """Runs the operation on operands that `align` returned."""

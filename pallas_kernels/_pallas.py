@@ -1,8 +1,8 @@
 """Launches kernels. The only file that imports Pallas: if JAX drops its Triton backend, only this file changes.
 
-Kernels are written in the subset that translates line by line to Triton's own language: whole arrays as refs, explicit
-indices and masks, elementwise arithmetic, reductions. Every load and store has an explicit mask, because the behaviour of an
-access past the end of an array differs between JAX versions.
+Kernels are written in the subset of Pallas that translates line by line to Triton's own language: whole arrays as refs,
+explicit indices and masks, elementwise arithmetic, reductions. Every load and store that may reach past the end of an array
+has a mask, because the behaviour of such an access differs between JAX versions.
 """
 
 import functools
@@ -20,7 +20,7 @@ try:
 except ImportError:  # a JAX that has dropped the backend
     plgpu = None  # type: ignore[assignment]  # checked before every use
 
-# The warning is issued when the user's jit lowers, so a filter around the launch would be too early.
+# Global, because the warning is issued when the user's jit lowers: a filter around the launch would be too early.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 cdiv, next_power_of_2 = pl.cdiv, pl.next_power_of_2
@@ -44,19 +44,23 @@ def launch(
 ) -> list[Any]:
     """Runs `kernel(*operand_refs, *result_refs)` once for each point of the grid.
 
-    Refs are the whole arrays, in memory, with their last axis padded to the next power of two. Arrays inside the kernel must
-    have power-of-two sizes; the kernel masks the elements past the end of the real arrays. The ref of an absent operand or
-    result (None) is None.
+    Each ref is a whole array in memory, whose last axis is padded to the next power of two. Arrays inside the kernel must
+    have power-of-two sizes, so the kernel masks the elements past the end of the real arrays. The ref of an absent operand
+    or result (None) is None.
 
     Args:
         kernel: the body; see `load` and `store`.
-        operands: arrays.
-        results: shape and dtype of each result.
-        grid: at most three axes.
+        operands: arrays, or None.
+        results: shape and dtype of each result, or None.
+        grid: number of programs along at most three axes.
         num_warps: warps (of 32 threads) that run one program together.
         interpret: run in Pallas's interpreter, on any platform.
-        in_place: {operand: result} pairs that share memory. XLA copies the operand first if it is needed later.
+        in_place: index of an operand -> index of the result that overwrites it. XLA copies the operand first if it is needed
+            later.
         num_stages: iterations of a loop whose loads are in flight at the same time, if a matrix product uses the loads.
+
+    Returns:
+        The results in order, None for an absent one.
     """
     name = getattr(kernel, "func", kernel).__name__.strip("_")
     present = [array is not None for array in (*operands, *results)]
@@ -67,7 +71,7 @@ def launch(
     aliases = {
         sum(present[:operand]): sum(present[len(operands) :][:result]) for operand, result in (in_place or {}).items()
     }
-    # inside a shard_map, a result declares the mesh axes that it varies over
+    # Inside a shard_map, a result must declare the mesh axes that it varies over.
     varying = jax.typeof(arrays[0]).manual_axis_type
     values = pl.pallas_call(
         kernel,
@@ -97,12 +101,12 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 
 def overhanging(start: int, size: int) -> Any:
-    """Returns a span that may reach past the end of a small array, for masked accesses. JAX refuses a constant one."""
+    """Returns a span that may reach past the end of a small array, for masked accesses. JAX rejects such a constant span."""
     return span(program_id(0) * 0 + start, size)
 
 
 def load(ref: Any, index: tuple, mask: jax.Array | None, dtype: Any = None, *, other: float = 0) -> jax.Array:
-    """Returns ref[index] as `dtype` (None: that of the ref), and `other` where the mask is False.
+    """Returns ref[index] as `dtype` (None: the ref's dtype), with `other` where the mask is False.
 
     Without a mask, the whole index must lie inside the array.
     """
@@ -111,19 +115,19 @@ def load(ref: Any, index: tuple, mask: jax.Array | None, dtype: Any = None, *, o
 
 
 def store(ref: Any, index: tuple, value: jax.Array, mask: jax.Array | None) -> None:
-    """Sets ref[index] = value where the mask is True (None: everywhere), cast to the dtype of the ref."""
+    """Sets ref[index] = value, cast to the ref's dtype, where the mask is True (None: everywhere)."""
     plgpu.store(ref.at[_index(index)], value.astype(ref.dtype), mask=mask)
 
 
 def _index(index: tuple) -> tuple:
-    """Converts plain numbers to arrays, because the interpreter reads the shape of an index."""
+    """Returns the index with plain numbers as arrays, because the interpreter reads the shape of each entry."""
     return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
 
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """Computes a [M, K] @ b [K, N], or b [N, K] if `transposed`, with float32 sums. Every size is at least 16.
+    """Computes a [M, K] @ b [K, N], or a @ b.T for b [N, K] if `transposed`, with float32 sums. Every size is at least 16.
 
-    float32 operands are multiplied exactly.
+    float32 operands are multiplied exactly, not rounded to tf32.
     """
     exact = a.dtype in (jnp.float32, jnp.float64)
     return jax.lax.dot_general(
@@ -136,7 +140,7 @@ def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """Computes 2^x, on the GPU as one instruction; the library function takes five, to keep results below 2^-126."""
+    """Computes 2^x: one instruction on the GPU, where results below 2^-126 become 0. The library function takes five."""
     if interpret or x.dtype != jnp.float32:
         return jnp.exp2(x)
     instruction: dict[str, Any] = {"asm": "ex2.approx.ftz.f32 $0, $1;", "constraints": "=f,f", "pack": 1}
@@ -145,9 +149,9 @@ def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
 
 
 def choose_implementation(kernel: Callable, xla: Callable) -> Callable:
-    """Returns local(static, *operands), which runs the implementation that `static.implementation` chooses.
+    """Returns local(static, *operands), which runs the implementation that `static.implementation` names.
 
-    kernel(static, *operands, interpret=...) and xla(static, *operands) compute the same results.
+    kernel(static, *operands, interpret=...) and xla(static, *operands) must compute the same results.
     """
 
     def local(static: Any, *operands: jax.Array | None) -> Any:
@@ -160,14 +164,15 @@ def choose_implementation(kernel: Callable, xla: Callable) -> Callable:
 def call_implementation(implementation: str | None, kernel: Callable, xla: Callable, *operands: Any) -> Any:
     """Calls kernel(*operands, interpret=...) or xla(*operands).
 
-    None decides when the program is lowered, by the platform that it is lowered for: a process without a GPU can lower for
-    one, and vice versa.
+    None is resolved when the program is lowered, by the platform that it is lowered for: a process without a GPU can lower
+    for one, and vice versa.
     """
     if implementation == "xla" or (implementation is None and plgpu is None):
         return xla(*operands)
     if plgpu is None:
         raise NotImplementedError(
-            f"implementation {implementation!r}: JAX {jax.__version__} has no Triton backend for Pallas"
+            f"implementation is {implementation!r}; expected None or 'xla', because JAX {jax.__version__} has no Triton "
+            "backend for Pallas"
         )
     if implementation is None:
         return jax.lax.platform_dependent(*operands, cuda=functools.partial(kernel, interpret=False), default=xla)
@@ -175,12 +180,12 @@ def call_implementation(implementation: str | None, kernel: Callable, xla: Calla
 
 
 def forward_only(op: str, local: Callable) -> Callable:
-    """Returns local(static, *operands) that raises NotImplementedError when differentiated, for all implementations."""
+    """Returns `local` as a function that raises NotImplementedError when differentiated, with any implementation."""
     run = jax.custom_jvp(local, nondiff_argnums=(0,))
 
     @run.defjvp
     def no_gradient(static: Any, operands: tuple, tangents: tuple) -> Any:
-        raise NotImplementedError(f"{op}: there is no gradient, it is for generation")
+        raise NotImplementedError(f"{op}: there is no gradient; expected a forward pass only, as in generation")
 
     return run
 

@@ -14,10 +14,10 @@ from pallas_kernels._tuning import Blocks
 class RowBlock(NamedTuple):
     """Some rows of a group, at full width."""
 
-    rows: Any  # index into [rows]
-    in_rows: jax.Array  # [block rows], whether the row exists
-    columns: slice  # index of all columns, up to a power of two
-    inside: jax.Array  # [block rows, columns], whether the element exists
+    rows: Any  # index of the rows
+    in_rows: jax.Array  # [block rows], the mask of rows that exist
+    columns: slice  # index of all columns, padded to a power of two
+    inside: jax.Array  # [block rows, columns], the mask of elements that exist
 
     def load(self, ref: Any) -> jax.Array:
         """Loads these rows of a ref [rows, width] or [rows], in its dtype."""
@@ -36,8 +36,8 @@ class RowBlock(NamedTuple):
 class RowPartition(NamedTuple):
     """Divides the rows of each group among `programs`, which take `steps` blocks of `block_rows` rows each.
 
-    The grid of the kernel is (groups, programs). Its refs are full [groups * rows, width], per row [groups * rows], vectors
-    [groups, width] and partial sums [groups, programs, width].
+    The grid of the kernel is (groups, programs). Its refs are arrays [groups * rows, width], numbers per row [groups *
+    rows], vectors [groups, width] and partial sums [groups, programs, width].
     """
 
     rows: int
@@ -48,7 +48,7 @@ class RowPartition(NamedTuple):
 
     @classmethod
     def of(cls, groups: int, rows: int, width: int, blocks: Blocks) -> Self:
-        """Takes one block per program, unless the blocks set the number of programs."""
+        """Returns the partition with one block of rows per program, unless `blocks.programs` sets the number of programs."""
         count = _pallas.cdiv(rows, blocks.rows)
         programs = min(_pallas.cdiv(blocks.programs, groups) or count, count)
         return cls(rows, width, blocks.rows, programs, _pallas.cdiv(count, programs))
@@ -69,8 +69,8 @@ class RowPartition(NamedTuple):
     def for_each_row_block(self, step: Callable, carry: Any, *refs: Any) -> Any:
         """Runs carry = step(block, carry, *values) for each of the program's blocks; returns the last carry.
 
-        The values are the block's rows of `refs`, in float32. The next block is loaded before a step works on its own, so
-        that the memory is never idle. The programs interleave: those that run at the same time work on adjacent rows.
+        The values are the block's rows of `refs`, in float32. Each step loads the next block before it works on its own, so
+        that memory is never idle. The programs interleave: those that run at the same time work on adjacent rows.
         """
         group, program = _pallas.program_id(0), _pallas.program_id(1)
         in_width = self._in_width(refs[0])
@@ -114,10 +114,13 @@ def launch(
     Args:
         kernel: the body; its name without leading underscores is its name in the table of block sizes.
         static: options of the operation, for the kernel.
-        operands: arrays with their axes, "G ... D", "G D" or "G ..."; the first one has "G ... D".
-        results: dtypes with their axes, of the same kinds or "G programs D".
+        operands: arrays with their axes: "G ... D", "G D" or "G ...". The first operand has "G ... D".
+        results: dtypes with their axes: as for operands, or "G programs D".
         interpret: as in `_pallas.launch`.
-        blocks: block sizes; None for the measured ones.
+        blocks: block sizes; None for those of `_tuning.blocks`.
+
+    Returns:
+        The results, with these axes.
     """
     first, _ = operands[0]
     groups, *_, width = first.shape
@@ -143,7 +146,7 @@ def launch(
 
 
 def tile(rows: int, width: int, blocks: Blocks) -> tuple[tuple, jax.Array]:
-    """Returns the index of a program's tile, for the grid (blocks of rows, blocks of columns), and which elements exist."""
+    """Returns the index of a program's tile and the mask of its elements. Grid (blocks of rows, blocks of columns)."""
     first_row, first_column = (_pallas.program_id(i) * n for i, n in enumerate((blocks.rows, blocks.columns)))
     in_rows = first_row + jnp.arange(blocks.rows) < rows
     in_columns = first_column + jnp.arange(blocks.columns) < width

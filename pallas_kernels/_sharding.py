@@ -1,18 +1,18 @@
 """Runs operations made of independent problems (rows, heads) on a mesh.
 
 Inside `jax.jit` a Pallas call is opaque to the partitioner: a bare call gathers its operands on a mesh with Auto axes, and
-raises on one with Explicit axes. A loop over chunks of rows that accumulates a weight's gradient is no better off: the
-partitioner would reduce the gradient over the mesh once per chunk. The answer has three layers, outermost first:
+raises on one with Explicit axes. A loop over chunks of rows that accumulates a weight's gradient has a similar problem: the
+partitioner would reduce the gradient over the mesh once per chunk. The solution has three layers, outermost first:
 
   1. `align_operands`: on Explicit axes, reshards the operands to the layout of the local function; inside a `shard_map`,
-     marks replicated operands as varying. Called outside the custom_vjp, so that JAX transposes both: into the reverse
+     marks replicated operands as varying. It is called outside the custom_vjp, so that JAX transposes both: into the reverse
      reshard, and into the sum over the mesh.
-  2. the operation's `jax.custom_vjp`, on global arrays: outside layer 3, which has no derivative rule.
+  2. The operation's `jax.custom_vjp`, on global arrays. It must enclose layer 3, which has no derivative rule.
   3. `run`: runs the local function on each device's shard.
-       all axes Manual (inside a user's shard_map): a plain call, because the arrays are already local;
-       some axes Manual: a shard_map over the remaining axes, replicated there;
-       Explicit axes: a shard_map, with the layout read from the type of the first operand;
-       Auto axes, or no mesh: custom_partitioning, with the layout decided by the partitioner.
+       All axes Manual (inside a user's shard_map): a plain call, because the arrays are already local.
+       Some axes Manual: a shard_map over the other axes, along which the arrays are replicated.
+       Explicit axes: a shard_map, with the layout read from the type of the first operand.
+       Auto axes, or no mesh: custom_partitioning, with the layout chosen by the partitioner.
      It has its own batching rule, because custom_partitioning has none.
 """
 
@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 ROWS = "..."  # any number of row axes
-Layout = dict[str, tuple]  # parallel axis -> its PartitionSpec entries: one, or for ROWS one per row axis
+Layout = dict[str, tuple]  # parallel axis -> its PartitionSpec entries: a single one, but for ROWS one per row axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,13 @@ class ParallelOp:
     """A local function and the facts about it that the partitioner needs.
 
     `local(static, *operands)` returns a tuple of results. Each operand and result is described by its axis names, separated
-    by spaces; "..." is any number of row axes. The axes named in `parallel` may be sharded, as in the first operand; every
-    other axis is whole on every device. A result that lacks a parallel axis is a sum over it, and is summed over the mesh,
+    by spaces; "..." is any number of row axes. Only the axes in `parallel` may be sharded, and all arrays follow the
+    sharding of the first operand. A result that lacks a parallel axis is a sum over that axis; it is summed over the mesh
     once.
 
-    Example: the backward pass of a norm, (x, grad, weight) -> (dx, dweight), has the operands ("G ... D", "G ... D", "G D"),
-    the results ("G ... D", "G D") and the parallel axes ("G", "..."): G groups with one weight each, rows, and dweight a sum
-    over the rows.
+    Example: the backward pass of a norm computes dx and dweight from x, grad and weight. Its operands are ("G ... D",
+    "G ... D", "G D"), its results ("G ... D", "G D"), and its parallel axes ("G", "..."). The rows form G groups with one
+    weight each, and dweight is a sum over the rows of a group.
     """
 
     local: Callable[..., tuple]
@@ -57,9 +57,9 @@ class ParallelOp:
     def layout(self, sharding: Any, shapes: Sequence[tuple[int, ...]], mesh: Any) -> Layout:
         """Returns the layout of the parallel axes, read from the sharding of the first operand.
 
-        An axis that does not divide evenly in every operand, such as few key heads over many devices, is kept whole.
+        An axis that cannot be divided evenly in every operand, such as few key heads over many devices, stays whole.
         """
-        # an operand on no mesh may have a sharding without a spec
+        # An operand that is on no mesh may have a sharding without a spec.
         spec = tuple(getattr(sharding, "spec", None) or ())
         spec += (None,) * (len(shapes[0]) - len(spec))
         axes = [self._axes(operand, shapes) for operand in self.operands]
@@ -93,7 +93,7 @@ class ParallelOp:
         return lambda *operands: tuple(map(sum_over_mesh, self.local(self.static, *operands), self.results))
 
     def shardy_rule(self, shapes: Sequence[tuple[int, ...]], result_shapes: Sequence[tuple[int, ...]]) -> str:
-        """Ties parallel axes of equal size together. Every other axis gets a name of its own, which ties it to nothing."""
+        """Returns the rule for Shardy: parallel axes of equal size share a name and thus their sharding; no others do."""
         unshared = (f"own{i}" for i in itertools.count())
 
         def factors(axes: str, shape: tuple[int, ...]) -> str:
@@ -112,7 +112,7 @@ class ParallelOp:
 
     @property
     def folds(self) -> bool:
-        """Whether every array starts with the same parallel axis, so that a batch of problems is a longer such axis."""
+        """Whether all arrays start with the same parallel axis, so that stacking problems only makes this axis longer."""
         leading = {axes.split()[0] for axes in self.operands + self.results}
         return len(leading) == 1 and leading <= set(self.parallel) - {ROWS}
 
@@ -123,7 +123,7 @@ class ParallelOp:
 
 
 def align_operands(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the operands in the layout that `op` takes; see layer 1 above."""
+    """Returns the operands in the layout that `op` needs; see layer 1 above."""
     mesh = _mesh_of(*operands)
     if AxisType.Explicit in mesh.axis_types:
         specs, _ = op.specs(_layout_by_type(op, operands, mesh))
@@ -133,17 +133,17 @@ def align_operands(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...
 
 
 def varying_as(like: jax.Array, x: jax.Array) -> jax.Array:
-    """Marks x as varying over the mesh axes that `like` varies over: the initial carry of a loop inside a shard_map."""
+    """Returns x marked as varying over the same mesh axes as `like`, which a loop's initial carry needs in a shard_map."""
     return _varying_over(set(jax.typeof(like).manual_axis_type.varying), x)
 
 
 def over_rows(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """Reshapes a weight per group, [G, D] -> [G, 1, ..., 1, D], so that it broadcasts over the rows x [G, ..., D]."""
+    """Returns the weight [G, D] of each group as [G, 1, ..., 1, D], which broadcasts over the rows x [G, ..., D]."""
     return weight.reshape(weight.shape[0], *(1,) * (x.ndim - 2), weight.shape[1])
 
 
 def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns table[indices] of a replicated table [N], sharded like the indices. Indices outside the table are clipped."""
+    """Returns table[indices] for a replicated table [N], sharded like the indices. Indices outside the table are clipped."""
     sharding = jax.typeof(indices).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
     return jnp.asarray(table).at[indices].get(mode="clip", out_sharding=sharding if explicit else None)
@@ -169,9 +169,10 @@ def run(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _over_problems(op: ParallelOp, size: int, batched: list[bool], operands: tuple) -> tuple:
-    """Runs an operation without groups on a batch of problems: as more rows, if the problems differ in their rows only.
+    """Runs an operation without groups on a batch of problems.
 
-    A sum over the rows, such as a weight's gradient, differs between the problems; they then run one after the other.
+    If the problems share all operands without rows, and no result sums over the rows, they become more rows of one problem.
+    Otherwise they run one after the other: a sum over the rows, such as a weight's gradient, belongs to a single problem.
     """
     has_rows = [ROWS in axes.split() for axes in op.operands]
     if all(ROWS in axes.split() for axes in op.results) and all(
@@ -204,7 +205,7 @@ def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
         results = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=automatic, check_vma=False)(
             *operands
         )
-        # an unchecked shard_map does not say over which axes its results vary
+        # An unchecked shard_map does not record the axes over which its results vary.
         varying = set().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
         return tuple(_varying_over(varying, x) for x in results)
     if AxisType.Explicit in axis_types:
@@ -242,7 +243,7 @@ def _layout_by_type(op: ParallelOp, operands: Sequence[jax.Array], mesh: Any) ->
 
 
 def _mesh_of(*operands: jax.Array) -> Any:
-    """Returns the mesh that the operands live on; if they live on none, the mesh of `jax.set_mesh`, which may be empty."""
+    """Returns the mesh of the operands; if they are on none, the mesh of `jax.set_mesh`, which may be empty."""
     for operand in operands:
         mesh = jax.typeof(operand).sharding.mesh
         if not mesh.empty:

@@ -1,4 +1,4 @@
-"""Block sizes of kernels: measured, from tuned/<device kind>.json (see `pallas_kernels.tune`), or else by a rule."""
+"""The block sizes of kernels: measured ones from tuned/<device kind>.json (see `tune`), or those of a rule."""
 
 import dataclasses
 import functools
@@ -17,15 +17,15 @@ TUNED = Path(__file__).parent / "tuned"
 class Blocks:
     """The block sizes of a kernel over rows."""
 
-    rows: int  # per block
-    num_warps: int
-    programs: int = 0  # that share the blocks of rows; 0: one program per block
-    columns: int = 0  # per block, in kernels that do not hold rows at full width
+    rows: int  # rows per block
+    num_warps: int  # warps per program
+    programs: int = 0  # programs that share the blocks of rows; 0: one program per block
+    columns: int = 0  # columns per block, in kernels that do not hold rows at full width
     loads: int = 1  # iterations of a loop around a product whose loads are in flight at the same time
 
 
 def blocks(op: str, *, rows: int, width: int) -> Blocks:
-    """Returns the measured blocks for this width, at the nearest number of rows, or else those of the rule."""
+    """Returns the blocks measured for this width at the nearest number of rows; without a measurement, those of the rule."""
     measured = [entry for entry in _tuned(device_kind()) if entry["op"] == op and entry["width"] == width]
     if not measured:
         return rule(op, width=width)
@@ -36,7 +36,7 @@ def blocks(op: str, *, rows: int, width: int) -> Blocks:
 def rule(op: str, *, width: int) -> Blocks:
     """Returns blocks that were fast on an H200 at most widths.
 
-    They hold 4 to 32 elements per thread, and use two programs per SM where rows are summed.
+    They hold 4 to 32 elements per thread. Kernels that sum over rows get two programs per SM.
     """
     block_width = 1 << max(width - 1, 0).bit_length()
     columns = min(block_width, COLUMNS.get(_family(op), block_width))
@@ -75,7 +75,7 @@ def _family(op: str) -> str:
 
 
 def candidates(op: str, *, width: int) -> Iterator[Blocks]:
-    """Yields the blocks that the tuner tries: the rule's, then all with 4 to 64 elements per thread."""
+    """Yields the blocks that the tuner tries: those of the rule, then all others with 4 to 64 elements per thread."""
     first, choices = rule(op, width=width), CHOICES[_family(op)]
     yield first
     for values in itertools.product(*choices.values()):
@@ -89,7 +89,7 @@ def candidates(op: str, *, width: int) -> Iterator[Blocks]:
 
 @functools.cache
 def device_kind() -> str | None:
-    """Returns the kind of this process's GPU, None without one; programs lowered for other devices get its blocks too."""
+    """Returns the kind of this process's GPU, or None without one. Programs lowered for other GPUs also use its blocks."""
     try:
         return jax.devices("gpu")[0].device_kind
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Checks of arguments, which every operation makes before any compute."""
+"""Argument checks, which every operation makes before it computes anything."""
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,16 @@ WIDEST_ROW = 65_536  # columns that one program can hold in registers
 
 
 def known_implementation(op: str, implementation: str | None, available: tuple[str, ...] = IMPLEMENTATIONS) -> None:
-    """Raises NotImplementedError for a known implementation that `op` lacks, ValueError for an unknown one."""
-    if implementation is None or implementation in available:
-        return
-    choices = ", ".join(map(repr, (None, *available)))
-    if implementation in IMPLEMENTATIONS:
-        raise NotImplementedError(f"{op}: there is no {implementation!r} implementation; available: {choices}")
-    raise ValueError(f"{op}: implementation is {implementation!r}; expected one of {choices}")
+    """Raises ValueError for an implementation that is neither None nor available."""
+    if implementation is not None and implementation not in available:
+        choices = ", ".join(map(repr, (None, *available)))
+        raise ValueError(f"{op}: implementation is {implementation!r}; expected one of {choices}")
 
 
 def rows(op: str, implementation: str | None, x: jax.Array, **vectors: jax.Array) -> str | None:
-    """Returns the implementation for rows x [..., D] with vectors [D], which a kernel holds at full width.
+    """Returns the implementation for rows x [..., D] with vectors [D], of an operation whose kernel holds whole rows.
 
-    Raises ValueError for shapes that do not match, and for a kernel requested by name at D > WIDEST_ROW.
+    Raises ValueError if shapes do not match, or if a kernel is requested by name for D > WIDEST_ROW.
     """
     known_implementation(op, implementation)
     if x.ndim < 1:
@@ -29,17 +26,19 @@ def rows(op: str, implementation: str | None, x: jax.Array, **vectors: jax.Array
     for name, vector in vectors.items():
         shape(op, name, vector.shape, x.shape[-1:])
     if x.shape[-1] > WIDEST_ROW and implementation in ("triton", "interpret"):
-        raise ValueError(f"{op}: x has {x.shape[-1]} columns; the {implementation!r} implementation takes {WIDEST_ROW}")
+        raise ValueError(
+            f"{op}: x has {x.shape[-1]} columns; expected at most {WIDEST_ROW} for implementation {implementation!r}"
+        )
     return "xla" if x.size == 0 or x.shape[-1] > WIDEST_ROW else implementation
 
 
 def floating(op: str, **arrays: jax.Array) -> None:
-    """Raises ValueError if the dtype of an array is not floating, TypeError for an argument that is not an array."""
+    """Raises ValueError if the dtype of an array is not floating, TypeError if an argument is not an array."""
     _of_kind(op, jnp.floating, "a floating", arrays)
 
 
 def integer(op: str, **arrays: jax.Array) -> None:
-    """Raises ValueError if the dtype of an array is not integer, TypeError for an argument that is not an array."""
+    """Raises ValueError if the dtype of an array is not integer, TypeError if an argument is not an array."""
     _of_kind(op, jnp.integer, "an integer", arrays)
 
 
@@ -66,7 +65,7 @@ def same_dtype(op: str, **arrays: jax.Array) -> None:
 
 
 def choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError if an option is not one of the allowed ones."""
+    """Raises ValueError if an option's value is not allowed."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 

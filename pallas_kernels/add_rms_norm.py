@@ -35,11 +35,11 @@ def add_rms_norm(
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        (normed, s), both [..., D] in x's dtype; s is rounded to it before the norm. The backward pass saves s, weight and
-        one float32 per row, and adds the gradient of s in the same pass.
+        (normed, s), both [..., D] in x's dtype. s is rounded to x's dtype before the norm. The backward pass saves s, weight
+        and one float32 per row. It adds the gradient that arrives at s in the same pass.
 
     Raises:
-        ValueError: x and residual differ in shape or dtype, or as `rms_norm`.
+        ValueError: x and residual differ in shape or dtype, or for a reason listed in `rms_norm`.
 
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467
 

@@ -11,8 +11,8 @@ from pallas_kernels._operation import DifferentiableOp, Pass
 from pallas_kernels.segments import Segments, find_segments
 
 BACKENDS = {"cudnn": "cudnn", "triton": "pallas", "interpret": "pallas", "xla": "xla"}  # by implementation
-BLOCK_BYTES = 2**28  # of scores that the XLA implementation holds in memory at once
-MASKED_SCORE = -1e30  # finite, so that a row in which every key is masked does not become NaN
+BLOCK_BYTES = 2**28  # bytes of scores that the XLA implementation holds in memory at once
+MASKED_SCORE = -1e30  # finite, so that a query whose keys are all masked does not become NaN
 
 
 def attention(
@@ -33,13 +33,13 @@ def attention(
         q: [B, T, N, D], float.
         k: [B, S, K, D], q's dtype. K divides N, and query head n uses key head n // (N / K).
         v: as k.
-        causal: query t sees the keys up to t + S - T, which aligns the last query with the last key.
+        causal: whether query t sees only the keys up to t + S - T, which aligns the last query with the last key.
         segment_ids: [B, T], int, or the result of `find_segments`. A query sees only the keys of its own segment. The tokens
-            of a segment are contiguous. 0 is padding: a query in segment 0 returns zeros and a key in segment 0 is seen by
-            no query, whichever finite numbers they hold; their gradients are zero.
+            of a segment are contiguous. 0 is padding: for any finite values, a query in segment 0 returns zeros, no query
+            sees a key in segment 0, and the gradients of both are zero.
         kv_segment_ids: [B, S], int; None means segment_ids.
         scale: None means 1/sqrt(D).
-        max_segments: an upper bound on the segments of a row, see `find_segments`. cuDNN requires it, or Segments.
+        max_segments: an upper bound on the segments of a row; see `find_segments`. cuDNN needs either it or Segments.
         implementation: None, "cudnn", "triton", "xla" or "interpret". On an NVIDIA GPU, None picks cuDNN where it supports
             the call (bfloat16 or float16, D a multiple of 8, no kv_segment_ids; packed segments from Hopper on); else
             "triton", a Pallas kernel, for bfloat16 and float16 from Ampere on; else XLA. XLA is also picked for a single
@@ -47,8 +47,8 @@ def attention(
 
     Returns:
         [B, T, N, D] in q's dtype. The softmax is float32 (float64 for float64). The backward pass saves q, k, v, the output
-        and one float32 per query and head (cuDNN: per segment, query and head); rematerialisation policies know the last two
-        as "attention".
+        and one float32 per query and head (cuDNN: per segment, query and head). In rematerialization policies, the last two
+        are named "attention".
 
     Raises:
         ValueError: a shape, dtype or option does not fit.
@@ -91,9 +91,9 @@ def attention(
 def _choose_backend(
     op: str, implementation: str | None, q: jax.Array, k: jax.Array, unsupported: dict[str, str | None]
 ) -> str:
-    """Returns "cudnn", "pallas" or "xla"; `unsupported` has the reason why a backend does not support the call, or None.
+    """Returns "cudnn", "pallas" or "xla". `unsupported` has the reason why a backend does not support the call, or None.
 
-    For implementation=None the choice is the one for NVIDIA GPUs; other platforms use XLA in any case.
+    For implementation=None, this is the choice on NVIDIA GPUs; other platforms always use XLA.
     """
     requested = None if implementation is None else BACKENDS[implementation]
     if requested and (reason := unsupported[requested]):
@@ -134,22 +134,25 @@ def _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments):
 
 
 class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     scale: float
     causal: bool
     backend: str  # "cudnn", "pallas" or "xla"
     implementation: str | None
 
 
-# The passes take query_ids [B, T] and key_ids [B, S], None without segments, and the fields of Segments, None without them.
+# The passes take query_ids [B, T] and key_ids [B, S] (None without segments) and the fields of Segments (None without
+# Segments).
 
-# ---- XLA implementation: scores of a block of queries with all keys -----------------------------------------------------
+# ---- XLA implementation: computes the scores of a block of queries with all keys ----------------------------------------
 # In einsums: b batch, t queries, s keys, k key heads, g query heads that share a key head, d head size.
 
 
 def _forward_xla(static: StaticArgs, q, k, v, query_ids, key_ids, *segments):
     """Returns out [B, T, N, D], and the log-sum-exp of the scores [B, M, N, T], infinite where a query sees no key.
 
-    Only the first of M is used; M matches the slots that cuDNN fills.
+    Only the first of the M slots is used; M matches the number of slots that cuDNN fills.
     """
     dtype = _validate.accumulation_dtype(q.dtype)
 
@@ -173,7 +176,7 @@ def _forward_xla(static: StaticArgs, q, k, v, query_ids, key_ids, *segments):
 
 
 def _backward_xla(static: StaticArgs, q, k, v, out, lse, grad, query_ids, key_ids, *segments):
-    """Computes ds = p (dp - sum(grad out)) with p = exp(scores - lse) and dp = grad v^T. Returns dq, dk, dv."""
+    """Returns dq, dk, dv, from ds = p (dp - sum(grad out)) with p = exp(scores - lse) and dp = grad v^T."""
     dtype = _validate.accumulation_dtype(q.dtype)
     delta = jnp.sum(grad.astype(dtype) * out.astype(dtype), axis=-1)
     lse = lse[:, 0].transpose(0, 2, 1)
@@ -220,7 +223,7 @@ def _last_visible_keys(q, k):
 
 
 def _over_query_blocks(block, sums, q, k, *rows):
-    """Runs sums, results = block(sums, rows) over blocks of queries; queries are axis 1 of `rows` and of the results."""
+    """Runs sums, results = block(sums, rows) over blocks of queries, which are axis 1 of `rows` and of the results."""
     batch, tokens, heads, _ = q.shape
     max_size = max(16, BLOCK_BYTES // max(1, 4 * batch * heads * k.shape[1]))
     if tokens <= max_size:
@@ -280,7 +283,8 @@ def _local(cudnn: Callable, pallas: Callable, xla: Callable) -> Callable[..., tu
     return lambda static, *operands: backends[static.backend](static, *operands)
 
 
-_QKV = {"q": "B T N D", "k": "B S N D", "v": "B S N D"}  # N: query heads in q, key heads in k and v, sharded alike
+# N is the query heads of q and the key heads of k and v, which are sharded alike.
+_QKV = {"q": "B T N D", "k": "B S N D", "v": "B S N D"}
 _SEGMENTS = {
     "query_ids": "B T",
     "key_ids": "B S",

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of logits that exist in memory."""
+"""Softmax cross-entropy of logits that are in memory."""
 
 from typing import NamedTuple
 
@@ -35,26 +35,25 @@ def cross_entropy(
 
     Args:
         logits: [..., V], float. Not modified.
-        labels: [...], int. Labels equal to `ignore_index` do not count: their loss and gradient are 0. Any other label
-            outside [0, V) gives NaN.
-        ignore_index: the label that does not count.
+        labels: [...], int. A label outside [0, V) gives NaN, unless it is `ignore_index`.
+        ignore_index: the label of rows that do not count: their loss and gradient are 0.
         label_smoothing: s, in [0, 1].
         z_loss: weight of the squared log-sum-exp.
         softcap: a positive number, or None.
         class_weights: [V]; a constant that receives no gradient.
         token_weights: [...], the shape of labels.
         reduction: "mean", "sum", or "none" for the loss of each token.
-        normalizer: a number or scalar array by which "mean" divides instead of the sum of the weights.
-        return_metrics: also return metrics, computed in the same pass.
+        normalizer: a number or scalar array that "mean" divides by instead of the sum of the weights.
+        return_metrics: whether to return metrics as well, computed in the same pass.
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
         A float32 scalar, or [...] for "none". If no label counts, or there are no rows, it is 0 and so are the gradients.
-        With return_metrics, (loss, metrics): scalars without gradient, "loss" (summed over the tokens even for "none"),
-        "z_loss" (the part of it that is z-loss), "num_tokens" (int32, the number of labels that count) and "accuracy" (the
-        fraction of them that are the first largest logit of their row; 0 if there are none).
-        The backward pass saves the logits and one number per row. It computes the gradient for any cotangent in one pass and
-        rounds it once. On a mesh, rows may be sharded; a sharded vocabulary is gathered.
+        With return_metrics, (loss, metrics). The metrics are scalars without gradient: "loss" (summed over the tokens even
+        for "none"), "z_loss" (the z-loss in it), "num_tokens" (int32, the number of labels that count) and "accuracy" (the
+        fraction of these labels that are the first largest logit of their row; 0 if no label counts). The backward pass
+        saves the logits and one number per row. It computes the gradient for any cotangent in one pass and rounds it once.
+        On a mesh, rows may be sharded; a sharded vocabulary is gathered.
 
     Raises:
         ValueError: a shape, dtype or option does not fit.
@@ -90,6 +89,8 @@ def cross_entropy(
 
 
 class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     options: Options
     implementation: str | None
 

@@ -1,7 +1,7 @@
 """Attention of one new token per row over a KV cache, with the RoPE rotation and the cache update fused in.
 
-Split-KV: programs share out the filled part of the cache, so that even a single row keeps a whole GPU busy; a second kernel
-combines the splits. Forward only: there is no gradient.
+The filled part of the cache is split among programs (split-KV), so that even a single row keeps a whole GPU busy. A second
+kernel combines the results of the splits. The operation has no gradient.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pallas_kernels.rope import rope
 
 MASKED_SCORE = -1e30  # the running maximum before any score: finite, so that differences stay numbers
 MAX_QUERIES_PER_KEY_HEAD = 64
-MAX_HEAD_BYTES = 512  # loads of larger heads do not fit the shared memory of an SM
+MAX_HEAD_BYTES = 512  # the loads of larger heads do not fit in the shared memory of an SM
 BLOCKS = Blocks(rows=32, num_warps=4, programs=512, loads=3)  # rows: cache slots; measured on an H200 at 2048 slots
 
 
@@ -33,7 +33,7 @@ def decode_attention(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotates the new token's q and k, writes k and v to `slot`, and attends to the updated cache.
+    """Rotates q and k of the new token, writes k and v to `slot` of the cache, and attends to the updated cache.
 
         q, k = rope(q, k, cos, sin);  keys[:, slot], values[:, slot] = k, v
         out = softmax(q keys^T / sqrt(D)) values, over the valid slots before `slot` and `slot` itself
@@ -45,12 +45,12 @@ def decode_attention(
         sin: as cos.
         keys: [B, S, K, D], qkv's dtype, rotated. Updated in place where the caller donates it (such as a loop's carry).
         values: as keys.
-        valid: [B, S], int; 0 for slots that are masked. Its values at `slot` and after it are ignored.
-        slot: scalar int: the number of filled slots, which is where the new token goes. Later slots are not read. Values
-            of S or more are clamped to S - 1.
+        valid: [B, S], int; 0 masks a slot. Its values at `slot` and after it are ignored.
+        slot: int scalar: the number of filled slots, and so the index of the slot for the new token. Later slots are not
+            read. Values of S or more are clamped to S - 1.
         implementation: None, "triton", "xla" or "interpret". On an NVIDIA GPU, None picks the Pallas kernel for up to 16
-            rows, 64 query heads per key head and 512 bytes per head, unless the operands are spread over a mesh. Otherwise
-            it picks XLA, which the partitioner can split.
+            rows, 64 query heads per key head and 512 bytes per head, unless the operands may be sharded over a mesh.
+            Otherwise it picks XLA, which can be partitioned.
 
     Returns:
         (out [B, N, D] in qkv's dtype, keys, values). The softmax is float32. There is no gradient.
@@ -80,12 +80,14 @@ def decode_attention(
     unsupported = []
     if queries_per_key_head > MAX_QUERIES_PER_KEY_HEAD:
         unsupported.append(
-            f"{queries_per_key_head} query heads per key head; expected at most {MAX_QUERIES_PER_KEY_HEAD}"
+            f"qkv has {queries_per_key_head} query heads per key head; expected at most {MAX_QUERIES_PER_KEY_HEAD}"
         )
     if head_bytes > MAX_HEAD_BYTES:
-        unsupported.append(f"{head_bytes} bytes per head; expected at most {MAX_HEAD_BYTES}")
+        unsupported.append(f"qkv has {head_bytes} bytes per head; expected at most {MAX_HEAD_BYTES}")
     if unsupported and implementation in ("triton", "interpret"):
-        raise ValueError(f"{op}: implementation {implementation!r} does not support {', nor '.join(unsupported)}")
+        raise ValueError(
+            f"{op}: implementation {implementation!r} does not support this call: {'; '.join(unsupported)}"
+        )
     preferred = pallas_preferred(batch, qkv, keys, values) and not unsupported
     if not qkv.size or (implementation is None and not preferred):
         implementation = "xla"
@@ -93,6 +95,8 @@ def decode_attention(
 
 
 class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     implementation: str | None
 
 
@@ -138,7 +142,7 @@ def attend_xla(static: StaticArgs, qkv, cos, sin, keys, values, valid, slot):
 
 
 # ---- Pallas implementation: a program holds the query heads of one key head and attends to one split of the cache -------
-# A head is held as two halves, which is how RoPE rotates it. The query heads of a key head fill a tile of 16 rows or more.
+# A head is held as the two halves that RoPE rotates. The query heads of a key head fill a tile of at least 16 rows.
 
 
 def attend_kernel(
@@ -177,7 +181,7 @@ def attend_kernel(
 
 
 def _num_splits(wanted: int, blocks: int) -> int:
-    """Returns a power of two, at least the smaller of the two: programs without a block of slots end at once."""
+    """Returns the smallest power of two >= min(wanted, blocks). Splits without a block of slots end at once."""
     return 1 << (max(min(wanted, blocks), 1) - 1).bit_length()
 
 
@@ -185,10 +189,10 @@ def _attend_split(
     qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, valid_ref, slot_ref, sums_ref, largest_ref, total_ref,
     new_keys_ref, new_values_ref, *, dim: int, splits: int, blocks: Blocks, interpret: bool,
 ):  # fmt: skip
-    """Writes for each query head, with p = exp(score - largest): sum(p v), the largest score, sum(p).
+    """Writes, for each query head, sum(p v), the largest score and sum(p), with p = exp(score - largest).
 
-    Grid (rows, key heads, splits). Split 0 also takes the new token, from registers: no program reads a slot that another
-    one writes.
+    Grid (rows, key heads, splits). Split 0 also processes the new token, which it has in registers, so that no program reads
+    a slot that another one writes.
     """
     row, head, split = (_pallas.program_id(i) for i in range(3))
     key_heads, dtype, acc_dtype = keys_ref.shape[2], qkv_ref.dtype, _validate.accumulation_dtype(qkv_ref.dtype)
@@ -217,9 +221,9 @@ def _attend_split(
             _pallas.store(new_keys_ref, (row, filled, head, columns), k, in_half)
             _pallas.store(new_values_ref, (row, filled, head, columns), v, in_half)
 
-    scale = _pallas.LOG2_E * dim**-0.5  # scores are exponents of two
+    scale = _pallas.LOG2_E * dim**-0.5  # so that scores are exponents of 2
     exp2 = functools.partial(_pallas.exp2, interpret=interpret)
-    # In split 0 the softmax starts from the new token, with p = 1; in the others from nothing.
+    # In split 0, the softmax starts with the new token, for which p = 1; in the other splits, it starts empty.
     new_score = scale * sum(
         jnp.sum(q_half.astype(acc_dtype) * k_half.astype(acc_dtype)[None, :], axis=1)
         for q_half, k_half in zip(q, new_k, strict=True)
@@ -259,7 +263,7 @@ def _attend_split(
 
 
 def _combine_splits(sums_ref, largest_ref, total_ref, out_ref, *, dim: int, interpret: bool):
-    """Computes out = sum(weight * sums) / sum(weight * total) over splits, weight = 2^(largest - the largest of all).
+    """Writes out = sum(weight * sums) / sum(weight * total) over splits, with weight = 2^(largest - largest of all splits).
 
     Grid (rows, query heads).
     """

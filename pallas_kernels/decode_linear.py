@@ -1,14 +1,14 @@
 """Small-batch linear layers for decoding, with the adjacent norm, gate or residual add fused into the same pass.
 
-With a single row, a matmul takes as long as reading its weight, and the small ones end before memory reaches full speed:
-saving a launch is most of what there is to gain. Weights are [out, in], so that the summed axis is contiguous.
-Forward only: these operations have no gradient.
+With a single row, a matmul takes as long as reading its weight, and a small matmul ends before memory reaches full speed. So
+most of the gain comes from saving launches. Weights are [out, in], so that the summed axis is contiguous. These operations
+have no gradient.
 
-The norm needs no pass of its own. With x_hat = x / rms(x) * norm_weight, the factor 1 / rms(x) can wait until the end:
+The norm needs no separate pass. With x_hat = x / rms(x) * norm_weight, the factor 1 / rms(x) can be applied at the end:
 
     weight @ x_hat = weight @ (x * norm_weight) / rms(x)
 
-so the kernel sums the squares of x while it streams the weight.
+So the kernel sums the squares of x while it streams the weight.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from pallas_kernels._tuning import Blocks
 from pallas_kernels.activations import swiglu
 from pallas_kernels.rms_norm import rms_norm
 
-MAX_ROWS = 64  # that one program of the tensor-core kernel can hold
+MAX_ROWS = 64  # the most rows that one program of the tensor-core kernel can hold
 # Limits within which implementation=None picks the kernels on a GPU.
-PREFERRED_MAX_ROWS = 16  # the number of rows that one tensor-core instruction processes anyway
-PREFERRED_MAX_WEIGHT_BYTES = 16 * 2**20  # for several rows: beyond it XLA comes close to the memory's bandwidth
+PREFERRED_MAX_ROWS = 16  # a tensor-core instruction processes this many rows in any case
+PREFERRED_MAX_WEIGHT_BYTES = 16 * 2**20  # for several rows; with larger weights, XLA comes close to memory bandwidth
 SEVERAL_ROWS = Blocks(rows=32, columns=256, num_warps=4, loads=4)  # rows: outputs; columns: depth per iteration
 
 
@@ -40,7 +40,7 @@ def norm_linear(
     eps: float = 1e-6,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Computes rms_norm(x, norm_weight) @ weight.T + bias; for one row in a single pass over the weight.
+    """Computes rms_norm(x, norm_weight) @ weight.T + bias: for one row, in a single pass over the weight.
 
     Args:
         x: [B, H], float; the Pallas kernels take up to 64 rows.
@@ -49,12 +49,12 @@ def norm_linear(
         bias: [O], x's dtype, or None.
         eps: added to the mean square.
         implementation: None, "triton", "xla" or "interpret". On an NVIDIA GPU, None picks a Pallas kernel for a single row,
-            and for up to 16 rows if `weight` has at most 16 MiB, unless the operands are spread over a mesh. Otherwise it
-            picks XLA, whose matmul the partitioner can split.
+            and for up to 16 rows if `weight` has at most 16 MiB, unless the operands may be sharded over a mesh. Otherwise
+            it picks XLA, which can be partitioned.
 
     Returns:
-        [B, O] in x's dtype. Sums are float32. The one-row kernel rounds only the result; the kernel for several rows also
-        rounds the normalised x, and XLA also the product. There is no gradient.
+        [B, O] in x's dtype. Sums are float32. The kernel for one row rounds only the result; that for several rows also
+        rounds the normalized x, and XLA also the product. There is no gradient.
 
     Raises:
         ValueError: a shape or dtype does not fit, or a Pallas kernel is requested by name for more than 64 rows.
@@ -109,8 +109,8 @@ def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implemen
         implementation: as in `norm_linear`.
 
     Returns:
-        [B, O] in x's dtype. Sums are float32; the Pallas kernels round only the result, XLA also the product. There is no
-        gradient.
+        [B, O] in x's dtype. Sums are float32. The Pallas kernels round only the result; XLA also rounds the product. There
+        is no gradient.
 
     Raises:
         ValueError, NotImplementedError: As in `norm_linear`.
@@ -126,14 +126,16 @@ def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implemen
 
 
 def pallas_preferred(rows: int, *operands: jax.Array) -> bool:
-    """Returns whether None may pick a decoding kernel on a GPU: few rows, and no mesh that would have to gather operands."""
+    """Returns whether None may pick a decoding kernel on a GPU: only for few rows, and not if it would gather operands."""
     return rows <= PREFERRED_MAX_ROWS and not _sharding.is_spread(*operands)
 
 
 class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     eps: float  # unused where there is no norm
-    implementation: str | None  # of the fused operation
-    requested: str | None  # the caller's choice, for the norm and the gate where they run as operations of their own
+    implementation: str | None  # that of the fused operation
+    requested: str | None  # the caller's choice, for the norm and the gate where they run as separate operations
 
 
 def _checked(
@@ -145,7 +147,7 @@ def _checked(
     weight: jax.Array,
     **vectors: jax.Array,
 ) -> StaticArgs:
-    """Returns the static arguments; raises ValueError for shapes, dtypes and numbers of rows that `op` does not take."""
+    """Returns the static arguments. Raises ValueError for a shape or dtype that does not fit, or for too many rows."""
     operands = {"x": x, "weight": weight} | vectors
     _validate.known_implementation(op, implementation)
     _validate.floating(op, **operands)
@@ -161,7 +163,7 @@ def _checked(
     for name, vector in vectors.items():
         _validate.shape(op, name, vector.shape, expected[name])
     if rows > MAX_ROWS and implementation in ("triton", "interpret"):
-        raise ValueError(f"{op}: x has {rows} rows; the {implementation!r} implementation takes at most {MAX_ROWS}")
+        raise ValueError(f"{op}: x has {rows} rows; expected at most {MAX_ROWS} for implementation {implementation!r}")
 
     preferred = pallas_preferred(rows, *operands.values()) and (
         rows == 1 or weight.nbytes <= PREFERRED_MAX_WEIGHT_BYTES
@@ -188,7 +190,7 @@ def linear_add_xla(static: StaticArgs, x, weight, residual):
     return x @ weight.T + residual
 
 
-# ---- Pallas implementations: one kernel for a single row; for several, one kernel for the matmul and its add ------------
+# ---- Pallas implementations: one row takes a single kernel; several rows take a norm, a matmul (with its add) and a gate --
 
 
 def norm_linear_kernel(
@@ -227,13 +229,13 @@ def _launch(
     interpret: bool,
     blocks: Blocks | None,
 ) -> jax.Array:
-    """Runs a kernel with refs (x, *operands, out) over tiles of the outputs; `sizes` is (outputs, depth) of the weight."""
+    """Runs a kernel with refs (x, *operands, out) over tiles of outputs. `sizes` is (outputs, depth), the weight's sizes."""
     width, depth = sizes
     if blocks is None and len(x) == 1:
         name = getattr(kernel, "func", kernel).__name__.strip("_")
         blocks = _tuning.blocks(name, rows=width, width=depth)  # the depth takes the place of a row's width
     elif blocks is None:
-        # Tiles in flight occupy shared memory: half the depth for 4-byte dtypes, and half of it for more than 16 rows.
+        # Tiles in flight occupy shared memory, so their depth is halved for 4-byte dtypes, and again for more than 16 rows.
         columns = 2 * SEVERAL_ROWS.columns // x.dtype.itemsize // (1 if len(x) <= 16 else 2)
         blocks = dataclasses.replace(SEVERAL_ROWS, columns=columns)
     (out,) = _pallas.launch(
@@ -254,7 +256,7 @@ def _launch(
 def _one_row_norm_linear(
     x_ref, norm_weight_ref, weight_ref, bias_ref, out_ref, *, eps: float, width: int, depth: int, blocks: Blocks
 ):
-    """out = weight @ (x * norm_weight) / rms(x) + bias; bias_ref may be None."""
+    """Writes out = weight @ (x * norm_weight) / rms(x) + bias; bias_ref may be None."""
     outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
     (product,), sum_of_squares = _one_row_products(
         x_ref, weight_ref, [()], outputs, in_outputs, depth, blocks, norm_weight_ref
@@ -268,7 +270,7 @@ def _one_row_norm_linear(
 def _one_row_norm_swiglu(
     x_ref, norm_weight_ref, weight_ref, out_ref, *, eps: float, width: int, depth: int, blocks: Blocks
 ):
-    """out = silu(gate) * up, with gate and up = weight @ (x * norm_weight) / rms(x)."""
+    """Writes out = silu(gate) * up, with gate and up = weight @ (x * norm_weight) / rms(x)."""
     outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
     products, sum_of_squares = _one_row_products(
         x_ref, weight_ref, [(0,), (1,)], outputs, in_outputs, depth, blocks, norm_weight_ref
@@ -279,7 +281,7 @@ def _one_row_norm_swiglu(
 
 
 def _one_row_linear_add(x_ref, weight_ref, residual_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
-    """out = weight @ x + residual."""
+    """Writes out = weight @ x + residual."""
     outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
     (product,), _ = _one_row_products(x_ref, weight_ref, [()], outputs, in_outputs, depth, blocks)
     out = product + _pallas.load(residual_ref, (0, outputs), in_outputs, product.dtype)
@@ -313,7 +315,7 @@ def _one_row_products(
 
 
 def _several_rows_linear(x_ref, weight_ref, bias_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
-    """out = x @ weight.T + bias; bias_ref may be None."""
+    """Writes out = x @ weight.T + bias; bias_ref may be None."""
     rows, in_rows = _all_rows(x_ref)
     outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
     out = _several_rows_product(x_ref, weight_ref, (rows, in_rows), (outputs, in_outputs), depth, blocks)
@@ -323,7 +325,7 @@ def _several_rows_linear(x_ref, weight_ref, bias_ref, out_ref, *, width: int, de
 
 
 def _several_rows_linear_add(x_ref, weight_ref, residual_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
-    """out = x @ weight.T + residual."""
+    """Writes out = x @ weight.T + residual."""
     rows, in_rows = _all_rows(x_ref)
     outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
     product = _several_rows_product(x_ref, weight_ref, (rows, in_rows), (outputs, in_outputs), depth, blocks)
@@ -347,7 +349,7 @@ def _several_rows_product(x_ref, weight_ref, row_tile: tuple, output_tile: tuple
 
 
 def _all_rows(x_ref):
-    """Returns the index of all rows, padded to the 16 or larger power of two that tensor cores take, and their mask."""
+    """Returns the index of all rows, padded to a power of two of at least 16 for the tensor cores, and their mask."""
     height = max(16, _pallas.next_power_of_2(x_ref.shape[0]))
     return _pallas.overhanging(0, height), jnp.arange(height) < x_ref.shape[0]
 

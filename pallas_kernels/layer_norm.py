@@ -25,8 +25,8 @@ def layer_norm(
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        [..., D] in x's dtype; the arithmetic is float32. The backward pass saves x, weight and two float32 per row. The
-        gradients of weight and bias are summed in the same order every time.
+        [..., D] in x's dtype. The arithmetic is float32. The backward pass saves x, weight and two float32 per row. It
+        always sums the gradients of weight and bias in the same order.
 
     Raises:
         ValueError: weight or bias is not [D], a dtype is not floating, implementation is unknown, or a kernel is requested
@@ -59,7 +59,7 @@ class StaticArgs(NamedTuple):
 def _forward_xla(static: StaticArgs, x, weight, bias):
     """Returns out [G, ..., D], mean and inverse standard deviation [G, ...] in float32.
 
-    Takes two passes, so that a large mean costs no precision.
+    The variance is computed in a second pass, so that a large mean costs no precision.
     """
     wide = _validate.accumulation_dtype(x.dtype)
     centred = x.astype(wide)

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of a linear layer that never holds all of its logits in memory."""
+"""Softmax cross-entropy of a linear layer, computed without ever holding all logits in memory."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from pallas_kernels._cross_entropy_math import Options, RowLosses
 from pallas_kernels._operation import Pass
 
 MAX_CHUNKS = 6  # each chunk reads the weight twice, and reads and writes the weight's gradient in float32
-MIN_QUARTER = 256  # rows of a quarter chunk that are still worth a matmul of their own
+MIN_QUARTER = 256  # the fewest rows of a quarter chunk that are worth a separate matmul
 
 
 def linear_cross_entropy(
@@ -40,8 +40,8 @@ def linear_cross_entropy(
     Those rows are gathered first, so that ignored rows cost at most a quarter of a chunk. The logits of a chunk have x's
     dtype, as a matmul returns them; the loss and the sums of the gradients over chunks are float32.
 
-    For "mean" and "sum" the forward pass also computes the gradient, chunk by chunk while the logits exist, and the backward
-    pass only scales it; a forward pass that is not differentiated computes and saves no gradient. For "none" the backward
+    For "mean" and "sum", the forward pass also computes the gradient of each chunk while its logits exist, and the backward
+    pass only scales it. A forward pass that is not differentiated computes and saves no gradient. For "none", the backward
     pass recomputes the logits.
 
     Args:
@@ -49,10 +49,10 @@ def linear_cross_entropy(
         weight: [V, H], x's dtype.
         labels: [...], int.
         bias: [V], float, or None.
-        chunk_rows: largest number of rows (of each device) whose logits are in memory at once. None means H, so that the
+        chunk_rows: the largest number of rows, on each device, whose logits are in memory at once. None means H, so that the
             logits take no more memory than the weight, or a sixth of the rows if that is more.
-        implementation: None, "triton", "xla" or "interpret", for the loss and gradient of a chunk's logits. The matmuls
-            always use XLA.
+        implementation: None, "triton", "xla" or "interpret": how loss and gradient are computed from a chunk's logits. The
+            matmuls always use XLA.
         The other options are those of `cross_entropy`.
 
     Returns:
@@ -104,6 +104,8 @@ def linear_cross_entropy(
 
 
 class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
     options: Options
     chunk_rows: int | None
     implementation: str | None
@@ -149,12 +151,12 @@ def _logits(x, weight, bias):
 
 
 def _over_chunks(static: StaticArgs, process_chunk: Callable, weight, *row_arrays) -> tuple[Any, Any]:
-    """Runs process_chunk(sums, *row_arrays of a chunk) -> (sums, results) over the rows whose label counts.
+    """Runs sums, results = process_chunk(sums, *row_arrays of a chunk) over the rows whose label counts.
 
     `row_arrays` are x, labels, and more arrays [...]. Returns the last sums and the results of all rows; those of ignored
-    rows are 0. The number of chunks is known only at run time: one loop processes whole chunks, another one quarter chunks
-    for the remainder. The first chunk receives None as sums and starts them, which saves writing and reading zeros of the
-    size of the weight.
+    rows are 0. The number of chunks is known only at run time: one loop processes whole chunks, and a second loop processes
+    the remainder in quarter chunks. The first chunk receives None as sums and creates them, which saves writing and reading
+    zeros of the weight's size.
     """
     row_axes = row_arrays[1].shape
     flat = [array.reshape(-1, *array.shape[len(row_axes) :]) for array in row_arrays]
@@ -166,7 +168,7 @@ def _over_chunks(static: StaticArgs, process_chunk: Callable, weight, *row_array
 
     counts = labels != static.options.ignore_index
     num_counted = jnp.sum(counts)
-    # position[row]: where the row goes so that rows that count come first, in their order; order is its inverse
+    # position[row] is the row's place when the rows that count are moved to the front, in order; `order` is its inverse.
     position = jnp.where(counts, jnp.cumsum(counts), num_counted + jnp.cumsum(~counts)) - 1
     order = jnp.zeros(labels.size, position.dtype)
     order = order.at[position].set(jnp.arange(labels.size, dtype=position.dtype), unique_indices=True)
@@ -214,9 +216,9 @@ def _over_chunks(static: StaticArgs, process_chunk: Callable, weight, *row_array
 
 
 def _chunk_sizes(static: StaticArgs, rows: int, hidden: int) -> tuple[int, int]:
-    """Returns the rows of a chunk, and of the parts of a last, incomplete chunk.
+    """Returns the number of rows of a chunk, and of the parts into which the last, incomplete chunk is divided.
 
-    The parts are quarters, or the whole chunk if quarters would be too small.
+    A part is a quarter of a chunk, or the whole chunk if a quarter would be too small.
     """
     limit = static.chunk_rows or max(hidden, -(-rows // MAX_CHUNKS))
     chunks = max(1, -(-rows // limit))
@@ -244,12 +246,12 @@ _LOSSES_AND_GRADIENTS = Pass(
 
 
 # ---- gradient ----------------------------------------------------------------------------------------------------------
-# Not a DifferentiableOp: the gradient is computed in the forward pass where possible, and its scale, for float16, depends on
-# all rows of all devices.
+# Not a DifferentiableOp, because the gradient is computed in the forward pass where possible, and because its scale, for
+# float16, depends on all rows of all devices.
 
 
 class _Gradient(NamedTuple):
-    """A gradient `array * factor`. The factor is 1, except that it keeps the largest element of a float16 array near 1."""
+    """A gradient array * factor. For float16, the factor keeps the array's largest element near 1; otherwise it is 1."""
 
     array: jax.Array
     factor: jax.Array | float
@@ -274,8 +276,8 @@ def _run_losses(static: StaticArgs, x, weight, bias, labels, class_weights) -> R
 def _run_losses_and_gradients(static: StaticArgs, x, weight, bias, scale, labels, class_weights):
     """Returns RowLosses, and the _Gradients of sum(scale * RowLosses.loss) for x, weight and bias (None without one).
 
-    The gradient of the logits is computed for scales of at most 1 and multiplied by the remaining factor afterwards, in
-    float32: the 1/N of a mean would push it below the smallest float16. The result's float16 elements stay near 1 until the
+    The scales are divided by the largest one, because the 1/N of a mean would push the gradient of float16 logits below the
+    smallest float16; the gradients are multiplied by it afterwards, in float32. Float16 gradients then stay near 1 until the
     backward pass multiplies by the cotangent, which includes the loss scale.
     """
     largest = jnp.max(jnp.abs(scale), initial=0)
@@ -291,7 +293,7 @@ def _run_losses_and_gradients(static: StaticArgs, x, weight, bias, scale, labels
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total_loss(static: StaticArgs, x, weight, bias, scale, labels, class_weights) -> tuple[jax.Array, RowLosses]:
-    """Returns sum(scale * RowLosses.loss) and RowLosses; computes the gradient in the forward pass."""
+    """Returns sum(scale * RowLosses.loss) and RowLosses. The forward pass computes the gradient."""
     losses = _run_losses(static, x, weight, bias, labels, class_weights)
     return jnp.sum(scale * losses.loss), losses
 
@@ -312,7 +314,7 @@ _total_loss.defvjp(_total_loss_forward, _total_loss_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _row_losses(static: StaticArgs, x, weight, bias, labels, class_weights) -> RowLosses:
-    """Returns RowLosses; computes the gradient in the backward pass, where each row has a cotangent of its own."""
+    """Returns RowLosses. The backward pass computes the gradient, because each row has its own cotangent."""
     return _run_losses(static, x, weight, bias, labels, class_weights)
 
 

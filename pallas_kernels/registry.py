@@ -1,7 +1,7 @@
 """One row per operation: its arguments, its formula, its kernels, and the shapes of real models.
 
-Tests, tuning and benchmarks read this table, so that a new operation is added in its own file, here and in `__init__`. The
-package itself does not import it.
+Tests, tuning and benchmarks read this table, so that adding an operation touches only its own file, this file and
+`__init__`. The package itself does not import it.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from pallas_kernels import shapes
 
 Sizes = Mapping[str, Any]  # axis name -> size; "..." -> sizes of the row axes
 
-# sizes of a small example; an operation may override them
+# The axis sizes of a small example; an operation may override them.
 SMALL: Sizes = {"...": (2,), "B": 1, "T": 3, "S": 6, "N": 4, "K": 2, "D": 8, "H": 8, "O": 8, "F": 8, "V": 8}
-SECTIONS = {8: (2, 1, 1), 32: (4, 6, 6), 128: (16, 24, 24)}  # of mrope, by head size
+SECTIONS = {8: (2, 1, 1), 32: (4, 6, 6), 128: (16, 24, 24)}  # head size -> sections of mrope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel whose block sizes are tuned. It is called as run(*operands, interpret=..., blocks=...)."""
+    """A kernel whose block sizes are tuned, called as run(*operands, interpret=..., blocks=...)."""
 
-    name: str  # in tuned/*.json
+    name: str  # its name in tuned/*.json
     run: Callable[..., Any]
     operands: Mapping[str, Argument]
     shapes: Sequence[tuple[int, int]]  # (rows, width) of real models
-    sizes: Callable[[int, int], Sizes]  # of the axes, for (rows, width)
-    uncached: str | None = None  # operand that no cache holds when the kernel runs: the weight, in decoding
+    sizes: Callable[[int, int], Sizes]  # (rows, width) -> axis sizes
+    uncached: str | None = None  # the operand to time outside all caches: in decoding, the weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +82,25 @@ class Operation:
     family: str  # "norm", "activation", "rope", "loss", "attention" or "decode"
     function: Callable[..., Any]
     arguments: Mapping[str, Argument]
-    formula: Callable[..., Any]  # of the same arguments and options, in plain jnp: the reference of the tests
-    differentiable: tuple[str, ...] = ()  # the first arguments
+    formula: Callable[..., Any]  # plain jnp with the same arguments and options: the reference of the tests
+    differentiable: tuple[str, ...] = ()  # the arguments that have a gradient, which come first
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # name -> options
     small: Mapping[str, int] = dataclasses.field(default_factory=dict)  # sizes that differ from SMALL
     shapes: Sequence[tuple[tuple[int, ...], int]] = ()  # (rows, width) of real models
     kernels: Sequence[Kernel] = ()
 
     def sizes(self, rows: Sequence[int], width: int) -> Sizes:
-        """Returns the axis sizes for row axes `rows` (or batch and tokens) and rows of `width` numbers."""
+        """Returns the axis sizes for rows of `width` numbers; `rows` has the sizes of the row axes, or batch and tokens."""
         return {**SMALL, **self.small, "...": tuple(rows), "B": rows[0], "T": rows[-1], "D": width, "V": width}
 
     def example(self, sizes: Sizes | None = None, dtype: Any = "float32", seed: int = 0) -> list[jax.Array]:
-        """Returns random arguments, the floating ones in `dtype`; by default small ones."""
+        """Returns random arguments for the sizes of the axes (None: small ones), with floating ones in `dtype`."""
         rng = np.random.default_rng(seed)
         arrays = [argument.draw(rng, sizes or {**SMALL, **self.small}) for argument in self.arguments.values()]
         return [jnp.asarray(x, dtype if np.issubdtype(x.dtype, np.floating) else x.dtype) for x in arrays]
 
 
-# ---- formulas, as a textbook has them: arithmetic in at least float32, results in the dtype of the inputs ---------------
+# ---- formulas as in a textbook: arithmetic in at least float32, results in the dtype of the inputs -----------------------
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -150,8 +150,8 @@ def _rope(q, k, cos, sin):
 
 
 def _mrope(q, k, cos, sin, *, sections=None):
-    position = np.repeat(np.arange(3), sections or SECTIONS[q.shape[-1]])  # of each frequency
-    cos, sin = (jnp.stack([t[p, :, :, i] for i, p in enumerate(position)], axis=-1) for t in (cos, sin))
+    positions = np.repeat(np.arange(3), sections or SECTIONS[q.shape[-1]])  # which position each frequency uses
+    cos, sin = (jnp.stack([t[p, :, :, i] for i, p in enumerate(positions)], axis=-1) for t in (cos, sin))
     return _rope(q, k, cos, sin)
 
 
@@ -204,7 +204,7 @@ def _linear_add(x, weight, residual):
 
 
 def mrope_by_width(q, k, cos, sin, *, implementation=None):
-    """Calls mrope with the sections of SECTIONS."""
+    """Computes mrope with the sections that SECTIONS has for the head size."""
     return pk.mrope(q, k, cos, sin, SECTIONS[2 * cos.shape[-1]], implementation=implementation)
 
 
@@ -229,12 +229,12 @@ def _of_rows(rows: int, width: int) -> Sizes:
 
 def _row_kernels(name: str, module: str, static: tuple, kernel_shapes: Sequence[tuple[int, int]]) -> list[Kernel]:
     """Returns the forward and the backward kernel of an operation over rows, with the operands that its passes declare."""
-    of_op = _module(module)
-    passes = {"forward": of_op._OPERATION.forward, "backward": of_op._OPERATION.backward}
+    op_module = _module(module)
+    passes = {"forward": op_module._OPERATION.forward, "backward": op_module._OPERATION.backward}
     return [
         Kernel(
             f"{name}_{direction}",
-            functools.partial(getattr(of_op, f"{direction}_kernel"), of_op.StaticArgs(*static)),
+            functools.partial(getattr(op_module, f"{direction}_kernel"), op_module.StaticArgs(*static)),
             {
                 operand: Argument(axes, "statistic" if axes == "G ..." else "normal")
                 for operand, axes in operation_pass.operands.items()
@@ -271,7 +271,7 @@ def _loss_kernel(name: str, function: str, *statistics: str) -> Kernel:
 
 
 def _decode_kernel(name: str, operands: Mapping[str, str], kernel_shapes: Sequence[tuple[int, int]]) -> Kernel:
-    """Returns the kernel for one row: O outputs, summed over H inputs."""
+    """Returns a kernel for one row, which computes O outputs as sums over H inputs."""
     decode = _module("decode_linear")
     eps = 1e-6 if "norm_weight" in operands else None
     run = functools.partial(getattr(decode, f"{name}_kernel"), decode.StaticArgs(eps, "triton", "triton"))
@@ -325,7 +325,7 @@ _TABLE = (
         _swiglu,
         ("gate", "up"),
         shapes=[((4, 2048), text.intermediate) for text in _TEXT],
-        kernels=_row_kernels("gate", "activations", ("silu", "triton"), _GATES),  # measured for all activations
+        kernels=_row_kernels("gate", "activations", ("silu", "triton"), _GATES),  # used for all activations
     ),
     Operation(
         "geglu",

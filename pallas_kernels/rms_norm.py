@@ -30,13 +30,13 @@ def rms_norm(
         weight: [D], float.
         eps: added to the mean square.
         offset: added to the weight; 1.0 for models that store weight - 1.
-        casting: where values are rounded to x's dtype. "llama": before the product with the weight, and in the result;
-            "gemma": in the result only; "none": after every step. Sums are float32 in all three.
+        casting: where values are rounded to x's dtype. "llama": before the product with the weight and in the result;
+            "gemma": only in the result; "none": after every step. Sums are float32 in all three.
         implementation: None, "triton", "xla" or "interpret".
 
     Returns:
-        [..., D] in x's dtype. The backward pass saves x, weight and one float32 per row. The gradient is that of the formula
-        without rounding, in float32; the gradient of weight is summed in the same order every time.
+        [..., D] in x's dtype. The backward pass saves x, weight and one float32 per row. It computes the gradient of the
+        formula without rounding, in float32, and always sums the gradient of weight in the same order.
 
     Raises:
         ValueError: weight is not [D], a dtype is not floating, casting or implementation is unknown, or a kernel is
@@ -76,7 +76,7 @@ def forward_xla(static: StaticArgs, x: jax.Array, weight: jax.Array) -> tuple[ja
     finfo = jnp.finfo(x.dtype)
 
     def round_if(to_dtype_of_x: bool, value: jax.Array) -> jax.Array:
-        # not a pair of casts: XLA removes those
+        # reduce_precision instead of a pair of casts, which XLA would remove
         return jax.lax.reduce_precision(value, finfo.nexp, finfo.nmant) if to_dtype_of_x else value
 
     every_step, before_weight = static.casting == "none", static.casting != "gemma"

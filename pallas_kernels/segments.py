@@ -11,20 +11,20 @@ MIN_SLOTS = 2  # with a single slot, cuDNN treats the row as one unpacked sequen
 
 
 class Segments(NamedTuple):
-    """The position of the segments in each row, as returned by `find_segments`."""
+    """The start and length of each segment in each row, as returned by `find_segments`. M is the number of slots."""
 
-    ids: jax.Array  # [B, T] int32: 1, 2, ... in the order of the row; 0 is padding
+    ids: jax.Array  # [B, T] int32: 1, 2, ... from left to right; 0 is padding
     starts: jax.Array  # [B, M] int32: the first token of each segment; -1 in unused slots
     lengths: jax.Array  # [B, M] int32: its number of tokens; -1 in unused slots
 
 
 def find_segments(segment_ids: jax.Array, max_segments: int) -> Segments:
-    """Computes the start and length of each segment, once for many calls of `attention` (such as the layers of a model).
+    """Computes the start and length of each segment, once for many calls of `attention`, such as those of a model's layers.
 
     Args:
         segment_ids: [B, T], int; 0 is padding. The tokens of a segment are contiguous.
-        max_segments: an upper bound on the segments of a row, padding aside. If a row has more, cuDNN gives NaN for the
-            tokens of the excess segments; the other implementations are correct for any number.
+        max_segments: an upper bound on the segments of a row, not counting padding. If a row has more, cuDNN gives NaN for
+            the tokens of the excess segments; the other implementations remain correct.
 
     Returns:
         Segments, which `attention` accepts in place of `segment_ids`.

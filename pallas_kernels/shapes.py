@@ -1,4 +1,4 @@
-"""The sizes of Qwen2-VL, as a plain list, for tests, tuning and benchmarks."""
+"""The sizes of the Qwen2-VL models, for tests, tuning and benchmarks."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ TEXT = {
 
 @dataclasses.dataclass(frozen=True)
 class VisionSizes:
-    """The sizes of the vision tower, which all models share."""
+    """The sizes of the vision tower, which are the same in all models."""
 
     embed: int = 1280
     intermediate: int = 5120

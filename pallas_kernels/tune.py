@@ -1,4 +1,4 @@
-"""Times the candidate block sizes of each kernel at the models' shapes and saves the fastest, for this machine's GPU.
+"""Times the candidate block sizes of each kernel at the models' shapes on this machine's GPU, and saves the fastest.
 
 python -m pallas_kernels.tune [kernel ...]
 """
@@ -26,7 +26,7 @@ PAST_ALL_CACHES = 200_000_000  # bytes
 def random_operands(kernel: Kernel, rows: int, width: int) -> list[Any]:
     """Returns random operands, bfloat16 except for tables, statistics and labels.
 
-    The operand that is to be in no cache is a tuple of as many arrays as fill the caches, one for each call.
+    The operand `kernel.uncached` is a tuple of arrays, one for each call, that together exceed all caches.
     """
     sizes = kernel.sizes(rows, width)
     keys = jax.random.split(jax.random.key(0), len(kernel.operands))
@@ -50,7 +50,7 @@ def _random(argument: Argument, key: jax.Array, sizes: Sizes) -> jax.Array:
 
 
 def run_uncached(kernel: Kernel, *operands: Any, **options: Any) -> list[Any]:
-    """Runs a kernel once for each array of its uncached operand, one call after the other."""
+    """Returns the results of a kernel for each array of its uncached operand, computed one after the other."""
     names = list(kernel.operands)
     uncached = names.index(kernel.uncached or "")
     run = jax.jit(functools.partial(kernel.run, **options))  # traced once for all arrays
@@ -72,7 +72,7 @@ def microseconds(program, *args) -> float:
 
 
 def tune(name: str, rows: int, width: int) -> dict[str, Any]:
-    """Times every candidate of one kernel at one shape, in bfloat16; returns the entry for the file."""
+    """Times every candidate of one kernel at one shape, in bfloat16. Returns the entry for the file."""
     kernel = KERNELS[name]
     operands = random_operands(kernel, rows, width)
     candidates = list(_tuning.candidates(name, width=width))
@@ -92,12 +92,12 @@ def tune(name: str, rows: int, width: int) -> dict[str, Any]:
 
 
 def main(names: Sequence[str] = ()) -> None:
-    """Tunes the named kernels, or all, for this machine's GPU and updates its file; entries of other kernels are kept."""
+    """Tunes the named kernels, by default all, for this machine's GPU. Keeps the entries of other kernels in its file."""
     kind = _tuning.device_kind()
     if kind is None:
-        raise SystemExit("pallas_kernels.tune: no GPU found; run it on the device to tune for")
+        raise SystemExit("pallas_kernels.tune: device is not a GPU; expected the GPU to tune for")
     if unknown := set(names) - set(KERNELS):
-        raise SystemExit(f"pallas_kernels.tune: unknown kernels {sorted(unknown)}; expected any of {list(KERNELS)}")
+        raise SystemExit(f"pallas_kernels.tune: kernels are {sorted(unknown)}; expected any of {list(KERNELS)}")
     file = _tuning.file_of(kind)
     entries = json.loads(file.read_text()) if file.exists() else []
     file.parent.mkdir(exist_ok=True)
