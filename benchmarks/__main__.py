@@ -19,7 +19,7 @@ def main() -> None:
         benchmark = tyro.cli(
             Ops | Train | Generate | Start | Convergence | Tables,
             prog="python -m benchmarks",
-            description="Measures liger-jax and other packages on the GPU at hand, and writes tables of the results.",
+            description="Measures liger-jax and other packages on this machine's GPU, and writes tables of the results.",
         )
         print(benchmark.run())
     except UserError as error:

@@ -1,6 +1,6 @@
-"""The cases of `python -m benchmarks ops`: an operation, its inputs at a model's shapes, and its options.
+"""The cases of `python -m benchmarks ops`: operations with inputs at the models' shapes, and options.
 
-Nothing here uses a device, so that the process that measures the torch packages can read the same cases.
+This module uses no device, so that the process that measures the torch packages can read the same cases.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from liger_jax.errors import UserError
 from pallas_kernels import shapes
 from pallas_kernels.registry import OPERATIONS
 
-IMAGES = (4096, 2664, 2304, 1600, 1296, 1024, 1024, 784, 576, 484, 340, 192)  # patches of each image; 16384 together
+IMAGES = (4096, 2664, 2304, 1600, 1296, 1024, 1024, 784, 576, 484, 340, 192)  # patches of each image; 16384 in total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Case:
     make_constants: Callable[[np.random.Generator], dict[str, np.ndarray]] = lambda rng: {}
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     excluded: tuple[str, ...] = ()
-    """Implementations that cannot compute this case, or not within the GPU's memory."""
+    """Implementations that do not support this case, or that would run out of GPU memory."""
     decoding: bool = False
-    """An operation of decoding: it has no gradient, and is timed on inputs that are in no cache."""
+    """Whether the operation is for decoding. It then has no gradient and is timed on inputs that are in no cache."""
 
     @property
     def name(self) -> str:
@@ -63,12 +63,12 @@ class Case:
 
 
 def make_arrays(op: str, sizes: dict[str, Any], **scales: float) -> dict[str, Normal]:
-    """Returns the inputs of an operation that have a gradient; of a decoding operation, which has none, all inputs.
+    """Returns the inputs of an operation that have a gradient, or all inputs of a decoding operation, which has no gradient.
 
     Args:
         op: a name in the registry, which has the axes of each argument.
         sizes: the size of each axis.
-        scales: standard deviations that differ from 1, or from 0.2 for a vector of weights.
+        scales: standard deviations by name; by default 0.2 for a vector of weights and 1 for other inputs.
     """
     operation = OPERATIONS[op]
     arrays = {}
@@ -87,7 +87,7 @@ def row_case(op: str, rows: int, width: int) -> Case:
 def rope_case(
     batch: int, tokens: int, heads: int, kv_heads: int, dim: int, sections: Sequence[int] | None = None
 ) -> Case:
-    """Returns a case of mrope with sections, of rope without."""
+    """Returns a case of mrope if there are sections, else of rope."""
     op = "mrope" if sections else "rope"
     sizes = {"B": batch, "T": tokens, "N": heads, "K": kv_heads, "D": dim}
 
@@ -107,9 +107,9 @@ def _labels(rows: int, vocab: int, ignored: float, rng: np.random.Generator) -> 
 def loss_case(
     op: str, rows: int, hidden: int, vocab: int, ignored: float = 0.0, excluded: tuple[str, ...] = ()
 ) -> Case:
-    """Returns a case of cross_entropy (which has no `hidden`) or linear_cross_entropy.
+    """Returns a case of linear_cross_entropy or of cross_entropy, which ignores `hidden`.
 
-    `ignored`: the share of labels that are ignore_index.
+    `ignored` is the share of labels that are ignore_index.
     """
     axes = [rows, vocab] if op == "cross_entropy" else [rows, hidden, vocab]
     size = " x ".join(map(str, axes)) + (f", {ignored:.0%} of the labels ignored" if ignored else "")
@@ -181,7 +181,7 @@ CASES: tuple[Case, ...] = (
     ),
     rope_case(4, 4096, _VISION.heads, _VISION.heads, _VISION.head_dim),
     *registered_row_cases("activation"),
-    row_case("geglu", 8192, _TEXT["2b"].intermediate),  # no model here uses it
+    row_case("geglu", 8192, _TEXT["2b"].intermediate),  # no supported model uses it
     loss_case("cross_entropy", 8192, 0, _TEXT["2b"].vocab),
     loss_case("linear_cross_entropy", 8192, 1536, 151_936),
     loss_case("linear_cross_entropy", 8192, 1536, 151_936, ignored=0.7, excluded=("tokamax",)),
@@ -224,7 +224,7 @@ def sweep() -> list[tuple[str, int, Case]]:
 
 
 def choose(only: Sequence[str], cases: Sequence[Case]) -> list[Case]:
-    """Returns the cases whose operation or name is in `only`; all cases if it is empty.
+    """Returns the cases whose operation or name is in `only`, or all cases if `only` is empty.
 
     Raises:
         UserError: a name in `only` is neither an operation nor a case.

@@ -1,10 +1,10 @@
-"""`python -m benchmarks convergence`: whether training follows transformers, on the same weights, batches and AdamW.
+"""`python -m benchmarks convergence`: compares training with transformers, on the same weights and batches with AdamW.
 
 A model of four layers per tower with the real vocabulary of 151936 learns the demo's questions about images of several
 sizes: with this project's kernels and linear cross-entropy, and with transformers and torch.optim.AdamW, in float32 and in
-bfloat16. The curves are compared as means over WINDOW steps. The learning rate rises and falls as in `liger-jax finetune`:
-held at its peak, it amplifies rounding differences a thousandfold every hundred steps, in float32 too, and the curves
-diverge as those of one program do that sums in another order.
+bfloat16. The curves are compared as means over WINDOW steps. The learning rate rises and falls as in `liger-jax finetune`.
+At a constant peak rate, rounding differences grow a thousandfold every hundred steps, even in float32: the curves then
+diverge, just as those of two programs that differ only in the order of their sums.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ from liger_jax.train.optimizer import warmup_cosine
 try:
     import torch
     import transformers
-except ModuleNotFoundError:  # `python -m benchmarks` imports this module for its options
+except ModuleNotFoundError:  # `python -m benchmarks` imports this module for its options even without torch
     torch = None
 
 WINDOW = 20
-PEAK, WARMUP = 2e-4, 0.05  # learning rate; share of the steps that warm up to it
+PEAK, WARMUP = 2e-4, 0.05  # peak learning rate; share of the steps that warm up to it
 ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 DTYPES = ("float32", "bfloat16")
 
@@ -60,7 +60,7 @@ class Convergence:
     def run(self) -> Path:
         if torch is None:
             raise UserError("torch is not installed; expected the extra `parity`")
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch uses the same GPU's memory
         torch.backends.cuda.matmul.allow_tf32 = False
         jax.config.update("jax_default_matmul_precision", "highest")
         curves = train_all(self.steps, self.rows)
@@ -156,7 +156,7 @@ def smooth(losses: list[float]) -> np.ndarray:
 
 
 def compare(curves: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Returns the largest distances of the smoothed curves: to transformers, and between the dtypes of each package."""
+    """Returns the largest distances of the smoothed curves: from transformers, and between the dtypes of each package."""
     liger_jax, transformers = (
         {dtype: smooth(losses) for dtype, losses in curves[package].items()} for package in ("ours", "theirs")
     )

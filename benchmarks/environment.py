@@ -25,13 +25,13 @@ def device_kind() -> str:
 
 
 def check_for_gpu() -> None:
-    """Raises UserError without a GPU. Looks in a child process, so that this process does not reserve GPU memory."""
+    """Raises UserError without a GPU. Checks in a child process, so that this process does not reserve GPU memory."""
     if subprocess.run([sys.executable, "-c", "import jax; jax.devices('gpu')"], capture_output=True).returncode:
         raise UserError(NO_GPU)
 
 
 def file_name(prefix: str, device: str) -> str:
-    """Returns the name of a results file of one device, without its suffix.
+    """Returns the name of a device's results file, without its suffix.
 
     Example:
         >>> file_name("ops", "NVIDIA H200")
@@ -52,7 +52,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the type and the first line of an error, short enough for a table."""
+    """Returns the type and the first line of an error, cut to 300 characters."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]

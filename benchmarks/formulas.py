@@ -1,7 +1,7 @@
-"""The operations' formulas in plain JAX, written as a training script without fused operations writes them.
+"""The operations' formulas in plain JAX, written as in a training script without fused operations.
 
-jitted, they are the "jnp" implementation of `python -m benchmarks ops`; in float32 they are the reference for its errors. An
-operation without a formula here uses that of pallas_kernels/registry.py.
+Jitted, they are the "jnp" implementation of `python -m benchmarks ops`; in float32, they are the reference for its errors.
+An operation without a formula here uses that of pallas_kernels/registry.py.
 """
 
 import jax
@@ -72,7 +72,7 @@ def linear_cross_entropy(x, weight, labels):
 
 
 def linear_cross_entropy_in_chunks(x, weight, labels, rows=4096):
-    """Computes the same loss `rows` rows at a time and recomputes them in the backward pass: float32 fits at every size."""
+    """Computes the same loss in chunks that the backward pass recomputes, so that float32 fits in memory at every size."""
 
     def chunk_sum(chunk):
         x, labels = chunk
@@ -83,7 +83,7 @@ def linear_cross_entropy_in_chunks(x, weight, labels, rows=4096):
 
 
 def attention(q, k, v, *, causal=False, segment_ids=None, **_):
-    """Computes one batch entry and key head at a time, so that only their scores are in memory."""
+    """Computes one batch entry and key head at a time, so that only their scores are held in memory."""
     (batch, tokens, _, dim), kv_heads = q.shape, k.shape[2]
     ids = jnp.ones((batch, tokens), jnp.int32) if segment_ids is None else segment_ids
     positions = jnp.arange(tokens)

@@ -1,6 +1,6 @@
-"""`python -m benchmarks generate`: decoding with a model of real size, next to transformers.
+"""`python -m benchmarks generate`: generation with a model of real size, compared with transformers.
 
-The time of a new token is the difference between generating 128 tokens and one, divided by 127.
+The time per token is the difference between the times for 128 tokens and for one, divided by 127.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ class Generate:
     rows: tuple[int, ...] = (1, 16)
     """Batch sizes. Each is one measurement."""
     peers: bool = True
-    """Also measure transformers with a dynamic and a static cache, on the same weights and prompts, if torch is installed.
+    """Also measure transformers with a dynamic and a static cache on the same weights and prompts, if torch is installed.
     Ignored with --length."""
     length: int | None = None
-    """Tokens of prompt and answer together, instead of a prompt of 2048; at most the model's 32768 positions."""
+    """Tokens of prompt and answer together, at most the model's 32768 positions; by default, the prompt has 2048 tokens."""
     results: Path = RESULTS
     """Folder of the result files."""
 

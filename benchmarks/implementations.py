@@ -1,4 +1,4 @@
-"""Every implementation of a case that runs on JAX: ours, plain XLA, cuDNN through JAX, and tokamax."""
+"""The implementations of a case that run on JAX: ours, plain XLA, cuDNN through JAX, and tokamax."""
 
 import functools
 import sys
@@ -11,15 +11,15 @@ import pallas_kernels
 from benchmarks.cases import Case
 from benchmarks.formulas import FORMULAS
 
-# Operations whose implementation=None is XLA. Their kernel is measured under its own name, "kernel".
+# Operations whose implementation=None is XLA. Their kernel is measured as "kernel".
 XLA_BY_DEFAULT = ("swiglu", "geglu", "quick_gelu", "rope", "mrope")
 
 
 def jax_implementations(case: Case, peers: bool = True) -> dict[str, Callable]:
-    """Returns {name: f(**arrays, **constants)} of everything that runs on JAX and computes this case."""
+    """Returns {name: f(**arrays, **constants)} for every JAX implementation of this case."""
     backends = {"ours": None} | ({"kernel": "triton"} if case.op in XLA_BY_DEFAULT else {"xla": "xla"})
     if case.decoding:
-        del backends["xla"]  # the same formula as jnp's
+        del backends["xla"]  # the same formula as "jnp"
     functions = {name: functools.partial(_ours, case.op, backend) for name, backend in backends.items()}
     functions |= {"cudnn": _cudnn_attention} if case.op == "attention" else {"jnp": FORMULAS[case.op]}
     if peers and case.op in TOKAMAX:
@@ -43,7 +43,7 @@ def _cudnn_attention(q, k, v, *, causal=False, lengths=None, **_):
 
 
 def _tokamax():
-    # tokamax imports a profiling package that it does not install; only reports that are not made here use it
+    # tokamax imports a profiling package that it does not install, for reports that are not made here.
     reports = types.ModuleType("xprof.cli.tools")
     reports.get_kernel_stats_tool = None
     sys.modules.setdefault(reports.__name__, reports)

@@ -1,9 +1,9 @@
-"""The batches of `python -m benchmarks train --mixed`: conversations with images of many sizes, packed as a run packs them.
+"""The batches of `python -m benchmarks train --mixed`: conversations with images of many sizes, packed as in a training run.
 
-They have the shapes of the uniform sequences in benchmarks/work.py (2048 tokens and 4096 patches per sequence) and as many
-patches per text token. They add what a run on real images adds: several conversations and images per sequence, hence
-segments in both attentions, and padding where packing leaves gaps. Rates count tokens without padding. Small images need
-less attention than one of 64 x 64 patches, so the share of the GPU's FLOP/s (`liger_jax.train.flops`) is reported as well.
+They have the shapes of the uniform sequences in benchmarks/work.py (2048 tokens and 4096 patches per sequence) and the same
+ratio of patches to text tokens. As in a run on real images, a sequence has several conversations and images, so that both
+attentions have segments, and padding where packing leaves gaps. Rates do not count padding. Small images need less attention
+than one of 64 x 64 patches, so model FLOPs utilisation (`liger_jax.train.flops`) is the fairer comparison.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from liger_jax.inputs.images import smart_resize
 from liger_jax.options import Batching
 
 CONVERSATIONS = 1000
-SIDES = (224, 1344)  # pixels; drawn uniformly in the logarithm
-TEXT = (0.8, 1.2)  # text tokens per image token
-ANSWER = 0.6  # share of the text; 30 % of all tokens are trained
+SIDES = (224, 1344)  # range of an image's sides in pixels; drawn log-uniformly
+TEXT = (0.8, 1.2)  # range of text tokens per image token
+ANSWER = 0.6  # share of the text that is the answer, so that 30 % of all tokens are trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def make_conversations(config: Qwen2VLConfig) -> list[Conversation]:
 
 @dataclasses.dataclass(frozen=True)
 class RandomProcessor:
-    """Stands in for a `Processor`: random tokens and pixels instead of texts and files."""
+    """A substitute for `Processor` that returns random tokens and pixels."""
 
     config: Qwen2VLConfig
 
@@ -80,7 +80,7 @@ class RandomProcessor:
 
 
 def mixed_batches(config: Qwen2VLConfig, batch_size: int, count: int) -> list[Batch]:
-    """Returns `count` different batches of one shape."""
+    """Returns `count` different batches of the same shape."""
     batching = Batching(batch_size=batch_size, pack_length=work.LENGTH, patches=int(np.prod(work.GRID)))
     dataset = make_dataset(RandomProcessor(config), config, make_conversations(config), batching)
     return [dataset(step) for step in range(count)]

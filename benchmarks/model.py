@@ -1,8 +1,7 @@
 """The common part of `python -m benchmarks train | generate`: a model of real size, its peers, and the file of results.
 
-Ours and transformers get the same checkpoint, which transformers writes with random weights, and the same arrays. A case
-that transformers is not compared in (packed images of many sizes, LoRA, master weights, long prompts) is measured alone, on
-weights made here.
+liger-jax and transformers get the same arrays and the same checkpoint, which transformers writes with random weights. Cases
+without a peer (packed images of many sizes, LoRA, master weights, long prompts) use random weights made by liger-jax.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ PEER_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A benchmark of a model: which one, at which batch sizes, next to which peers."""
+    """A benchmark of a model at several batch sizes, with or without peers."""
 
     benchmark: str
     """"train", "train mixed" or "generate"."""
@@ -48,10 +47,10 @@ class ModelCase:
     directory: Path
     """Folder of model.json."""
     labels: dict = dataclasses.field(default_factory=dict)
-    """Fields that tell the case from others of the same benchmark."""
+    """Fields that distinguish the case from others of the same benchmark."""
     peers: bool = False
     fsdp: int | None = None
-    """GPUs to shard over; None for one GPU without a mesh."""
+    """Number of GPUs to shard over; None for one GPU without a mesh."""
     consumes_model: bool = False
     """Whether a measurement donates the model's arrays, so that the next one needs a new model."""
 
@@ -65,12 +64,12 @@ class ModelCase:
             "versions": versions_of(PACKAGES),
         }
         with peer_checkpoint(self.size, self.peers) as checkpoint:
-            # the peers run first, while JAX has not yet reserved the GPU's memory
+            # The peers run first, while JAX has not yet reserved the GPU's memory.
             losses = _run_peers(self.benchmark, checkpoint, self.batch_sizes, file) if checkpoint else {}
             common["device"] = device_kind()
             mesh = jax.make_mesh((self.fsdp,), ("fsdp",)) if self.fsdp else None
             model = None
-            for batch_size in sorted(self.batch_sizes):  # the memory's peak is the process's, so the largest comes last
+            for batch_size in sorted(self.batch_sizes):  # peak memory is that of the process, so the largest comes last
                 if model is None and checkpoint:
                     model, conversion = load(checkpoint, mesh)
                     if batch_size == min(self.batch_sizes):
@@ -82,7 +81,7 @@ class ModelCase:
                     result = measure(model, batch_size)
                 except Exception as error:
                     print(summary({**case, "error": first_line(error)}), flush=True)
-                    break  # a larger batch would fail as well
+                    break  # a larger batch would also fail
                 record_result(file, {**case, **result})
                 _compare_losses(result.get("losses", []), losses.get(batch_size, []))
                 if self.consumes_model:
@@ -101,7 +100,7 @@ def _compare_losses(losses: Sequence[float], peer_losses: Sequence[float]) -> No
 
 
 class HostMemory:
-    """Measures how far this process's resident memory rises above its start while the block runs, in bytes."""
+    """Measures by how many bytes this process's resident memory rises while the block runs, in `above_start`."""
 
     def __enter__(self):
         self.start = self.peak = self.resident()
@@ -133,7 +132,7 @@ def device_peak() -> float:
 
 def load(checkpoint: Path, mesh) -> tuple[Qwen2VL, dict]:
     """Returns the converted checkpoint, and the time and host memory of the conversion."""
-    # the first program sets up the device, which takes gigabytes of host memory that are not the conversion's
+    # The first program sets up the device, which takes gigabytes of host memory that do not belong to the conversion.
     jax.block_until_ready(jax.jit(lambda: 0)())
     start = time.perf_counter()
     with HostMemory() as host:
@@ -163,7 +162,7 @@ def peer_checkpoint(size: str, peers: bool) -> Iterator[Path | None]:
 
 
 def _run_peers(benchmark: str, checkpoint: Path, batch_sizes: Sequence[int], file: Path) -> dict[int, list[float]]:
-    """Measures transformers in processes of its own, so that each has all memory. Returns its losses by batch size."""
+    """Measures transformers in separate processes, so that each has all GPU memory. Returns the losses by batch size."""
     losses: dict[int, list[float]] = {}
     for options in PEER_OPTIONS[benchmark]:
         for batch_size in batch_sizes:

@@ -1,8 +1,8 @@
-"""`python -m benchmarks ops`: kernel time, memory and errors of each operation, with those of other packages.
+"""`python -m benchmarks ops`: kernel time, memory and errors of each operation, compared with other packages.
 
 The peers are jitted jnp, cuDNN and tokamax in this process, and Liger-Kernel, torch and cut-cross-entropy in another
 (benchmarks/peers.py). "copy" is a program that only reads and writes as many bytes. Operations with a gradient are timed
-forward, and forward with all gradients; operations of decoding forward, one after the other on many inputs.
+both forward and forward + backward. Decoding operations are timed forward, one call after the other on different inputs.
 """
 
 import dataclasses
@@ -30,30 +30,30 @@ MEMORY_BOUND = ("norm", "activation", "rope")  # families of operations that are
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """Measures the operations of pallas_kernels next to jitted jnp, cuDNN and other packages.
+    """Compares the operations of pallas_kernels with jitted jnp, cuDNN and other packages.
 
-    Measures kernel times, memory and errors, and rewrites ops_<device>.json after each case. A case that is already in the
-    file is replaced, so a benchmark can be run in parts.
+    Measures kernel times, memory and errors, and rewrites ops_<device>.json after each case. A case replaces its earlier
+    result in the file, so a benchmark can be run in parts.
     """
 
     only: tuple[str, ...] = ()
-    """Operations, or single cases by name. By default all."""
+    """Names of operations or of single cases; by default all."""
     peers: bool = True
-    """Also measure other packages: Liger-Kernel, torch and cut-cross-entropy in their own process, and tokamax."""
+    """Also measure other packages: tokamax, and in a separate process Liger-Kernel, torch and cut-cross-entropy."""
     sweep: bool = False
-    """Measure from few rows to many instead, against jitted jnp only. Writes ops_sweep_<device>.json, a table and a plot."""
+    """Instead, compare only with jitted jnp, from few rows to many. Writes ops_sweep_<device>.json, a table and a plot."""
     results: Path = RESULTS
     """Folder of the result files."""
 
     def run(self) -> Path:
-        # the profiler cannot see kernels inside CUDA graphs
+        # The profiler cannot see kernels inside CUDA graphs.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
         return _run_sweep(self.only, self.results) if self.sweep else _run(self.only, self.peers, self.results)
 
 
 def _run(only: Sequence[str], peers: bool, directory: Path) -> Path:
     chosen = cases.choose(only, cases.CASES)
-    if peers:  # first, while JAX has not yet reserved the GPU's memory
+    if peers:  # they run first, while JAX has not yet reserved the GPU's memory
         _run_torch_peers(chosen, directory)
     results = OpsResults(directory, "ops", device_kind(), cases.CASES)
     versions = versions_of((*PACKAGES, "tokamax") if peers else PACKAGES)
@@ -67,15 +67,15 @@ def _run(only: Sequence[str], peers: bool, directory: Path) -> Path:
 
 
 def _run_torch_peers(chosen: Sequence[Case], directory: Path) -> None:
-    """Measures the packages that run on torch in another process: only one profiler can trace a process."""
+    """Measures the packages that run on torch, in another process, because only one profiler can trace a process."""
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed; its packages are not measured", flush=True)
         return
-    by_name = {case.name: case for case in chosen if not case.decoding}  # torch has no equivalent of the others
+    by_name = {case.name: case for case in chosen if not case.decoding}  # decoding operations have no torch peers
     if not by_name:
         return
     command = [sys.executable, "-m", "benchmarks.peers", *by_name]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # while that process runs, the GPU is torch's
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # leaves the GPU to torch
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for text in process.stdout or ():
             if not text.startswith('{"case"'):  # printed by another package
@@ -86,7 +86,7 @@ def _run_torch_peers(chosen: Sequence[Case], directory: Path) -> None:
             results.add(case, report["versions"], report["results"])
             print(summary(case, report["results"]), flush=True)
     if process.returncode:
-        print(f"the peers ended with exit status {process.returncode}; their results so far are kept", flush=True)
+        print(f"the peers exited with status {process.returncode}; their results so far are kept", flush=True)
 
 
 def _run_sweep(only: Sequence[str], directory: Path) -> Path:
@@ -119,7 +119,7 @@ class OpsResults:
         )
 
     def add(self, case: Case, versions: dict[str, str], measured: dict[str, dict], **labels) -> None:
-        """Replaces the results of the implementations in `measured`. Keeps earlier results of the others."""
+        """Replaces the results of the implementations in `measured`, keeps earlier results of others, writes the file."""
         known = self.entries.get(case.name, {"versions": {}, "results": {}})
         self.entries[case.name] = {
             "op": case.op,

@@ -1,4 +1,4 @@
-"""A training step and generation by transformers, with or without Liger's kernels: the peer in benchmarks/model.py.
+"""Measures training and generation with transformers, with or without Liger's kernels, as the peer of benchmarks/model.py.
 
 python -m benchmarks.peer_model write 2b FOLDER           # a checkpoint with random weights, in the hub's layout
 python -m benchmarks.peer_model train FOLDER 4 --liger    # prints one line of JSON per batch size
@@ -19,7 +19,7 @@ from liger_jax import Qwen2VLConfig
 try:
     import torch
     import transformers
-except ModuleNotFoundError:  # the module can be imported without torch, to check it
+except ModuleNotFoundError:  # the tests also import this module without torch
     torch = None
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         command.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
     args = parser.parse_args()
     if torch is None:
-        sys.exit("benchmarks.peer_model: torch is not installed")
+        sys.exit("benchmarks.peer_model: torch is not installed; expected the extra `bench`")
     if args.command == "write":
         return write(args.size, args.checkpoint)
 

@@ -1,9 +1,9 @@
-"""The cases of `python -m benchmarks ops` on torch: Liger-Kernel, torch eager and compiled, cut-cross-entropy.
+"""The peers of `python -m benchmarks ops` on torch: Liger-Kernel, torch eager and compiled, and cut-cross-entropy.
 
 python -m benchmarks.peers [CASE ...]        # prints one line of JSON per case, as soon as it is measured
 
-Times are kernel times, as in benchmarks/timing.py. Every run gets copies of its inputs, made before its kernels are timed,
-since some of these functions overwrite their inputs. Values are compared with the same formula in float32.
+Times are kernel times, as in benchmarks/timing.py. Some of these functions overwrite their inputs, so every run gets copies,
+which are made before its kernels are timed. Values are compared with the same formula in float32.
 """
 
 import functools
@@ -21,13 +21,13 @@ from benchmarks.timing import REPEATS, spread
 try:
     import torch
     import torch.nn.functional as F
-except ModuleNotFoundError:  # the module can be imported without torch, to list its implementations
+except ModuleNotFoundError:  # the tests also import this module without torch
     torch = None
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
 
 
-# ---- torch's own; arrays are [B, T, N, D], transposed to [B, N, T, D] as transformers has them ------------------------
+# ---- plain torch; arrays [B, T, N, D] are transposed to [B, N, T, D], as in transformers --------------------------------
 
 
 def rms_norm(x, weight):
@@ -81,7 +81,7 @@ def linear_cross_entropy(x, weight, labels):
 
 
 def attention(q, k, v, *, causal=False, lengths=None, backend="CUDNN_ATTENTION", **_):
-    """Attends within images of one size all at once, within others one after another, as transformers does."""
+    """Attends within each image: to all images at once if they have one size, else one by one, as transformers does."""
 
     def images(x):
         if len(set(lengths or ())) > 1:
@@ -101,7 +101,7 @@ LOSSES = ("cross_entropy", "linear_cross_entropy")
 REFERENCES = FORMULAS | {"attention": functools.partial(attention, backend="MATH")}
 
 
-# ---- other packages, imported when called: a missing package is an error of its cases alone -----------------------------
+# ---- other packages, imported when called, so that a missing package only fails its own cases ---------------------------
 
 
 def liger_rms_norm(x, weight):
@@ -155,7 +155,7 @@ def liger_cross_entropy(logits, labels):
 
 
 def liger_linear_cross_entropy(x, weight, labels, accumulate=None):
-    """Calls Liger's loss. `accumulate`: the dtype that the weight's gradient is summed in; None for the weight's own."""
+    """Computes Liger's loss. `accumulate` is the dtype for sums of the weight's gradient; None for the weight's dtype."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     # x, weight, labels, bias, class weights, ignore_index, z-loss, smoothing, reduction, softcap, return_z_loss, accum_dtype
@@ -188,7 +188,7 @@ OTHER_PACKAGES = {
 
 
 def torch_implementations(case: Case) -> dict[str, Callable]:
-    """Returns {name: f(**arrays, **constants)} of everything that computes this case on torch."""
+    """Returns {name: f(**arrays, **constants)} for every torch implementation of this case."""
     formula = FORMULAS[case.op]
     if case.op == "attention":
         functions = {"cudnn in torch": formula}
@@ -202,7 +202,7 @@ def torch_implementations(case: Case) -> dict[str, Callable]:
 
 
 def make_inputs(case: Case, device: str) -> tuple[dict, dict]:
-    """Returns arrays, and constants as transformers has them: int64 labels, tables of whole heads in bfloat16."""
+    """Returns arrays, and constants as in transformers: int64 labels, and bfloat16 tables as wide as a head."""
     generator = torch.Generator(device).manual_seed(case.seed)
 
     def draw(normal):
@@ -248,7 +248,7 @@ def relative_errors(values: dict, expected: dict) -> dict[str, float]:
 
 
 def kernel_us(calls: list[Callable]) -> list[float]:
-    """Returns the summed kernel time of each call in microseconds; their mean alone if the calls differ in their kernels."""
+    """Returns the summed kernel time of each call in microseconds, or only the mean if the calls differ in their kernels."""
     torch.cuda.synchronize()  # earlier kernels, such as the copies of the inputs, do not count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for call in calls:
@@ -303,7 +303,7 @@ def measure_one(case: Case, function: Callable, arrays: dict, constants: dict, c
 def measure(case: Case, device: str = "cuda") -> dict[str, dict]:
     """Returns for each implementation the result of `measure_one`, or {"error"}."""
     arrays, constants = make_inputs(case, device)
-    cotangents = None  # those of a loss are 1
+    cotangents = None  # for a loss, the cotangent is 1
     if case.op not in LOSSES:
         torch.manual_seed(case.seed)
         with torch.no_grad():
@@ -316,7 +316,7 @@ def measure(case: Case, device: str = "cuda") -> dict[str, dict]:
         torch._dynamo.reset()  # compiles a separate program for each shape
         try:
             results[name] = measure_one(case, function, arrays, constants, cotangents, expected)
-        except Exception as error:  # one implementation failed; the others are still measured
+        except Exception as error:  # the other implementations are still measured
             results[name] = {"error": first_line(error)}
         gc.collect()
         torch.cuda.empty_cache()
@@ -332,7 +332,7 @@ def main(names: list[str]) -> None:
         report = {"case": case.name, "device": torch.cuda.get_device_name(), "versions": versions}
         try:
             report["results"] = measure(case)
-        except Exception as error:  # in the reference
+        except Exception as error:  # the inputs or the reference failed
             report["results"] = {"torch": {"error": first_line(error)}}
         print(json.dumps(report), flush=True)
 

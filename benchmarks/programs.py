@@ -1,4 +1,4 @@
-"""A case as a program: its random inputs, its forward and backward pass, and its float32 reference."""
+"""The programs of a case: random inputs, forward and backward passes, and the float32 reference."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks.cases import Case, Normal
 from benchmarks.formulas import FORMULAS, REFERENCES
 
-LARGE_ERROR = 2e-2  # relative, in the 2-norm; bfloat16 results are 2e-3 to 4e-3 from float32
+LARGE_ERROR = 2e-2  # relative, in the 2-norm; bfloat16 results differ from float32 by 2e-3 to 4e-3
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -19,9 +19,9 @@ def _draw(key: jax.Array, normal: Normal) -> jax.Array:
 
 
 def make_inputs(case: Case, draw: int = 0) -> tuple[dict, dict, Any]:
-    """Returns arrays, constants, and the cotangents of the results. Every `draw` has other arrays.
+    """Returns arrays, constants, and the cotangents of the results. Each `draw` gives different arrays.
 
-    The cotangents are None for a loss, where they are 1, and for an operation without a gradient.
+    The cotangents are None for a loss, whose cotangent is 1, and for an operation without a gradient.
     """
     *keys, cotangent_key = jax.random.split(jax.random.key((case.seed + draw) % 2**32), len(case.arrays) + 1)
     arrays = {name: _draw(key, normal) for key, (name, normal) in zip(keys, case.arrays.items(), strict=True)}
@@ -34,10 +34,10 @@ def make_inputs(case: Case, draw: int = 0) -> tuple[dict, dict, Any]:
     return arrays, constants, tuple(cotangents)
 
 
-def make_program(function: Callable, which: str) -> Callable:
-    """Returns the function to compile: (arrays, constants, cotangents) to the results.
+def make_program(function: Callable, mode: str) -> Callable:
+    """Returns a function of (arrays, constants, cotangents) to compile.
 
-    `which`: "forward" for the results, "both" for the results and all gradients by name.
+    It returns the results if `mode` is "forward", and the results and all gradients by name if `mode` is "both".
     """
 
     def forward(arrays, constants, cotangents):
@@ -51,20 +51,20 @@ def make_program(function: Callable, which: str) -> Callable:
         (gradients,) = pullback(jax.tree.map(jnp.ones_like, out) if cotangents is None else cotangents)
         return name_results(out) | {f"d{name}": value for name, value in gradients.items()}
 
-    return {"forward": forward, "both": both}[which]
+    return {"forward": forward, "both": both}[mode]
 
 
 def make_sequential_program(function: Callable) -> Callable:
-    """Returns (list of arrays, constants) to a list of results, computed one after the other.
+    """Returns a function of (list of arrays, constants) that computes a list of results one after the other.
 
-    No call finds its inputs in a cache, as no layer does in decoding.
+    As in decoding, no call finds its inputs in a cache.
     """
     function = jax.jit(function)  # traced once for all calls
 
     def run(inputs, constants):
         results = []
         for arrays in inputs:
-            # without the barrier the compiler runs some of the calls in parallel
+            # Without the barrier, the compiler runs some of the calls in parallel.
             arrays, _ = jax.lax.optimization_barrier((arrays, results[-1:]))
             results.append(function(**arrays, **constants))
         return results

@@ -13,7 +13,7 @@ CASE_FIELDS = (
 
 
 def record_result(file: Path, result: dict) -> None:
-    """Prints a result and adds it to a JSON list, where it replaces an earlier result of the same case."""
+    """Prints a result and adds it to a JSON list, in which it replaces an earlier result of the same case."""
     result = {"date": datetime.date.today().isoformat(), **result}
     print(summary(result), flush=True)
     known = json.loads(file.read_text()) if file.exists() else []

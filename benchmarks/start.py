@@ -1,7 +1,7 @@
-"""`python -m benchmarks start`: from process start to the first token, with a cold and a warm compilation cache.
+"""`python -m benchmarks start`: the time from process start to the first token, with a cold and a warm compilation cache.
 
-The process does the work of `liger-jax generate FOLDER "..." --images IMAGE`, without decoding tokens to text, and times
-each part. The weights have just been written, so they are in the page cache; only the compilation cache is cold.
+The process does the work of `liger-jax generate FOLDER "..." --images IMAGE`, except for decoding tokens to text, and times
+each part. The weights have just been written, so they are in the page cache: "cold" refers only to the compilation cache.
 
 python -m benchmarks.start write qwen2_vl_2b FOLDER   # random weights with a tokenizer, as an Orbax checkpoint
 python -m benchmarks.start answer FOLDER              # prints one line of JSON
@@ -24,10 +24,10 @@ from benchmarks.record import OURS, record_result
 
 IMAGE = (896, 896)  # 64 x 64 patches
 QUESTION = "What is in this image?"
-NEW_TOKENS = 64  # the first comes from prefill, the others from the decoding loop, which is another program
+NEW_TOKENS = 64  # the first comes from prefill, the others from the decoding loop, which is a separate program
 PACKAGES = ("jax", "flax", "orbax-checkpoint")
-# JAX's events for the compilation of a program. Reading one from the cache counts as compiling. The rest of the time to the
-# first token is tracing and running.
+# JAX's events for compiling a program. Reading a program from the cache counts as compiling. The remaining time to the first
+# token is tracing and running.
 PROGRAMS = {
     "lowering": "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "compiling": "/jax/core/compile/backend_compile_duration",
@@ -57,7 +57,7 @@ class Start:
 
 def measure(name: str, file: Path, temporary: Path) -> Path:
     """Measures all four cases. `name`: the preset of `Qwen2VLConfig`. Returns the file of results."""
-    # the processes run one after the other, so that each has all of the GPU's memory
+    # The processes run one after the other, so that each has all GPU memory.
     folders = {"Orbax": temporary / "orbax", "Hugging Face's files": temporary / "hf"}
     orbax, hf = folders.values()
     subprocess.run([sys.executable, "-m", MODULE, "write", name, orbax], check=True)
@@ -71,7 +71,7 @@ def measure(name: str, file: Path, temporary: Path) -> Path:
 
 
 def answer_in_new_process(folder: Path, cache: Path) -> dict:
-    """Returns what `answer` prints, run in a new process whose compilation cache is in the folder `cache`."""
+    """Returns the result of `answer` in a new process, whose compilation cache is in the folder `cache`."""
     caches = {"XDG_CACHE_HOME": str(cache), "CUDA_CACHE_PATH": str(cache / "cuda")}
     environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name} | caches
     command = [sys.executable, "-m", MODULE, "answer", folder]
@@ -96,7 +96,7 @@ def write(name: str, folder: Path) -> None:
 
 
 def answer(folder: Path) -> dict:
-    """Answers a question about an image. Returns the seconds to the first token, of each part, and of the other tokens."""
+    """Answers a question about an image. Returns the seconds to the first token, in total and by part, and of the rest."""
     names, times = [], [float(os.environ[START_TIME])]
 
     def done(part: str) -> None:

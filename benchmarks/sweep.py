@@ -1,4 +1,4 @@
-"""The table and the plot of `python -m benchmarks ops --sweep`: times from few rows to many, relative to jitted jnp."""
+"""The table and the plot of `python -m benchmarks ops --sweep`: times from few rows to many, compared with jitted jnp."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def sweep_table(entries: Sequence[dict]) -> str:
-    """Returns forward + backward times of ours / jitted jnp in microseconds as a Markdown table of operations by rows."""
+    """Returns a Markdown table of operations by rows, with the forward + backward times of ours / jitted jnp in us."""
     counts = sorted({entry["rows"] for entry in entries})
     table: dict[tuple[str, str], dict[int, str]] = {}
     for entry in entries:

@@ -30,18 +30,17 @@ from pallas_kernels.tune import PAST_ALL_CACHES
 
 REPEATS = 9
 PASSES = ("forward", "both")
-MIN_INPUT_SETS = 16  # for an operation of decoding; together the sets are larger than any cache
+MIN_INPUT_SETS = 16  # at least, for a decoding operation; together, the sets are larger than any cache
 
 
 def kernel_us(compiled: jax.stages.Compiled, *args) -> tuple[Any, list[float]]:
-    """Returns the result, and the summed kernel time of each of several runs in microseconds."""
+    """Returns the result, and the summed kernel time of each of REPEATS runs in microseconds."""
     from jax.experimental.mosaic.gpu import profiler  # needs a GPU build of JAX
 
     try:
         result, ms = profiler.measure(compiled, iterations=REPEATS)(*args)
-    except (
-        RuntimeError
-    ):  # the runs differ in their kernels, or their results do not fit in memory together: one at a time
+    except RuntimeError:
+        # The runs differ in their kernels, or their results do not fit in memory together: measure one at a time.
         runs = [profiler.measure(compiled)(*args) for _ in range(REPEATS)]
         result, ms = runs[0][0], [run[1] for run in runs]
     if not ms or None in ms:
@@ -59,41 +58,41 @@ def measure(case: Case, functions: dict[str, Callable], passes: Sequence[str] = 
     """Measures every implementation of a case.
 
     Returns:
-        For each implementation {"forward_us", "both_us", "errors", "temp_bytes"}, or {"error"}. Without "forward" in
-        `passes` no value is compared.
+        For each implementation {"forward_us", "both_us", "errors", "temp_bytes"}, or {"error"}. Values are compared only if
+        `passes` has "forward".
     """
     try:
         return _measure_decoding(case, functions) if case.decoding else _measure(case, functions, passes)
-    except Exception as error:  # in the inputs or the reference: the other cases are still measured
+    except Exception as error:  # the inputs or the reference failed; the other cases are still measured
         return {name: {"error": first_line(error)} for name in functions}
 
 
 def _measure(case: Case, functions: dict[str, Callable], passes: Sequence[str]) -> dict[str, dict]:
-    """Implements `measure`. Compiles all programs at once, since that takes longer than to run them.
+    """Implements `measure`. Compiles all programs in parallel, because compiling takes longer than running.
 
-    Ours are compiled with the options of a training step.
+    Our programs are compiled with the options of a training step.
     """
     inputs = make_inputs(case)
     expected = jax.block_until_ready(reference_values(case, *inputs)) if "forward" in passes else None
 
-    def compile_program(name: str, which: str):
+    def compile_program(name: str, mode: str):
         options = runtime.COMPILER_OPTIONS if name in ("ours", "kernel", "xla") else {}
-        return jax.jit(make_program(functions[name], which)).lower(*inputs).compile(compiler_options=options)
+        return jax.jit(make_program(functions[name], mode)).lower(*inputs).compile(compiler_options=options)
 
     results: dict[str, dict] = {}
     with ThreadPoolExecutor() as pool:
-        programs = {name: {p: pool.submit(compile_program, name, p) for p in passes} for name in functions}
+        programs = {name: {mode: pool.submit(compile_program, name, mode) for mode in passes} for name in functions}
     for name, futures in programs.items():
         try:
             result: dict[str, Any] = {}
-            for which, future in futures.items():
+            for mode, future in futures.items():
                 values, us = kernel_us(future.result(), *inputs)
-                result[f"{which}_us"] = spread(us)
+                result[f"{mode}_us"] = spread(us)
             if expected is not None:
                 result["errors"] = relative_errors(values, expected)
             if case.op == "linear_cross_entropy":
                 result["temp_bytes"] = futures["both"].result().memory_analysis().temp_size_in_bytes
-        except Exception as error:  # one implementation failed; the others are still measured
+        except Exception as error:  # the other implementations are still measured
             result = {"error": first_line(error)}
         values = None  # frees its memory for the next implementation
         results[name] = result
@@ -101,7 +100,7 @@ def _measure(case: Case, functions: dict[str, Callable], passes: Sequence[str]) 
 
 
 def _measure_decoding(case: Case, functions: dict[str, Callable]) -> dict[str, dict]:
-    """Implements `measure` for a forward pass that reads other inputs at each call."""
+    """Implements `measure` for a decoding operation: a forward pass on different inputs at each call."""
     _, constants, _ = make_inputs(case)
     size = sum(2 * int(np.prod(normal.shape)) for normal in case.arrays.values())
     inputs = [make_inputs(case, draw)[0] for draw in range(max(MIN_INPUT_SETS, -(-PAST_ALL_CACHES // size)))]
@@ -116,7 +115,7 @@ def _measure_decoding(case: Case, functions: dict[str, Callable]) -> dict[str, d
             us_per_call = spread([time / len(inputs) for time in us])
             errors = relative_errors(name_results(values[0]), expected)
             results[name] = {"forward_us": us_per_call, "errors": errors}
-        except Exception as error:  # one implementation failed; the others are still measured
+        except Exception as error:  # the other implementations are still measured
             results[name] = {"error": first_line(error)}
     return results
 
@@ -127,7 +126,7 @@ def measure_copy(case: Case) -> dict[str, Any]:
     arrays = {name: jax.ShapeDtypeStruct(normal.shape, jnp.bfloat16) for name, normal in case.arrays.items()}
     results = jax.eval_shape(functools.partial(FORMULAS[case.op], **case.options), **arrays, **constants)
     tables = sum(table.nbytes for table in constants.values())
-    tables //= 3 if case.op == "mrope" else 1  # it reads one of three angles
+    tables //= 3 if case.op == "mrope" else 1  # mrope reads one of three angles
     moved = tables + sum(array.size * array.dtype.itemsize for array in jax.tree.leaves((arrays, results)))
     try:
         array = jnp.ones(moved // 4, jnp.bfloat16)

@@ -1,6 +1,6 @@
-"""`python -m benchmarks train`: a training step of a model of real size, next to transformers with Liger's kernels.
+"""`python -m benchmarks train`: a training step of a model of real size, compared with transformers with Liger's kernels.
 
-A step is timed from its call to its end.
+A step is timed from the call until its results are ready.
 """
 
 import dataclasses
@@ -44,29 +44,29 @@ class Train:
     rows: tuple[int, ...] = (4,)
     """Batch sizes. Each is one measurement."""
     peers: bool = True
-    """Also measure transformers with Liger's kernels, on the same weights and batches, if torch is installed. Ignored with
-    --mixed, --lora and --master-weights, which have no counterpart there."""
+    """Also measure transformers with Liger's kernels on the same weights and batches, if torch is installed. Ignored with
+    --mixed, --lora and --master-weights, which have no peer."""
     mixed: bool = False
-    """Pack conversations with images of 224 to 1344 pixels a side. Tokens per second then leave out padding."""
+    """Pack conversations with images of 224 to 1344 pixels a side. Tokens per second do not count padding."""
     lora: int | None = None
-    """Train LoRA matrices of this rank, and nothing else."""
+    """Train only LoRA matrices, of this rank."""
     master_weights: bool = False
-    """Keep weights and moments in float32 as well."""
+    """Also keep float32 copies of the weights, and float32 moments."""
     remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "auto"
-    """What the backward pass recomputes. "auto" takes the fastest policy that fits the memory."""
+    """Activations that the backward pass recomputes. "auto" takes the fastest policy that fits in memory."""
     unroll: bool = False
     """Unroll the loop over layers: a faster step for a longer compilation."""
     fsdp: int | None = None
-    """GPUs to shard weights and batches over."""
+    """Number of GPUs to shard weights and batches over."""
     profile: bool = False
-    """Also write the kernels of a step with their times, to profile_<size>_<options>_x<batch size>.md."""
+    """Also list the kernels of a step with their times in profile_<size>_<options>_x<batch size>.md."""
     results: Path = RESULTS
     """Folder of the result files."""
 
     def run(self) -> Path:
         if self.lora is not None and self.master_weights:
             raise UserError(
-                "lora and master_weights are both set; expected one, as LoRA's matrices are float32 already"
+                "lora and master_weights are both set; expected one, because LoRA's matrices are float32 already"
             )
         labels: dict = {"lora": self.lora} if self.lora is not None else {}
         labels |= {"master_weights": True} if self.master_weights else {}
@@ -119,7 +119,7 @@ def time_steps(
     unroll: bool = False,
     profile: Path | None = None,
 ) -> dict:
-    """Times steps on the batches in turn. The model's arrays are donated to the training state."""
+    """Times steps on the batches in turn. Donates the model's arrays."""
     works = [batch_work(model.config, batch, frozen=frozen, adapted=adapted_parts(model)) for batch in batches]
     trained = [int(np.count_nonzero(batch.labels != IGNORE)) for batch in batches]
     mean_work = {name: float(np.mean([batch[name] for batch in works])) for name in works[0]}

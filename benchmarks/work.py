@@ -1,6 +1,7 @@
 """The inputs of `python -m benchmarks train | generate`, the same for this project and its peers.
 
-Sequences of 2048 tokens, each with one image of 64 x 64 patches (1024 of the tokens); the loss counts the tokens after it.
+Each sequence has 2048 tokens, of which 1024 come from an image of 64 x 64 patches. The loss counts the tokens after the
+image.
 """
 
 import numpy as np
@@ -8,15 +9,15 @@ import numpy as np
 LENGTH = 2048
 GRID = (1, 64, 64)
 IMAGE_TOKENS = GRID[0] * GRID[1] * GRID[2] // 4
-PLAIN_IDS = (1000, 150_000)  # a range of ids without special tokens
+PLAIN_IDS = (1000, 150_000)  # a range of token ids without special tokens
 NEW_TOKENS = 128
 WARMUP_STEPS, TIMED_STEPS = 3, 8
-MIXED_BATCHES = 4  # different batches of --mixed, each timed as often
+MIXED_BATCHES = 4  # number of different batches of --mixed, which take turns
 LEARNING_RATE = 1e-5
 
 
 def sequences(config: dict, count: int, length: int = LENGTH, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns `count` random sequences in Hugging Face's layout; `config` is the content of config.json."""
+    """Returns `count` random sequences in Hugging Face's layout. `config` is the content of config.json."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(*PLAIN_IDS, (count, length))
     ids[:, 16] = config["vision_start_token_id"]

@@ -1,4 +1,4 @@
-"""The documentation is true: tables match the results, links and examples work; imports follow the data flow."""
+"""Checks the documentation (tables, links, examples), the import directions, and the contents of the package."""
 
 import ast
 import doctest
@@ -14,7 +14,7 @@ from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "liger_jax", "convert")
-# liger_jax from the bottom to the top: a module may import from its own line and from those above it in this list.
+# The layers of liger_jax, lowest first: a module may import from its own layer and from lower ones.
 LAYERS = (
     ("errors", "runtime", "options"),
     ("files",),
@@ -77,7 +77,7 @@ def test_readme_is_short():
 
 
 def test_ci_runs_the_marked_blocks():
-    """.ci/run executes the README's demo and test blocks and every block marked `runs:`; each mark has a block."""
+    """.ci/run executes the README's demo and test blocks and every block marked `runs:`. Each mark is above a block."""
     script = (ROOT / ".ci" / "run").read_text()
     readme = (ROOT / "README.md").read_text()
     for mark in ("test", "demo"):
@@ -95,7 +95,7 @@ def test_ci_runs_the_marked_blocks():
 
 
 def imports_at_run_time(file: Path):
-    """Yields the names of all modules that a file imports anywhere, except for annotations (`if TYPE_CHECKING`)."""
+    """Yields the names of all modules that a file imports anywhere, except under `if TYPE_CHECKING`."""
 
     def visit(node):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -136,7 +136,7 @@ def test_pallas_is_imported_in_one_file():
 
 
 def test_imports_within_liger_jax_follow_the_data_flow():
-    """inputs, then model, then data, generation and checkpoints, then train, then the demo."""
+    """The order is inputs, then model, then data, generation and checkpoints, then train, then the demo."""
     from liger_jax import _MODULES
 
     ranks = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -146,10 +146,10 @@ def test_imports_within_liger_jax_follow_the_data_flow():
             continue
         assert own in ranks, f"liger_jax/{own} is in no layer; add it to LAYERS"
         for name in imports_at_run_time(file):
-            package, _, rest = name.partition(".")
+            package, _, module = name.partition(".")
             if package != "liger_jax":
                 continue
-            imported = _MODULES.get(rest, rest).split(".")[0]
+            imported = _MODULES.get(module, module).split(".")[0]
             if imported:
                 assert imported in ranks and ranks[imported] <= ranks[own], f"{file.relative_to(ROOT)} imports {name}"
 

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and its gradient in float64 numpy, with every option: the reference for both operations."""
+"""Softmax cross-entropy and its gradient in float64 numpy, with every option, as the reference of both cross-entropies."""
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def reference(
     reduction="mean",
     normalizer=None,
 ):
-    """Returns the loss of logits [N, V], and the gradient of sum(cotangent * loss) for them."""
+    """Returns the loss of logits [N, V], and the gradient [N, V] of sum(cotangent * loss)."""
     raw = np.asarray(logits, np.float64)
     rows, vocab = raw.shape
     z = raw if softcap is None else softcap * np.tanh(raw / softcap)
@@ -58,7 +58,7 @@ def reference(
     p = np.exp(z - lse[:, None])
     target = np.zeros_like(z)
     target[np.arange(rows), label] = (1 - label_smoothing) * weights[label]
-    target += label_smoothing / vocab * weights  # the weight of each class in the loss
+    target += label_smoothing / vocab * weights  # target is the weight of each class in the loss
     z_weight = z_loss * weights[label]
     loss = (target * (lse[:, None] - z)).sum(axis=-1) + z_weight * lse**2
     gradient = p * (target.sum(axis=-1) + 2 * z_weight * lse)[:, None] - target

@@ -15,5 +15,5 @@ def lowered_for_cuda(function, *args, device_kind="NVIDIA H200", mesh_shape=(1,)
 
 
 def triton_calls(function, *args, device_kind="NVIDIA H200"):
-    """Returns the number of kernels that `function` launches on a kind of GPU."""
+    """Returns the number of Triton kernels that `function` launches on a kind of GPU."""
     return lowered_for_cuda(function, *args, device_kind=device_kind).count(_pallas.TRITON_CALL)

@@ -1,4 +1,4 @@
-"""The operations over rows of the registry, with their variants, in the form that the tests of kernels use."""
+"""The registry's operations over rows, one `Op` per variant, for the tests of kernels."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ class Op:
 
     @property
     def row_axes(self) -> list[str]:
-        """The axes of rows in an argument."""
+        """The names of the row axes."""
         return ["..."] if "..." in self.axes[0] else ["B", "T"]
 
     @property
     def row_count(self) -> int:
-        """The number of row axes that it takes at least."""
+        """The smallest number of row axes of an argument."""
         return len(self.row_axes)
 
     @property
@@ -44,7 +44,7 @@ class Op:
         return self.operation.example(self.operation.sizes(rows, width), dtype, seed)
 
     def value_and_gradients(self, implementation: str | None) -> Callable:
-        """Returns a function of the arguments: results, and the gradients for random cotangents, as a list."""
+        """Returns a function of the arguments that lists the results and their gradients for random cotangents."""
 
         def run(*arguments):
             differentiable, constants = arguments[: self.differentiable], arguments[self.differentiable :]

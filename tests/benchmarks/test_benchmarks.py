@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: cases and formulas are right; measurements end in a file, a plot and the docs' tables."""
+"""Checks the cases and formulas of `python -m benchmarks`, and the files, plots and tables that it writes."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ each_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 
 
 def test_cases_cover_every_operation_and_have_the_shapes_of_their_formula():
-    # decode_attention updates a cache in place: the generation benchmark measures it
+    # decode_attention updates a cache in place, so the generation benchmark measures it instead.
     assert {case.op for case in cases.CASES} == set(FORMULAS) - {"decode_attention"}
     assert set(FORMULAS) == set(OPERATIONS)
     every = [*cases.CASES, *(case for *_, case in cases.sweep())]
@@ -72,7 +72,7 @@ DECODING = [cases.decode_linear_case(op, 2, 64, 48) for op in ("norm_linear", "n
 
 
 @pytest.mark.parametrize("case", DECODING, ids=lambda case: case.name)
-def test_decode_operations_agree_with_the_plain_formula(case, monkeypatch):
+def test_decoding_operations_agree_with_the_plain_formula(case, monkeypatch):
     """The reported time is that of one call out of many, each on other inputs."""
     monkeypatch.setattr(timing, "kernel_us", lambda compiled, *args: (compiled(*args), [1e3 * len(args[0])] * 2))
     monkeypatch.setattr(timing, "PAST_ALL_CACHES", 0)
@@ -103,7 +103,7 @@ def test_torch_formulas_agree_with_the_jax_formulas(case):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """Replaces the GPU's name and its profiler, and the cases by a few small ones."""
+    """Replaces the GPU's name and profiler by fakes, and the cases by a few small ones."""
     monkeypatch.setattr(ops, "device_kind", lambda: "Pretended GPU")
     monkeypatch.setattr(timing, "kernel_us", lambda compiled, *args: (compiled(*args), [3000.0, 1000.0, 2000.0]))
     monkeypatch.setattr(cases, "CASES", (SMALL[0], SMALL[9]))
@@ -178,7 +178,7 @@ def test_unknown_case_is_refused_with_the_known_names(monkeypatch, tmp_path, opt
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
-def test_missing_gpu_is_reported(monkeypatch, tmp_path):
+def test_missing_gpu_raises_a_user_error(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="device is not a GPU; expected an NVIDIA GPU"):
         run_ops(monkeypatch, "--no-peers", "--results", tmp_path)
     with pytest.raises(UserError, match="device is not a GPU"):
@@ -268,7 +268,7 @@ def test_model_results_are_stored_by_case(tiny_2b, tmp_path, capsys):
         Generate(length=26, **common).run()
 
 
-def test_variants_of_training_are_cases_of_their_own(tiny_2b, tmp_path):
+def test_variants_of_training_are_separate_cases(tiny_2b, tmp_path):
     """Mixed images, LoRA and master weights are not compared with a peer."""
     common = {"rows": (2,), "results": tmp_path, "remat": "none"}
     for variant in ({"mixed": True}, {"lora": 4}, {"master_weights": True}):
@@ -284,7 +284,7 @@ def test_variants_of_training_are_cases_of_their_own(tiny_2b, tmp_path):
         Train(**common, lora=4, master_weights=True).run()
 
 
-def test_mixed_batches_match_the_uniform_ones():
+def test_mixed_batches_are_comparable_with_uniform_ones():
     """For the 2B: the same shapes, as many patches per text token, 30 % of the tokens trained, hardly any padding."""
     config = Qwen2VLConfig.qwen2_vl_2b()
     made = mixed.make_conversations(config)
@@ -307,7 +307,7 @@ def test_no_checkpoint_is_written_for_peers_without_a_gpu(monkeypatch):
         raise AssertionError("a checkpoint was written")
 
 
-def test_process_start_is_measured_part_by_part(monkeypatch, tmp_path):
+def test_start_up_is_measured_part_by_part(monkeypatch, tmp_path):
     """The answering process stores its compiled programs where the next one finds them."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     start.write("tiny", tmp_path / "orbax")

@@ -37,10 +37,9 @@ LIGER = [
     (3, 423, 92),
 ]  # the shapes of Liger-Kernel's tests
 SHAPES = {name: [((7,), 80), ((33,), 100), ((1,), 29_568), *(((b, t), d) for b, t, d in LIGER)] for name in OPS}
-SHAPES |= {name: [((2, 131), 128)] for name in ("mrope",)}
-SHAPES |= {"rope": [((2, 131), 128), ((3, 423), 92), ((1, 7), 80)]}
+SHAPES |= {"mrope": [((2, 131), 128)], "rope": [((2, 131), 128), ((3, 423), 92), ((1, 7), 80)]}
 CASES = [(name, *shape) for name, op_shapes in SHAPES.items() for shape in op_shapes]
-FEWER_ROWS = {"cross_entropy": (16,)}  # the host is slow to draw more
+FEWER_ROWS = {"cross_entropy": (16,)}  # drawing more logits on the host is slow
 CASES += [
     (name, FEWER_ROWS.get(name, rows if OPS[name].row_count == 2 else rows[-1:]), width) for name, rows, width in REAL
 ]
@@ -57,7 +56,7 @@ def in_float32(arrays):
 
 
 def check_errors(results, repeated, xla, truth, name=""):
-    """Asserts that `repeated` has the bits of `results`, and that their error is at most 1.5 times that of `xla`."""
+    """Asserts that `repeated` equals `results` bit for bit, and that their error is at most 1.5 times that of `xla`."""
     for result, again, reference, want in zip(results, repeated, xla, truth, strict=True):
         assert (result == again).all()
         error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (result, reference))
@@ -91,10 +90,10 @@ def test_last_rows_of_more_than_two_to_the_31_elements(name):
     def run(*args):
         def kernel(*differentiated):
             remaining = iter(differentiated)
-            all_args = [next(remaining) if full else x for full, x in zip(has_gradient, args, strict=True)]
+            all_args = [next(remaining) if has_grad else x for has_grad, x in zip(has_gradient, args, strict=True)]
             return op.run(*all_args, implementation="triton")
 
-        out, pullback = jax.vjp(kernel, *(x for full, x in zip(has_gradient, args, strict=True) if full))
+        out, pullback = jax.vjp(kernel, *(x for has_grad, x in zip(has_gradient, args, strict=True) if has_grad))
         return jax.tree.leaves((out, pullback(jax.tree.map(jnp.ones_like, out))))
 
     alone = run(*(x[-2:] if of_rows else x for of_rows, x in zip(has_rows, args, strict=True)))
@@ -170,7 +169,7 @@ def test_attention_is_as_exact_as_xla(heads, key_heads, dim, causal, lengths, dt
 
 @pytest.mark.parametrize("counted", [0, 1, 511, 512, 513, 3000, 4096])
 def test_linear_cross_entropy_with_ignored_rows(counted):
-    """For any number of counted rows, none or more than a chunk, loss and gradients equal those of the full logits."""
+    """For any number of counted rows, from none to several chunks, loss and gradients equal those of the full logits."""
     rng = np.random.default_rng(counted)
     x, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4096, 256), (4099, 256)))
     labels = np.full(4096, -100)

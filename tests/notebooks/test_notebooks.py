@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last on a random model, and are stored with their outputs."""
+"""Checks that the notebooks run from the first cell to the last on a random model, and are stored with their outputs."""
 
 import base64
 import io
@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_quickstart_runs(checkpoint, tmp_path):
-    """Every cell runs without errors and warnings, and draws as many figures as are stored, none of them blank."""
+    """Every cell runs without errors or warnings. The cells draw as many figures as are stored, none of them blank."""
     environment = {"LIGER_JAX_CHECKPOINT": str(checkpoint), "LIGER_JAX_STEPS": "2", "JAX_PLATFORMS": "cpu"}
     node = execute(QUICKSTART, tmp_path, environment)
     stderr = [o.text for cell in code_cells(node) for o in cell.outputs if o.get("name") == "stderr"]

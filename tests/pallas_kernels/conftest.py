@@ -1,4 +1,4 @@
-"""These tests run on the CPU, also on a machine with a GPU; tests/gpu is for the GPU."""
+"""Runs these tests on the CPU even if the machine has a GPU; tests/gpu tests the GPU."""
 
 import jax
 import pytest

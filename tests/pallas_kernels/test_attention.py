@@ -87,8 +87,8 @@ def assert_close(got, want, tolerance=2e-6):
         (True, True, False),
     ],
 )
-def test_values_and_gradients(causal, segmented, one_block, monkeypatch):
-    """Covers masks and grouped heads, with all queries at once and in blocks of 16 of which the last is padded."""
+def test_values_and_gradients_match_numpy(causal, segmented, one_block, monkeypatch):
+    """Covers masks and grouped heads, with all queries at once and in blocks of 16, the last of which is padded."""
     tokens = 9 if one_block else 36
     monkeypatch.setattr(module, "BLOCK_BYTES", 2**28 if one_block else 1)
     args = data(tokens=tokens, sources=tokens)
@@ -96,7 +96,7 @@ def test_values_and_gradients(causal, segmented, one_block, monkeypatch):
     assert_close(gradients(pk.attention, causal=causal)(*args, *ids), reference(*args, *ids, causal=causal))
 
 
-def test_more_keys_than_queries():
+def test_more_keys_than_queries_match_numpy():
     """causal aligns the last query with the last key; keys may have segment ids of their own."""
     args = data(tokens=4, sources=9)
     assert_close(gradients(pk.attention, causal=True)(*args), reference(*args, causal=True))
@@ -114,7 +114,7 @@ def test_padding_values_do_not_matter():
     assert not any(np.where(padding, x, 0).any() for x in got)
 
 
-def test_bfloat16():
+def test_bfloat16_is_as_exact_as_full_scores():
     """The error is at most 1.5 times that of JAX's own attention over full scores in the same dtype."""
     args = data(tokens=33, sources=33, dtype=jnp.bfloat16)
     plain = functools.partial(jax.nn.dot_product_attention, is_causal=True)
@@ -124,15 +124,15 @@ def test_bfloat16():
         assert error <= 1.5 * allowed + 1e-6
 
 
-def test_no_rows_and_no_keys():
+def test_empty_batches_and_queries_without_keys():
     """Empty batches give empty results; queries without keys give zeros."""
     q, k, v, _ = (np.asarray(x) for x in data())
     assert jax.jit(pk.attention)(q[:0], k[:0], v[:0]).shape == (0, *q.shape[1:])
     assert not jax.jit(pk.attention)(q, k[:, :0], v[:, :0]).any()
 
 
-def test_vmap_scan_remat():
-    """Runs under vmap, and in a scan over rematerialised layers."""
+def test_vmap_scan_and_remat_change_no_value():
+    """Covers vmap, and a scan over rematerialized layers."""
     args = data()
     twice = [np.stack([x, x]) for x in args]
     for got, want in zip(jax.vmap(gradients(pk.attention))(*twice), reference(*args), strict=True):
@@ -148,8 +148,8 @@ def test_vmap_scan_remat():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-def test_meshes(kind, monkeypatch):
-    """Sharded batch and heads need no collective, in blocks of queries too; too few key heads are gathered."""
+def test_sharded_batch_and_heads_need_no_collective(kind, monkeypatch):
+    """Holds for blocks of queries, too. Key heads that the devices do not divide are gathered."""
     monkeypatch.setattr(module, "BLOCK_BYTES", 1)
     ids = np.repeat(SEGMENTS, 4, axis=1)
     for shape, key_heads, divisible in (((2, 2), 2, True), ((1, 4), 2, False)):
@@ -166,7 +166,7 @@ def test_meshes(kind, monkeypatch):
             assert not (divisible and collectives(compiled))
 
 
-def test_residuals():
+def test_backward_saves_no_scores():
     """The backward pass saves arrays of the size and dtype of the inputs, and none of the size of the scores."""
     q, k, v, _ = data(tokens=64, sources=64, dtype=jnp.bfloat16)
     pullback = jax.eval_shape(lambda *args: jax.vjp(pk.attention, *args)[1], q, k, v)
@@ -191,13 +191,13 @@ LONG = np.array([[1] * 70 + [2] * 50 + [0] * 30, [0] * 10 + [4] * 5 + [2] * 135]
     ],
     ids=["packed", "vision", "packed, one key head", "whole rows", "more keys", "more queries"],
 )
-def test_kernel(sizes, causal, ids):
+def test_kernel_matches_numpy(sizes, causal, ids):
     """Covers several head sizes and numbers of tokens, unmasked and masked blocks, and queries that see no key."""
     args = data(**sizes)
     assert_close(gradients(interpreted, causal=causal)(*args, *ids), reference(*args, *ids, causal=causal))
 
 
-def test_kernel_in_bfloat16():
+def test_bfloat16_kernel_is_as_exact_as_xla():
     """The error is at most 1.5 times that of the XLA implementation, with 1e38 in the padding."""
     clean = data(batch=2, tokens=150, sources=150, dim=80, dtype=jnp.bfloat16)
     args = [jnp.where((LONG == 0)[:, :, None, None], 1e38, x).astype(x.dtype) for x in clean]
@@ -207,8 +207,8 @@ def test_kernel_in_bfloat16():
         assert error <= 1.5 * allowed
 
 
-def test_kernel_under_vmap_and_on_a_mesh():
-    """Runs under vmap, and on sharded rows and heads without a collective."""
+def test_kernel_matches_under_vmap_and_on_a_mesh():
+    """Sharded rows and heads need no collective."""
     args = data(batch=2)
     for got, want in zip(
         jax.vmap(gradients(interpreted))(*(np.stack([x, x]) for x in args)), reference(*args), strict=True
@@ -234,8 +234,8 @@ def test_kernel_lowers_at_real_shapes(device_kind):
         assert triton_calls(run, *shaped(**sizes), device_kind=device_kind) == 3
 
 
-def test_gradients_in_float16():
-    """A scaled loss may use the whole range: no rounded intermediate is larger than the gradients."""
+def test_large_float16_gradients_stay_finite():
+    """A scaled loss may use the whole range of float16, because no rounded intermediate is larger than the gradients."""
     args = data(batch=1, tokens=32, sources=32, dim=128, dtype=jnp.float16)
     args[-1] *= 8192
     _, dq, dk, _ = gradients(interpreted, causal=True)(*args)
@@ -251,7 +251,7 @@ def test_gradients_in_float16():
         ("q has 1024 bytes per head; expected at most 512", {}),
     ],
 )
-def test_unsupported_by_the_kernels(reason, options):
+def test_call_unsupported_by_the_kernels_raises(reason, options):
     q, k, v, _ = data(dim=8 if options else 256)
     with pytest.raises(NotImplementedError, match=f"'triton' does not support this call: .*{reason}"):
         pk.attention(q, k, v, implementation="triton", **options)
@@ -295,7 +295,7 @@ def test_none_lowers_to_cudnn(segmented, causal):
         ("max_segments", {"segmented": True}, {}),
     ],
 )
-def test_unsupported_by_cudnn(reason, sizes, options):
+def test_call_unsupported_by_cudnn_falls_back_or_raises(reason, sizes, options):
     """None picks the Pallas kernels, and XLA for float32; requesting cuDNN by name raises."""
     args = shaped(**sizes)
     run = gradients(pk.attention, **options)
@@ -306,8 +306,8 @@ def test_unsupported_by_cudnn(reason, sizes, options):
 
 
 @pytest.mark.parametrize("capability, kernels", [(9.0, 0), (8.0, 3), (8.9, 3), (7.5, 0)])
-def test_packed_rows_on_other_gpus(capability, kernels, monkeypatch):
-    """Before Hopper, cuDNN supports no segments: None picks the Pallas kernels from Ampere on, else XLA."""
+def test_packed_rows_before_hopper_use_the_kernels(capability, kernels, monkeypatch):
+    """Before Hopper, cuDNN supports no segments, so None picks the Pallas kernels from Ampere on, else XLA."""
     monkeypatch.setattr(module._pallas, "compute_capability", lambda: capability)
     run = gradients(pk.attention, causal=True, max_segments=4)
     args = shaped(segmented=True)
@@ -316,14 +316,14 @@ def test_packed_rows_on_other_gpus(capability, kernels, monkeypatch):
 
 
 def test_single_query_uses_xla():
-    """Decoding is a few small matmuls, which need no cuDNN."""
+    """A single query is a few small matmuls, for which None picks XLA."""
     _, k, v, _ = shaped()
     one = jax.ShapeDtypeStruct((4, 1, 12, 128), jnp.bfloat16)
     assert "__cudnn" not in lowered_for_cuda(jax.jit(pk.attention), one, k, v)
 
 
-def test_find_segments():
-    """Finds the start and length of each segment, around padding; segments without a slot give NaN."""
+def test_find_segments_returns_starts_and_lengths():
+    """Covers padding on either side, and segments without a slot, which give NaN."""
     ids = jnp.array([[0, 0, 1, 1, 0, 2], [3, 3, 3, 3, 3, 3], [0] * 6, [1, 2, 3, 3, 0, 0]])
     segments = jax.jit(functools.partial(pk.find_segments, max_segments=2))(ids)
     assert segments.starts.tolist() == [[2, 5], [0, -1], [-1, -1], [0, 1]]
@@ -337,8 +337,8 @@ def test_find_segments():
         pk.find_segments(ids[0], 2)
 
 
-def test_precomputed_segments():
-    """Segments give the same values, gradients and cuDNN calls as ids."""
+def test_precomputed_segments_equal_ids():
+    """The result of find_segments gives the same values, gradients and cuDNN calls as ids."""
     args = data()
     segments = pk.find_segments(SEGMENTS, 3)
     assert_close(gradients(pk.attention)(*args, segments), reference(*args, SEGMENTS))

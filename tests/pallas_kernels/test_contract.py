@@ -26,13 +26,13 @@ square = random(8, 8)
 labels, head = np.zeros(2, int), random(5, 8)
 
 
-def call(name):
-    """Returns the operation and small arguments for it."""
+def function_and_arguments(name):
+    """Returns the function of an operation, and small arguments for it."""
     return OPERATIONS[name].function, [np.asarray(x) for x in OPERATIONS[name].example()]
 
 
 def test_package_exports_the_contract():
-    """The package exports one name per row of the registry, and the segments that several calls of attention share."""
+    """The package exports one name per row of the registry, and the names for segments shared by several calls."""
     assert sorted(pk.__all__) == sorted([*OPERATIONS, "Segments", "find_segments"])
 
 
@@ -46,7 +46,7 @@ def test_function_equals_formula(name):
 
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(pk.__path__) if not m.name.startswith("_")])
-def test_docstring_examples(name):
+def test_docstring_examples_run(name):
     """The examples in the docstrings run and print the documented results."""
     assert doctest.testmod(importlib.import_module(f"pallas_kernels.{name}")).failed == 0
 
@@ -54,7 +54,7 @@ def test_docstring_examples(name):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_unknown_implementation_raises(name):
     """The implementations "xla" and "interpret" run; an unknown implementation raises and lists the known ones."""
-    function, args = call(name)
+    function, args = function_and_arguments(name)
     jax.eval_shape(lambda: function(*args, implementation="xla"))
     with pytest.raises(ValueError, match=f"{name}: implementation is 'cuda'"):
         function(*args, implementation="cuda")
@@ -107,15 +107,15 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_argument_raises(message):
-    """The ValueError has the name of the argument, its value or shape, and the expected one."""
+    """The ValueError names the argument, its value or shape, and the expected one."""
     with pytest.raises(ValueError, match=re.escape(message)):
         WRONG[message]()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_list_in_place_of_an_array_raises(name):
-    """A list as the first argument raises a TypeError with its name, as in JAX's own functions."""
-    function, (first, *arguments) = call(name)
+    """A list as the first argument raises a TypeError that names the argument."""
+    function, (first, *arguments) = function_and_arguments(name)
     with pytest.raises(TypeError, match=f"{name}: .* is a list; expected an array"):
         function(first.tolist(), *arguments)
 
@@ -123,7 +123,7 @@ def test_list_in_place_of_an_array_raises(name):
 @pytest.mark.parametrize("name", ["decode_attention", "norm_linear", "norm_swiglu", "linear_add"])
 def test_decoding_operation_has_no_gradient(name):
     """Differentiating an operation for decoding raises, for every implementation."""
-    function, (first, *arguments) = call(name)
+    function, (first, *arguments) = function_and_arguments(name)
     for implementation in (None, "xla", "interpret"):
         with pytest.raises(NotImplementedError, match=f"{name}: there is no gradient"):
             jax.grad(lambda x: jnp.sum(jax.tree.leaves(function(x, *arguments, implementation=implementation))[0]))(
@@ -134,16 +134,16 @@ def test_decoding_operation_has_no_gradient(name):
 @pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "rope", "mrope", "swiglu", "quick_gelu"])
 def test_vmap_and_remat_change_nothing(name):
     """vmap over a leading axis and rematerialization change no value and no gradient."""
-    function, (first, *arguments) = call(name)
+    function, (first, *arguments) = function_and_arguments(name)
 
     def loss(scale, first):
         return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(first * scale, *arguments)))
 
     @jax.jit
     def run(scales, first):
-        one_by_one = [jax.value_and_grad(loss, argnums=(0, 1))(scale, first) for scale in scales]
-        together = jax.vmap(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1)), in_axes=(0, None))(scales, first)
-        return jax.tree.map(lambda *each: jnp.stack(each), *one_by_one), together
+        separate = [jax.value_and_grad(loss, argnums=(0, 1))(scale, first) for scale in scales]
+        batched = jax.vmap(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1)), in_axes=(0, None))(scales, first)
+        return jax.tree.map(lambda *each: jnp.stack(each), *separate), batched
 
     want, got = run(np.array([1.0, 2.0], np.float32), first)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -42,24 +42,24 @@ def check(logits, labels, cotangent, options, tolerance):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name):
+def test_every_option_matches_numpy(name):
     """Compares loss and gradient for each option, and for all of them, in float32."""
     check(*data(9, 41), filled(OPTIONS[name], 9, 41), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_low_precision_logits(dtype):
+def test_low_precision_logits_round_only_the_gradient(dtype):
     """The loss of 16-bit logits is exact; the gradient differs only by its own rounding."""
     check(*data(9, 423, dtype), filled(OPTIONS["all"], 9, 423), 0.6 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("vocab", sorted({text.vocab for text in shapes.TEXT.values()}))
-def test_real_vocabulary(vocab):
+def test_real_vocabularies_match_numpy(vocab):
     """Covers V = 151936 and 152064 with confident and flat rows in bfloat16."""
     check(*data(3, vocab, jnp.bfloat16, scale=6.0), {}, 0.6 * float(jnp.finfo(jnp.bfloat16).eps))
 
 
-def test_confident_logits():
+def test_certain_label_has_zero_loss_and_gradient():
     """If the label has all of the probability, loss and gradient are zero and finite."""
     logits = jnp.zeros((1, 8)).at[0, 3].set(1e4)
     loss, gradient = jax.jit(jax.value_and_grad(pk.cross_entropy))(logits, jnp.array([3]))
@@ -67,7 +67,7 @@ def test_confident_logits():
 
 
 @pytest.mark.parametrize("normalizer", [None, 0.0, 5.0])
-def test_no_label_counts(normalizer):
+def test_loss_is_zero_if_no_label_counts(normalizer):
     """If all rows are ignored, or there are none, loss, gradients and accuracy are 0, even for infinite logits."""
 
     def run(logits):
@@ -80,7 +80,7 @@ def test_no_label_counts(normalizer):
         assert metrics["num_tokens"] == 0 and metrics["accuracy"] == 0
 
 
-def test_label_out_of_range():
+def test_label_out_of_range_gives_nan():
     """A label outside the vocabulary that is not ignore_index gives a NaN loss and a NaN gradient of its row."""
     run = jax.jit(jax.value_and_grad(pk.cross_entropy))
     for label in (5, -1):
@@ -89,7 +89,7 @@ def test_label_out_of_range():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
-def test_narrow_labels(dtype):
+def test_narrow_label_dtypes_keep_their_values(dtype):
     """Labels keep their values if their dtype cannot represent ignore_index or the size of the vocabulary."""
     logits, labels = jnp.asarray(np.random.default_rng(0).normal(size=(3, 300)), jnp.float32), [0, 100, 127]
     got = pk.cross_entropy(logits, jnp.array(labels, dtype), reduction="none")
@@ -98,7 +98,7 @@ def test_narrow_labels(dtype):
     assert (in_range > 0).all()  # -100 in uint8 is 156
 
 
-def test_metrics():
+def test_metrics_count_labels_and_correct_predictions():
     """Returns the number of counted labels, the accuracy, and the parts of the loss."""
     logits = jnp.array([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
     labels = jnp.array([1, 2, 0, -100])
@@ -109,7 +109,7 @@ def test_metrics():
     assert loss - metrics["z_loss"] == pytest.approx(float(pk.cross_entropy(logits, labels)), rel=1e-6)
 
 
-def test_gradient_of_token_weights():
+def test_token_weights_are_differentiable():
     """token_weights are differentiable, including through the divisor."""
     logits, labels, _ = data(6, 11)
     weights = jnp.linspace(0.5, 2, 6)
@@ -120,7 +120,7 @@ def test_gradient_of_token_weights():
         assert float(gradient[i]) == pytest.approx((up - down) / 2e-4, abs=1e-5)
 
 
-def test_residuals():
+def test_backward_saves_no_float32_logits():
     """The backward pass saves the logits in their dtype, and no float32 array of their size."""
     logits, labels, _ = data(4, 64, jnp.bfloat16)
     pullback = jax.eval_shape(lambda x: jax.vjp(lambda x: pk.cross_entropy(x, labels), x)[1], logits)
@@ -128,7 +128,7 @@ def test_residuals():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-def test_meshes(kind):
+def test_sharded_rows_match_one_device(kind):
     """Sharded rows with class weights, also under vmap, give the values of one device."""
     logits, labels, _ = data(8, 12)
     options = filled(OPTIONS["all"], 8, 12) | {"token_weights": None}

@@ -30,7 +30,7 @@ def operands(batch, heads, key_heads, dim, slots, slot, dtype="float32"):
 
 
 def truth(qkv, cos, sin, keys, values, valid, slot):
-    """Attends for one row and head after the other, over its visible slots."""
+    """Computes the operation in float64, for one row and head after the other."""
     qkv, cos, sin, keys, values = (np.array(x, np.float64) for x in (qkv, cos, sin, keys, values))
     key_heads, dim = keys.shape[2:]
     q, k, v = np.split(qkv, (qkv.shape[1] - 2 * key_heads, qkv.shape[1] - key_heads), axis=1)
@@ -61,11 +61,11 @@ def distances(got, want):
         (2, 7, 1, 20, 40, 39, "float32"),  # the last slot; half a head is not a power of two
         (3, 16, 2, 32, 70, 33, "bfloat16"),  # a group of 8, in the middle of a block
         (1, 14, 2, 8, 130, 128, "float16"),  # a group of 7, whole blocks
-        (1, 20, 1, 16, 20, 11, "float32"),  # more queries than 16
+        (1, 20, 1, 16, 20, 11, "float32"),  # more than 16 queries
     ],
 )
-def test_against_float64(batch, heads, key_heads, dim, slots, slot, dtype):
-    """Compares the output and the cache, of which only the slot may change."""
+def test_output_and_cache_match_numpy(batch, heads, key_heads, dim, slots, slot, dtype):
+    """Covers the cache, too, of which only the slot may change."""
     args = operands(batch, heads, key_heads, dim, slots, slot, dtype)
     want = truth(*args)
     tolerance = 1e-5 if dtype == "float32" else 8 * float(jnp.finfo(dtype).eps)
@@ -76,7 +76,7 @@ def test_against_float64(batch, heads, key_heads, dim, slots, slot, dtype):
         assert all((new[:, unchanged] == old[:, unchanged]).all() for new, old in zip(got[1:], args[3:5], strict=True))
 
 
-def test_splits_of_the_cache():
+def test_number_of_splits_does_not_change_the_output():
     """Covers more and fewer splits than filled blocks: some splits have several blocks, some have none."""
     blocks = Blocks(rows=16, num_warps=4, programs=2 * 4)
     run = jax.jit(functools.partial(module.attend_kernel, None, interpret=True, blocks=blocks))
@@ -86,7 +86,7 @@ def test_splits_of_the_cache():
 
 
 @pytest.mark.parametrize("run", [kernel, xla])
-def test_row_that_sees_only_its_new_token(run):
+def test_row_of_padding_returns_its_new_value(run):
     """A row of padding returns the new value; the kernel never reads later slots."""
     qkv, cos, sin, keys, values, valid, slot = operands(2, 4, 2, 16, 40, 20)
     unused = jnp.nan if run is kernel else 1e4
@@ -95,15 +95,15 @@ def test_row_that_sees_only_its_new_token(run):
     np.testing.assert_allclose(got, jnp.repeat(qkv[:, -2:], 2, axis=1), rtol=1e-6)
 
 
-def test_slot_past_the_end_of_the_cache():
-    """It is clamped to the last slot, by the kernel and by XLA."""
+def test_slot_past_the_end_is_clamped():
+    """Both the kernel and XLA then write to the last slot."""
     args = operands(2, 4, 2, 16, 40, 39)
     for run in (kernel, xla):
         for got, want in zip(jax.jit(run)(*args[:-1], 47), jax.jit(run)(*args), strict=True):
             assert (got == want).all()
 
 
-def test_unsupported_by_the_kernel():
+def test_call_unsupported_by_the_kernel_uses_xla_or_raises():
     """Requesting the kernel by name raises; None picks XLA."""
     for size, message in (
         ((65, 1, 8), "65 query heads per key head; expected at most 64"),
@@ -119,7 +119,7 @@ def test_unsupported_by_the_kernel():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("size", shapes.TEXT)
-def test_lowers_at_real_shapes(size, batch, dtype):
+def test_none_lowers_to_two_kernels_at_real_shapes(size, batch, dtype):
     """On a GPU, None lowers to two Triton calls at the models' shapes."""
     text = shapes.TEXT[size]
     heads, angle = (batch, text.heads + 2 * text.kv_heads, text.head_dim), (batch, text.head_dim // 2)

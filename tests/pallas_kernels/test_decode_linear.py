@@ -64,7 +64,7 @@ def distance(got, want):
         (17, 300, 34, "float32"),
     ],
 )
-def test_against_float64(op, rows, depth, width, dtype):
+def test_output_matches_numpy(op, rows, depth, width, dtype):
     """Covers even and odd widths, one and several iterations, one and several rows, and every dtype."""
     function, names = OPS[op]
     args = operands(names, rows, depth, width, dtype)
@@ -75,8 +75,8 @@ def test_against_float64(op, rows, depth, width, dtype):
         assert got.dtype == dtype and distance(got, want) < tolerance
 
 
-def test_large_float16():
-    """x * norm_weight may exceed the largest float16 before the division by rms(x)."""
+def test_large_float16_products_do_not_overflow():
+    """x * norm_weight may exceed the largest float16 before it is divided by rms(x)."""
     names = "x", "norm_weight", "weight"
     for rows in (1, 5):
         x, norm_weight, weight = operands(names, rows, 64, 32, "float16")
@@ -102,8 +102,8 @@ def abstract(names, rows, depth, width, dtype="bfloat16"):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_choice_of_none(op):
-    """None picks one kernel for a single row; for up to 16 rows and a small weight, kernels for matmul, norm and gate."""
+def test_none_picks_kernels_for_few_rows(op):
+    """A single row takes one kernel; up to 16 rows with a small weight take separate kernels for matmul, norm and gate."""
     function, names = OPS[op]
     norm, gate = "norm_weight" in names, "weights" in names
     for rows, depth, width, kernels in (
@@ -122,7 +122,7 @@ def test_choice_of_none(op):
     "rows, dtype", [(1, "bfloat16"), (1, "float32"), (16, "bfloat16"), (16, "float16"), (16, "float32")]
 )
 @pytest.mark.parametrize("size", shapes.TEXT)
-def test_lowers_at_real_shapes(size, rows, dtype):
+def test_kernels_lower_at_real_shapes(size, rows, dtype):
     """At the models' shapes, a single row takes one launch; several rows take a norm, a matmul and a gate."""
     text = shapes.TEXT[size]
     heads, pairs = text.heads * text.head_dim, 2 * text.kv_heads * text.head_dim
@@ -141,8 +141,8 @@ def test_lowers_at_real_shapes(size, rows, dtype):
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("op", OPS)
-def test_on_explicit_meshes(op, devices):
-    """None picks XLA on every platform: a kernel would gather the weight, XLA leaves the outputs sharded."""
+def test_none_picks_xla_on_explicit_meshes(op, devices):
+    """XLA leaves the outputs sharded, whereas a kernel would gather the weight."""
     function, names = OPS[op]
     assert "one_row" in str(jax.make_jaxpr(function)(*operands(names, 1, 16, 8)))  # for a GPU
     mesh = jax.make_mesh((devices,), ("tensor",), (AxisType.Explicit,), devices=jax.devices("cpu")[:devices])
@@ -159,7 +159,7 @@ def test_on_explicit_meshes(op, devices):
         assert "one_row" not in str(jax.make_jaxpr(function)(*sharded))
 
 
-def test_depth_of_zero():
+def test_zero_depth_returns_the_residual():
     """An empty sum gives the residual."""
     out = pk.linear_add(jnp.zeros((1, 0)), jnp.zeros((3, 0)), jnp.ones((1, 3)))
     assert out.tolist() == [[1, 1, 1]]

@@ -1,4 +1,4 @@
-"""The kernels of all operations: values in Pallas's interpreter, every mesh and transformation, and lowering for GPUs."""
+"""The kernels of all operations: values in Pallas's interpreter, meshes, transformations, and lowering for GPUs."""
 
 import functools
 import importlib
@@ -22,7 +22,7 @@ from tests._support.ops import OPS, REAL, close, random_like
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("rows, width", [((0,), 8), ((1,), 8), ((7,), 80), ((2, 3), 100), ((5,), 1536)], ids=str)
 def test_kernel_equals_xla(name, rows, width):
-    """Values and gradients are equal for any number of rows and any width; the last blocks overhang the array."""
+    """Values and gradients are equal for any number of rows and any width; the last blocks reach past the end."""
     op = OPS[name]
     if op.row_count == 2:
         rows, width = (2, *rows)[:2], width if width in SECTIONS or name == "rope" else 128
@@ -46,7 +46,7 @@ def test_kernel_rounds_as_xla_in_low_precision(name, dtype):
 
 
 def test_program_takes_several_row_blocks():
-    """With few programs, each takes several blocks of several rows in every group; the last blocks overhang."""
+    """With few programs, each takes several blocks of several rows per group; the last ones reach past the end."""
     norm = importlib.import_module("pallas_kernels.layer_norm")
     static = norm.StaticArgs(1e-6, "interpret")
     rng = np.random.default_rng(0)
@@ -98,8 +98,8 @@ def test_exact_gelu_has_float32_precision():
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "mrope", "cross_entropy"])
-def test_vmap(name):
-    """vmap gives the results of XLA, whether the problems share the last argument or not."""
+def test_vmap_equals_xla(name):
+    """The kernels under vmap equal XLA, whether or not the problems share the last argument."""
     op = OPS[name]
     rows, width = ((2, 3), 32) if op.row_count == 2 else ((5,), 12)
     each = [op.make(rows, width, seed=seed) for seed in range(3)]
@@ -112,8 +112,8 @@ def test_vmap(name):
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "quick_gelu"])
-def test_scan_and_remat(name):
-    """A scan over rematerialized layers, as in a model, has the gradients of XLA."""
+def test_gradients_through_scan_and_remat_equal_xla(name):
+    """The gradients of a scan over rematerialized layers, as in a model, equal those of XLA."""
     op = OPS[name]
     x, *vectors = op.make((6,), 12)
 
@@ -183,7 +183,7 @@ def test_sharded_heads_and_columns_stay_sharded(kind):
     specs = {"swiglu": [P(None, None, "tensor")] * 2, "rope": [P(None, None, "tensor")] * 2 + [P()] * 2}
     for name, spec in specs.items():
         op = OPS[name]
-        args = op.make((2, 3), 32)  # rows that do not divide by the devices do not matter
+        args = op.make((2, 3), 32)  # the devices need not divide the rows
         with jax.set_mesh(mesh):
             placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, spec, strict=True)]
             run = jax.jit(functools.partial(op.run, implementation="interpret")).lower(*placed).compile()
@@ -205,8 +205,8 @@ def abstract_arguments(op, rows, width, dtype):
 
 @pytest.mark.parametrize("device_kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200"])
 @pytest.mark.parametrize("name, rows, width", REAL, ids=str)
-def test_lowers_at_real_shapes(name, rows, width, device_kind):
-    """The forward and the backward pass become one Triton call each at the models' shapes."""
+def test_each_pass_lowers_to_one_kernel_at_real_shapes(name, rows, width, device_kind):
+    """The forward and the backward pass become one Triton call each."""
     op = OPS[name]
     args = abstract_arguments(op, rows, width, "bfloat16")
     differentiable, constants = args[: op.differentiable], args[op.differentiable :]
@@ -221,7 +221,7 @@ def test_lowers_at_real_shapes(name, rows, width, device_kind):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", OPS)
-def test_lowers_at_odd_widths(name, dtype):
+def test_kernels_lower_at_odd_widths(name, dtype):
     """Blocks are powers of two for every width, as Triton requires."""
     op = OPS[name]
     rows = (1, 7)[-op.row_count :]
@@ -238,7 +238,7 @@ def test_default_on_gpu_is_kernel_for_norms_and_losses_only():
 
 @pytest.mark.parametrize("name", OPS)
 def test_cpu_program_has_no_kernel(name):
-    """The same call lowered for a CPU is plain XLA; requesting the kernel by name there raises."""
+    """Lowered for a CPU, the same call is plain XLA; requesting the kernel by name raises."""
     op = OPS[name]
     args = op.make((2, 4), 32)
     assert _pallas.TRITON_CALL not in jax.jit(op.run).lower(*args).as_text()
@@ -263,7 +263,7 @@ def test_measured_blocks_are_preferred(monkeypatch):
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_tuning_candidates_are_powers_of_two_and_start_with_the_rule(op):
-    """At every tuned width, so that the tuner can compare with the rule."""
+    """At every tuned width, the first candidate is the rule's, so that the tuner can compare with it."""
     for width in {width for _, width in KERNELS[op].shapes}:
         rule, *candidates = _tuning.candidates(op, width=width)
         assert rule == _tuning.rule(op, width=width) and rule not in candidates and candidates

@@ -16,7 +16,6 @@ from tests._support.losses import OPTIONS, filled, reference
 
 linear = importlib.import_module("pallas_kernels.linear_cross_entropy")  # the module, not the function
 
-
 IMPLEMENTATIONS = {
     name: functools.partial(pk.linear_cross_entropy, implementation=name) for name in ("xla", "interpret")
 }
@@ -24,7 +23,7 @@ IMPLEMENTATIONS = {
 
 @pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
 def implementation(request, monkeypatch):
-    """Every test runs with each implementation."""
+    """Runs every test with each implementation."""
     monkeypatch.setattr(pk, "linear_cross_entropy", IMPLEMENTATIONS[request.param])
     return request.param
 
@@ -41,7 +40,7 @@ STATIC = ("chunk_rows", "label_smoothing", "z_loss", "softcap", "reduction", "no
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=STATIC)
 def loss_and_gradients(function, weights, labels, cotangent, **options):
-    """Computes the weighted sum of losses and its gradients; labels are traced, so that they need no recompilation."""
+    """Computes the weighted sum of losses and its gradients. Labels are traced, so that new ones do not recompile."""
 
     def run(x, weight, bias):
         return jnp.sum(function(x, weight, labels, bias=bias, **options) * cotangent)
@@ -61,19 +60,19 @@ def check(x, weight, bias, labels, cotangent, options, chunk_rows, tolerance=1e-
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name):
+def test_every_option_matches_numpy(name):
     """Compares the loss and all gradients for each option, in chunks that do not divide the rows."""
     check(*data(10, 6, 41), filled(OPTIONS[name], 10, 41), chunk_rows=4)
 
 
 @pytest.mark.parametrize("rows, chunk_rows", [(1, 4), (8, 4), (8, 1), (7, None)])
-def test_chunks(rows, chunk_rows):
+def test_chunk_size_does_not_change_values(rows, chunk_rows):
     """One chunk or several, full or padded, give the same values."""
     check(*data(rows, 5, 11, seed=1), {}, chunk_rows)
 
 
 @pytest.mark.parametrize("counted", [0, 1, 255, 256, 257, 1024, 2049, 2500])
-def test_counted_rows_are_gathered(counted):
+def test_any_number_of_counted_rows_matches_numpy(counted):
     """Whole and quarter chunks process the counted rows, in any positions; ignored rows get zero gradients."""
     x, weight, bias, labels, cotangent = data(2500, 3, 5)
     order = np.random.default_rng(0).permutation(2500)
@@ -106,7 +105,7 @@ def test_ignored_rows_are_not_processed():
     assert (results == jnp.where(labels == 1, 2, 0)).all()
 
 
-def test_many_chunks_in_bfloat16():
+def test_many_bfloat16_chunks_lose_no_precision():
     """Sixteen chunks lose no precision: the gradient of the weight accumulates in float32."""
     check(*data(64, 16, 50, jnp.bfloat16), {}, chunk_rows=4, tolerance=2e-2)
     x, weight, _, labels, _ = data(64, 16, 50, jnp.bfloat16)
@@ -118,7 +117,7 @@ def test_many_chunks_in_bfloat16():
     assert jnp.max(jnp.abs(gradient(4) - gradient(64))) <= 2**-7 * jnp.max(jnp.abs(gradient(64)))
 
 
-def test_small_gradients_in_float16():
+def test_mean_keeps_small_float16_gradients():
     """The 1/N of a mean does not push the gradient of the logits below the smallest float16."""
     rows = 2048
     x, weight = jnp.ones((rows, 2), jnp.float16), jnp.zeros((512, 2), jnp.float16)
@@ -126,13 +125,13 @@ def test_small_gradients_in_float16():
     assert np.allclose(np.asarray(gradient[1:], np.float64), 1 / 512, rtol=2e-3)
 
 
-def test_real_vocabulary():
+def test_real_vocabulary_matches_numpy():
     """Covers V = 151936, which no block size divides."""
     check(*data(3, 4, 151_936), {"reduction": "sum"}, chunk_rows=2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_label_counts(reduction):
+def test_loss_is_zero_if_no_label_counts(reduction):
     """If all rows are ignored, or there are none, the loss and the gradients are 0."""
 
     def run(x, weight, labels):
@@ -145,7 +144,7 @@ def test_no_label_counts(reduction):
 
 
 def test_metrics_equal_those_of_cross_entropy():
-    """Without differentiation, too."""
+    """The metrics of a forward pass that is not differentiated equal those of cross_entropy on the logits."""
     x, weight, _, labels, _ = data(10, 6, 9)
     options = {"z_loss": 0.1, "return_metrics": True}
     got = jax.jit(lambda x: pk.linear_cross_entropy(x, weight, labels, chunk_rows=3, **options))(x)
@@ -154,7 +153,7 @@ def test_metrics_equal_those_of_cross_entropy():
         assert float(got[1][name]) == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_label_out_of_range():
+def test_label_out_of_range_gives_nan():
     """A label outside the vocabulary makes the loss NaN."""
     x, weight, _, _, _ = data(2, 4, 7)
     assert np.isnan(jax.jit(pk.linear_cross_entropy)(x, weight, jnp.array([1, 7])))
@@ -176,8 +175,8 @@ def assert_close(got, want):
         assert np.max(np.abs(np.asarray(g) - np.asarray(w))) <= 1e-5 * max(np.max(np.abs(np.asarray(w))), 1)
 
 
-def test_vmap_scan_remat():
-    """Problems under vmap, or in a scan with rematerialisation, equal the problems one by one."""
+def test_vmap_scan_and_remat_change_no_value():
+    """Problems under vmap, or in a scan with rematerialization, equal the problems computed separately."""
     x, weight, _, labels, _ = data(10, 6, 9)
     x, labels = x.reshape(2, 5, 6), labels.reshape(2, 5)
     one_by_one = [jax.jit(value_and_gradients())(x[i], weight, labels[i]) for i in range(2)]
@@ -203,7 +202,7 @@ def array_collectives(compiled):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-def test_rows_sharded(kind, reduction):
+def test_sharded_rows_gather_only_the_weight(kind, reduction):
     """Only the weight is gathered, and only if it is sharded; its gradient is summed over the mesh once."""
     x, weight, _, labels, _ = data(24, 6, 8)
     x, labels = x.reshape(4, 6, 6), labels.reshape(4, 6)
@@ -221,7 +220,7 @@ def test_rows_sharded(kind, reduction):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
-def test_vmap_on_a_mesh(kind, gradient):
+def test_vmap_on_a_mesh_gathers_no_activation(kind, gradient):
     """With sharded rows under vmap, no activation is gathered and the values equal those of one device."""
     x, weight, _, labels, _ = data(24, 6, 8)
     x, labels = x.reshape(3, 8, 6), labels.reshape(3, 8)
@@ -238,8 +237,8 @@ def test_vmap_on_a_mesh(kind, gradient):
     assert "all-gather" not in array_collectives(compiled)
 
 
-def test_loss_scale_preserves_small_float16_gradients():
-    """Unscaled, they are below the smallest float16; the loss scale arrives with the cotangent."""
+def test_loss_scale_keeps_small_float16_gradients():
+    """Gradients that are below the smallest float16 without the loss scale survive, as the cotangent carries the scale."""
     x, weight, _, labels, _ = data(40, 6, 9, jnp.float16)
     scale, normalizer = 2.0**20, 2.0**24
 
@@ -255,7 +254,7 @@ def test_loss_scale_preserves_small_float16_gradients():
         assert np.linalg.norm(got - expected) < 2e-3 * np.linalg.norm(expected)
 
 
-def test_inside_a_shard_map(implementation):
+def test_shard_map_sums_the_gradient_of_a_replicated_weight(implementation):
     """In a user's shard_map with the default check_vma, JAX sums the gradient of the replicated weight."""
     if implementation == "interpret":
         pytest.skip("Pallas's interpreter does not support shard_map with check_vma")
@@ -271,7 +270,7 @@ def test_inside_a_shard_map(implementation):
     assert_close(got, want)
 
 
-def test_memory():
+def test_memory_stays_far_below_that_of_the_logits():
     """Temporaries stay far below the size of the logits, N x V, with and without gradients."""
     rows, hidden, vocab = 2048, 8, 32_000
     x, weight, labels = (

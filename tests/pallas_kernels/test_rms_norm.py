@@ -1,4 +1,4 @@
-"""rms_norm: where its castings round, and how operations over rows run on meshes, which is the same for all of them."""
+"""Checks where the castings of rms_norm round, and how operations over rows, which share this code, run on meshes."""
 
 import functools
 
@@ -60,7 +60,7 @@ def test_casting_rounds_where_documented(casting, dtype):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_operands_in_other_layouts_are_resharded(kind):
-    """A sharded weight and an x sharded by columns are gathered; arrays on no mesh are used unchanged."""
+    """A sharded weight, and an x sharded by columns, are gathered; arrays on no mesh work as well."""
     args = inputs(8, 16)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices("cpu")[:4])
     want = jax.jit(gradients(xla))(*args)
@@ -72,7 +72,7 @@ def test_operands_in_other_layouts_are_resharded(kind):
 
 
 @pytest.mark.parametrize("axes", [{"data", "model"}, {"data"}], ids=["all manual", "one manual"])
-def test_runs_inside_a_shard_map(axes):
+def test_results_are_right_inside_a_shard_map(axes):
     """Results and gradients are right inside a user's shard_map over all of the mesh's axes, or over some of them."""
     x, weight, grad = inputs(8, 16)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
@@ -86,7 +86,7 @@ def test_runs_inside_a_shard_map(axes):
 # ---- lowering for GPUs that this machine does not have ---------------------------------------------------------------
 
 
-def test_lowers_inside_a_checked_shard_map():
+def test_kernels_lower_inside_a_checked_shard_map():
     """Under shard_map(check_vma=True), the default, kernels declare the mesh axes that their results vary over."""
 
     def value_and_gradients(*args):

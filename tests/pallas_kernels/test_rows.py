@@ -59,7 +59,7 @@ def check_as_exact_as_formula(run, formula, args):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("shape, dtype", [((2, 3, 100), "float32"), ((16, 1536), "bfloat16")], ids=str)
 def test_values_and_gradients_equal_the_formula(name, shape, dtype):
-    """Values and gradients of each operation equal those of its formula, at odd and at real widths."""
+    """Values and gradients of each operation equal those of its formula, at an odd and at a real width."""
     run, formula, make = CASES[name]
     check_as_exact_as_formula(run, formula, make(shape[:-1], shape[-1], dtype))
 
@@ -90,7 +90,7 @@ def test_smallest_shapes_give_finite_results(name, shape):
 
 
 def test_layer_norm_is_accurate_for_a_large_mean():
-    """A mean of a thousand standard deviations costs no precision beyond the float32 rounding of the inputs."""
+    """A mean of 1000 standard deviations costs no precision beyond the float32 rounding of the inputs."""
     x = 1000 + np.random.default_rng(0).normal(size=(4, 1280)).astype(np.float32)
     want = (x - x.mean(-1, keepdims=True, dtype=np.float64)) / x.std(-1, keepdims=True, dtype=np.float64)
     got = pk.layer_norm(jnp.asarray(x), jnp.ones(1280), jnp.zeros(1280))

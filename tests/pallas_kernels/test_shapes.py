@@ -1,4 +1,4 @@
-"""The list of tuned shapes, which pallas_kernels keeps without importing the models."""
+"""Compares the list of tuned shapes, which pallas_kernels keeps without importing liger_jax, with the models."""
 
 import pytest
 
