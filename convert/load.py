@@ -12,7 +12,7 @@ from convert.reader import find_checkpoint, from_hf
 from convert.writer import to_hf
 from liger_jax.checkpoint import is_model, load_model, save_model
 from liger_jax.errors import UserError
-from liger_jax.files import GENERATION_CONFIG, check_new_folder
+from liger_jax.files import GENERATION_CONFIG, check_new_folder, read_json_object, write_json
 from liger_jax.model import Qwen2VL
 from liger_jax.model.lora import lora_config, merge_lora
 
@@ -115,6 +115,10 @@ def convert_checkpoint(
     for name in COMPANIONS:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
+    # the end tokens of a source whose config.json alone names them
+    if model.config.eos_token_ids and read_json_object(target / GENERATION_CONFIG).get("eos_token_id") is None:
+        settings = read_json_object(target / GENERATION_CONFIG)
+        write_json(target / GENERATION_CONFIG, settings | {"eos_token_id": list(model.config.eos_token_ids)})
     leaves = jax.tree.leaves(model)
     count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
     return (

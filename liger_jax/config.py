@@ -65,7 +65,8 @@ class TextConfig:
 class Qwen2VLConfig:
     """The configuration of a Qwen2-VL model. It is hashable, so it can be a static argument of `jax.jit`.
 
-    `from_hf` reads `eos_token_ids` and `pad_token_id` from the checkpoint's generation_config.json. The presets have none.
+    `from_hf` reads `eos_token_ids` from the checkpoint's generation_config.json, or else from its config.json, and
+    `pad_token_id` from the former. The presets have none.
 
     Raises:
         UserError: values contradict each other.
@@ -165,8 +166,8 @@ class Qwen2VLConfig:
         """Reads a Hugging Face configuration.
 
         Supports four layouts: flat, as on the hub (transformers 4.41); flat without default values (4.45 to 4.51); nested
-        (4.52 and later); nested with `rope_parameters` (5.x). The EOS and padding tokens are read from
-        generation_config.json in the same folder, if it exists.
+        (4.52 and later); nested with `rope_parameters` (5.x). The end tokens are read from generation_config.json in the same
+        folder, or else from config.json; the padding token from generation_config.json.
 
         Args:
             source: a dict, a config.json, or a folder that contains one.
@@ -293,12 +294,32 @@ def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> An
         **{name: vision[name] for name in _SAME_NAME_VISION if vision.get(name) is not None},
         rope_theta=float(vision_theta),
     )
-    eos = generation.get("eos_token_id")
     return cls(
         text=text_config,
         vision=vision_config,
         tie_word_embeddings=bool(hub.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         **{name: hub[name] for name in _SPECIAL_TOKENS if hub.get(name) is not None},
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=read_end_tokens(hub, generation),
         pad_token_id=generation.get("pad_token_id"),
     )
+
+
+def read_end_tokens(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns a checkpoint's end tokens: those of generation_config.json, of the root of config.json, or of text_config.
+
+    Raises:
+        UserError: `eos_token_id` is neither an integer nor a list of integers.
+
+    Example:
+        >>> read_end_tokens({"text_config": {"eos_token_id": 7}}, {})
+        (7,)
+    """
+    for source in (generation, hub, hub.get("text_config") or {}):
+        tokens = source.get("eos_token_id")
+        if tokens is None:
+            continue
+        listed = tokens if isinstance(tokens, list) else [tokens]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+            raise UserError(f"eos_token_id is {tokens!r:.60}; expected an integer or a list of integers")
+        return tuple(listed)
+    return ()

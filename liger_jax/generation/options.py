@@ -126,6 +126,8 @@ class GenerationOptions:
     def from_hf(cls, folder: str | Path, **overrides: Any) -> Self:
         """Returns a checkpoint's defaults, read from its generation_config.json as in transformers.
 
+        Warns if neither this file nor config.json has an end token, since every answer is then as long as allowed.
+
         An option missing from the file has transformers' default: greedy decoding, and top_k 50 if do_sample is set
         without a top_k. One default differs: transformers stops at 20 tokens including the prompt; here the default of
         max_new_tokens applies.
@@ -138,9 +140,10 @@ class GenerationOptions:
             NotFoundError: there is neither such a folder nor such a checkpoint on the hub.
             UserError: the file is not a JSON object, or a value is out of range.
         """
-        from liger_jax.files import GENERATION_CONFIG, local_folder, read_json_object
+        from liger_jax.config import read_end_tokens
+        from liger_jax.files import CONFIG, GENERATION_CONFIG, local_folder, read_json_object
 
-        path = local_folder(folder, [GENERATION_CONFIG]) / GENERATION_CONFIG
+        path = local_folder(folder, [GENERATION_CONFIG, CONFIG]) / GENERATION_CONFIG
         stored = read_json_object(path) if path.is_file() else {}
         stored = {name: value for name, value in stored.items() if value is not None}
         if not (stored | overrides).get("do_sample"):  # the filters then have no effect and are not checked
@@ -148,6 +151,14 @@ class GenerationOptions:
         unsupported = {name: stored[name] for name, off in UNSUPPORTED.items() if stored.get(name, off) != off}
         if unsupported:
             warnings.warn(f"{path}: {unsupported} is not implemented and is ignored", stacklevel=2)
+        config_path = path.with_name(CONFIG)
+        if overrides.get("eos_token_id") is None and config_path.is_file():
+            if not read_end_tokens(read_json_object(config_path), stored):
+                warnings.warn(
+                    f"{path.parent} has no eos_token_id in {GENERATION_CONFIG} or {CONFIG}: every answer runs to "
+                    "max_new_tokens, unless eos_token_id or a stop string ends it",
+                    stacklevel=2,
+                )
         names = {field.name for field in dataclasses.fields(cls)} - {"seed", "logprobs"}
         values = {name: value for name, value in stored.items() if name in names} | overrides
         if values.get("do_sample"):

@@ -1,5 +1,6 @@
 """`convert_checkpoint` in both directions, and `python -m convert`."""
 
+import json
 import subprocess
 import sys
 
@@ -36,6 +37,20 @@ def test_round_trip(source):
     assert loaded.config == from_hf(source).config
     for name in ("generation_config.json", "tokenizer.json", "preprocessor_config.json"):
         assert (hf / name).read_text() == (source / name).read_text()
+
+
+@pytest.mark.parametrize("generation", [None, '{"top_k": 1}'])
+def test_end_token_of_config_json_survives_conversion(tmp_path, generation):
+    """A conversion there and back dropped an end token that only config.json named."""
+    source = hub.write(tmp_path / "hf", hub.tensors(), eos_token_id=7)
+    if generation:
+        (source / "generation_config.json").write_text(generation)
+    convert_checkpoint(source, tmp_path / "orbax")
+    convert_checkpoint(tmp_path / "orbax", tmp_path / "back")
+    for folder in (tmp_path / "orbax", tmp_path / "back"):
+        settings = json.loads((folder / "generation_config.json").read_text())
+        assert settings == json.loads(generation or "{}") | {"eos_token_id": [7]}
+        assert json.loads((folder / "config.json").read_text())["text_config"]["eos_token_id"] == [7]
 
 
 def test_same_format(source):

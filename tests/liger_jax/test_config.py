@@ -7,6 +7,7 @@ import json
 import pytest
 
 from liger_jax import Qwen2VLConfig
+from liger_jax.errors import UserError
 from tests._support.parity import REFERENCES
 
 LAYOUTS = json.loads((REFERENCES / "configs.json").read_text())
@@ -17,7 +18,8 @@ PRESETS = {"2b": Qwen2VLConfig.qwen2_vl_2b(), "7b": Qwen2VLConfig.qwen2_vl_7b()}
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, size):
     """The files were written by transformers 4.41 (hub), 4.49 (defaults omitted), 4.57 (nested), 5.17 (rope_parameters)."""
-    assert Qwen2VLConfig.from_hf(LAYOUTS[layout][size]) == PRESETS[size]
+    expected = dataclasses.replace(PRESETS[size], eos_token_ids=(151645,))
+    assert Qwen2VLConfig.from_hf(LAYOUTS[layout][size]) == expected
 
 
 def test_all_four_layouts_are_recorded():
@@ -59,9 +61,44 @@ def test_reads_a_folder(tmp_path):
     assert (config.eos_token_ids, config.pad_token_id) == ((152, 150), 150)
     assert config.text.mrope_section == (1, 1, 2)
     (tmp_path / "config.json").write_text(json.dumps(LAYOUTS["hub"]["2b"]))
-    assert Qwen2VLConfig.from_hf(tmp_path) == PRESETS["2b"]
+    assert Qwen2VLConfig.from_hf(tmp_path) == dataclasses.replace(PRESETS["2b"], eos_token_ids=(151645,))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert Qwen2VLConfig.from_hf(tmp_path).eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize(
+    ("root", "text", "generation", "expected"),
+    [
+        ({}, {}, {}, ()),
+        ({}, {"eos_token_id": 5}, {}, (5,)),
+        ({"eos_token_id": [6, 7]}, {"eos_token_id": 5}, {}, (6, 7)),
+        ({"eos_token_id": None}, {"eos_token_id": 5}, {"eos_token_id": None}, (5,)),
+        ({"eos_token_id": 6}, {"eos_token_id": 5}, {"eos_token_id": [8]}, (8,)),
+    ],
+)
+def test_end_token_of_config_json_was_ignored(root, text, generation, expected, tmp_path):
+    """Without generation_config.json, answers ran to max_new_tokens. transformers reads the same tokens."""
+    from transformers import GenerationConfig
+
+    hub = Qwen2VLConfig.tiny().to_hf()
+    hub["text_config"].pop("eos_token_id")
+    hub["text_config"] |= text
+    hub |= root
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    if generation:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = Qwen2VLConfig.from_hf(tmp_path)
+    assert config.eos_token_ids == expected
+    assert Qwen2VLConfig.from_hf(config.to_hf()).eos_token_ids == expected  # survives config.json alone
+    if not generation:
+        tokens = GenerationConfig.from_model_config(copy.deepcopy(hub)).eos_token_id
+        assert expected == (tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,))
+
+
+@pytest.mark.parametrize("value", ["7", [7, "8"], True, 7.0])
+def test_malformed_end_tokens_are_refused(value):
+    with pytest.raises(UserError, match=r"eos_token_id is .*; expected an integer or a list of integers"):
+        Qwen2VLConfig.from_hf(Qwen2VLConfig.tiny().to_hf() | {"eos_token_id": value})
 
 
 def test_is_hashable():

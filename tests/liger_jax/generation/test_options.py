@@ -45,6 +45,19 @@ def test_missing_file_and_overrides(tmp_path):
         GenerationOptions.from_hf(tmp_path / "no such folder")
 
 
+def test_checkpoint_without_an_end_token_warns(tmp_path):
+    """Answers ran to max_new_tokens, and nothing said why."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="has no eos_token_id in generation_config.json or config.json") as caught:
+        GenerationOptions.from_hf(tmp_path)
+    assert len(caught) == 1
+    GenerationOptions.from_hf(tmp_path, eos_token_id=3)  # no warning: pytest turns warnings into errors
+    for file in ("config.json", "generation_config.json"):
+        (tmp_path / file).write_text('{"eos_token_id": 7}')
+        GenerationOptions.from_hf(tmp_path)
+        (tmp_path / file).write_text("{}")
+
+
 def test_answer_options_enable_and_disable_sampling(tmp_path):
     """Any sampling filter enables sampling without the checkpoint's other filters; temperature 0 disables it."""
     stored = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
