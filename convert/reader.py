@@ -16,7 +16,7 @@ from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
 from liger_jax.checkpoint import float_dtype
 from liger_jax.config import Qwen2VLConfig, VisionConfig
 from liger_jax.errors import UserError
-from liger_jax.files import local_folder
+from liger_jax.files import CONFIG, local_folder, read_json_object
 from liger_jax.model import Qwen2VL
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
@@ -59,6 +59,7 @@ def from_hf(
     """
     dtype = float_dtype(dtype)
     folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir, allow_pickle=allow_pickle)
+    _refuse_quantized_config(folder)
     config = Qwen2VLConfig.from_hf(folder)
     abstract = Qwen2VL.abstract(config, dtype=dtype)
     shapes = {path: leaf.shape for path, leaf in param_paths(abstract).items()}
@@ -66,6 +67,7 @@ def from_hf(
     expected = {tensor.name: tensor for tensor in hub_tensors(shapes, sizes)}
     optional = [LM_HEAD] if config.tie_word_embeddings else []
     tensors = list_tensors(folder, allow_pickle=allow_pickle)
+    _refuse_quantized_tensors(folder, tensors)
     stored = match_tensors(
         expected, tensors, f"{folder} has tensors that do not fit its config.json", optional=optional
     )
@@ -94,6 +96,38 @@ def patch_shape(vision: VisionConfig) -> tuple[int, int, int]:
 
 
 # ---- checking the stored tensors -------------------------------------------------------------------------------------
+
+# Ends (or GGUF's beginnings) of tensor names that only quantised checkpoints have, and their methods.
+QUANTIZED_NAMES = {
+    "AWQ or GPTQ": r"\.(qweight|qzeros|g_idx)$",
+    "bitsandbytes": r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format)$|\.quant_state\.",
+    "compressed-tensors or FP8": r"\.(weight_packed|weight_scale|weight_scale_inv|input_scale|weight_zero_point)$",
+    "GGUF": r"^(blk\.\d+|token_embd|output_norm)\.",
+}
+
+
+def _refuse_quantized_config(folder: Path) -> None:
+    """Raises UserError if config.json has a quantization_config."""
+    file = folder / CONFIG
+    settings = read_json_object(file).get("quantization_config") if file.is_file() else None
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        raise UserError(f"{file}: quantization_config: {_quantized(str(method or 'an unnamed method'))}")
+
+
+def _refuse_quantized_tensors(folder: Path, tensors: Iterable[StoredTensor]) -> None:
+    """Raises UserError if the names of the tensors are those of a quantised checkpoint."""
+    for tensor in tensors:
+        for method, pattern in QUANTIZED_NAMES.items():
+            if re.search(pattern, tensor.name):
+                raise UserError(f"{folder} has the tensor {tensor.name}: {_quantized(method)}")
+
+
+def _quantized(method: str) -> str:
+    return (
+        f"the checkpoint is quantised with {method}; expected unquantised weights, such as the model that it was made "
+        "from, or a copy dequantised with transformers (model.dequantize())"
+    )
 
 
 def match_tensors(

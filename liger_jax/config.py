@@ -166,8 +166,8 @@ class Qwen2VLConfig:
         """Reads a Hugging Face configuration.
 
         Supports four layouts: flat, as on the hub (transformers 4.41); flat without default values (4.45 to 4.51); nested
-        (4.52 and later); nested with `rope_parameters` (5.x). The end tokens are read from generation_config.json in the same
-        folder, or else from config.json; the padding token from generation_config.json.
+        (4.52 and later); nested with `rope_parameters` (5.x). The end tokens are read from generation_config.json in the
+        same folder, or else from config.json; the padding token from generation_config.json.
 
         Args:
             source: a dict, a config.json, or a folder that contains one.

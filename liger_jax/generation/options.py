@@ -152,13 +152,16 @@ class GenerationOptions:
         if unsupported:
             warnings.warn(f"{path}: {unsupported} is not implemented and is ignored", stacklevel=2)
         config_path = path.with_name(CONFIG)
-        if overrides.get("eos_token_id") is None and config_path.is_file():
-            if not read_end_tokens(read_json_object(config_path), stored):
-                warnings.warn(
-                    f"{path.parent} has no eos_token_id in {GENERATION_CONFIG} or {CONFIG}: every answer runs to "
-                    "max_new_tokens, unless eos_token_id or a stop string ends it",
-                    stacklevel=2,
-                )
+        if (
+            overrides.get("eos_token_id") is None
+            and config_path.is_file()
+            and not read_end_tokens(read_json_object(config_path), stored)
+        ):
+            warnings.warn(
+                f"{path.parent} has no eos_token_id in {GENERATION_CONFIG} or {CONFIG}: every answer runs to "
+                "max_new_tokens, unless eos_token_id or a stop string ends it",
+                stacklevel=2,
+            )
         names = {field.name for field in dataclasses.fields(cls)} - {"seed", "logprobs"}
         values = {name: value for name, value in stored.items() if name in names} | overrides
         if values.get("do_sample"):

@@ -11,6 +11,7 @@ import pytest
 import convert.assemble
 from convert import from_hf
 from liger_jax import Qwen2VL
+from liger_jax.errors import UserError
 from liger_jax.model.params import param_paths
 from tests._support import hub_layout as hub
 from tests._support import parity
@@ -186,6 +187,47 @@ def test_one_error_lists_all_mismatches(tmp_path):
         str(tmp_path),
     ):
         assert line in text
+
+
+def quantized_state(*suffixes):
+    """Returns the weights with those of the layers' linear modules replaced by these integer tensors."""
+    state = {}
+    for name, array in hub.tensors("float16").items():
+        if "layers." in name and name.endswith("proj.weight"):
+            state |= {name.removesuffix("weight") + suffix: np.zeros((2, 2), np.int32) for suffix in suffixes}
+        else:
+            state[name] = array
+    return state
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "settings", "method"),
+    [
+        (("qweight", "qzeros", "scales"), {"quant_method": "awq", "bits": 4}, "awq"),
+        (("weight",), {"quant_method": "fp8"}, "fp8"),
+        (("weight",), {"load_in_4bit": True}, "an unnamed method"),
+        (("qweight", "qzeros", "scales"), None, "AWQ or GPTQ"),
+        (("weight", "weight.absmax", "weight.quant_map"), None, "bitsandbytes"),
+        (("weight", "SCB"), None, "bitsandbytes"),
+        (("weight_packed", "weight_scale"), None, "compressed-tensors or FP8"),
+    ],
+)
+def test_quantized_checkpoint_was_refused_with_a_list_of_tensors(tmp_path, suffixes, settings, method):
+    """One sentence names the method, with quantization_config and without."""
+    hub.write(tmp_path, quantized_state(*suffixes), quantization_config=settings)
+    with pytest.raises(UserError, match=f"quantised with {method}; expected unquantised weights") as raised:
+        from_hf(tmp_path)
+    assert len(str(raised.value)) < 350 + len(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_gguf_is_refused_by_name(tmp_path):
+    hub.write(tmp_path, {"blk.0.attn_q.weight": np.zeros((2, 2), np.int8)})
+    with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight: the checkpoint is quantised with GGUF"):
+        from_hf(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "q4.gguf")
+    with pytest.raises(UserError, match=r"only as GGUF \['q4\.gguf'\]; expected unquantised weights"):
+        from_hf(tmp_path)
 
 
 def test_many_missing_tensors_are_listed_by_layer(tmp_path):
