@@ -68,9 +68,12 @@ def from_hf(
     optional = [LM_HEAD] if config.tie_word_embeddings else []
     tensors = list_tensors(folder, allow_pickle=allow_pickle)
     _refuse_quantized_tensors(folder, tensors)
-    stored = match_tensors(
-        expected, tensors, f"{folder} has tensors that do not fit its config.json", optional=optional
-    )
+    complaint = f"{folder} has tensors that do not fit its config.json"
+    if not optional and LM_HEAD not in (tensor.name for tensor in tensors):
+        complaint += (
+            f" (there is no {LM_HEAD}; if the head is the embedding, set tie_word_embeddings to true in config.json)"
+        )
+    stored = match_tensors(expected, tensors, complaint, optional=optional)
     if optional and LM_HEAD in stored:
         _check_tied_head(stored.pop(LM_HEAD), stored[EMBEDDING])
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]

@@ -297,11 +297,22 @@ def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> An
     return cls(
         text=text_config,
         vision=vision_config,
-        tie_word_embeddings=bool(hub.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        tie_word_embeddings=_read_tie(hub, text),
         **{name: hub[name] for name in _SPECIAL_TOKENS if hub.get(name) is not None},
         eos_token_ids=read_end_tokens(hub, generation),
         pad_token_id=generation.get("pad_token_id"),
     )
+
+
+def _read_tie(hub: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """Returns tie_word_embeddings of the root, or else of text_config; without a value, False."""
+    for source in (hub, text):
+        tie = source.get("tie_word_embeddings")
+        if tie is not None:
+            if not isinstance(tie, bool):
+                raise UserError(f"tie_word_embeddings is {tie!r:.60}; expected true or false")
+            return tie
+    return False
 
 
 def read_end_tokens(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

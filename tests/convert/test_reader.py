@@ -237,8 +237,10 @@ def test_many_missing_tensors_are_listed_by_layer(tmp_path):
 
 
 def test_untied_checkpoint_needs_its_head(tmp_path):
-    with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
-        from_hf(hub.write(tmp_path, hub.tensors(tied=True), tied=False))
+    message = r"(?s)set tie_word_embeddings to true in config\.json\).*missing: lm_head\.weight"
+    for tied in (False, None):  # null: neither the root nor text_config says it
+        with pytest.raises(UserError, match=message):
+            from_hf(hub.write(tmp_path, hub.tensors(tied=True), tied=tied))
 
 
 def test_tensor_under_two_names_is_refused(tmp_path):

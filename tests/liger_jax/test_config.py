@@ -34,6 +34,26 @@ def test_tie_word_embeddings_in_text_config():
 
 
 @pytest.mark.parametrize(
+    ("root", "text", "expected"),
+    [
+        ({"tie_word_embeddings": None}, {"tie_word_embeddings": True}, True),
+        ({}, {"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, False),
+        ({"tie_word_embeddings": None}, {"tie_word_embeddings": None}, False),
+        ({}, {}, False),
+    ],
+)
+def test_null_for_tie_word_embeddings_counted_as_false(root, text, expected):
+    """text_config's value decides if the root has none."""
+    hub = Qwen2VLConfig.tiny().to_hf()
+    del hub["tie_word_embeddings"], hub["text_config"]["tie_word_embeddings"]
+    hub["text_config"] |= text
+    assert Qwen2VLConfig.from_hf(hub | root).tie_word_embeddings == expected
+    with pytest.raises(UserError, match="tie_word_embeddings is 'yes'; expected true or false"):
+        Qwen2VLConfig.from_hf(hub | {"tie_word_embeddings": "yes"})
+
+
+@pytest.mark.parametrize(
     ("preset", "layers", "heads", "kv_heads", "hidden"),
     [("qwen2_vl_2b", 28, 12, 2, 1536), ("qwen2_vl_7b", 28, 28, 4, 3584), ("qwen2_vl_72b", 80, 64, 8, 8192)],
 )
