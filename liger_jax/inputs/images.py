@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from liger_jax.errors import UserError
 from liger_jax.inputs.sources import ENCODED, open_encoded
 
 MAX_ASPECT_RATIO = 200
+ORIENTATION = 0x0112  # EXIF tag
 # Preprocessing steps that always run like this. A checkpoint that asks for something else is refused.
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 # The names of the limits here, and in the `size` entry of transformers' JSON.
@@ -143,17 +144,71 @@ def smart_resize(
 def load_image(source: Any) -> Image.Image:
     """Returns an RGB image.
 
-    As in transformers, encoded images are rotated according to their EXIF tag, and transparency is dropped.
+    The image is rotated according to its EXIF tag, and transparent pixels are composited on white, as in transformers
+    5.22 and later. The upper 8 of 16 bits are used, and floats in 0..1 are multiplied by 255. The rules are the same for
+    every kind of source.
 
     Args:
-        source: a PIL image, a uint8 array [H, W, 3], a path, a `file://` or base64 `data:` URL, or the bytes of a file.
+        source: a PIL image, an array [H, W, 3] or [H, W] (uint8, uint16, or floats in 0..1), a path, a `file://` or
+            base64 `data:` URL, or the bytes of a file.
 
     Raises:
         NotFoundError: the path does not exist.
-        UserError: the source is of another type, has no pixels, or cannot be decoded. The message names it.
+        UserError: the source is of another type, has no pixels, cannot be decoded, or has values that cannot be scaled
+            to 8 bits. The message names it.
     """
     with _open_image(source) as image:
-        return (ImageOps.exif_transpose(image) if isinstance(source, ENCODED) else image).convert("RGB")
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(_to_bytes(image, "(array)")).convert("RGB")
+        return _to_rgb(ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image of any mode as RGB; opaque 8-bit images as `convert("RGB")` does."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        levels = _to_bytes(values, repr(getattr(image, "filename", "(PIL)")))
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):  # PNG: the one value that is transparent
+            levels = np.where(values == transparent, np.uint8(255), levels)
+        return Image.fromarray(levels).convert("RGB")
+    if image.mode == "LAB":  # Pillow's convert has no LAB
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        assert converted is not None, "profileToProfile returns None only in place"
+        return converted
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray, name: str) -> np.ndarray:
+    """Returns uint8: the upper 8 of 16 bits, or floats in 0..1 times 255.
+
+    Raises:
+        UserError: values outside these ranges, or different values that all become the same level.
+    """
+    if values.dtype == np.uint8:
+        return values
+    low, high = values.min(), values.max()
+    limit, kind = (1, "float") if values.dtype.kind == "f" else (2**16 - 1, "integer")
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    if not (0 <= low <= high <= limit):  # also false for NaN
+        raise UserError(
+            f"image {name} holds {kind}s from {low} to {high}; expected 0 to {limit}, or values scaled to uint8"
+        )
+    levels = np.rint(values * values.dtype.type(255)) if kind == "float" else values >> 8
+    levels = levels.astype(np.uint8)
+    if low != high and levels.min() == levels.max():
+        raise UserError(
+            f"image {name} holds {kind}s from {low} to {high}, which would all become the level {levels.flat[0]} of 255; "
+            f"expected values spread over 0 to {limit}, or scaled to uint8"
+        )
+    return levels
 
 
 def image_size(source: Any) -> tuple[int, int]:
@@ -163,12 +218,15 @@ def image_size(source: Any) -> tuple[int, int]:
         NotFoundError, UserError: as `load_image`, except for damaged pixels.
     """
     with _open_image(source) as image:
-        return image.size
+        return image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
 
 
 @contextlib.contextmanager
-def _open_image(source: Any) -> Iterator[Image.Image]:
-    """Opens an image, whose pixels may not be decoded yet. Decoding errors in the `with` block name the source."""
+def _open_image(source: Any) -> Iterator[Image.Image | np.ndarray]:
+    """Opens an image, whose pixels may not be decoded yet, or yields an array unchanged.
+
+    Decoding errors in the `with` block name the source.
+    """
     file: Any = contextlib.nullcontext()
     if isinstance(source, ENCODED):
         file, name = open_encoded(source)
@@ -178,13 +236,14 @@ def _open_image(source: Any) -> Iterator[Image.Image]:
         if 0 in image.size:
             raise UserError(f"image {name} has size {image.size}; expected at least one pixel")
     elif isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.shape[-1] != 3 or source.dtype != np.uint8:
+        if source.shape[2:] not in ((), (3,)) or source.ndim < 2 or source.dtype.kind not in "buif":
             raise UserError(
-                f"image is an array of {source.dtype} {list(source.shape)}; expected uint8 of shape [height, width, 3]"
+                f"image is an array of {source.dtype} {list(source.shape)}; expected uint8, uint16 or floats of shape "
+                "[height, width, 3] or [height, width]"
             )
         if source.size == 0:
             raise UserError(f"image is an array of shape {list(source.shape)}; expected at least one pixel")
-        image, name = Image.fromarray(source), "(array)"
+        image, name = source, "(array)"
     else:
         raise UserError(
             f"image is of type {type(source).__name__}; expected a PIL image, a uint8 array [height, width, 3], a path, "
@@ -193,6 +252,8 @@ def _open_image(source: Any) -> Iterator[Image.Image]:
     with file:
         try:
             yield Image.open(file) if isinstance(source, ENCODED) else image
+        except UserError:
+            raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"image {name} cannot be decoded ({error}); expected a format that Pillow reads") from error
 
@@ -216,6 +277,10 @@ def check_frames(source: Any) -> np.ndarray | Sequence[Any]:
         raise UserError(
             f"video is {source if isinstance(source, str | Path) else type(source).__name__!r}; expected its frames, as an "
             "array [frames, height, width, 3] or a list of images (video files are not decoded here)"
+        )
+    if isinstance(source, np.ndarray) and source.ndim != 4:
+        raise UserError(
+            f"video is an array of shape {list(source.shape)}; expected [frames, height, width, 3] or a list of images"
         )
     if len(source) == 0:
         raise UserError("video has no frames; expected at least one frame")

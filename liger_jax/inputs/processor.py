@@ -138,7 +138,8 @@ class Processor:
 
         A message is `{"role": ..., "content": ...}`. Its content is a string or a list of parts, each of the form
         `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` or `{"type": "video", "video": ...}`.
-        An image is a PIL image, a uint8 array [H, W, 3], a path, a `file://` or base64 `data:` URL, or encoded bytes.
+        An image is a PIL image, an array [H, W, 3] (see `load_image`), a path, a `file://` or base64 `data:` URL, or
+        encoded bytes.
         A video is its frames: an array [frames, H, W, 3] or a list of images. A part without a source, such as
         `{"type": "image"}`, takes the next of `images` (or `videos`), and so does a placeholder `<|image_pad|>` in the
         text. A part may set its own `min_pixels` and `max_pixels`.

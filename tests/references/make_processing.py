@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes reference values for the processor: Hugging Face transformers' results for images, videos and conversations.
 
-    pip install torch==2.13.0 torchvision==0.28.0 transformers==5.17.0 pillow==13.0.0   # the CPU builds
+    pip install torch==2.13.0 torchvision==0.28.0 transformers==5.24.0 pillow==13.0.0   # the CPU builds
     pip install -e . && python tests/references/make_processing.py                      # 10 s; writes processing.npz
 
 Arrays
@@ -23,7 +23,7 @@ from PIL import Image
 TARGET = Path(__file__).with_name("processing.npz")
 HUB_LIMITS = {"shortest_edge": 3136, "longest_edge": 12845056}
 SMALL_LIMITS = {"shortest_edge": 3136, "longest_edge": 12 * 28 * 28}
-MODES = ("L", "LA", "RGBA", "P", "CMYK", "1", "I;16")
+MODES = ("L", "LA", "RGBA", "P", "CMYK", "1")
 IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
 
 
@@ -59,8 +59,6 @@ def make_image(rng, height, width):
 
 
 def in_mode(image, mode):
-    if mode == "I;16":
-        return image.convert("L").point(lambda value: value * 200).convert("I;16")
     image = image.convert(mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(np.tile(np.arange(56, dtype=np.uint8) * 4, (56, 1))))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from liger_jax import Processor
@@ -83,6 +83,111 @@ def test_colour_modes_equal_transformers(mode):
         np.testing.assert_array_equal(pixel_values, STORED[f"mode/{mode}/pixel_values"])
 
 
+RAMP = np.linspace(0, 65535, 56 * 60).astype(np.uint16).reshape(56, 60)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "png", "array", "rgb array", "int32"])
+def test_16_bit_images_turned_white(mode, tmp_path):
+    """Everything above 255 turned white. Now the upper 8 bits count, whatever the source is."""
+    sources = [Image.fromarray(RAMP)]
+    if mode in ("png", "I;16B"):
+        for name in ("a.png", "a.tif"):
+            image = Image.fromarray(RAMP.astype(np.int32)).convert("I;16B") if mode == "I;16B" else sources[0]
+            if mode == "I;16B" and name == "a.png":
+                sources = [image]
+                continue
+            image.save(tmp_path / name)
+            sources += [tmp_path / name, (tmp_path / name).read_bytes(), Image.open(tmp_path / name)]
+    elif mode != "I;16":
+        values = {"I": RAMP.astype(np.int32), "rgb array": np.stack([RAMP] * 3, -1), "int32": RAMP.astype(np.int32)}
+        array = values.get(mode, RAMP)
+        sources = [Image.fromarray(array) if mode == "I" else array]
+    for source in sources:
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.stack([RAMP >> 8] * 3, -1))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_float_images_turned_black(dtype, tmp_path):
+    """Floats in 0..1 were truncated to 0."""
+    values = (RAMP / 65535).astype(dtype)
+    expected = np.stack([np.rint(values.astype(np.float64) * 255)] * 3, -1)
+    sources = [values, np.stack([values] * 3, -1)]
+    if dtype == "float32":
+        Image.fromarray(values).save(tmp_path / "f.tif")
+        sources += [Image.fromarray(values), tmp_path / "f.tif", (tmp_path / "f.tif").read_bytes()]
+    for source in sources:
+        np.testing.assert_allclose(np.asarray(load_image(source)), expected, atol=int(dtype == "float16"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (RAMP.astype(np.int32) * 2, "integers from 0 to 131070; expected 0 to 65535"),
+        (RAMP.astype(np.int32) - 1, "integers from -1 to 65534; expected 0 to 65535"),
+        (RAMP >> 8, "integers from 0 to 255, which would all become the level 0 of 255"),
+        (RAMP.astype(np.float32), "floats from 0.0 to 65535.0; expected 0 to 1"),
+        (RAMP.astype(np.float32) / 2**26, "which would all become the level 0 of 255"),
+        (np.full((4, 4), np.nan, np.float32), "floats from nan to nan; expected 0 to 1"),
+    ],
+)
+def test_values_that_cannot_be_scaled_are_refused(values, message):
+    for source in (values, Image.fromarray(values)):
+        with pytest.raises(UserError, match=message):
+            load_image(source)
+    assert np.asarray(load_image(np.full((4, 4), 7, np.uint16))).max() == 0  # black as stored
+
+
+def test_transparent_images_turned_black(tmp_path):
+    """Black ink on a transparent background became a black rectangle. Every source is composited on white."""
+    ink = np.zeros((30, 40, 4), np.uint8)
+    ink[10:20, 5:35, 3] = 255
+    ink[20:25, 5:35] = (200, 100, 0, 128)
+    logo = Image.fromarray(ink)
+    grey = logo.convert("LA")
+    palette = logo.quantize(8)
+    keyed = Image.fromarray(np.where(ink[..., 3] > 200, 0, 9).astype(np.uint8))
+    keyed16 = Image.fromarray(np.where(ink[..., 3] > 200, 0, 65535 - 256).astype(np.uint16))
+    images = {
+        "rgba": logo,
+        "la": grey,
+        "p": palette,
+        "key": keyed,
+        "key16": keyed16,
+        "pa": grey.convert("L").convert("P"),
+    }
+    images["pa"].putalpha(grey.getchannel("A"))
+    images |= {"La": grey.convert("La"), "RGBa": logo.convert("RGBa")}
+    for name, image in images.items():
+        sources = [image]
+        if name in ("rgba", "la", "p", "key", "key16"):
+            key = {"key": {"transparency": 9}, "key16": {"transparency": 65535 - 256}}.get(name, {})
+            image.save(tmp_path / f"{name}.png", **key)
+            opened = Image.open(tmp_path / f"{name}.png")
+            path = tmp_path / f"{name}.png"
+            sources = [opened, path, path.read_bytes()] + ([] if key else [image])
+        for source in sources:
+            pixels = np.asarray(load_image(source))
+            assert (pixels[0, 0] == 255).all(), name
+            assert (pixels[12, 10] == 0).all(), name
+        if name == "rgba":
+            np.testing.assert_allclose(pixels[22, 10], np.array([200, 100, 0]) * 128 / 255 + 127, atol=1)
+        if name in ("rgba", "la", "p", "key"):  # transformers composites PIL images in the same way
+            live = Qwen2VLImageProcessorPil()(images=Image.open(path), return_tensors="np")["pixel_values"]
+            np.testing.assert_array_equal(patchify([load_image(path)], VisionSettings())[0], live)
+
+
+def test_colour_spaces():
+    rgb = Image.fromarray(STORED["image/up30x40"])
+    lab = ImageCms.profileToProfile(
+        rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    for image, tolerance in ((lab, 16), (rgb.convert("YCbCr"), 3), (rgb.convert("HSV"), 12), (rgb.convert("CMYK"), 0)):
+        np.testing.assert_allclose(np.asarray(load_image(image)).astype(int), np.asarray(rgb), atol=tolerance)
+    bits = np.eye(28, dtype=bool)
+    for source in (bits, Image.fromarray(bits)):
+        np.testing.assert_array_equal(np.asarray(load_image(source))[..., 0], np.eye(28) * 255)
+
+
 @pytest.mark.parametrize("name", VIDEOS)
 def test_videos_equal_transformers(name):
     """Within one grey level for resized frames: transformers' video backend is torchvision, not PIL."""
@@ -139,6 +244,11 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     assert load_image(tmp_path / "turned.png").size == (30, 40)
+    with Image.open(tmp_path / "turned.png") as opened:  # an image opened by the user was not turned
+        assert load_image(opened).tobytes() == load_image(tmp_path / "turned.png").tobytes()
+        upright = ImageOps.exif_transpose(opened)
+        assert opened.size == (40, 30)
+    assert load_image(upright).tobytes() == upright.tobytes()
 
 
 # ---- conversations
@@ -461,7 +571,11 @@ def test_error_names_a_missing_file(processor):
 BAD_IMAGES = {
     "no pixels": (np.zeros((0, 5, 3), np.uint8), r"\[0, 5, 3\]; expected at least one pixel"),
     "no pixels, PIL": (Image.new("RGB", (0, 4)), r"at least one pixel"),
-    "float": (np.zeros((5, 5, 3)), r"array of float64 \[5, 5, 3\]; expected uint8 of shape \[height, width, 3\]"),
+    "complex": (
+        np.zeros((5, 5, 3), complex),
+        r"array of complex128 \[5, 5, 3\]; expected uint8, uint16 or floats of shape",
+    ),
+    "float": (np.full((5, 5, 3), 255.0), r"floats from 255.0 to 255.0; expected 0 to 1"),
     "four channels": (np.zeros((5, 5, 4), np.uint8), r"array of uint8 \[5, 5, 4\]"),
     "channels first": (np.zeros((3, 50, 40), np.uint8), r"array of uint8 \[3, 50, 40\]"),
     "too long": (np.zeros((1, 201, 3), np.uint8), r"201x1 .*at most 200 times the other"),
@@ -486,7 +600,11 @@ BAD_VIDEOS = {
     "empty": ([], "at least one frame"),
     "sizes": ([Image.new("RGB", (30, 30)), Image.new("RGB", (30, 31))], r"\(30, 30\), \(30, 31\).*one size"),
     "one image": (Image.new("RGB", (30, 30)), "'Image'; expected its frames"),
-    "float": (np.zeros((2, 30, 30, 3)), r"float64.*expected uint8"),
+    "float": (np.full((2, 30, 30, 3), 255.0), r"floats from 255.0 to 255.0; expected 0 to 1"),
+    "one array": (
+        np.zeros((30, 30, 3), np.uint8),
+        r"array of shape \[30, 30, 3\]; expected \[frames, height, width, 3\]",
+    ),
 }
 
 
