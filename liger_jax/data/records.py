@@ -7,16 +7,29 @@
 A file is a JSON list of such records, or JSON lines. `<image>` and `<video>` in a text are replaced by the record's next
 image or video. Content may also be a list of parts; a part without its own image takes the record's next one.
 A video is the list of its frames.
+
+A turn of the assistant is not trained if it has "loss", "weight", "train", "trainable" or "loss_scale" with false or 0. Keys
+that are known to change a record's meaning, but are not supported, are refused by name. Other unknown keys are reported.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from liger_jax.errors import NotFoundError, UserError, warn_skipped
-from liger_jax.inputs.messages import KINDS, Conversation, Message, check_part_settings, check_text
+from liger_jax.inputs.messages import (
+    KINDS,
+    LOSS_KEYS,
+    Conversation,
+    Message,
+    check_part_settings,
+    check_text,
+    is_trained,
+)
 from liger_jax.inputs.sources import resolve_source
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -24,6 +37,32 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 FORMATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 # Keys under which a record lists its images or videos.
 MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
+# Keys of records and turns that would change what is trained, by their meaning.
+REFUSED = {
+    "preferences": {
+        "chosen",
+        "rejected",
+        "rejected_response",
+        "rejected_messages",
+        "rejected_images",
+        "label",
+        "kto_tag",
+    }
+    | {"preference", "preferred", "margin", "ranking", "reward"},
+    "tools": {"tools", "functions", "function_call", "function", "tool_calls", "tool_call_id", "tool_choice"},
+    "grounding": {"objects", "object", "bbox", "bboxes", "bbox_type", "boxes", "ref", "refs", "polygons", "points"},
+    "audio": {"audio", "audios", "audio_path", "audio_url", "input_audio", "speech"},
+    "masks of tokens": {"loss_mask", "mask", "masks", "train_detail", "training_detail", "train_on_turn"},
+}
+UNTRAINED_ONLY = ("preferences", "masks of tokens")  # without an effect on a question
+# Keys under which other programs list images and videos.
+FOREIGN_MEDIA = {
+    "image": {"image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_base64"}
+    | {"image_bytes", "image_data", "image_list", "image_name", "img", "imgs", "img_path", "img_paths", "img_url"}
+    | {"picture", "pictures", "photo", "photos", "pixel_values"},
+    "video": {"video_path", "video_paths", "video_url", "video_urls", "video_file", "video_files", "frames", "clip"},
+}
+LEFT_OVER = re.compile(r"<(?:bbox|ref-object|audio)>")  # markers of ms-swift and others that nothing fills here
 LIMITS = {"min_pixels", "max_pixels"}  # keys that a part may set for its image
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 
@@ -46,7 +85,11 @@ def read_conversations(
     Raises:
         NotFoundError: the file does not exist.
         UserError: the file is not JSON or has no records, or a record is broken: unknown format or role, different numbers
-            of markers and images, an image that does not exist, no answer. The message names the record.
+            of markers and images, an image that does not exist, no answer to train, a key that would change its meaning
+            and is not supported. The message names the record.
+
+    Warns:
+        UserWarning: records or turns have other unknown keys; the warning counts each of them.
 
     Example:
         >>> import json, tempfile
@@ -65,9 +108,10 @@ def read_conversations(
     folder = (path.parent if media is None else Path(media)).absolute()
     conversations: list[Conversation] = []
     broken: list[str] = []
+    ignored: Counter[str] = Counter()
     for name, record in read_records(path):
         try:
-            conversations.append(_require_answer(parse_record(record, folder)))
+            conversations.append(_require_answer(parse_record(record, folder, ignored=ignored)))
         except UserError as error:
             if on_error == "raise":
                 raise UserError(f"{path}, {name}: {error}") from error
@@ -78,6 +122,9 @@ def read_conversations(
         )
     total = len(conversations) + len(broken)
     warn_skipped(f"{path}: left out {len(broken)} of {total} records", broken)
+    if ignored:
+        listed = ", ".join(f"{name}: {count}" for name, count in ignored.most_common())
+        warnings.warn(f"{path}: ignored unknown keys ({listed})", stacklevel=2)
     return conversations
 
 
@@ -116,28 +163,36 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _require_answer(conversation: Conversation) -> Conversation:
-    """Returns the conversation unchanged. Raises UserError if the assistant says nothing in it."""
-    if not any(message["role"] == "assistant" and message["content"] for message in conversation):
+    """Returns the conversation unchanged. Raises UserError if the assistant says nothing in it, or nothing to train."""
+    answers = [message for message in conversation if message["role"] == "assistant" and message["content"]]
+    if not answers:
         raise UserError("the record has no answer; expected an assistant turn")
+    if not any(map(is_trained, answers)):
+        raise UserError("the record has no answer to train; expected an assistant turn without loss false or weight 0")
     return conversation
 
 
 # ---- one record ------------------------------------------------------------------------------------------------------
 
 
-def parse_record(record: Any, folder: Path) -> Conversation:
-    """Returns a record as messages.
+def parse_record(
+    record: Any, folder: Path, *, training: bool = True, ignored: Counter[str] | None = None
+) -> Conversation:
+    """Returns a record as messages. An answer that is not trained has `"loss": False`.
 
     Args:
         record: parsed JSON, or the error of a line that is not JSON.
         folder: absolute folder that relative paths refer to.
+        training: check masks and preferences, which only training uses.
+        ignored: counts the unknown keys of records and turns.
 
     Raises:
         UserError: the record is broken.
     """
+    ignored = Counter() if ignored is None else ignored
     if isinstance(record, ValueError):
         raise UserError(f"the line is not JSON ({record}); expected a record")
-    formats = [key for key in FORMATS if isinstance(record, Mapping) and key in record]
+    formats = [key for key in FORMATS if isinstance(record, Mapping) and record.get(key) is not None]
     if len(formats) != 1:
         problem = f"has the keys {sorted(record)}" if isinstance(record, Mapping) else f"is a {type(record).__name__}"
         raise UserError(f"the record {problem}; expected a record with one of {sorted(FORMATS)}")
@@ -145,9 +200,18 @@ def parse_record(record: Any, folder: Path) -> Conversation:
     turns = record[turns_key]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise UserError(f"{turns_key!r} is {turns!r:.60}; expected a list of turns")
+    if training and not all(_mask_value(record, key) for key in LOSS_KEYS):
+        raise UserError("the record itself has a mask that is false or 0; expected masks in its turns")
+    known = {*FORMATS, *(key for keys in MEDIA.values() for key in keys), "system", "id", *LOSS_KEYS}
+    _check_keys(record, "record", known, training, ignored)
+    for turn in turns:
+        if isinstance(turn, Mapping):
+            _check_keys(turn, "turn", {*FORMATS[turns_key], *LOSS_KEYS}, training, ignored)
     media = {kind: _record_media(record, kind, folder) for kind in MEDIA}
     listed = {kind: len(sources) for kind, sources in media.items()}
     messages = [_message(turn, *FORMATS[turns_key], media, folder) for turn in turns]
+    if training:
+        messages = [_apply_mask(message, turn) for message, turn in zip(messages, turns, strict=True)]
     if record.get("system"):  # LLaMA-Factory's key
         if messages[0]["role"] == "system":
             raise UserError("the record has a system message in 'system' and in its turns; expected one of them")
@@ -161,9 +225,51 @@ def parse_record(record: Any, folder: Path) -> Conversation:
     return messages
 
 
+def _check_keys(
+    values: Mapping[str, Any], place: str, known: Collection[str], training: bool, ignored: Counter[str]
+) -> None:
+    """Counts the unknown keys of a record or turn. Raises UserError for those that would change its meaning."""
+    for key, value in values.items():
+        if key in known or _is_empty(value):
+            continue
+        for meaning, keys in REFUSED.items():
+            if key in keys and (training or meaning not in UNTRAINED_ONLY):
+                raise UserError(
+                    f"the {place} has {key!r} ({value!r:.60}), but {meaning} are not supported; expected none"
+                )
+        _check_media_key(key, place)
+        ignored[f"{key!r} of {place}s"] += 1
+
+
+def _check_media_key(key: str, place: str) -> None:
+    for kind, keys in FOREIGN_MEDIA.items():
+        if key in keys or (place == "turn" and key in MEDIA[kind]):
+            expected = f"{kind!r}" if place == "part" else f"{kind + 's'!r} or {kind!r} of the record"
+            raise UserError(f"the {place} has {key!r}; expected its {kind}s under {expected}")
+
+
+def _is_empty(value: Any) -> bool:
+    """Returns whether a value says nothing: null, "", [], {}, the same as JSON text, or an object of such values."""
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    return value is None or value in ("", [], "[]", "{}")
+
+
+def _mask_value(values: Mapping[str, Any], key: str) -> bool:
+    return is_trained({"role": "assistant", key: values.get(key)})
+
+
+def _apply_mask(message: Message, turn: Mapping[str, Any]) -> Message:
+    """Returns the message of a turn, with `"loss": False` if it is an answer that is not trained."""
+    masks = {key: turn.get(key) for key in LOSS_KEYS}
+    if is_trained({**masks, "role": message["role"]}) or message["role"] != "assistant":
+        return message
+    return {**message, "loss": False}
+
+
 def _record_media(record: Mapping, kind: str, folder: Path) -> list[Any]:
     """Returns the images or videos that a record lists, in order."""
-    listed = [record[key] for key in MEDIA[kind] if record.get(key) is not None]
+    listed = [record[key] for key in MEDIA[kind] if record.get(key) not in (None, [])]
     if len(listed) > 1:
         raise UserError(f"the record has both {' and '.join(map(repr, MEDIA[kind]))}; expected one of them")
     values = listed[0] if listed else []
@@ -207,6 +313,8 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
         if not kind.matches(part):
             continue
         check_part_settings(part)
+        for key in part.keys() - set(kind.keys):
+            _check_media_key(key, "part")
         value = next((part[key] for key in kind.keys if part.get(key)), None)
         if value is None and not media[kind.name]:
             raise UserError(f"part is {part!r:.60}, and the record lists no more {kind.argument}; expected one for it")
@@ -218,6 +326,8 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
 def _fill_markers(text: str, media: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
     """Returns a text unchanged, or as parts: each of its markers takes the first image or video left in `media`."""
     check_text(text)
+    if left_over := LEFT_OVER.search(text):
+        raise UserError(f"a text has the marker {left_over[0]}, which nothing fills; expected text, <image> or <video>")
     pieces = MARKER.split(text)  # text, kind, text, kind, ..., text
     if len(pieces) == 1:
         return text

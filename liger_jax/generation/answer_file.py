@@ -147,7 +147,7 @@ def _read_questions(
     """Yields each record's conversation without the answers at its end."""
     for record in records:
         try:
-            question = _remove_answers(parse_record(record.value, folder))
+            question = _remove_answers(parse_record(record.value, folder, training=False))
         except UserError as error:
             broken.add(record, error)
         else:

@@ -62,6 +62,8 @@ KINDS = (
     ),
 )
 
+# Keys of an assistant's message that say whether it is trained.
+LOSS_KEYS = ("loss", "weight", "train", "trainable", "loss_scale")
 # Settings of a message part that qwen-vl-utils supports and this package does not.
 UNSUPPORTED_SETTINGS = ("resized_height", "resized_width", "total_pixels", "video_start", "video_end")
 
@@ -171,6 +173,28 @@ class MediaReader:
             )
         self.used[kind.name] += 1
         return entries[used]
+
+
+def is_trained(message: Message) -> bool:
+    """Returns whether a message is trained: one of the assistant's, unless one of its LOSS_KEYS is false or 0.
+
+    Raises:
+        UserError: a value other than true, 1, false, 0 and null, two keys that disagree, or a true value in a message that
+            the assistant did not send.
+
+    Example:
+        >>> is_trained({"role": "assistant", "content": "7", "weight": 0})
+        False
+    """
+    values = {key: message[key] for key in LOSS_KEYS if message.get(key) is not None}
+    for key, value in values.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(f"{key!r} is {value!r:.60}; expected true or 1 to train a turn, false or 0 not to train it")
+    if len(set(map(bool, values.values()))) > 1:
+        raise UserError(f"a turn has {values}; expected all of them to be true, or all of them to be false")
+    if message["role"] != "assistant" and any(values.values()):
+        raise UserError(f"a turn of the {message['role']} has {values}; expected false, since only answers are trained")
+    return message["role"] == "assistant" and all(values.values())
 
 
 def check_text(text: str) -> None:

@@ -14,7 +14,7 @@ from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import CONFIG, local_folder, make_folder, read_json_object, write_json
 from liger_jax.inputs.batch import IGNORE
 from liger_jax.inputs.images import VisionSettings
-from liger_jax.inputs.messages import KINDS, Conversation, MediaReader, Message, as_conversations
+from liger_jax.inputs.messages import KINDS, Conversation, MediaReader, Message, as_conversations, is_trained
 
 # transformers' size limits for video frames, used if the checkpoint has none
 VIDEO_DEFAULTS: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
@@ -149,7 +149,8 @@ class Processor:
             images, videos: sources for the parts without one, in order over the whole batch.
             add_generation_prompt: append the opening of an assistant turn, to generate an answer.
             add_vision_id: write "Picture 1: ", "Video 1: " before images and videos.
-            labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere.
+            labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere. An answer with
+                `"loss": False` (or weight, train, trainable or loss_scale 0) is not trained.
             padding: side on which shorter rows of a batch are padded. transformers needs "left" for generation.
             min_pixels, max_pixels: size limits for each image and frame, in place of the checkpoint's. A limit that is not
                 passed is adjusted if it conflicts with the other.
@@ -278,7 +279,13 @@ class Processor:
             raise UserError(f"text contains {BEGIN!r} or {END!r}; expected neither, since they mark answers internally")
         if not any(message["role"] == "assistant" for message in conversation):
             raise UserError("conversation has no assistant message; expected one, since labels=True")
-        marked = self._render([_mark(message) for message in conversation], options)
+        trained = [is_trained(message) for message in conversation]
+        if not any(trained):
+            raise UserError("no assistant message is trained; expected one without loss false or weight 0")
+        marked = self._render(
+            [_mark(message) if train else message for message, train in zip(conversation, trained, strict=True)],
+            options,
+        )
         if marked.replace(BEGIN, "").replace(END, "") != text:
             raise UserError(
                 "the chat template changes the assistant's messages; expected one that copies them, since labels=True"
@@ -343,9 +350,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _mark(message: Message) -> Message:
-    """Returns the message, with marks around its content if the assistant sent it."""
-    if message["role"] != "assistant":
-        return message
+    """Returns the message with marks around its content."""
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": BEGIN + content + END}

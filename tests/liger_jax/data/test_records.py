@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from liger_jax import Processor
 from liger_jax.data.records import read_conversations
+from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.errors import NotFoundError, UserError
 
 TURNS = [("human", "<image>\nWhich digit?"), ("gpt", "7")]
@@ -203,6 +205,127 @@ def test_broken_files(folder):
             read_conversations(bad)
     with pytest.raises(ValueError, match="on_error is 'ignore'"):
         read_conversations(bad, on_error="ignore")
+
+
+# ---- keys that change the meaning of a record: they were dropped, and the record was trained
+
+
+def trained_texts(processor, conversation):
+    labels = processor(conversation, labels=True)["labels"][0]
+    return processor.tokenizer.decode(labels[labels >= 0].tolist())
+
+
+@pytest.mark.parametrize("key", ["loss", "weight", "train", "trainable", "loss_scale"])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_masked_turns_were_trained(folder, key, numbers):
+    off, on = (0, 1.0) if numbers else (False, True)
+    record = chat([("human", "q"), ("gpt", "BAD"), ("human", "q"), ("gpt", "good")])
+    record["messages"][0][key] = off
+    record["messages"][1][key] = off
+    record["messages"][3][key] = on
+    (conversation,) = read_conversations(write(folder, record))
+    assert [message.get("loss") for message in conversation] == [None, False, None, None]
+    processor = Processor(train_tokenizer([]))
+    assert trained_texts(processor, conversation) == "good<|im_end|>"
+    assert trained_texts(processor, record["messages"]) == "good<|im_end|>"  # the Processor reads the same keys
+    with pytest.raises(UserError, match="no assistant message is trained"):
+        processor(record["messages"][:2], labels=True)
+    record["messages"][3][key] = off
+    with pytest.raises(UserError, match="no answer to train"):
+        read_conversations(write(folder, record))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"weight": 0.5}, "'weight' is 0.5; expected true or 1"),
+        ({"loss_scale": [1, 0]}, r"'loss_scale' is \[1, 0\]; expected true or 1"),
+        ({"loss": "false"}, "'loss' is 'false'; expected true or 1"),
+        ({"loss": True, "weight": 0}, "expected all of them to be true"),
+    ],
+)
+def test_other_masks_are_refused(folder, masks, message):
+    record = chat([("human", "q"), ("gpt", "a")])
+    record["messages"][1] |= masks
+    with pytest.raises(UserError, match=f"record 1: {message}" if "expected true" in message else message):
+        read_conversations(write(folder, record))
+    with pytest.raises(UserError, match=message):
+        Processor(train_tokenizer([]))(record["messages"], labels=True)
+
+
+def test_training_a_question_is_refused(folder):
+    record = chat([("human", "q"), ("gpt", "a")])
+    record["messages"][0]["loss"] = True
+    with pytest.raises(UserError, match="only answers are trained"):
+        read_conversations(write(folder, record))
+    with pytest.raises(UserError, match="expected masks in its turns"):
+        read_conversations(write(folder, chat([("human", "q"), ("gpt", "a")], loss=False)))
+
+
+Q = [("human", "q"), ("gpt", "a")]
+MEANINGFUL = {
+    "label": chat(Q, label=False),
+    "kto_tag": chat(Q, kto_tag=True),
+    "chosen": llava(Q, chosen={"from": "gpt", "value": "good"}),
+    "rejected": llava(Q, rejected={"from": "gpt", "value": "bad"}),
+    "tools": chat(Q, tools=[{"type": "function", "function": {"name": "weather"}}]),
+    "functions": chat(Q, functions=[{"name": "weather"}]),
+    "objects": chat(Q, objects={"ref": ["sheep"], "bbox": [[90, 160, 135, 212]]}),
+    "bbox": chat(Q, bbox=[1, 2, 3, 4]),
+    "audios": chat(Q, audios=["a.wav"]),
+    "image_path": llava(Q, image_path="a.png"),
+    "img": llava(Q, img="a.png"),
+    "image_url": llava(Q, image_url="a.png"),
+    "video_path": llava(Q, video_path="a.mp4"),
+}
+
+
+@pytest.mark.parametrize("key", MEANINGFUL)
+def test_keys_that_change_the_meaning_are_refused_by_name(folder, key):
+    with pytest.raises(UserError, match=f"record 1: the record has '{key}'"):
+        read_conversations(write(folder, MEANINGFUL[key]))
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "images", "image", "image_path"])
+def test_keys_of_turns_are_refused_by_name(folder, key):
+    record = chat(Q)
+    record["messages"][1][key] = [{"function": {"name": "weather", "arguments": "{}"}}]
+    with pytest.raises(UserError, match=f"the turn has '{key}'"):
+        read_conversations(write(folder, record))
+
+
+def test_image_of_a_part_under_another_key_is_refused(folder):
+    content = [{"type": "image", "img": "b.png"}]
+    record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]}
+    with pytest.raises(UserError, match="the part has 'img'; expected its images under 'image'"):
+        read_conversations(write(folder, record | {"images": ["a.png"]}))
+
+
+@pytest.mark.parametrize("marker", ["<bbox>", "<ref-object>", "<audio>"])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_left_over_markers_were_trained_as_text(folder, marker, turn):
+    turns = [list(pair) for pair in Q]
+    turns[turn][1] = f"It is {marker} there."
+    with pytest.raises(UserError, match=f"a text has the marker {marker}, which nothing fills"):
+        read_conversations(write(folder, chat(turns)))
+
+
+def test_empty_and_null_keys_are_accepted(folder):
+    """Exports of tables have every column in every record."""
+    empty = {"tools": "[]", "objects": {"ref": [], "bbox": []}, "label": None, "chosen": "", "audios": [], "img": None}
+    for record in (chat(Q) | {"conversations": None} | empty, llava(Q) | {"messages": None, "images": []}):
+        assert len(read_conversations(write(folder, record))) == 1
+    record = llava(image="a.png", images=[], videos=None)
+    assert read_conversations(write(folder, record))[0][0]["content"][0]["image"] == str(folder / "a.png")
+
+
+def test_unknown_keys_are_reported_once_with_counts(folder):
+    records = [chat(Q, source="x", topic="y"), chat(Q, source="z"), chat(Q)]
+    records[2]["messages"][1]["name"] = "bot"
+    message = r"data\.json: ignored unknown keys \('source' of records: 2, 'topic' of records: 1, 'name' of turns: 1\)"
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert len(read_conversations(write(folder, *records))) == 3
+    assert len(caught) == 1
 
 
 def test_media_folder(folder, tmp_path_factory):
