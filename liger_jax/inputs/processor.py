@@ -52,6 +52,7 @@ class Processor:
         video: VisionSettings | None = None,
     ):
         self.tokenizer = tokenizer
+        self._origin = ""  # start of messages about the chat template
         self.image = image or VisionSettings()
         self.video = video or VisionSettings(**VIDEO_DEFAULTS)
         vocabulary = tokenizer.get_vocab()
@@ -68,8 +69,9 @@ class Processor:
         """Loads the tokenizer, chat template and image settings from a folder or from the Hugging Face hub.
 
         Supports every layout on the hub: `preprocessor_config.json` (with or without `video_preprocessor_config.json`),
-        both nested in `processor_config.json` (transformers 5), and a chat template in the tokenizer's files or in
-        `chat_template.json`. A checkpoint without a template gets Qwen2-VL's.
+        both nested in `processor_config.json` (transformers 5). The chat template is the one that transformers 5.24 uses:
+        that of `processor_config.json`, `chat_template.json`, `chat_template.jinja`, or else of `tokenizer_config.json`.
+        A checkpoint without a template gets Qwen2-VL's.
 
         Args:
             path_or_repo_id: a folder, or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
@@ -101,18 +103,24 @@ class Processor:
             raise UserError(
                 f"{folder}: the tokenizer cannot be loaded ({reason}); expected Qwen2-VL's tokenizer files"
             ) from error
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = _read_optional(folder / "chat_template.json").get("chat_template")
+        template = nested.get("chat_template") or _read_optional(folder / "chat_template.json").get("chat_template")
+        if template is not None:  # the tokenizer itself prefers chat_template.jinja to tokenizer_config.json
+            tokenizer.chat_template = _default_template(template, folder)
         try:
             settings = VisionSettings.from_hf(image), VisionSettings.from_hf(video, **VIDEO_DEFAULTS)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
-        return cls(tokenizer, *settings)
+        processor = cls(tokenizer, *settings)
+        processor._origin = f"{folder}: "
+        return processor
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a folder that `from_pretrained` loads, here and in transformers."""
         directory = make_folder(Path(directory))
         self.tokenizer.save_pretrained(directory)
+        (directory / "chat_template.json").unlink(
+            missing_ok=True
+        )  # an older file would replace the template just written
         names = {"processor_class": "Qwen2VLProcessor"}
         image = names | {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_hf()
         video = names | {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_hf()
@@ -236,13 +244,13 @@ class Processor:
         return texts if tokens.ndim == 2 else texts[0]
 
     def _render(self, conversation: Conversation, options: dict[str, bool]) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
-        except TemplateError as error:  # an error in the template, or messages that it does not support
+        except Exception as error:  # of the template: jinja2's, or TypeError, ... if it does not support such messages
+            reason = str(error).split("\n")[0]
             raise UserError(
-                f"the chat template refuses the conversation ({error}); expected one that it supports"
+                f"{self._origin}the chat template refuses the conversation ({reason}); expected one that it supports, or "
+                "another template"
             ) from error
 
     def _tokenize(
@@ -347,6 +355,19 @@ def default_chat_template() -> str:
 def _read_optional(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, or an empty dict if the file does not exist."""
     return read_json_object(path) if path.is_file() else {}
+
+
+def _default_template(template: Any, folder: Path) -> str:
+    """Returns a chat template, or the one named "default" among several."""
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise UserError(
+            f"{folder}: chat_template is {template!r:.60}; expected a text, or texts with one named default"
+        )
+    return template
 
 
 def _mark(message: Message) -> Message:

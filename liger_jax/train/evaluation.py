@@ -9,7 +9,7 @@ from liger_jax.errors import UserError
 from liger_jax.generation.answer import answer_conversations
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
-from liger_jax.inputs.messages import Conversation
+from liger_jax.inputs.messages import Conversation, is_trained
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
@@ -88,13 +88,13 @@ def compare_answers(
 
 
 def split_last_answer(conversation: Conversation) -> tuple[Conversation, str]:
-    """Returns a conversation up to the assistant's last answer, and the text of that answer.
+    """Returns a conversation up to the assistant's last answer that is trained, and the text of that answer.
 
     Example:
         >>> split_last_answer([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
         ([{'role': 'user', 'content': '1 + 1?'}], '2')
     """
-    last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
+    last = max(i for i, message in enumerate(conversation) if is_trained(message))
     content = conversation[last]["content"]
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     return conversation[:last], text

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from liger_jax import Processor
 from liger_jax.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
@@ -535,6 +535,50 @@ def test_template_of_the_checkpoint_is_used(folder, tmp_path, place):
     outputs = loaded([{"role": "user", "content": "Hi"}])
     default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     assert loaded.decode(outputs["input_ids"][0], skip_special_tokens=False) == ("[user]Hi" if place else default)
+
+
+PLACES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("last", range(4))
+def test_template_of_the_tokenizer_replaced_the_processors(folder, tmp_path, first, last):
+    """Of several templates, transformers' own processor decides which one is used."""
+    copy_with_changes(folder, tmp_path, {}, ["chat_template.jinja"])
+    for place in {PLACES[first], PLACES[last]}:
+        if place.endswith("jinja"):
+            (tmp_path / place).write_text(place)
+            continue
+        stored = json.loads((tmp_path / place).read_text()) if (tmp_path / place).exists() else {}
+        (tmp_path / place).write_text(json.dumps(stored | {"chat_template": place}))
+    expected = Qwen2VLProcessor.get_processor_dict(tmp_path)[0].get("chat_template")
+    expected = expected or AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert expected == PLACES[min(first, last)]
+    loaded = Processor.from_pretrained(tmp_path)
+    assert loaded.tokenizer.chat_template == expected
+    loaded.save_pretrained(tmp_path)  # an older chat_template.json must not replace the template just written
+    assert Processor.from_pretrained(tmp_path).tokenizer.chat_template == expected
+
+
+@pytest.mark.parametrize("form", [dict, list])
+def test_the_default_of_several_templates_is_used(folder, tmp_path, form):
+    templates = {"rag": "no", "default": "yes"}
+    if form is list:
+        templates = [{"name": name, "template": template} for name, template in templates.items()]
+    copy_with_changes(folder, tmp_path, {"chat_template.json": {"chat_template": templates}}, ())
+    assert Processor.from_pretrained(tmp_path).tokenizer.chat_template == "yes"
+    (tmp_path / "chat_template.json").write_text('{"chat_template": {"rag": "no"}}')
+    with pytest.raises(UserError, match=f"{tmp_path}: chat_template is None; expected a text"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_error_inside_a_template_names_the_folder(folder, tmp_path):
+    """A text-only template was a TypeError with a traceback."""
+    text_only = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    copy_with_changes(folder, tmp_path, {"chat_template.json": {"chat_template": text_only}}, ())
+    message = rf"{tmp_path}: the chat template refuses the conversation \(can only concatenate str"
+    with pytest.raises(UserError, match=message):
+        Processor.from_pretrained(tmp_path)([user(image_part())])
 
 
 # ---- bad input

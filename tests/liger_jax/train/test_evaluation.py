@@ -25,3 +25,5 @@ def test_split_last_answer():
     roles = ["system", "user", "assistant", "user", "assistant", "user"]
     conversation = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=True)]
     assert split_last_answer(conversation) == (conversation[:4], "Eight")
+    conversation[4]["loss"] = False  # not the right answer
+    assert split_last_answer(conversation) == (conversation[:2], "7")
