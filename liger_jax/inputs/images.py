@@ -45,9 +45,8 @@ class VisionSettings:
             UserError: a limit is not a positive integer, `min_pixels > max_pixels`, or `max_pixels` is too small for one
                 token.
         """
-        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
-                raise UserError(f"{name} is {value!r}; expected a positive integer")
+        min_pixels = None if min_pixels is None else _positive_integer("min_pixels", min_pixels)
+        max_pixels = None if max_pixels is None else _positive_integer("max_pixels", max_pixels)
         if min_pixels is None:
             min_pixels = self.min_pixels if max_pixels is None else min(self.min_pixels, max_pixels)
         if max_pixels is None:
@@ -59,7 +58,7 @@ class VisionSettings:
                 f"max_pixels is {max_pixels}; expected at least {self.factor**2}, one token of {self.factor}x{self.factor} "
                 "pixels"
             )
-        return dataclasses.replace(self, min_pixels=int(min_pixels), max_pixels=int(max_pixels))
+        return dataclasses.replace(self, min_pixels=min_pixels, max_pixels=max_pixels)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **defaults: Any) -> Self:
@@ -72,27 +71,27 @@ class VisionSettings:
             defaults: values of fields that `config` does not set.
 
         Raises:
-            UserError: the JSON asks for other preprocessing steps.
+            UserError: the JSON asks for other preprocessing steps, or a value has another form. The message names the key.
         """
+        if not isinstance(config, Mapping):
+            raise UserError(f"image settings are {config!r:.60}; expected a JSON object")
+        config = {key: value for key, value in config.items() if key != "do_convert_rgb" or value is not None}
         unsupported = [
             f"{key} is {config[key]!r} (expected {step!r})"
             for key, step in FIXED_STEPS.items()
             if config.get(key, step) != step
         ]
-        if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255):
+        rescale_factor = config.get("rescale_factor", 1 / 255)
+        if not isinstance(rescale_factor, int | float) or not math.isclose(rescale_factor, 1 / 255):
             unsupported.append(f"rescale_factor is {config['rescale_factor']!r} (expected 1/255)")
         if unsupported:
             raise UserError("unsupported preprocessing: " + ", ".join(unsupported))
         names = {field.name for field in dataclasses.fields(cls)}
-        values = defaults | {key: value for key, value in config.items() if key in names and value is not None}
-        size = config.get("size") or {}
-        for name, edge in LIMIT_KEYS:
-            if config.get(name) is None and (limit := size.get(edge) or size.get(name)):
-                values[name] = limit
-        for name in ("image_mean", "image_std"):
-            if name in values:
-                values[name] = tuple(values[name])
-        limits = {name: values.pop(name) for name, _ in LIMIT_KEYS if name in values}
+        limits = {name: defaults.pop(name) for name, _ in LIMIT_KEYS if name in defaults} | _read_limits(config)
+        values = defaults | {
+            key: _read_value(key, value) for key, value in config.items() if key in names - limits.keys()
+        }
+        values = {key: value for key, value in values.items() if value is not None}
         return cls(**values).with_limits(**limits)
 
     def to_hf(self) -> dict[str, Any]:
@@ -100,6 +99,57 @@ class VisionSettings:
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         size = {edge: values[name] for name, edge in LIMIT_KEYS}
         return values | {"size": size, "rescale_factor": 1 / 255} | FIXED_STEPS
+
+
+def _read_limits(config: Mapping[str, Any]) -> dict[str, int]:
+    """Returns min_pixels and max_pixels: those of the configuration, or else of its `size`; only those that are set.
+
+    Raises:
+        UserError: `size` is not an object, has other keys (transformers refuses them too), or leaves a limit open.
+    """
+    limits = {name: config[name] for name, _ in LIMIT_KEYS if config.get(name) is not None}
+    size = config.get("size")
+    if size is None:
+        return limits
+    keys = {key for pair in LIMIT_KEYS for key in pair}
+    if not isinstance(size, Mapping) or not size or not keys >= size.keys():
+        raise UserError(
+            f"size is {size!r:.100}; expected an object with shortest_edge and longest_edge, in pixels of area"
+        )
+    for name, edge in LIMIT_KEYS:
+        if name not in limits:
+            limit = size.get(edge, size.get(name))
+            if limit is None:
+                raise UserError(f"size is {size!r:.100}; expected it to have {edge} too, or {name} next to it")
+            limits[name] = limit
+    return limits
+
+
+def _read_value(name: str, value: Any) -> Any:
+    """Returns a value of transformers' JSON as that of a field of VisionSettings. Raises UserError for another form."""
+    if name in ("min_pixels", "max_pixels"):
+        return None if value is None else _positive_integer(name, value)
+    if name not in ("image_mean", "image_std"):
+        return _positive_integer(name, value)
+    numbers = (
+        value if isinstance(value, list | tuple) else [value] * 3
+    )  # transformers accepts one number for all channels
+    if len(numbers) != 3 or not all(
+        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) for number in numbers
+    ):
+        raise UserError(f"{name} is {value!r:.60}; expected three numbers")
+    if name == "image_std" and 0 in numbers:
+        raise UserError(f"{name} is {value!r:.60}; expected numbers above 0")
+    return tuple(numbers)
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    """Returns an integer, also for a float such as 1003520.0. Raises UserError for any other value."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(f"{name} is {value!r:.60}; expected a positive integer")
+    return int(value)
 
 
 def smart_resize(

@@ -1,6 +1,7 @@
 """The processor's outputs equal transformers' (stored by tests/references/make_processing.py); bad input is refused."""
 
 import base64
+import copy
 import io
 import json
 from pathlib import Path
@@ -535,6 +536,56 @@ def test_template_of_the_checkpoint_is_used(folder, tmp_path, place):
     outputs = loaded([{"role": "user", "content": "Hi"}])
     default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     assert loaded.decode(outputs["input_ids"][0], skip_special_tokens=False) == ("[user]Hi" if place else default)
+
+
+ODD_SETTINGS = [
+    {"size": {"height": 224, "width": 224}},
+    {"size": {"height": 224, "width": 224}, "min_pixels": 784, "max_pixels": 9408},
+    {"size": {"shortest_edge": 224}},
+    {"size": {"shortest_edge": 784}, "max_pixels": 9408},
+    {"size": {"longest_edge": 9408}},
+    {"size": {"shortest_edge": 784, "longest_edge": None}},
+    {"size": 224},
+    {"size": [224, 224]},
+    {"size": {}},
+    {"size": None},
+    {"rescale_factor": None},
+    {"do_convert_rgb": None},
+    {"do_resize": None},
+    {"do_normalize": None},
+    {"resample": None},
+    {"image_mean": None},
+    {"image_mean": 0.5},
+    {"image_std": [0.5]},
+    {"image_mean": [0.5, 0.5]},
+    {"patch_size": None},
+    {"patch_size": {"height": 14, "width": 14}},
+    {"merge_size": None},
+    {"max_pixels": 9408.0},
+    {"max_pixels": None},
+    {"min_pixels": 0},
+    {"min_pixels": "784"},
+]
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS, ids=str)
+def test_odd_settings_were_ignored_or_ended_in_an_attribute_error(settings):
+    """They mean what they mean in transformers, or a UserError names the key."""
+    key = next(iter(settings))
+    image = Image.fromarray(STORED["image/down150x200"])
+    try:
+        expected = Qwen2VLImageProcessorPil.from_dict(dict(settings))(images=image, return_tensors="np")
+    except (TypeError, ValueError):
+        expected = None
+    try:
+        pixel_values, grid = patchify([image], VisionSettings.from_hf(copy.deepcopy(settings)))
+    except UserError as error:
+        assert key in str(error)
+        assert expected is None or key.startswith("do_"), "only preprocessing that is not implemented may be refused"
+    else:
+        assert expected is not None
+        np.testing.assert_array_equal([grid], expected["image_grid_thw"])
+        np.testing.assert_array_equal(pixel_values, expected["pixel_values"])
 
 
 PLACES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
