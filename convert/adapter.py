@@ -25,6 +25,8 @@ from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import get_mesh
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Files in which other trainers store the weights that they train in full next to LoRA.
+FULLY_TRAINED = ("non_lora_state_dict.bin", "non_lora_trainables.bin")
 PREFIX = "base_model.model."
 # {path of a linear layer that LoRA can adapt: the row of its weight}
 ADAPTED = {
@@ -114,6 +116,7 @@ def load_adapter(
     dtype="float32",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    allow_non_finite: bool = False,
 ) -> Qwen2VL:
     """Returns the model with an adapter that PEFT or `save_adapter` wrote, from a folder or from the Hugging Face hub.
 
@@ -126,6 +129,7 @@ def load_adapter(
         dtype: dtype of A and B.
         revision: branch, tag or commit on the hub.
         cache_dir: download cache; None: huggingface_hub's own.
+        allow_non_finite: also load tensors that hold NaN or infinity.
 
     Returns:
         A new model, on the same mesh as `model`.
@@ -133,13 +137,19 @@ def load_adapter(
     Raises:
         NotFoundError: the folder, the repository, or a file in it does not exist.
         UserError: an unsupported option (DoRA, trained biases, fully trained modules, separate ranks for some modules, only
-            some layers, ...), or tensors that do not match. One error lists all tensors that are missing, unexpected,
-            mis-shaped or not floating point.
+            some layers, ...), weights next to the adapter that were trained in full (non_lora_state_dict.bin), a tensor
+            that holds NaN or infinity, or tensors that do not match. One error lists all tensors that are missing,
+            unexpected, mis-shaped or not floating point.
 
     Example:
         >>> load_adapter(model, "runs/adapter")  # doctest: +SKIP
     """
-    folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir)
+    folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir, other_files=FULLY_TRAINED)
+    if others := [name for name in FULLY_TRAINED if (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} has {' and '.join(others)} next to the adapter: weights that were trained in full, which are not "
+            "read; expected an adapter alone, or a merged checkpoint (from_hf)"
+        )
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         files = sorted(path.name for path in folder.iterdir())
@@ -152,7 +162,9 @@ def load_adapter(
     complaint = f"{folder / WEIGHTS} has tensors that do not fit its {CONFIG} and the model"
     stored = match_tensors(expected, list_file(folder / WEIGHTS), complaint, rename=_current_peft_name)
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
-    values = param_paths(model) | load_parameters(leaves, get_mesh(model), pairs, sizes)
+    values = param_paths(model) | load_parameters(
+        leaves, get_mesh(model), pairs, sizes, allow_non_finite=allow_non_finite
+    )
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[path] for path in param_paths(abstract)])
 
 

@@ -67,6 +67,7 @@ def convert_checkpoint(
     max_shard_size: str = "5GB",
     revision: str | None = None,
     allow_pickle: bool = False,
+    allow_non_finite: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Converts a checkpoint from Hugging Face's format to Orbax, or back.
@@ -80,7 +81,7 @@ def convert_checkpoint(
         to: "orbax" or "hf"; None: the opposite of the format of `source`.
         dtype: dtype of the weights; None: bfloat16 from Hugging Face, as stored from Orbax.
         max_shard_size: maximum size of a Hugging Face file, see `to_hf`.
-        revision, allow_pickle: see `from_hf`.
+        revision, allow_pickle, allow_non_finite: see `from_hf`.
         overwrite: write into a folder that is not empty.
 
     Returns:
@@ -104,7 +105,7 @@ def convert_checkpoint(
     else:
         source_format = "hf"
         folder = find_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
-        model = from_hf(folder, dtype=dtype or "bfloat16", allow_pickle=allow_pickle)
+        model = from_hf(folder, dtype=dtype or "bfloat16", allow_pickle=allow_pickle, allow_non_finite=allow_non_finite)
     if to is None:
         to = "hf" if source_format == "orbax" else "orbax"
     if to == "hf":

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from convert.assemble import make_assembler
 from convert.table import EMBEDDING, LM_HEAD, HubTensor, hub_tensors, original_name, read_sizes
-from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
+from convert.weights import FLOATS, StoredTensor, is_finite, list_tensors, open_weights
 from liger_jax.checkpoint import float_dtype
 from liger_jax.config import Qwen2VLConfig, VisionConfig
 from liger_jax.errors import UserError
@@ -34,6 +34,7 @@ def from_hf(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     allow_pickle: bool = False,
+    allow_non_finite: bool = False,
 ) -> Qwen2VL:
     """Loads a Qwen2-VL checkpoint in transformers' format, from a folder or from the Hugging Face hub.
 
@@ -48,11 +49,13 @@ def from_hf(
         revision: branch, tag or commit on the hub.
         cache_dir: download cache; None: huggingface_hub's own.
         allow_pickle: also read pytorch_model.bin. This needs torch, and trust in the author of the file.
+        allow_non_finite: also load tensors that hold NaN or infinity.
 
     Raises:
         NotFoundError: the folder, the repository, or a file in it does not exist.
-        UserError: a damaged file, or tensors that do not fit the configuration. One error lists all tensors that are
-            missing, unexpected, mis-shaped or not floating point, before anything is placed on a device.
+        UserError: a damaged file, a quantised checkpoint, a tensor that holds NaN or infinity, or tensors that do not fit
+            the configuration. One error lists all tensors that are missing, unexpected, mis-shaped or not floating point,
+            before anything is placed on a device.
 
     Example:
         >>> model = from_hf("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
@@ -77,7 +80,7 @@ def from_hf(
     if optional and LM_HEAD in stored:
         _check_tied_head(stored.pop(LM_HEAD), stored[EMBEDDING])
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
-    parameters = load_parameters(param_paths(abstract), mesh, pairs, sizes)
+    parameters = load_parameters(param_paths(abstract), mesh, pairs, sizes, allow_non_finite=allow_non_finite)
     return jax.tree.unflatten(jax.tree.structure(abstract), list(parameters.values()))
 
 
@@ -87,9 +90,10 @@ def find_checkpoint(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     allow_pickle: bool = False,
+    other_files: Sequence[str] = (),
 ) -> Path:
     """Returns the local folder of a checkpoint, downloaded from the hub if necessary; see `local_folder`."""
-    patterns = PATTERNS + PICKLES if allow_pickle else PATTERNS
+    patterns = (*PATTERNS, *(PICKLES if allow_pickle else ()), *other_files)
     return local_folder(path_or_repo_id, patterns, revision=revision, cache_dir=cache_dir)
 
 
@@ -215,8 +219,14 @@ def load_parameters(
     mesh: Mesh | None,
     stored: Iterable[tuple[StoredTensor, HubTensor]],
     sizes: dict[str, int],
+    *,
+    allow_non_finite: bool = False,
 ) -> dict[str, jax.Array]:
-    """Returns {path: parameter} with the shapes and dtypes of `leaves`, in the same order."""
+    """Returns {path: parameter} with the shapes and dtypes of `leaves`, in the same order.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity, unless `allow_non_finite` is true.
+    """
     by_file = sorted(stored, key=lambda pair: str(pair[0].file))
     layouts = {tensor.row.path: tensor.row.layout for _, tensor in by_file}
     shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
@@ -224,5 +234,11 @@ def load_parameters(
     for file, pairs in itertools.groupby(by_file, key=lambda pair: pair[0].file):
         with open_weights(file) as weights:
             for source, tensor in pairs:
-                assemblers[tensor.row.path].put(weights.read(source.name), tensor.layer)
+                value = weights.read(source.name)
+                if not allow_non_finite and not is_finite(value):
+                    raise UserError(
+                        f"{file}: {source.name} holds NaN or infinity; expected finite numbers, or allow_non_finite=True "
+                        "(convert --allow-non-finite) to load it nevertheless"
+                    )
+                assemblers[tensor.row.path].put(value, tensor.layer)
     return {path: assembler.finish() for path, assembler in assemblers.items()}

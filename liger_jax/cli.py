@@ -383,6 +383,7 @@ def convert(
     max_shard_size: str = "5GB",
     revision: str | None = None,
     allow_pickle: bool = False,
+    allow_non_finite: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to an Orbax folder, or back.
@@ -395,6 +396,7 @@ def convert(
         max_shard_size: Maximum size of a Hugging Face weight file.
         revision: Branch, tag or commit on the hub.
         allow_pickle: Also read pytorch_model*.bin files, which can execute code.
+        allow_non_finite: Also read Hugging Face weights that hold NaN or infinity.
         overwrite: Write even if the folder has files.
     """
     from convert.load import convert_checkpoint
@@ -407,6 +409,7 @@ def convert(
         max_shard_size=max_shard_size,
         revision=revision,
         allow_pickle=allow_pickle,
+        allow_non_finite=allow_non_finite,
         overwrite=overwrite,
     )
     print(summary)

@@ -249,6 +249,24 @@ def test_adapter_of_some_layers_is_refused(folder):
         load_adapter(parity.model(), folder)
 
 
+@pytest.mark.parametrize("name", ["non_lora_state_dict.bin", "non_lora_trainables.bin"])
+def test_fully_trained_weights_next_to_an_adapter_were_left_unread(folder, name):
+    (folder / name).write_bytes(b"weights of the merger")
+    with pytest.raises(UserError, match=f"has {name} next to the adapter: weights that were trained in full"):
+        load_adapter(parity.model(), folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_adapter_was_loaded(folder, value):
+    state = load_file(folder / WEIGHTS)
+    name = sorted(state)[3]
+    state[name][-1, -1] = value
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(UserError, match=f"{name} holds NaN or infinity; expected finite numbers"):
+        load_adapter(parity.model(), folder)
+    load_adapter(parity.model(), folder, allow_non_finite=True)
+
+
 def test_missing_or_damaged_files(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"{WEIGHTS} is damaged.*expected a safetensors file"):

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from convert import from_hf, open_model, to_hf_state
+from convert.__main__ import main
 from convert.load import convert_checkpoint
 from liger_jax.checkpoint import load_model
 from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
@@ -51,6 +53,17 @@ def test_end_token_of_config_json_survives_conversion(tmp_path, generation):
         settings = json.loads((folder / "generation_config.json").read_text())
         assert settings == json.loads(generation or "{}") | {"eos_token_id": [7]}
         assert json.loads((folder / "config.json").read_text())["text_config"]["eos_token_id"] == [7]
+
+
+def test_non_finite_weights_need_a_flag(tmp_path):
+    state = hub.tensors()
+    state["model.norm.weight"][0] = np.nan
+    source = hub.write(tmp_path / "hf", state)
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN or infinity.*--allow-non-finite"):
+        convert_checkpoint(source, tmp_path / "orbax")
+    assert not (tmp_path / "orbax").exists()
+    main([str(source), str(tmp_path / "orbax"), "--allow-non-finite"])
+    assert np.isnan(np.asarray(load_model(tmp_path / "orbax").language_model.norm.weight[0], np.float32))
 
 
 def test_same_format(source):

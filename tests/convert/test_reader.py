@@ -10,6 +10,7 @@ import pytest
 
 import convert.assemble
 from convert import from_hf
+from convert.weights import is_finite
 from liger_jax import Qwen2VL
 from liger_jax.errors import UserError
 from liger_jax.model.params import param_paths
@@ -228,6 +229,21 @@ def test_gguf_is_refused_by_name(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "q4.gguf")
     with pytest.raises(UserError, match=r"only as GGUF \['q4\.gguf'\]; expected unquantised weights"):
         from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_checkpoint_was_loaded(tmp_path, dtype, value):
+    state = hub.tensors(jnp.dtype(dtype))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert is_finite(state[name] * 0 + jnp.finfo(dtype).max, chunk=100)
+    state[name][-1, -1] = value
+    hub.write(tmp_path, state)
+    with pytest.raises(UserError, match=rf"model\.safetensors: {name} holds NaN or infinity"):
+        from_hf(tmp_path, dtype="float32")
+    model = from_hf(tmp_path, dtype="float32", allow_non_finite=True)
+    loaded = parameters(model)["language_model/layers/mlp/up_proj/kernel"]
+    np.testing.assert_array_equal(loaded[1, -1, -1], np.float32(value))
 
 
 def test_many_missing_tensors_are_listed_by_layer(tmp_path):
