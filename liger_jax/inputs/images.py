@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import math
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -15,6 +17,9 @@ from liger_jax.inputs.sources import ENCODED, open_encoded
 
 MAX_ASPECT_RATIO = 200
 ORIENTATION = 0x0112  # EXIF tag
+# Environment variable: the largest image that is decoded, in pixels. A gigapixel takes 3 GB of memory as RGB.
+MAX_PIXELS_VARIABLE, DEFAULT_MAX_PIXELS = "LIGER_JAX_MAX_IMAGE_PIXELS", 10**9
+_pillow_limit = threading.Lock()
 # Preprocessing steps that always run like this. A checkpoint that asks for something else is refused.
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 # The names of the limits here, and in the `size` entry of transformers' JSON.
@@ -301,11 +306,32 @@ def _open_image(source: Any) -> Iterator[Image.Image | np.ndarray]:
         )
     with file:
         try:
-            yield Image.open(file) if isinstance(source, ENCODED) else image
+            yield _open_file(file, name) if isinstance(source, ENCODED) else image
         except UserError:
             raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"image {name} cannot be decoded ({error}); expected a format that Pillow reads") from error
+
+
+def _open_file(file: BinaryIO, name: str) -> Image.Image:
+    """Opens an encoded image of up to MAX_PIXELS_VARIABLE pixels, whatever Pillow's own limit is."""
+    limit = os.environ.get(MAX_PIXELS_VARIABLE, str(DEFAULT_MAX_PIXELS))
+    if not limit.isdecimal() or int(limit) < 1:
+        raise UserError(f"{MAX_PIXELS_VARIABLE} is {limit!r}; expected a number of pixels")
+    with _pillow_limit:  # Image.open checks a global variable; later steps do not
+        pillows = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+    width, height = image.size
+    if width * height > int(limit):
+        raise UserError(
+            f"image {name} is {width}x{height} (width x height); expected at most {limit} pixels. Set the environment "
+            f"variable {MAX_PIXELS_VARIABLE} to decode larger images"
+        )
+    return image
 
 
 def load_frames(source: Any) -> list[Image.Image]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcess
 from liger_jax import Processor
 from liger_jax.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from liger_jax.errors import UserError
-from liger_jax.inputs.images import VisionSettings, load_frames, load_image, patchify, smart_resize
+from liger_jax.inputs.images import VisionSettings, image_size, load_frames, load_image, patchify, smart_resize
 from liger_jax.inputs.processor import TOKENIZERS
 from tests.references import make_processing as reference
 
@@ -237,6 +237,26 @@ def test_images_load_from_every_kind_of_source(tmp_path):
         loaded = load_image(source)
         assert loaded.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(loaded), STORED["image/up30x40"])
+
+
+def test_very_large_images_were_refused_whatever_the_setting(tmp_path, monkeypatch):
+    """Pillow refuses images over 179 megapixels, and warns from 89 on; the limit here is a setting."""
+    path = tmp_path / "map.png"
+    Image.new("1", (20_000, 9_000), 1).save(path)
+    assert image_size(path) == (20_000, 9_000)  # 180 megapixels: no error, no warning
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a smaller image, refused by Pillow in the same way
+    image = Image.fromarray(STORED["image/noise64x64"])
+    image.save(tmp_path / "small.png")
+    for source in (tmp_path / "small.png", (tmp_path / "small.png").read_bytes()):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), STORED["image/noise64x64"])
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setenv("LIGER_JAX_MAX_IMAGE_PIXELS", "4095")
+    message = r"small\.png' is 64x64 .*expected at most 4095 pixels\. Set the environment variable LIGER_JAX_MAX_IMAGE"
+    with pytest.raises(UserError, match=message):
+        load_image(tmp_path / "small.png")
+    monkeypatch.setenv("LIGER_JAX_MAX_IMAGE_PIXELS", "many")
+    with pytest.raises(UserError, match="LIGER_JAX_MAX_IMAGE_PIXELS is 'many'; expected a number of pixels"):
+        load_image(tmp_path / "small.png")
 
 
 def test_exif_orientation_is_applied(tmp_path):
