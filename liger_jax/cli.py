@@ -453,6 +453,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
         arguments: the command and its arguments; by default those of the process.
         prog: name of the program in help texts.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     try:
         app.cli(
             args=arguments,
@@ -474,3 +475,7 @@ def can_user_fix(error: Exception) -> bool:
     # TensorStore, which writes checkpoints, reports disk errors as ValueErrors
     disk_error = isinstance(error, ValueError) and any(os.strerror(code) in str(error) for code in DISK_ERRORS)
     return isinstance(error, UserError) or disk_error
+
+
+if __name__ == "__main__":
+    main()

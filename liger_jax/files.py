@@ -117,7 +117,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} does not exist; expected a JSON file") from error
-    except ValueError as error:  # invalid JSON or invalid UTF-8
+    except (ValueError, RecursionError) as error:  # invalid JSON, invalid UTF-8, or brackets nested too deeply
         raise UserError(f"{path} is {wrong_content(path) or f'malformed ({error})'}; expected valid JSON") from error
 
 

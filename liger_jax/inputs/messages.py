@@ -64,8 +64,11 @@ KINDS = (
 
 # Keys of an assistant's message that say whether it is trained.
 LOSS_KEYS = ("loss", "weight", "train", "trainable", "loss_scale")
-# Settings of a message part that qwen-vl-utils supports and this package does not.
-UNSUPPORTED_SETTINGS = ("resized_height", "resized_width", "total_pixels", "video_start", "video_end")
+# Settings of a message part that qwen-vl-utils supports and this package does not. A video is all of its frames.
+UNSUPPORTED_SETTINGS = (
+    *("resized_height", "resized_width", "total_pixels", "video_start", "video_end"),
+    *("fps", "nframes", "min_frames", "max_frames"),
+)
 
 
 class MediaItem(NamedTuple):

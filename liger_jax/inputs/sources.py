@@ -36,9 +36,10 @@ def open_encoded(source: str | Path | bytes) -> tuple[BinaryIO, str]:
     text = str(source)
     if _has_scheme(text, "data"):
         header, comma, body = text.partition(",")
+        header = "".join(header.split())  # a data URL may be broken into lines anywhere
         if not comma or not header.endswith(";base64"):
             raise UserError(f"image is {text[:60]!r}; expected a data URL like data:image/<type>;base64,<data>")
-        return io.BytesIO(_decode_base64(body, f"image ({header} URL) is not valid base64")), f"({header} URL)"
+        return io.BytesIO(_decode_base64(unquote(body), f"image ({header} URL) is not valid base64")), f"({header} URL)"
     _refuse_web_url(text)
     path = _file_url_path(text) if _has_scheme(text, "file") else text
     if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
@@ -98,12 +99,12 @@ def resolve_source(value: Any, folder: Path) -> str | bytes:
 
 
 def _has_scheme(text: str, scheme: str) -> bool:
-    return text[: len(scheme) + 1].lower() == f"{scheme}:"
+    return text.lstrip()[: len(scheme) + 1].lower() == f"{scheme}:"
 
 
 def _file_url_path(url: str) -> str:
     try:
-        return unquote(urlparse(url).path)
+        return unquote(urlparse(url.strip()).path)
     except ValueError as error:  # such as file://[
         raise UserError(f"image is {url!r:.200}, a malformed URL ({error}); expected {EXPECTED}") from error
 

@@ -41,6 +41,26 @@ def test_help_names_every_command():
     assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
 
 
+@pytest.mark.parametrize("module", ["liger_jax", "liger_jax.cli"])
+def test_running_the_package_as_a_module_did_nothing(module):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
+
+
+def test_commands_do_not_print_that_pytorch_was_not_found():
+    hide_torch = (
+        "import importlib.util as util; find = util.find_spec; "
+        "util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)"
+    )
+    quiet = run_process(f"{hide_torch}; from liger_jax import cli; cli.main(['env']); import transformers")
+    assert quiet.returncode == 0, quiet.stderr
+    assert "PyTorch" not in quiet.stderr
+    assert "PyTorch was not found" in run_process(f"{hide_torch}; import transformers").stderr
+
+
 FINETUNE_FLAGS = """
     output held-out eval-generate max-new-tokens media skip-broken steps batch-size learning-rate vision-learning-rate
     merger-learning-rate freeze lora lora-alpha lora-targets weight-decay warmup dtype master-weights pack group-by-length

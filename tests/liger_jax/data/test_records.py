@@ -301,6 +301,16 @@ def test_image_of_a_part_under_another_key_is_refused(folder):
         read_conversations(write(folder, record | {"images": ["a.png"]}))
 
 
+@pytest.mark.parametrize("key", ["fps", "nframes", "min_frames", "max_frames"])
+def test_frame_rates_next_to_frames_were_ignored(folder, key):
+    content = [{"type": "video", "video": ["a.png", "a.png"], key: 2}]
+    record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]}
+    processor = Processor(train_tokenizer([]))
+    for read in (lambda: read_conversations(write(folder, record)), lambda: processor(record["messages"])):
+        with pytest.raises(UserError, match=f"part sets {key}, which is not supported"):
+            read()
+
+
 @pytest.mark.parametrize("marker", ["<bbox>", "<ref-object>", "<audio>"])
 @pytest.mark.parametrize("turn", [0, 1])
 def test_left_over_markers_were_trained_as_text(folder, marker, turn):

@@ -233,7 +233,10 @@ def test_images_load_from_every_kind_of_source(tmp_path):
     image.save(path)
     encoded = path.read_bytes()
     data_url = "data:image/png;base64," + base64.b64encode(encoded).decode()
-    for source in (image, STORED["image/up30x40"], path, str(path), path.as_uri(), data_url, encoded):
+    broken = data_url.replace("base64,", "\nbase64,\r\n")  # data URLs with line breaks were refused
+    broken = "\n" + "\n".join(broken[start : start + 76] for start in range(0, len(broken), 76)) + "\n"
+    quoted = data_url.replace("+", "%2B").replace("=", "%3D")
+    for source in (image, STORED["image/up30x40"], path, str(path), path.as_uri(), data_url, broken, quoted, encoded):
         loaded = load_image(source)
         assert loaded.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(loaded), STORED["image/up30x40"])
