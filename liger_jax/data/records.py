@@ -39,28 +39,20 @@ FORMATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
 # Keys of records and turns that would change what is trained, by their meaning.
 REFUSED = {
-    "preferences": {
-        "chosen",
-        "rejected",
-        "rejected_response",
-        "rejected_messages",
-        "rejected_images",
-        "label",
-        "kto_tag",
-    }
-    | {"preference", "preferred", "margin", "ranking", "reward"},
-    "tools": {"tools", "functions", "function_call", "function", "tool_calls", "tool_call_id", "tool_choice"},
-    "grounding": {"objects", "object", "bbox", "bboxes", "bbox_type", "boxes", "ref", "refs", "polygons", "points"},
-    "audio": {"audio", "audios", "audio_path", "audio_url", "input_audio", "speech"},
+    "preferences": {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "label"}
+    | {"kto_tag", "preference", "preferred", "margin"},
+    "tools": {"tools", "functions", "function_call", "tool_calls", "tool_call_id", "tool_choice"},
+    "grounding": {"objects", "bbox", "bboxes", "bbox_type", "boxes", "ref", "refs", "polygons"},
+    "audio": {"audio", "audios", "audio_path", "audio_url", "input_audio"},
     "masks of tokens": {"loss_mask", "mask", "masks", "train_detail", "training_detail", "train_on_turn"},
 }
 UNTRAINED_ONLY = ("preferences", "masks of tokens")  # without an effect on a question
 # Keys under which other programs list images and videos.
 FOREIGN_MEDIA = {
     "image": {"image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_base64"}
-    | {"image_bytes", "image_data", "image_list", "image_name", "img", "imgs", "img_path", "img_paths", "img_url"}
+    | {"image_bytes", "image_data", "image_list", "img", "imgs", "img_path", "img_paths", "img_url"}
     | {"picture", "pictures", "photo", "photos", "pixel_values"},
-    "video": {"video_path", "video_paths", "video_url", "video_urls", "video_file", "video_files", "frames", "clip"},
+    "video": {"video_path", "video_paths", "video_url", "video_urls", "video_file", "video_files", "frames"},
 }
 LEFT_OVER = re.compile(r"<(?:bbox|ref-object|audio)>")  # markers of ms-swift and others that nothing fills here
 LIMITS = {"min_pixels", "max_pixels"}  # keys that a part may set for its image
@@ -235,7 +227,7 @@ def _check_keys(
         for meaning, keys in REFUSED.items():
             if key in keys and (training or meaning not in UNTRAINED_ONLY):
                 raise UserError(
-                    f"the {place} has {key!r} ({value!r:.60}), but {meaning} are not supported; expected none"
+                    f"the {place} has {key!r} ({value!r:.60}), which is not supported ({meaning}); expected none"
                 )
         _check_media_key(key, place)
         ignored[f"{key!r} of {place}s"] += 1

@@ -283,6 +283,7 @@ def _open_image(source: Any) -> Iterator[Image.Image | np.ndarray]:
     Decoding errors in the `with` block name the source.
     """
     file: Any = contextlib.nullcontext()
+    image: Image.Image | np.ndarray
     if isinstance(source, ENCODED):
         file, name = open_encoded(source)
     elif isinstance(source, Image.Image):
