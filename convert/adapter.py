@@ -145,9 +145,9 @@ def load_adapter(
         >>> load_adapter(model, "runs/adapter")  # doctest: +SKIP
     """
     folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir, other_files=FULLY_TRAINED)
-    if others := [name for name in FULLY_TRAINED if (folder / name).is_file()]:
+    if unread := [name for name in FULLY_TRAINED if (folder / name).is_file()]:
         raise UserError(
-            f"{folder} has {' and '.join(others)} next to the adapter: weights that were trained in full, which are not "
+            f"{folder} has {' and '.join(unread)} next to the adapter: weights that were trained in full, which are not "
             "read; expected an adapter alone, or a merged checkpoint (from_hf)"
         )
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]

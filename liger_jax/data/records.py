@@ -235,9 +235,16 @@ def _check_keys(
 
 def _check_media_key(key: str, place: str) -> None:
     for kind, keys in FOREIGN_MEDIA.items():
-        if key in keys or (place == "turn" and key in MEDIA[kind]):
-            expected = f"{kind!r}" if place == "part" else f"{kind + 's'!r} or {kind!r} of the record"
+        if key in keys or (place != "record" and key in MEDIA[kind]):
+            expected = f"{kind!r} of a part" if place == "part" else f"{kind + 's'!r} or {kind!r} of the record"
             raise UserError(f"the {place} has {key!r}; expected its {kind}s under {expected}")
+
+
+def _check_part_keys(part: Mapping[str, Any], own: Collection[str]) -> None:
+    """Raises UserError if a part has an image or a video under a key other than its own ones."""
+    for key, value in part.items():
+        if key not in own and not _is_empty(value):
+            _check_media_key(key, "part")
 
 
 def _is_empty(value: Any) -> bool:
@@ -299,14 +306,14 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
     if not isinstance(part, Mapping):
         raise UserError(f"part is {part!r:.60}; expected {{'type': 'text', 'text': ...}} or a part with an image")
     if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        _check_part_keys(part, ())
         parts = _fill_markers(part["text"], media)
         return [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
     for kind in KINDS:
         if not kind.matches(part):
             continue
         check_part_settings(part)
-        for key in part.keys() - set(kind.keys):
-            _check_media_key(key, "part")
+        _check_part_keys(part, kind.keys)
         value = next((part[key] for key in kind.keys if part.get(key)), None)
         if value is None and not media[kind.name]:
             raise UserError(f"part is {part!r:.60}, and the record lists no more {kind.argument}; expected one for it")

@@ -315,7 +315,7 @@ def _open_image(source: Any) -> Iterator[Image.Image | np.ndarray]:
 
 
 def _open_file(file: BinaryIO, name: str) -> Image.Image:
-    """Opens an encoded image of up to MAX_PIXELS_VARIABLE pixels, whatever Pillow's own limit is."""
+    """Opens an encoded image of up to MAX_PIXELS_VARIABLE pixels. Pillow's own limit has no effect."""
     limit = os.environ.get(MAX_PIXELS_VARIABLE, str(DEFAULT_MAX_PIXELS))
     if not limit.isdecimal() or int(limit) < 1:
         raise UserError(f"{MAX_PIXELS_VARIABLE} is {limit!r}; expected a number of pixels")

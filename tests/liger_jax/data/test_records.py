@@ -294,11 +294,16 @@ def test_keys_of_turns_are_refused_by_name(folder, key):
         read_conversations(write(folder, record))
 
 
-def test_image_of_a_part_under_another_key_is_refused(folder):
-    content = [{"type": "image", "img": "b.png"}]
+@pytest.mark.parametrize("key", ["img", "image_path", "image"])
+def test_image_of_a_part_under_another_key_is_refused(folder, key):
+    content = [{"type": "text", "text": "Which?"} if key == "image" else {"type": "image"}]
     record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]}
-    with pytest.raises(UserError, match="the part has 'img'; expected its images under 'image'"):
-        read_conversations(write(folder, record | {"images": ["a.png"]}))
+    record |= {} if key == "image" else {"images": ["a.png"]}
+    content[0][key] = None  # as in exports of tables
+    assert len(read_conversations(write(folder, record))) == 1
+    content[0][key] = "b.png"
+    with pytest.raises(UserError, match=f"the part has '{key}'; expected its images under 'image' of a part"):
+        read_conversations(write(folder, record))
 
 
 @pytest.mark.parametrize("key", ["fps", "nframes", "min_frames", "max_frames"])
