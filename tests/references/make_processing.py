@@ -4,6 +4,8 @@
     pip install torch==2.13.0 torchvision==0.28.0 transformers==5.24.0 pillow==13.0.0   # the CPU builds
     pip install -e . && python tests/references/make_processing.py                      # 10 s; writes processing.npz
 
+Of the stored arrays, mode/ was written by transformers 5.24, which composites transparency on white, the others by 5.17.
+
 Arrays
   smart_resize             [840, 6]: height, width, min_pixels, max_pixels, new height, new width (-1: ValueError)
   image/<name>             uint8 [H, W, 3]
