@@ -228,6 +228,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             levels = np.where(values == transparent, np.uint8(255), levels)
         return Image.fromarray(levels).convert("RGB")
     if image.mode == "LAB":  # Pillow's convert has no LAB
+        image.load()  # raises an OSError for damaged pixels, which ImageCms would hide
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         assert converted is not None, "profileToProfile returns None only in place"

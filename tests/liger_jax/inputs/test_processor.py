@@ -184,6 +184,10 @@ def test_colour_spaces():
     )
     for image, tolerance in ((lab, 16), (rgb.convert("YCbCr"), 3), (rgb.convert("HSV"), 12), (rgb.convert("CMYK"), 0)):
         np.testing.assert_allclose(np.asarray(load_image(image)).astype(int), np.asarray(rgb), atol=tolerance)
+    file = io.BytesIO()
+    lab.save(file, "TIFF")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        load_image(file.getvalue()[:-200])
     bits = np.eye(28, dtype=bool)
     for source in (bits, Image.fromarray(bits)):
         np.testing.assert_array_equal(np.asarray(load_image(source))[..., 0], np.eye(28) * 255)
