@@ -185,6 +185,8 @@ def parse_record(
     if isinstance(record, ValueError):
         raise UserError(f"the line is not JSON ({record}); expected a record")
     formats = [key for key in FORMATS if isinstance(record, Mapping) and record.get(key) is not None]
+    if len(formats) > 1:  # a table may have an empty column
+        formats = [key for key in formats if record[key] != []]
     if len(formats) != 1:
         problem = f"has the keys {sorted(record)}" if isinstance(record, Mapping) else f"is a {type(record).__name__}"
         raise UserError(f"the record {problem}; expected a record with one of {sorted(FORMATS)}")

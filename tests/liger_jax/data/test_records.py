@@ -328,7 +328,7 @@ def test_left_over_markers_were_trained_as_text(folder, marker, turn):
 def test_empty_and_null_keys_are_accepted(folder):
     """Exports of tables have every column in every record."""
     empty = {"tools": "[]", "objects": {"ref": [], "bbox": []}, "label": None, "chosen": "", "audios": [], "img": None}
-    for record in (chat(Q) | {"conversations": None} | empty, llava(Q) | {"messages": None, "images": []}):
+    for record in (chat(Q) | {"conversations": None} | empty, llava(Q) | {"messages": [], "images": []}):
         assert len(read_conversations(write(folder, record))) == 1
     record = llava(image="a.png", images=[], videos=None)
     assert read_conversations(write(folder, record))[0][0]["content"][0]["image"] == str(folder / "a.png")
