@@ -107,7 +107,7 @@ def is_finite(tensor: np.ndarray, chunk: int = 2**20) -> bool:
     if mask is None:
         return all(np.isfinite(flat[start : start + chunk]).all() for start in range(0, flat.size, chunk))
     bits = flat.view(np.uint16)
-    return not any(((bits[start : start + chunk] & mask) == mask).any() for start in range(0, bits.size, chunk))
+    return all((bits[start : start + chunk] & mask).max() < mask for start in range(0, bits.size, chunk))
 
 
 # ---- opening one file ------------------------------------------------------------------------------------------------
