@@ -33,7 +33,7 @@ class Batching:
     workers: int | None = None
     """Number of processes that load images; 0 uses a thread. By default up to 4, leaving half of the cores free."""
     seed: int = 0
-    """Seed for the order of the data and for the initial weights of LoRA."""
+    """Seed for the order of the data, the initial weights of LoRA and stochastic rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,9 @@ class Optimization:
     """Fraction of the steps over which the learning rate rises."""
     master_weights: bool = False
     """Keep float32 copies of the weights and float32 moments, and compute in bfloat16."""
+    stochastic_rounding: bool = True
+    """Round bfloat16 weights and moments at random, so that small updates are not lost. No effect on float32 weights or with
+    --master-weights."""
 
 
 @dataclasses.dataclass(frozen=True)

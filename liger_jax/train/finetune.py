@@ -91,7 +91,7 @@ def finetune(
     options = RunOptions(steps, optimization, batching, execution, saving, evaluation)
     validate(options, conversations=len(conversations), held_out=len(held_out))
     if optimization:
-        optimizer = build_optimizer(optimization, steps)
+        optimizer = build_optimizer(optimization, steps, seed=batching.seed)
     train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=execution.unroll)
 
     run = open_run(Path(output), make_record(options, model, processor, conversations))

@@ -1,5 +1,6 @@
 """AdamW for fine-tuning. Parts of the model can be frozen or have their own learning rates; norms and biases never decay."""
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ import optax
 from liger_jax.errors import UserError
 from liger_jax.model.params import PARTS, find_row, param_group, path_name
 from liger_jax.options import Optimization
-from liger_jax.train.master_weights import with_master_weights
+from liger_jax.train.master_weights import MasterState, with_master_weights
+from liger_jax.train.stochastic_rounding import LearningRate, StochasticState, stochastic_adamw
 
-LearningRate = float | Callable[[Any], Any]  # a number, or an optax schedule
 
-
-def build_optimizer(options: Optimization, steps: int) -> optax.GradientTransformation:
+def build_optimizer(options: Optimization, steps: int, *, seed: int = 0) -> optax.GradientTransformation:
     """Returns the optimizer of a training run: AdamW with warmup and cosine decay over `steps` steps.
+
+    The seed is that of stochastic rounding.
 
     Raises:
         UserError: A value is out of range, or a part is frozen and has a learning rate of its own.
@@ -37,6 +39,8 @@ def build_optimizer(options: Optimization, steps: int) -> optax.GradientTransfor
         freeze=options.freeze,
         weight_decay=options.weight_decay,
         master_weights=options.master_weights,
+        stochastic_rounding=options.stochastic_rounding,
+        seed=seed,
     )
 
 
@@ -49,6 +53,8 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
     master_weights: bool = False,
+    stochastic_rounding: bool = True,
+    seed: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -66,10 +72,14 @@ def make_optimizer(
         weight_decay: weight decay of matmul weights and embeddings; norms and biases never decay.
         max_grad_norm: upper limit of the global gradient norm, or None for no limit.
         master_weights: for a model in bfloat16, keep weights and moments of the trained parts in float32.
+        stochastic_rounding: round bfloat16 weights and their moments at random, in proportion to the distance, instead of to
+            the nearest, which loses small updates (`liger_jax.train.stochastic_rounding`). No effect on float32 weights or
+            with master_weights.
+        seed: seed of stochastic rounding.
         b1, b2, eps: parameters of Adam, see the formula.
 
     Returns:
-        An `optax.GradientTransformation`. Its state records the gradient norm and `learning_rate`, see `read_grad_stats`.
+        An `optax.GradientTransformation`. Its state records the values that `read_grad_stats` returns.
 
     Raises:
         UserError: An unknown part, a frozen part with a learning rate of its own, or a max_grad_norm that is not positive.
@@ -98,7 +108,10 @@ def make_optimizer(
         if part in freeze:
             return optax.set_to_zero()
         rate = learning_rate if rates.get(part) is None else rates[part]
-        adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decay_mask)
+        options = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "mask": _decay_mask}
+        if stochastic_rounding and not master_weights:
+            return stochastic_adamw(rate, **options, seed=seed)
+        adamw = optax.adamw(rate, **options)
         return with_master_weights(adamw) if master_weights else adamw
 
     def frozen_mask(tree):
@@ -183,8 +196,38 @@ def with_grad_stats(learning_rate: LearningRate) -> optax.GradientTransformation
 
 
 def read_grad_stats(opt_state: Any) -> dict[str, jax.Array]:
-    """Returns {"grad_norm", "learning_rate"} for the latest update, or {} for an optimizer without `with_grad_stats`."""
-    for state in jax.tree.leaves(opt_state, is_leaf=lambda state: isinstance(state, GradStats)):
-        if isinstance(state, GradStats):
-            return {"grad_norm": state.grad_norm, "learning_rate": state.learning_rate}
-    return {}
+    """Returns statistics of the latest update, or {} for an optimizer that does not record them.
+
+    grad_norm and learning_rate, from `with_grad_stats`; and with stochastic rounding changed_weights: the fraction of the
+    trained bfloat16 weights that the update changed, estimated from evenly spaced ones.
+    """
+    stats: dict[str, jax.Array] = {}
+    for state in find_states(opt_state, GradStats):
+        stats |= {"grad_norm": state.grad_norm, "learning_rate": state.learning_rate}
+    if parts := find_states(opt_state, StochasticState):
+        stats["changed_weights"] = sum(part.changed for part in parts) / sum(part.sampled for part in parts)
+    return stats
+
+
+def find_states(opt_state: Any, kinds: Any) -> list[Any]:
+    """Returns the parts of an optimizer's state that have one of these types."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda state: isinstance(state, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def warn_if_updates_vanish(model: Any, opt_state: Any, *, stacklevel: int) -> None:
+    """Warns about bfloat16 weights and an optimizer that rounds them to the nearest without being asked to.
+
+    Such an optimizer is not from `make_optimizer`, has no master weights, and keeps bfloat16 moments or none.
+    """
+    if find_states(opt_state, (GradStats, StochasticState, MasterState)):
+        return
+    bfloat16 = jnp.dtype("bfloat16")
+    moments = {leaf.dtype for leaf in jax.tree.leaves(opt_state) if leaf.ndim}
+    if bfloat16 in {weight.dtype for weight in jax.tree.leaves(model)} and (not moments or bfloat16 in moments):
+        warnings.warn(
+            "The weights are bfloat16 and the optimizer rounds them to the nearest: updates below 1/512 of a weight are "
+            "lost, which at usual learning rates is most of them. liger_jax.make_optimizer rounds stochastically and keeps "
+            "them; so do float32 weights",
+            stacklevel=stacklevel + 1,
+        )

@@ -26,7 +26,7 @@ from liger_jax.model.sharding import (
     shard_batch,
 )
 from liger_jax.options import LayerExecution, Remat
-from liger_jax.train.optimizer import read_grad_stats
+from liger_jax.train.optimizer import read_grad_stats, warn_if_updates_vanish
 
 # The choices of remat="auto", from the fastest to the one that needs the least memory.
 AUTO_REMAT: tuple[Remat, ...] = ("dots", "narrow", "attention", "full")
@@ -106,9 +106,8 @@ class TrainState:
     """The state of a training run: a pytree that can be jitted, donated, sharded and saved.
 
     Example:
-        >>> import optax
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
-        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), optax.adamw(1e-4))
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_optimizer
+        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), make_optimizer(1e-5))
         >>> int(state.step)
         0
     """
@@ -120,11 +119,15 @@ class TrainState:
 
     @classmethod
     def create(cls, model: Qwen2VL, optimizer: optax.GradientTransformation) -> Self:
-        """Returns the state before the first step. The optimizer's arrays are sharded like the weights."""
+        """Returns the state before the first step. The optimizer's arrays are sharded like the weights.
+
+        Warns about bfloat16 weights with an optimizer that loses small updates.
+        """
         mesh = get_mesh(model)
         init = functools.partial(_init_state, optimizer=optimizer)
         shardings = None if mesh is None else param_shardings(jax.eval_shape(init, model), mesh, strict=False)
         step, opt_state = jax.jit(init, out_shardings=shardings)(model)
+        warn_if_updates_vanish(model, opt_state, stacklevel=2)
         return cls(step, model, opt_state, optimizer)
 
 
@@ -148,20 +151,20 @@ def make_train_step(
         unroll: unroll the layers, for a faster step and a longer compilation, see `liger_jax.options.LayerExecution`.
 
     Returns:
-        A function of a `TrainState` and a `Batch`. Its metrics are those of `loss_fn`, plus grad_norm and
-        learning_rate if the optimizer was made by `make_optimizer`.
+        A function of a `TrainState` and a `Batch`. Its metrics are those of `loss_fn` and, for an optimizer made by
+        `make_optimizer`, of `read_grad_stats`.
 
     Raises:
         UserError: an unknown remat, or accumulate below 1.
 
     Example:
-        >>> import numpy as np, optax
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
-        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), optax.adamw(1e-4))
+        >>> import numpy as np
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_optimizer, make_train_step, prepare
+        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), make_optimizer(1e-5))
         >>> ids = np.array([[5, 6, 7]])
         >>> state, metrics = make_train_step()(state, prepare(state.model.config, input_ids=ids, labels=ids))
         >>> sorted(metrics)
-        ['accuracy', 'loss', 'num_tokens']
+        ['accuracy', 'changed_weights', 'grad_norm', 'learning_rate', 'loss', 'num_tokens']
     """
     if remat not in ("auto", *REMAT):
         raise UserError(f"remat is {remat!r}; expected one of {('auto', *REMAT)}")
