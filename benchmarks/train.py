@@ -30,6 +30,7 @@ from liger_jax.model.params import PARTS
 from liger_jax.train.master_weights import with_master_weights
 from liger_jax.train.metrics import batch_work, step_rates
 from liger_jax.train.optimizer import make_optimizer
+from liger_jax.train.stochastic_rounding import stochastic_adamw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,9 @@ class Train:
         return case.run(self._measure)
 
     def _measure(self, model: Qwen2VL, batch_size: int) -> dict:
-        optimizer, frozen = optax.adamw(work.LEARNING_RATE), ()
+        optimizer, frozen = stochastic_adamw(work.LEARNING_RATE, weight_decay=1e-4), ()
         if self.master_weights:
-            optimizer = with_master_weights(optimizer)
+            optimizer = with_master_weights(optax.adamw(work.LEARNING_RATE))
         if self.lora is not None:
             optimizer, frozen = make_optimizer(work.LEARNING_RATE, freeze=PARTS), PARTS
             model = add_lora(model, rank=self.lora, alpha=2 * self.lora)

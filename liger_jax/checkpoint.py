@@ -255,9 +255,9 @@ def restore_state(
             are damaged.
 
     Example:
-        >>> import optax, tempfile
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
-        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), optax.adam(1e-3))
+        >>> import tempfile
+        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_optimizer
+        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), make_optimizer(1e-5))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save_state(folder, state)
         ...     int(restore_state(folder, state).step)

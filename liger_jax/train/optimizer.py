@@ -218,9 +218,11 @@ def find_states(opt_state: Any, kinds: Any) -> list[Any]:
 def warn_if_updates_vanish(model: Any, opt_state: Any, *, stacklevel: int) -> None:
     """Warns about bfloat16 weights and an optimizer that rounds them to the nearest without being asked to.
 
-    Such an optimizer is not from `make_optimizer`, has no master weights, and keeps bfloat16 moments or none.
+    Such an optimizer is not from `make_optimizer`, has no master weights, and keeps bfloat16 moments or none. Abstract
+    models, which are not trained, get no warning.
     """
-    if find_states(opt_state, (GradStats, StochasticState, MasterState)):
+    abstract = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model))
+    if abstract or find_states(opt_state, (GradStats, StochasticState, MasterState)):
         return
     bfloat16 = jnp.dtype("bfloat16")
     moments = {leaf.dtype for leaf in jax.tree.leaves(opt_state) if leaf.ndim}
