@@ -29,6 +29,7 @@ def main() -> None:
     conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]
     batch = prepare(model.config, **processor([conversation], labels=True))
 
+    # float32 weights suit any optimizer; bfloat16 weights need liger_jax.make_optimizer, or small updates are lost
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     optimizer_state = optimizer.init(model)  # a model is a pytree of arrays
 
