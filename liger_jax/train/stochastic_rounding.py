@@ -11,6 +11,7 @@ Sources: Zamirai et al. 2020, Revisiting BFloat16 Training, https://arxiv.org/ab
 rounding: implementation, error analysis and applications, https://doi.org/10.1098/rsos.211631
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -87,44 +88,74 @@ def stochastic_adamw(
             return exact.update(grads, state, params)
         if params is None:
             raise ValueError("params is None; expected the weights, which stochastic rounding needs in update()")
-        count = optax.safe_increment(state.count)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rows, structure = _transpose(params, grads, state.mu, state.nu)
         decays = structure.flatten_up_to(mask(params)) if mask else [True] * len(rows)
+        decay = [weight_decay if decayed else 0.0 for decayed in decays]
+        count = optax.safe_increment(state.count)
         t = count.astype(jnp.float32)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         scalars = (jnp.float32(rate), 1 - b1**t, 1 - b2**t, step_seeds(param_paths(params), state.count, seed))
 
-        def new_arrays(scalars, number, row, index):
-            """Returns weight, as float32, and moments of a parameter. Elementwise, for XLA to fuse."""
-            rate, correction1, correction2, seeds = scalars
-            dtype, word = row[0].dtype, hash_index(index, seeds[number])
-            weight, grad, m, v = (array.astype(jnp.float32) for array in row)
-            m = _round(b1 * m + (1 - b1) * grad, dtype, word, FIRST_MOMENT)
-            v = _round(b2 * v + (1 - b2) * grad**2, dtype, word, SECOND_MOMENT)
-            # From the rounded moments: as the weights are computed last, all arrays are updated in place.
-            change = (m.astype(jnp.float32) / correction1) / (jnp.sqrt(v.astype(jnp.float32) / correction2) + eps)
-            if decays[number]:
-                change += weight_decay * weight
-            return _round(weight - rate * change, dtype, word, WEIGHT).astype(jnp.float32), m, v
+        def new_row(number, scalars, row, index):
+            return _adamw(scalars, number, row, index, b1=b1, b2=b2, eps=eps, weight_decay=decay[number])
 
-        # A sample is updated first, to count the weights that change. The other updates depend on the count, although it is
-        # never negative: XLA would copy all arrays if something could still read them after they are overwritten.
-        changed, sampled = jnp.zeros(()), 0
-        for number, row in enumerate(rows):
-            take = _sampler(row[0].shape)
-            old, *_ = sample = [take(array) for array in row]
-            new, _, _ = new_arrays(scalars, number, sample, [take(word) for word in element_index(row[0].shape)])
-            changed += jnp.sum(new != old.astype(jnp.float32), dtype=jnp.float32)
-            sampled += old.size
+        changed, sampled = _count_changes(rows, functools.partial(new_row, scalars=scalars))
+        # The update depends on the count, which is never negative, so that it comes after it. If the old arrays could still
+        # be read later, XLA would have to copy them.
         scalars = jax.tree.map(lambda scalar: jnp.where(changed < 0, jnp.zeros_like(scalar), scalar), scalars)
-
-        results = [new_arrays(scalars, number, row, element_index(row[0].shape)) for number, row in enumerate(rows)]
-        updates = [new - weight.astype(jnp.float32) for (new, _, _), (weight, *_) in zip(results, rows, strict=True)]
-        mu, nu = ([result[position] for result in results] for position in (1, 2))
-        updates, mu, nu = (structure.unflatten(leaves) for leaves in (updates, mu, nu))
+        new_rows = [new_row(number, scalars, row, element_index(row[0].shape)) for number, row in enumerate(rows)]
+        weights, mu, nu = (structure.unflatten(leaves) for leaves in zip(*new_rows, strict=True))
+        updates = jax.tree.map(lambda new, old: new - old.astype(jnp.float32), weights, params)
         return updates, StochasticState(count, mu, nu, changed, jnp.float32(sampled))
 
     return optax.GradientTransformation(init, update)
+
+
+def _adamw(
+    scalars: tuple[jax.Array, ...],
+    number: int,
+    row: Sequence[jax.Array],
+    index: Sequence[jax.Array],
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Updates a parameter, or a part of it. Elementwise, for XLA to fuse.
+
+    Args:
+        scalars: learning rate, bias corrections of the two moments, and seeds of all parameters.
+        number: number of the parameter, for its seed.
+        row: weight, gradient, and first and second moment.
+        index: position of each element, from `element_index`.
+        b1, b2, eps, weight_decay: of AdamW.
+
+    Returns:
+        The rounded weight, in float32, and the moments.
+    """
+    rate, correction1, correction2, seeds = scalars
+    word, dtype = hash_index(index, seeds[number]), row[0].dtype
+    weight, grad, m, v = (array.astype(jnp.float32) for array in row)
+    m = _round(b1 * m + (1 - b1) * grad, dtype, word, FIRST_MOMENT)
+    v = _round(b2 * v + (1 - b2) * grad**2, dtype, word, SECOND_MOMENT)
+    # From the rounded moments: as the weights are computed last, all arrays can be updated in place.
+    change = (m.astype(jnp.float32) / correction1) / (jnp.sqrt(v.astype(jnp.float32) / correction2) + eps)
+    if weight_decay:
+        change += weight_decay * weight
+    return _round(weight - rate * change, dtype, word, WEIGHT).astype(jnp.float32), m, v
+
+
+def _count_changes(rows: Sequence[Sequence[jax.Array]], new_row: Callable[..., Any]) -> tuple[jax.Array, int]:
+    """Returns how many weights of a sample an update changes, and the size of the sample."""
+    changed, sampled = jnp.zeros(()), 0
+    for number, row in enumerate(rows):
+        take = _sampler(row[0].shape)
+        sample, index = [take(array) for array in row], [take(word) for word in element_index(row[0].shape)]
+        new, _, _ = new_row(number, row=sample, index=index)
+        changed += jnp.sum(new != sample[0].astype(jnp.float32), dtype=jnp.float32)
+        sampled += new.size
+    return changed, sampled
 
 
 def _transpose(tree: Any, *others: Any) -> tuple[list[tuple], Any]:
