@@ -68,8 +68,7 @@ class Optimization:
     master_weights: bool = False
     """Keep float32 copies of the weights and float32 moments, and compute in bfloat16."""
     stochastic_rounding: bool = True
-    """Round bfloat16 weights and moments at random, so that small updates are not lost. No effect on float32 weights or with
-    --master-weights."""
+    """Round bfloat16 weights at random to keep small updates; no effect on float32 weights or with --master-weights."""
 
 
 @dataclasses.dataclass(frozen=True)
