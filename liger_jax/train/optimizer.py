@@ -107,8 +107,9 @@ def make_optimizer(
     def build_part(part: str) -> optax.GradientTransformation:
         if part in freeze:
             return optax.set_to_zero()
-        rate = learning_rate if rates.get(part) is None else rates[part]
-        options = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "mask": _decay_mask}
+        own_rate = rates.get(part)
+        rate = learning_rate if own_rate is None else own_rate
+        options: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "mask": _decay_mask}
         if stochastic_rounding and not master_weights:
             return stochastic_adamw(rate, **options, seed=seed)
         adamw = optax.adamw(rate, **options)

@@ -80,8 +80,8 @@ def stochastic_adamw(
     def init(params):
         if not any(weight.dtype == jnp.bfloat16 for weight in jax.tree.leaves(params)):
             return exact.init(params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return StochasticState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), *jnp.zeros(2))
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return StochasticState(jnp.zeros((), jnp.int32), mu, nu, jnp.zeros(()), jnp.ones(()))
 
     def update(grads, state, params=None):
         if not isinstance(state, StochasticState):
@@ -160,6 +160,8 @@ def _count_changes(rows: Sequence[Sequence[jax.Array]], new_row: Callable[..., A
 
 def _transpose(tree: Any, *others: Any) -> tuple[list[tuple], Any]:
     """Returns the corresponding leaves of all trees, and the structure of the first."""
+    leaves: list[jax.Array]
+    structure: Any
     leaves, structure = jax.tree.flatten(tree)
     return list(zip(leaves, *(structure.flatten_up_to(other) for other in others), strict=True)), structure
 

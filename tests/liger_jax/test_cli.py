@@ -63,8 +63,8 @@ def test_commands_do_not_print_that_pytorch_was_not_found():
 
 FINETUNE_FLAGS = """
     output held-out eval-generate max-new-tokens media skip-broken steps batch-size learning-rate vision-learning-rate
-    merger-learning-rate freeze lora lora-alpha lora-targets weight-decay warmup dtype master-weights stochastic-rounding pack
-    group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor seed
+    merger-learning-rate freeze lora lora-alpha lora-targets weight-decay warmup dtype master-weights stochastic-rounding
+    pack group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor seed
 """
 
 
