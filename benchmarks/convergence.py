@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.environment import RESULTS, file_name
+from benchmarks.record import OURS
 from convert import from_hf, to_hf
 from liger_jax import Processor, Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
 from liger_jax.config import TextConfig, VisionConfig
@@ -41,6 +42,7 @@ try:
 except ModuleNotFoundError:  # `python -m benchmarks` imports this module for its options even without torch
     torch = None
 
+PEER = "transformers"
 WINDOW = 20
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
@@ -79,7 +81,7 @@ class Convergence:
             "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "date": datetime.date.today().isoformat(),
             **{"steps": self.steps, "rows": self.rows, "peak": self.learning_rate, "warmup": WARMUP, "adamw": ADAMW},
-            "found": findings,
+            "findings": findings,
             "losses": curves,
         }
         self.results.mkdir(parents=True, exist_ok=True)
@@ -108,12 +110,12 @@ def train_all(steps: int, rows: int, learning_rate: float) -> dict[str, dict[str
     processor = make_processor(digits)
     batches = list(make_batches(processor, digits, steps, rows))
     schedule = warmup_cosine(learning_rate, steps, WARMUP)
-    runs: dict[str, dict[str, TrainingRun]] = {"ours": {}, "theirs": {}}
+    runs: dict[str, dict[str, TrainingRun]] = {OURS: {}, PEER: {}}
     with tempfile.TemporaryDirectory() as checkpoint:
         to_hf(Qwen2VL.init(make_model_config(processor), dtype="float32"), checkpoint)
         for dtype in DTYPES:
-            runs["ours"][dtype] = train_liger_jax(checkpoint, dtype, batches, schedule)
-            runs["theirs"][dtype] = train_transformers(checkpoint, dtype, batches, schedule)
+            runs[OURS][dtype] = train_liger_jax(checkpoint, dtype, batches, schedule)
+            runs[PEER][dtype] = train_transformers(checkpoint, dtype, batches, schedule)
     return runs
 
 
@@ -207,7 +209,7 @@ def smooth(losses: list[float]) -> np.ndarray:
 def compare(curves: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Returns the largest distances of the smoothed curves: from transformers, and between the dtypes of each package."""
     liger_jax, transformers = (
-        {dtype: smooth(losses) for dtype, losses in curves[package].items()} for package in ("ours", "theirs")
+        {dtype: smooth(losses) for dtype, losses in curves[package].items()} for package in (OURS, PEER)
     )
     relative = np.abs(liger_jax["float32"] / transformers["float32"] - 1)
     return {
@@ -217,7 +219,7 @@ def compare(curves: dict[str, dict[str, list[float]]]) -> dict[str, float]:
         "transformers: bfloat16 from float32": float(
             np.max(np.abs(transformers["bfloat16"] - transformers["float32"]))
         ),
-        "ours: bfloat16 from float32": float(np.max(np.abs(liger_jax["bfloat16"] - liger_jax["float32"]))),
+        "liger-jax: bfloat16 from float32": float(np.max(np.abs(liger_jax["bfloat16"] - liger_jax["float32"]))),
     }
 
 
@@ -231,17 +233,17 @@ def compare_rounding(runs: dict[str, dict[str, TrainingRun]]) -> dict[str, float
         return max(abs(moments[path] / mean - 1) for path, mean in exact.items() if mean)
 
     findings = {}
-    for name, package in (("ours", "ours"), ("transformers", "theirs")):
+    for package in (OURS, PEER):
         float32, bfloat16 = (runs[package][dtype] for dtype in DTYPES)
-        findings[f"{name}: loss drop in bfloat16, share of float32's"] = drop(bfloat16) / drop(float32)
-        findings[f"{name}: share of bfloat16 weights changed from the start"] = bfloat16.changed
-    float32, bfloat16 = (runs["ours"][dtype] for dtype in DTYPES)
-    ours = bfloat16.second_moments
+        findings[f"{package}: loss drop in bfloat16, share of float32's"] = drop(bfloat16) / drop(float32)
+        findings[f"{package}: share of bfloat16 weights changed from the start"] = bfloat16.changed
+    float32, bfloat16 = (runs[OURS][dtype] for dtype in DTYPES)
+    moments = bfloat16.second_moments
     findings["second moments, mean of a tensor: largest relative distance to float32 sums of the same gradients"] = (
-        distance(ours, bfloat16.exact_second_moments)
+        distance(moments, bfloat16.exact_second_moments)
     )
     findings["second moments, mean of a tensor: largest relative distance to the float32 run"] = distance(
-        ours, float32.second_moments
+        moments, float32.second_moments
     )
     return findings
 
@@ -250,10 +252,10 @@ def plot(path: Path, curves: dict[str, dict[str, list[float]]], title: str) -> N
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, dtype in zip(figure.subplots(1, 2, sharey=True), DTYPES, strict=True):
-        axes.plot(smooth(curves["theirs"][dtype]), color="tab:orange", linewidth=4, alpha=0.5, label="transformers")
-        axes.plot(smooth(curves["ours"][dtype]), color="tab:blue", linewidth=1.2, label="liger-jax")
+        axes.plot(smooth(curves[PEER][dtype]), color="tab:orange", linewidth=4, alpha=0.5, label="transformers")
+        axes.plot(smooth(curves[OURS][dtype]), color="tab:blue", linewidth=1.2, label="liger-jax")
         if dtype == "bfloat16":
-            axes.plot(smooth(curves["ours"]["float32"]), "k:", linewidth=1.2, label="liger-jax in float32")
+            axes.plot(smooth(curves[OURS]["float32"]), "k:", linewidth=1.2, label="liger-jax in float32")
         axes.set(title=dtype, xlabel="step", ylabel=f"loss, mean over {WINDOW} steps")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -251,9 +251,46 @@ def _loss_cell(result: dict) -> str:
     return f"{_digits(result['both_us']['median'] / 1e3)} ms, {result['temp_bytes'] / 2**30:.2f} GiB"
 
 
+# ---- convergence -----------------------------------------------------------------------------------------------------
+
+
+def convergence_table(reports: list[dict]) -> str:
+    """Returns how training in bfloat16 compares with float32 and with transformers, one column per peak learning rate."""
+    reports = sorted(reports, key=lambda report: report["peak"])
+    rates = [f"{report['peak']:.0e}".replace("e-0", "e-") for report in reports]
+
+    def row(title: str, finding: str) -> str:
+        shares = [f"{report['findings'][finding]:.2%}" for report in reports]
+        return f"| {title} | {' | '.join(shares)} |"
+
+    lines = [f"| | {' | '.join(f'peak rate {rate}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    for package in (OURS, "transformers"):
+        lines += [
+            row(
+                f"{package}: loss drop in bfloat16, share of float32's",
+                f"{package}: loss drop in bfloat16, share of float32's",
+            ),
+            row(
+                f"{package}: bfloat16 weights that differ from the start",
+                f"{package}: share of bfloat16 weights changed from the start",
+            ),
+        ]
+    lines += [
+        row("liger-jax in float32: largest distance from transformers", "float32: largest relative distance"),
+        row(
+            "liger-jax: second moments in bfloat16, largest distance of a tensor's mean from float32 sums",
+            "second moments, mean of a tensor: largest relative distance to float32 sums of the same gradients",
+        ),
+    ]
+    first = reports[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return "\n".join([*lines, "", f"{first['device']}, {first['steps']} steps, {versions}, {first['date']}."])
+
+
 NOT_MEASURED = "not measured yet"
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": lambda results: "\n\n".join(map(model_table, _read(results, "model"))) or NOT_MEASURED,
     "ops": lambda results: "\n\n".join(map(ops_table, _read(results, "ops"))) or NOT_MEASURED,
+    "convergence": lambda results: convergence_table(_read(results, "convergence")) or NOT_MEASURED,
     "headline": lambda results: headline_table(*_read(results, "model"), *_read(results, "ops")),
 }

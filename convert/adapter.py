@@ -38,7 +38,7 @@ ADAPTED = {
 WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
-    "eva_config",  # initialisation of A
+    "eva_config",  # initialization of A
     "inference_mode",
     "layers_pattern",  # used with layers_to_transform only
     "lora_dropout",  # training only

@@ -53,7 +53,7 @@ def from_hf(
 
     Raises:
         NotFoundError: the folder, the repository, or a file in it does not exist.
-        UserError: a damaged file, a quantised checkpoint, a tensor that holds NaN or infinity, or tensors that do not fit
+        UserError: a damaged file, a quantized checkpoint, a tensor that holds NaN or infinity, or tensors that do not fit
             the configuration. One error lists all tensors that are missing, unexpected, mis-shaped or not floating point,
             before anything is placed on a device.
 
@@ -104,7 +104,7 @@ def patch_shape(vision: VisionConfig) -> tuple[int, int, int]:
 
 # ---- checking the stored tensors -------------------------------------------------------------------------------------
 
-# Ends (or GGUF's beginnings) of tensor names that only quantised checkpoints have, and their methods.
+# Ends (or GGUF's beginnings) of tensor names that only quantized checkpoints have, and their methods.
 QUANTIZED_NAMES = {
     "AWQ or GPTQ": r"\.(qweight|qzeros|g_idx)$",
     "bitsandbytes": r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format)$|\.quant_state\.",
@@ -123,7 +123,7 @@ def _refuse_quantized_config(folder: Path) -> None:
 
 
 def _refuse_quantized_tensors(folder: Path, tensors: Iterable[StoredTensor]) -> None:
-    """Raises UserError if the names of the tensors are those of a quantised checkpoint."""
+    """Raises UserError if the names of the tensors are those of a quantized checkpoint."""
     for tensor in tensors:
         for method, pattern in QUANTIZED_NAMES.items():
             if re.search(pattern, tensor.name):
@@ -132,8 +132,8 @@ def _refuse_quantized_tensors(folder: Path, tensors: Iterable[StoredTensor]) -> 
 
 def _quantized(method: str) -> str:
     return (
-        f"the checkpoint is quantised with {method}; expected unquantised weights, such as the model that it was made "
-        "from, or a copy dequantised with transformers (model.dequantize())"
+        f"the checkpoint is quantized with {method}; expected unquantized weights, such as the model that it was made "
+        "from, or a copy dequantized with transformers (model.dequantize())"
     )
 
 

@@ -60,7 +60,7 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[StoredTens
     files = sorted(path.name for path in folder.iterdir())
     if gguf := [name for name in files if name.endswith(".gguf")]:
         raise UserError(
-            f"{folder} has its weights only as GGUF {gguf}; expected unquantised weights, {SINGLE} or {INDEX}"
+            f"{folder} has its weights only as GGUF {gguf}; expected unquantized weights, {SINGLE} or {INDEX}"
         )
     raise NotFoundError(f"{folder} has no weights, only {files}; expected {SINGLE} or {INDEX}")
 

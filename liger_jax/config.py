@@ -65,8 +65,8 @@ class TextConfig:
 class Qwen2VLConfig:
     """The configuration of a Qwen2-VL model. It is hashable, so it can be a static argument of `jax.jit`.
 
-    `from_hf` reads `eos_token_ids` from the checkpoint's generation_config.json, or else from its config.json, and
-    `pad_token_id` from the former. The presets have none.
+    `from_hf` reads `eos_token_ids` and `pad_token_id` from the checkpoint's generation_config.json, or else from its
+    config.json. The presets have none.
 
     Raises:
         UserError: values contradict each other.
@@ -166,8 +166,8 @@ class Qwen2VLConfig:
         """Reads a Hugging Face configuration.
 
         Supports four layouts: flat, as on the hub (transformers 4.41); flat without default values (4.45 to 4.51); nested
-        (4.52 and later); nested with `rope_parameters` (5.x). The end tokens are read from generation_config.json in the
-        same folder, or else from config.json; the padding token from generation_config.json.
+        (4.52 and later); nested with `rope_parameters` (5.x). The end tokens and the padding token are read from
+        generation_config.json in the same folder, or else from config.json.
 
         Args:
             source: a dict, a config.json, or a folder that contains one.
@@ -300,19 +300,16 @@ def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> An
         tie_word_embeddings=_read_tie(hub, text),
         **{name: hub[name] for name in _SPECIAL_TOKENS if hub.get(name) is not None},
         eos_token_ids=read_end_tokens(hub, generation),
-        pad_token_id=generation.get("pad_token_id"),
+        pad_token_id=_read_pad_token(hub, generation),
     )
 
 
 def _read_tie(hub: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
     """Returns tie_word_embeddings of the root, or else of text_config; without a value, False."""
-    for source in (hub, text):
-        tie = source.get("tie_word_embeddings")
-        if tie is not None:
-            if not isinstance(tie, bool):
-                raise UserError(f"tie_word_embeddings is {tie!r:.60}; expected true or false")
-            return tie
-    return False
+    tie = _first_value("tie_word_embeddings", hub, text)
+    if tie is not None and not isinstance(tie, bool):
+        raise UserError(f"tie_word_embeddings is {tie!r:.60}; expected true or false")
+    return bool(tie)
 
 
 def read_end_tokens(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
@@ -325,12 +322,25 @@ def read_end_tokens(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> tu
         >>> read_end_tokens({"text_config": {"eos_token_id": 7}}, {})
         (7,)
     """
-    for source in (generation, hub, hub.get("text_config") or {}):
-        tokens = source.get("eos_token_id")
-        if tokens is None:
-            continue
-        listed = tokens if isinstance(tokens, list) else [tokens]
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
-            raise UserError(f"eos_token_id is {tokens!r:.60}; expected an integer or a list of integers")
-        return tuple(listed)
-    return ()
+    tokens = _first_value("eos_token_id", generation, hub, hub.get("text_config") or {})
+    listed = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+    if not all(map(_is_token, listed)):
+        raise UserError(f"eos_token_id is {tokens!r:.60}; expected an integer or a list of integers")
+    return tuple(listed)
+
+
+def _read_pad_token(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> int | None:
+    """Returns the padding token, from the same places as the end tokens."""
+    token = _first_value("pad_token_id", generation, hub, hub.get("text_config") or {})
+    if token is not None and not _is_token(token):
+        raise UserError(f"pad_token_id is {token!r:.60}; expected an integer")
+    return token
+
+
+def _first_value(name: str, *sources: Mapping[str, Any]) -> Any:
+    """Returns the value of the first source that has one, or None."""
+    return next((source[name] for source in sources if source.get(name) is not None), None)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

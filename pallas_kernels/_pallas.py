@@ -2,7 +2,7 @@
 
 Kernels are written in the subset of Pallas that translates line by line to Triton's own language: whole arrays as refs,
 explicit indices and masks, elementwise arithmetic, reductions. Every load and store that may reach past the end of an array
-has a mask, because the behaviour of such an access differs between JAX versions.
+has a mask, because the behavior of such an access differs between JAX versions.
 """
 
 import functools

@@ -62,11 +62,11 @@ def _forward_xla(static: StaticArgs, x, weight, bias):
     The variance is computed in a second pass, so that a large mean costs no precision.
     """
     wide = _validate.accumulation_dtype(x.dtype)
-    centred = x.astype(wide)
-    mean = jnp.mean(centred, axis=-1, keepdims=True)
-    centred = centred - mean
-    inverse_std = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + static.eps)
-    out = centred * inverse_std * _sharding.over_rows(weight, x).astype(wide) + _sharding.over_rows(bias, x).astype(
+    centered = x.astype(wide)
+    mean = jnp.mean(centered, axis=-1, keepdims=True)
+    centered = centered - mean
+    inverse_std = jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + static.eps)
+    out = centered * inverse_std * _sharding.over_rows(weight, x).astype(wide) + _sharding.over_rows(bias, x).astype(
         wide
     )
     return out.astype(x.dtype), mean[..., 0], inverse_std[..., 0]
@@ -98,9 +98,9 @@ def _layer_norm_forward(
 
     def step(block, carry, x):
         mean = jnp.sum(x, axis=1) / width
-        centred = jnp.where(block.inside, x - mean[:, None], 0)
-        inverse_std = jax.lax.rsqrt(jnp.sum(centred * centred, axis=1) / width + static.eps)
-        block.store(out_ref, centred * inverse_std[:, None] * weight + bias)
+        centered = jnp.where(block.inside, x - mean[:, None], 0)
+        inverse_std = jax.lax.rsqrt(jnp.sum(centered * centered, axis=1) / width + static.eps)
+        block.store(out_ref, centered * inverse_std[:, None] * weight + bias)
         block.store(mean_ref, mean)
         block.store(inverse_std_ref, inverse_std)
         return carry

@@ -117,8 +117,8 @@ def _add_rms_norm(x, residual, weight):
 
 
 def _layer_norm(x, weight, bias):
-    centred = _wide(x) - jnp.mean(_wide(x), axis=-1, keepdims=True)
-    normed = centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6)
+    centered = _wide(x) - jnp.mean(_wide(x), axis=-1, keepdims=True)
+    normed = centered / jnp.sqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + 1e-6)
     return (normed * _wide(weight) + _wide(bias)).astype(x.dtype)
 
 

@@ -45,9 +45,9 @@ def plot_answers(path: Path, conversations: Sequence[Sequence[dict]], answers: S
         for axis, image in zip(axes, images, strict=False):
             axis.imshow(image)
         axes[-1].text(0, 0.7, question, fontsize=11, va="center")
-        text, colour = answer["answer"], "tab:green"
+        text, color = answer["answer"], "tab:green"
         if not answer["exact"]:
-            text, colour = f"{text}   (correct: {answer['expected']})", "tab:red"
+            text, color = f"{text}   (correct: {answer['expected']})", "tab:red"
         text = ascii(text)[1:-1]  # an untrained model generates characters that no font has
-        axes[-1].text(0, 0.3, text, fontsize=14, weight="bold", color=colour, va="center", parse_math=False)
+        axes[-1].text(0, 0.3, text, fontsize=14, weight="bold", color=color, va="center", parse_math=False)
     FigureCanvasAgg(figure).print_png(path)

@@ -51,7 +51,7 @@ class Chat:
         >>> chat = Chat(model, processor, max_new_tokens=256)  # doctest: +SKIP
         >>> chat.ask("What is this?", images=["dog.jpg"])  # doctest: +SKIP
         'A Labrador.'
-        >>> for piece in chat.stream("What colour is it?"):  # doctest: +SKIP
+        >>> for piece in chat.stream("What color is it?"):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
 

@@ -342,7 +342,7 @@ def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: 
         raise UserError(f"{name} is given without {grid_name}; expected both or neither")
     pixels = np.asarray(pixels)
     if not (np.issubdtype(pixels.dtype, np.floating) or pixels.dtype.name == "bfloat16"):
-        raise UserError(f"{name} has dtype {pixels.dtype}; expected normalised floats, as the processor makes them")
+        raise UserError(f"{name} has dtype {pixels.dtype}; expected normalized floats, as the processor makes them")
     expected = (int(grid.prod(axis=1).sum()), config.vision.patch_values)
     if pixels.shape != expected:
         raise UserError(

@@ -372,7 +372,7 @@ def patchify(frames: Sequence[Image.Image], settings: VisionSettings) -> tuple[n
     """Returns the patches of one image (`[image]`) or of the frames of one video, and their grid.
 
     Frames are resized with bicubic filtering on bytes, padded to a multiple of `temporal_patch_size` by repeating the
-    last one, rescaled and normalised. The patches are ordered so that each `merge_size**2` of them become one token:
+    last one, rescaled and normalized. The patches are ordered so that each `merge_size**2` of them become one token:
     axis 0 is (t, h / merge, w / merge, merge, merge), axis 1 is (channel, frame, y, x).
 
     Returns:
@@ -409,7 +409,7 @@ def patch_grid(size: tuple[int, int], frames: int, settings: VisionSettings) -> 
 
 
 def _normalised_levels(settings: VisionSettings) -> np.ndarray:
-    """Returns float32 [3, 256]: the normalised value of each byte in each channel, rounded as in transformers."""
+    """Returns float32 [3, 256]: the normalized value of each byte in each channel, rounded as in transformers."""
     rescaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(values, np.float32)[:, None] for values in (settings.image_mean, settings.image_std))
     return (rescaled - mean) / std

@@ -216,7 +216,7 @@ def quantized_state(*suffixes):
 def test_quantized_checkpoint_was_refused_with_a_list_of_tensors(tmp_path, suffixes, settings, method):
     """One sentence names the method, with quantization_config and without."""
     hub.write(tmp_path, quantized_state(*suffixes), quantization_config=settings)
-    with pytest.raises(UserError, match=f"quantised with {method}; expected unquantised weights") as raised:
+    with pytest.raises(UserError, match=f"quantized with {method}; expected unquantized weights") as raised:
         from_hf(tmp_path)
     assert len(str(raised.value)) < 350 + len(str(tmp_path))
     assert "\n" not in str(raised.value)
@@ -224,10 +224,10 @@ def test_quantized_checkpoint_was_refused_with_a_list_of_tensors(tmp_path, suffi
 
 def test_gguf_is_refused_by_name(tmp_path):
     hub.write(tmp_path, {"blk.0.attn_q.weight": np.zeros((2, 2), np.int8)})
-    with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight: the checkpoint is quantised with GGUF"):
+    with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight: the checkpoint is quantized with GGUF"):
         from_hf(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "q4.gguf")
-    with pytest.raises(UserError, match=r"only as GGUF \['q4\.gguf'\]; expected unquantised weights"):
+    with pytest.raises(UserError, match=r"only as GGUF \['q4\.gguf'\]; expected unquantized weights"):
         from_hf(tmp_path)
 
 

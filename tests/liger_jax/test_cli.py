@@ -25,7 +25,8 @@ CALL = "import sys; from liger_jax.cli import main; sys.argv[0] = 'liger-jax'; m
 
 def run_process(code, *arguments, **environment):
     """Runs Python code in a new process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}  # set by cli.main
+    environment = own | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
 
 

@@ -115,6 +115,25 @@ def test_end_token_of_config_json_was_ignored(root, text, generation, expected, 
         assert expected == (tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,))
 
 
+@pytest.mark.parametrize(
+    ("root", "text", "generation", "expected"),
+    [
+        ({}, {}, {}, None),
+        ({}, {"pad_token_id": 5}, {}, 5),
+        ({"pad_token_id": 6}, {"pad_token_id": 5}, {"pad_token_id": None}, 6),
+        ({"pad_token_id": 6}, {}, {"pad_token_id": 0}, 0),
+    ],
+)
+def test_padding_token_comes_from_the_same_places(root, text, generation, expected, tmp_path):
+    hub = Qwen2VLConfig.tiny().to_hf()
+    hub["text_config"] |= text
+    (tmp_path / "config.json").write_text(json.dumps(hub | root))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = Qwen2VLConfig.from_hf(tmp_path)
+    assert config.pad_token_id == expected
+    assert Qwen2VLConfig.from_hf(config.to_hf()).pad_token_id == expected
+
+
 @pytest.mark.parametrize("value", ["7", [7, "8"], True, 7.0])
 def test_malformed_end_tokens_are_refused(value):
     with pytest.raises(UserError, match=r"eos_token_id is .*; expected an integer or a list of integers"):

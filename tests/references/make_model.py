@@ -318,11 +318,11 @@ class Recorder:
         run("greedy_eos", eos=eos)
         run("greedy_two_eos", eos=[eos, int(greedy[-1, 1])])
         self.put(name, second_eos_id=greedy[-1, 1])
-        penalised = run("greedy_repetition1.3", repetition_penalty=1.3)
-        # transformers also penalises the padding of the prompt, which must not change the result
+        penalized = run("greedy_repetition1.3", repetition_penalty=1.3)
+        # transformers also penalizes the padding of the prompt, which must not change the result
         unpadded = PenaltyWithoutPadding(prompt["attention_mask"].bool(), 1.3)
         again = run("greedy_repetition1.3", logits_processor=[unpadded])
-        assert torch.equal(penalised, again), f"{name}: the padding token decided, take another seed"
+        assert torch.equal(penalized, again), f"{name}: the padding token decided, take another seed"
 
 
 class PenaltyWithoutPadding:

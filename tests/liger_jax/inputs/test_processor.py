@@ -25,7 +25,7 @@ SMALL_LIMITS = {"min_pixels": 3136, "max_pixels": 12 * 28 * 28}
 IMAGES = sorted({key.split("/")[1] for key in STORED if key.startswith("image/")})
 MODES = sorted({key.split("/")[1] for key in STORED if key.startswith("mode/")})
 VIDEOS = sorted({key.split("/")[1] for key in STORED if key.startswith("video/")})
-GREY_LEVEL = 1 / 255 / 0.26130258  # in normalised units, for the channel with the smallest standard deviation
+GREY_LEVEL = 1 / 255 / 0.26130258  # in normalized units, for the channel with the smallest standard deviation
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_patches_equal_transformers_bit_for_bit(name, limits, values):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_colour_modes_equal_transformers(mode):
+def test_color_modes_equal_transformers(mode):
     encoded = STORED[f"mode/{mode}/file"].tobytes()
     for source in (encoded, Image.open(io.BytesIO(encoded))):
         pixel_values, _ = patchify([load_image(source)], VisionSettings())
@@ -177,7 +177,7 @@ def test_transparent_images_turned_black(tmp_path):
             np.testing.assert_array_equal(patchify([load_image(path)], VisionSettings())[0], live)
 
 
-def test_colour_spaces():
+def test_color_spaces():
     rgb = Image.fromarray(STORED["image/up30x40"])
     lab = ImageCms.profileToProfile(
         rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"

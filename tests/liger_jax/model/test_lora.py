@@ -86,7 +86,7 @@ def test_dtypes():
 
 
 def test_new_lora_changes_no_output():
-    """A is initialised as in PEFT and B is zero; the weights are the model's own arrays."""
+    """A is initialized as in PEFT and B is zero; the weights are the model's own arrays."""
     model = parity.model()
     with_lora = add_lora(model, rank=4, targets="all-linear", seed=2**32 - 1)
     batch = parity.common(parity.batch("image"))

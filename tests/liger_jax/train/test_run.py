@@ -19,7 +19,7 @@ def ask_about(image, text="Which?"):
 def test_fingerprints(tmp_path):
     """Texts, paths, bytes and images in memory have equal fingerprints only if they are equal."""
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
-    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    red, blue = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
     with Image.open(tmp_path / "red.png") as opened:
         images = ["a.png", b"a.png", red, blue, np.asarray(red), opened, red.convert("L"), None, "a"]
         fingerprints = [fingerprint(ask_about(image)) for image in images]
