@@ -46,7 +46,7 @@ REFUSED = {
     "audio": {"audio", "audios", "audio_path", "audio_url", "input_audio"},
     "masks of tokens": {"loss_mask", "mask", "masks", "train_detail", "training_detail", "train_on_turn"},
 }
-UNTRAINED_ONLY = ("preferences", "masks of tokens")  # without an effect on a question
+TRAINING_ONLY = ("preferences", "masks of tokens")  # meanings that do not change a question
 # Keys under which other programs list images and videos.
 FOREIGN_MEDIA = {
     "image": {"image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_base64"}
@@ -227,7 +227,7 @@ def _check_keys(
         if key in known or _is_empty(value):
             continue
         for meaning, keys in REFUSED.items():
-            if key in keys and (training or meaning not in UNTRAINED_ONLY):
+            if key in keys and (training or meaning not in TRAINING_ONLY):
                 raise UserError(
                     f"the {place} has {key!r} ({value!r:.60}), which is not supported ({meaning}); expected none"
                 )

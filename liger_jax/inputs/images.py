@@ -19,7 +19,7 @@ MAX_ASPECT_RATIO = 200
 ORIENTATION = 0x0112  # EXIF tag
 # Environment variable: the largest image that is decoded, in pixels. A gigapixel takes 3 GB of memory as RGB.
 MAX_PIXELS_VARIABLE, DEFAULT_MAX_PIXELS = "LIGER_JAX_MAX_IMAGE_PIXELS", 10**9
-_pillow_limit = threading.Lock()
+_pillow_lock = threading.Lock()
 # Preprocessing steps that always run like this. A checkpoint that asks for something else is refused.
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 # The names of the limits here, and in the `size` entry of transformers' JSON.
@@ -136,9 +136,8 @@ def _read_value(name: str, value: Any) -> Any:
         return None if value is None else _positive_integer(name, value)
     if name not in ("image_mean", "image_std"):
         return _positive_integer(name, value)
-    numbers = (
-        value if isinstance(value, list | tuple) else [value] * 3
-    )  # transformers accepts one number for all channels
+    # transformers also accepts one number for all channels
+    numbers = value if isinstance(value, list | tuple) else [value] * 3
     if len(numbers) != 3 or not all(
         isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) for number in numbers
     ):
@@ -320,13 +319,13 @@ def _open_file(file: BinaryIO, name: str) -> Image.Image:
     limit = os.environ.get(MAX_PIXELS_VARIABLE, str(DEFAULT_MAX_PIXELS))
     if not limit.isdecimal() or int(limit) < 1:
         raise UserError(f"{MAX_PIXELS_VARIABLE} is {limit!r}; expected a number of pixels")
-    with _pillow_limit:  # Image.open checks a global variable; later steps do not
-        pillows = Image.MAX_IMAGE_PIXELS
+    with _pillow_lock:  # Image.open checks a global variable; later steps do not
+        pillow_limit = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None
         try:
             image = Image.open(file)
         finally:
-            Image.MAX_IMAGE_PIXELS = pillows
+            Image.MAX_IMAGE_PIXELS = pillow_limit
     width, height = image.size
     if width * height > int(limit):
         raise UserError(

@@ -118,9 +118,8 @@ class Processor:
         """Writes a folder that `from_pretrained` loads, here and in transformers."""
         directory = make_folder(Path(directory))
         self.tokenizer.save_pretrained(directory)
-        (directory / "chat_template.json").unlink(
-            missing_ok=True
-        )  # an older file would replace the template just written
+        # an older file would take precedence over the template just written
+        (directory / "chat_template.json").unlink(missing_ok=True)
         names = {"processor_class": "Qwen2VLProcessor"}
         image = names | {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_hf()
         video = names | {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_hf()

@@ -100,8 +100,8 @@ def stochastic_adamw(
             return _adamw(scalars, number, row, index, b1=b1, b2=b2, eps=eps, weight_decay=decay[number])
 
         changed, sampled = _count_changes(rows, functools.partial(new_row, scalars=scalars))
-        # The update depends on the count, which is never negative, so that it comes after it. If the old arrays could still
-        # be read later, XLA would have to copy them.
+        # The count is never negative, so this changes no value. It makes the update depend on the count and so run after it:
+        # XLA would copy all arrays if the count could still read them after they are overwritten.
         scalars = jax.tree.map(lambda scalar: jnp.where(changed < 0, jnp.zeros_like(scalar), scalar), scalars)
         new_rows = [new_row(number, scalars, row, element_index(row[0].shape)) for number, row in enumerate(rows)]
         weights, mu, nu = (structure.unflatten(leaves) for leaves in zip(*new_rows, strict=True))
