@@ -11,7 +11,6 @@ Sources: Zamirai et al. 2020, Revisiting BFloat16 Training, https://arxiv.org/ab
 rounding: implementation, error analysis and applications, https://doi.org/10.1098/rsos.211631
 """
 
-import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -26,20 +25,20 @@ from liger_jax.model.params import param_paths
 
 WEIGHT, FIRST_MOMENT, SECOND_MOMENT = range(3)  # the streams of random bits
 MOST_SHARDS = 8  # along one axis, for which a sample of a weight needs no communication
-SAMPLES_PER_AXIS = 32
+SAMPLES_PER_AXIS = 16
 WORDS = 2**32  # number of different uint32
 
 LearningRate = float | Callable[[Any], Any]
 
 
 class StochasticState(NamedTuple):
-    """The moments, in the dtype of the weights, and how much of a sample of the weights the latest update changed."""
+    """The moments, in the dtype of the weights, and a sample of the weights, to count those that an update changes."""
 
     count: jax.Array  # type: ignore[assignment]  # number of updates; tuples have a method of this name
     mu: Any
     nu: Any
-    changed: jax.Array  # number of sampled weights that changed
-    sampled: jax.Array
+    sample: Any  # some of the weights before the latest update
+    changed: jax.Array  # float32: the fraction of the sample that the update before the latest one changed
 
 
 def stochastic_adamw(
@@ -81,7 +80,7 @@ def stochastic_adamw(
         if not any(weight.dtype == jnp.bfloat16 for weight in jax.tree.leaves(params)):
             return exact.init(params)
         mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
-        return StochasticState(jnp.zeros((), jnp.int32), mu, nu, jnp.zeros(()), jnp.ones(()))
+        return StochasticState(jnp.zeros((), jnp.int32), mu, nu, _take_sample(params), jnp.zeros(()))
 
     def update(grads, state, params=None):
         if not isinstance(state, StochasticState):
@@ -96,17 +95,18 @@ def stochastic_adamw(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         scalars = (jnp.float32(rate), 1 - b1**t, 1 - b2**t, step_seeds(param_paths(params), state.count, seed))
 
-        def new_row(number, scalars, row, index):
-            return _adamw(scalars, number, row, index, b1=b1, b2=b2, eps=eps, weight_decay=decay[number])
-
-        changed, sampled = _count_changes(rows, functools.partial(new_row, scalars=scalars))
-        # The count is never negative, so this changes no value. It makes the update depend on the count and so run after it:
-        # XLA would copy all arrays if the count could still read them after they are overwritten.
+        sample = _take_sample(params)
+        changed = _fraction_changed(sample, state.sample)
+        # The fraction is never negative, so this changes no value. It makes the update depend on the sample and so run after
+        # it: XLA would copy all weights if the sample could still be taken after they are overwritten.
         scalars = jax.tree.map(lambda scalar: jnp.where(changed < 0, jnp.zeros_like(scalar), scalar), scalars)
-        new_rows = [new_row(number, scalars, row, element_index(row[0].shape)) for number, row in enumerate(rows)]
+        new_rows = [
+            _adamw(scalars, number, row, b1=b1, b2=b2, eps=eps, weight_decay=decay[number])
+            for number, row in enumerate(rows)
+        ]
         weights, mu, nu = (structure.unflatten(leaves) for leaves in zip(*new_rows, strict=True))
         updates = jax.tree.map(lambda new, old: new - old.astype(jnp.float32), weights, params)
-        return updates, StochasticState(count, mu, nu, changed, jnp.float32(sampled))
+        return updates, StochasticState(count, mu, nu, sample, changed)
 
     return optax.GradientTransformation(init, update)
 
@@ -115,27 +115,25 @@ def _adamw(
     scalars: tuple[jax.Array, ...],
     number: int,
     row: Sequence[jax.Array],
-    index: Sequence[jax.Array],
     *,
     b1: float,
     b2: float,
     eps: float,
     weight_decay: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Updates a parameter, or a part of it. Elementwise, for XLA to fuse.
+    """Updates a parameter. Elementwise, for XLA to fuse.
 
     Args:
         scalars: learning rate, bias corrections of the two moments, and seeds of all parameters.
         number: number of the parameter, for its seed.
         row: weight, gradient, and first and second moment.
-        index: position of each element, from `element_index`.
         b1, b2, eps, weight_decay: of AdamW.
 
     Returns:
         The rounded weight, in float32, and the moments.
     """
     rate, correction1, correction2, seeds = scalars
-    word, dtype = hash_index(index, seeds[number]), row[0].dtype
+    word, dtype = hash_index(element_index(row[0].shape), seeds[number]), row[0].dtype
     weight, grad, m, v = (array.astype(jnp.float32) for array in row)
     m = _round(b1 * m + (1 - b1) * grad, dtype, word, FIRST_MOMENT)
     v = _round(b2 * v + (1 - b2) * grad**2, dtype, word, SECOND_MOMENT)
@@ -146,16 +144,29 @@ def _adamw(
     return _round(weight - rate * change, dtype, word, WEIGHT).astype(jnp.float32), m, v
 
 
-def _count_changes(rows: Sequence[Sequence[jax.Array]], new_row: Callable[..., Any]) -> tuple[jax.Array, int]:
-    """Returns how many weights of a sample an update changes, and the size of the sample."""
-    changed, sampled = jnp.zeros(()), 0
-    for number, row in enumerate(rows):
-        take = _sampler(row[0].shape)
-        sample, index = [take(array) for array in row], [take(word) for word in element_index(row[0].shape)]
-        new, _, _ = new_row(number, row=sample, index=index)
-        changed += jnp.sum(new != sample[0].astype(jnp.float32), dtype=jnp.float32)
-        sampled += new.size
-    return changed, sampled
+def _take_sample(params: Any) -> Any:
+    """Returns evenly spaced elements of each array, at least SAMPLES_PER_AXIS along each axis.
+
+    The distances divide the elements that a device holds of each axis, so that on a mesh each device takes its own.
+    """
+
+    def distance(size: int) -> int:
+        steps = 1
+        while size % (2 * steps * MOST_SHARDS) == 0 and size // (2 * steps) >= SAMPLES_PER_AXIS:
+            steps *= 2
+        return steps
+
+    def take(array):
+        return jax.lax.slice(array, [0] * array.ndim, array.shape, [distance(size) for size in array.shape])
+
+    return jax.tree.map(take, params)
+
+
+def _fraction_changed(sample: Any, previous: Any) -> jax.Array:
+    """Returns the fraction of a sample that differs from an earlier one, float32."""
+    pairs, _ = _transpose(sample, previous)
+    changed = sum(jnp.sum(new != old, dtype=jnp.float32) for new, old in pairs)
+    return jnp.float32(changed / sum(new.size for new, _ in pairs))
 
 
 def _transpose(tree: Any, *others: Any) -> tuple[list[tuple], Any]:
@@ -168,20 +179,6 @@ def _transpose(tree: Any, *others: Any) -> tuple[list[tuple], Any]:
 
 def _round(x: jax.Array, dtype: Any, word: jax.Array, stream: int) -> jax.Array:
     return stochastic_round(x, select_bits(word, stream)) if dtype == jnp.bfloat16 else x.astype(dtype)
-
-
-def _sampler(shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function that takes evenly spaced elements of an array, at least SAMPLES_PER_AXIS along each axis.
-
-    The distances divide the elements that a device holds of each axis, so that on a mesh each device takes its own.
-    """
-    distances = []
-    for size in shape:
-        distance = 1
-        while size % (2 * distance * MOST_SHARDS) == 0 and size // (2 * distance) >= SAMPLES_PER_AXIS:
-            distance *= 2
-        distances.append(distance)
-    return lambda array: jax.lax.slice(array, [0] * len(shape), shape, distances)
 
 
 # ---- rounding --------------------------------------------------------------------------------------------------------
