@@ -129,7 +129,7 @@ def load_adapter(
         dtype: dtype of A and B.
         revision: branch, tag or commit on the hub.
         cache_dir: download cache; None: huggingface_hub's own.
-        allow_non_finite: also load tensors that hold NaN or infinity.
+        allow_non_finite: also load tensors that hold NaN or infinity, or numbers that become infinite in `dtype`.
 
     Returns:
         A new model, on the same mesh as `model`.
@@ -138,8 +138,8 @@ def load_adapter(
         NotFoundError: the folder, the repository, or a file in it does not exist.
         UserError: an unsupported option (DoRA, trained biases, fully trained modules, separate ranks for some modules, only
             some layers, ...), weights next to the adapter that were trained in full (non_lora_state_dict.bin), a tensor
-            that holds NaN or infinity, or tensors that do not match. One error lists all tensors that are missing,
-            unexpected, mis-shaped or not floating point.
+            that holds NaN, infinity or numbers too large for `dtype`, or tensors that do not match. One error lists all
+            tensors that are missing, unexpected, mis-shaped or not floating point.
 
     Example:
         >>> load_adapter(model, "runs/adapter")  # doctest: +SKIP

@@ -33,17 +33,20 @@ COMPANIONS = (
 )
 
 
-def open_model(path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Qwen2VL:
+def open_model(
+    path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, allow_non_finite: bool = False
+) -> Qwen2VL:
     """Returns the model in an Orbax folder, a Hugging Face folder or a hub repository.
 
     Args:
         path_or_repo_id: an Orbax folder (a saved model or a training run), a Hugging Face folder, or a hub id.
         dtype: dtype of the weights; None: as stored for Orbax, bfloat16 for Hugging Face.
         mesh: devices to place the weights on; None: the default device.
+        allow_non_finite: also load weights that hold NaN or infinity, or numbers that become infinite in `dtype`.
 
     Raises:
         NotFoundError: there is no folder with a model, and no repository on the hub.
-        UserError: the stored tensors do not fit the configuration.
+        UserError: the stored tensors do not fit the configuration, or hold NaN or infinity.
 
     Example:
         >>> import tempfile
@@ -54,8 +57,8 @@ def open_model(path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | N
         True
     """
     if is_model(path_or_repo_id):
-        return load_model(path_or_repo_id, mesh=mesh, dtype=dtype)
-    return from_hf(path_or_repo_id, mesh=mesh, dtype=dtype or "bfloat16")
+        return load_model(path_or_repo_id, mesh=mesh, dtype=dtype, allow_non_finite=allow_non_finite)
+    return from_hf(path_or_repo_id, mesh=mesh, dtype=dtype or "bfloat16", allow_non_finite=allow_non_finite)
 
 
 def convert_checkpoint(
@@ -101,7 +104,7 @@ def convert_checkpoint(
     if is_model(source):
         source_format: Literal["orbax", "hf"] = "orbax"
         folder = Path(source)
-        model = load_model(folder, dtype=dtype)
+        model = load_model(folder, dtype=dtype, allow_non_finite=allow_non_finite)
     else:
         source_format = "hf"
         folder = find_checkpoint(source, revision=revision, allow_pickle=allow_pickle)

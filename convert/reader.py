@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from convert.assemble import make_assembler
 from convert.table import EMBEDDING, LM_HEAD, HubTensor, hub_tensors, original_name, read_sizes
-from convert.weights import FLOATS, StoredTensor, is_finite, list_tensors, open_weights
+from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
 from liger_jax.checkpoint import float_dtype
 from liger_jax.config import Qwen2VLConfig, VisionConfig
 from liger_jax.errors import UserError
 from liger_jax.files import CONFIG, local_folder, read_json_object
+from liger_jax.finite import check_finite
 from liger_jax.model import Qwen2VL
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
@@ -49,13 +50,13 @@ def from_hf(
         revision: branch, tag or commit on the hub.
         cache_dir: download cache; None: huggingface_hub's own.
         allow_pickle: also read pytorch_model.bin. This needs torch, and trust in the author of the file.
-        allow_non_finite: also load tensors that hold NaN or infinity.
+        allow_non_finite: also load tensors that hold NaN or infinity, or numbers that become infinite in `dtype`.
 
     Raises:
         NotFoundError: the folder, the repository, or a file in it does not exist.
-        UserError: a damaged file, a quantized checkpoint, a tensor that holds NaN or infinity, or tensors that do not fit
-            the configuration. One error lists all tensors that are missing, unexpected, mis-shaped or not floating point,
-            before anything is placed on a device.
+        UserError: a damaged file, a quantized checkpoint, a tensor that holds NaN, infinity or numbers too large for
+            `dtype`, or tensors that do not fit the configuration. One error lists all tensors that are missing, unexpected,
+            mis-shaped or not floating point, before anything is placed on a device.
 
     Example:
         >>> model = from_hf("Qwen/Qwen2-VL-2B-Instruct")  # doctest: +SKIP
@@ -225,7 +226,7 @@ def load_parameters(
     """Returns {path: parameter} with the shapes and dtypes of `leaves`, in the same order.
 
     Raises:
-        UserError: a tensor holds NaN or infinity, unless `allow_non_finite` is true.
+        UserError: a tensor holds NaN, infinity, or numbers that overflow the dtype, unless `allow_non_finite` is true.
     """
     by_file = sorted(stored, key=lambda pair: str(pair[0].file))
     layouts = {tensor.row.path: tensor.row.layout for _, tensor in by_file}
@@ -235,10 +236,7 @@ def load_parameters(
         with open_weights(file) as weights:
             for source, tensor in pairs:
                 value = weights.read(source.name)
-                if not allow_non_finite and not is_finite(value):
-                    raise UserError(
-                        f"{file}: {source.name} holds NaN or infinity; expected finite numbers, or allow_non_finite=True "
-                        "(convert --allow-non-finite) to load it nevertheless"
-                    )
+                if not allow_non_finite:
+                    check_finite(f"{file}: {source.name}", value, leaves[tensor.row.path].dtype)
                 assemblers[tensor.row.path].put(value, tensor.layer)
     return {path: assembler.finish() for path, assembler in assemblers.items()}

@@ -94,22 +94,6 @@ def list_file(file: Path) -> list[StoredTensor]:
         return [StoredTensor(file, name, *weights.describe(name)) for name in weights.names]
 
 
-def is_finite(tensor: np.ndarray, chunk: int = 2**20) -> bool:
-    """Returns whether a tensor of one of FLOATS has neither NaN nor infinity. Checks `chunk` values at a time.
-
-    Example:
-        >>> is_finite(np.array([1.0, np.nan]))
-        False
-    """
-    flat = tensor.reshape(-1)
-    exponents = {"bfloat16": 0x7F80, "float16": 0x7C00}  # all ones: NaN or infinity
-    mask = exponents.get(str(tensor.dtype))
-    if mask is None:
-        return all(np.isfinite(flat[start : start + chunk]).all() for start in range(0, flat.size, chunk))
-    bits = flat.view(np.uint16)
-    return all((bits[start : start + chunk] & mask).max() < mask for start in range(0, bits.size, chunk))
-
-
 # ---- opening one file ------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import pytest
 from convert import from_hf, open_model, to_hf_state
 from convert.__main__ import main
 from convert.load import convert_checkpoint
-from liger_jax.checkpoint import load_model
+from liger_jax import Qwen2VL, Qwen2VLConfig
+from liger_jax.checkpoint import load_model, save_model
 from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
 from tests._support import hub_layout as hub
 from tests.convert.test_writer import assert_equal
@@ -63,7 +64,31 @@ def test_non_finite_weights_need_a_flag(tmp_path):
         convert_checkpoint(source, tmp_path / "orbax")
     assert not (tmp_path / "orbax").exists()
     main([str(source), str(tmp_path / "orbax"), "--allow-non-finite"])
-    assert np.isnan(np.asarray(load_model(tmp_path / "orbax").language_model.norm.weight[0], np.float32))
+    name = "params: language_model/norm/weight"
+    for load in (load_model, open_model, lambda folder: convert_checkpoint(folder, tmp_path / "back")):
+        with pytest.raises(
+            UserError, match=f"{name} holds NaN or infinity; expected finite numbers, or allow_non_finite"
+        ):
+            load(tmp_path / "orbax")
+    assert not (tmp_path / "back").exists()
+    for load in (load_model, open_model):
+        norm = load(tmp_path / "orbax", allow_non_finite=True).language_model.norm.weight
+        assert np.isnan(np.asarray(norm[0], np.float32))
+    convert_checkpoint(tmp_path / "orbax", tmp_path / "back", allow_non_finite=True)
+
+
+def test_orbax_weights_that_overflow_were_loaded_as_infinity(tmp_path):
+    config = Qwen2VLConfig.tiny()
+    model = Qwen2VL.init(config, dtype="float32")
+    model.language_model.norm.weight = model.language_model.norm.weight.at[0].set(1e6)
+    save_model(model, tmp_path)
+    message = (
+        "params: language_model/norm/weight holds 1e\\+06, which overflows float16; expected dtype bfloat16 or float32"
+    )
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path, dtype="float16")
+    assert load_model(tmp_path, dtype="bfloat16").head.dtype == "bfloat16"
+    assert load_model(tmp_path, dtype="float16", allow_non_finite=True).language_model.norm.weight[0] == np.inf
 
 
 def test_same_format(source):
