@@ -25,6 +25,14 @@ class AlreadyExistsError(UserError, FileExistsError):
     """Raised for an output path that already holds something else."""
 
 
+class DamagedError(UserError):
+    """Raised for a checkpoint that is truncated, incomplete, or holds NaN or infinity."""
+
+
+class LigerWarning(UserWarning):
+    """Category of this project's warnings. The command line prints them as one line, and no others."""
+
+
 def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) -> None:
     """Warns once about items that were skipped, listing the first ten. Does nothing if there are none.
 
@@ -37,4 +45,4 @@ def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) 
     """
     if messages:
         listed = "; ".join(messages[:10]) + ("; ..." if len(messages) > 10 else "")
-        warnings.warn(f"{summary}: {listed}", stacklevel=stacklevel)
+        warnings.warn(f"{summary}: {listed}", LigerWarning, stacklevel=stacklevel)

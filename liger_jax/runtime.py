@@ -1,8 +1,14 @@
-"""JAX and XLA settings: compiler options for large programs, and the compilation cache."""
+"""Settings of JAX, XLA and other packages: compiler options, the compilation cache, and which messages are printed."""
 
+import logging
 import os
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from liger_jax.errors import LigerWarning
 
 # Only cuBLAS matmuls: autotuning Triton's takes three quarters of the compilation time and saves at most 1 % of a step.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
@@ -22,3 +28,52 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "liger-jax"))
         # JAX's default of 1 s would leave out many small programs, which add up
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+# Read by packages when they are imported, here and in worker processes. Errors are still printed.
+QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "error", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def silence_packages() -> None:
+    """Silences warnings and logs of other packages, and prints `LigerWarning`s as one line, for the rest of the process.
+
+    Python's own switches (`-W`, PYTHONWARNINGS) choose the warnings if they are set.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they are full of carriage returns
+    logging.disable(logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", LigerWarning)
+    warnings.showwarning = _print_warning
+
+
+def worker_initializer() -> Callable[[int, int], None] | None:
+    """Returns a function that makes a worker process as silent as this one, for Grain; None if this one is not silent."""
+    return _silence_worker if warnings.showwarning is _print_warning else None
+
+
+def _silence_worker(index: int, count: int) -> None:
+    silence_packages()
+
+
+def _print_warning(message: Any, category: type, *place: Any, **options: Any) -> None:
+    """Prints a warning without the source line that it came from."""
+    over_bar = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears the line, which may hold a progress bar
+    print(f"{over_bar}warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def warn_if_gpu_is_unused() -> None:
+    """Warns if JAX runs on the CPU of a machine with an NVIDIA GPU, unless JAX_PLATFORMS asks for that."""
+    import jax
+
+    config: Any = jax.config
+    if Path("/dev/nvidia0").exists() and jax.default_backend() == "cpu" and not config.jax_platforms:
+        warnings.warn(
+            "JAX runs on the CPU, although this machine has an NVIDIA GPU; expected jax[cuda12] or jax[cuda13] to be "
+            "installed, and a driver that fits it",
+            LigerWarning,
+            stacklevel=2,
+        )

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.data.records import parse_record, read_records
@@ -19,6 +18,7 @@ from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
+from liger_jax.progress import progress_bar
 
 MAX_WAITING = 8  # batches' worth of prompts that may wait for others of their shape
 
@@ -109,7 +109,7 @@ def answer_file(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     counts = {"total": len(records), "initial": len(answered)}
-    with output.open("a", encoding="utf-8") as file, tqdm(**counts, unit="answer", disable=not progress) as bar:
+    with output.open("a", encoding="utf-8") as file, progress_bar(show=progress, unit="answer", **counts) as bar:
 
         def write(lines: Sequence[dict]) -> None:
             file.writelines(_to_json(line) + "\n" for line in lines)

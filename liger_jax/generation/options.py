@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from liger_jax.errors import UserError
+from liger_jax.errors import LigerWarning, UserError
 
 if TYPE_CHECKING:
     from liger_jax.config import Qwen2VLConfig
@@ -36,6 +36,30 @@ UNSUPPORTED = {
     "renormalize_logits": False,
     "watermarking_config": None,
 }
+
+# {option: the kinds of its numpy dtype, its possible numbers of axes, and both in words}
+FORMS = {
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens", "num_return_sequences"), ("iu", (0,), "an integer")),
+    **dict.fromkeys(("pad_token_id", "top_k", "no_repeat_ngram_size", "logprobs"), ("iu", (0,), "an integer, or None")),
+    **dict.fromkeys(("temperature", "repetition_penalty"), ("iuf", (0,), "a number")),
+    **dict.fromkeys(("top_p", "min_p"), ("iuf", (0,), "a number, or None")),
+    "eos_token_id": ("iu", (0, 1), "an integer, or a list of integers"),
+    "do_sample": ("b", (0,), "True or False"),
+    "seed": ("iu", (0, 1), "a 64-bit integer, or one per prompt"),
+}
+REQUIRED = ("max_new_tokens", "min_new_tokens", "num_return_sequences", "temperature", "repetition_penalty")
+REQUIRED += ("do_sample", "seed", "bad_words_ids", "stop_strings")
+
+
+def _has_form(value: Any, kinds: str, axes: tuple[int, ...]) -> bool:
+    """Returns whether a value is like a numpy array of one of these kinds and numbers of axes; () is like any list."""
+    import numpy as np
+
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError):  # lists of different lengths, ...
+        return False
+    return array.ndim in axes and (array.dtype.kind in kinds or array.shape == (0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,34 +112,44 @@ class GenerationOptions:
     not on the rest of the batch, and equal those of the prompt alone with that number as the seed."""
 
     def __post_init__(self):
-        import numpy as np
-
-        for name in ("max_new_tokens", "min_new_tokens", "num_return_sequences"):
-            if not isinstance(getattr(self, name), Integral):
-                raise UserError(f"{name} is {getattr(self, name)!r}; expected an integer")
-        for name in ("temperature", "repetition_penalty", "bad_words_ids", "stop_strings"):
-            if getattr(self, name) is None:
+        for name, (kinds, axes, expected) in FORMS.items():
+            value = getattr(self, name)
+            if value is None and name in REQUIRED:
                 raise UserError(f"{name} is None; expected a value (omit the argument for the default)")
+            if value is not None and not _has_form(value, kinds, axes):
+                raise UserError(f"{name} is {value!r:.60}; expected {expected}")
+        self._check_lists()
         may_differ = self.num_return_sequences == 1 or self.do_sample
         for name, valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
-            ("temperature", self.temperature > 0, "above 0 (for the most likely token: do_sample=False)"),
+            (
+                "temperature",
+                1e-30 <= self.temperature <= 1e30,
+                "1e-30 to 1e30 (the most likely token: do_sample=False)",
+            ),
             ("top_k", self.top_k is None or self.top_k >= 0, "at least 1, or None or 0 for no limit"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 1e-30 <= self.repetition_penalty <= 1e30, "1e-30 to 1e30"),
             ("no_repeat_ngram_size", (self.no_repeat_ngram_size or 0) >= 0, "at least 1, or None or 0 for no limit"),
-            ("bad_words_ids", all(np.size(word) > 0 for word in self.bad_words_ids), "sequences of at least one token"),
-            ("bad_words_ids", all(np.ndim(word) == 1 for word in self.bad_words_ids), "a list of token sequences"),
-            ("seed", np.asarray(self.seed).dtype.kind in "iu", "a 64-bit integer, or one per prompt"),
-            ("stop_strings", all(self.all_stop_strings), "strings of at least one character"),
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("num_return_sequences", may_differ, "1 without do_sample (all continuations would be equal)"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or None"),
         ):
             if not valid:
-                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
+                raise UserError(f"{name} is {getattr(self, name)!s:.60}; expected {expected}")
+
+    def _check_lists(self) -> None:
+        words, strings = self.bad_words_ids, self.stop_strings
+        if not hasattr(words, "__iter__") or not all(_has_form(word, "iu", (1,)) for word in words):
+            raise UserError(f"bad_words_ids is {words!r:.60}; expected a list of token sequences")
+        if not all(len(word) for word in words):
+            raise UserError(f"bad_words_ids is {words!r:.60}; expected sequences of at least one token")
+        if not isinstance(strings, Sequence) or not all(
+            isinstance(text, str) and text for text in self.all_stop_strings
+        ):
+            raise UserError(f"stop_strings is {strings!r:.60}; expected strings of at least one character")
 
     @property
     def all_stop_strings(self) -> tuple[str, ...]:
@@ -150,7 +184,7 @@ class GenerationOptions:
             stored = {name: value for name, value in stored.items() if name not in SAMPLING_FILTERS}
         unsupported = {name: stored[name] for name, off in UNSUPPORTED.items() if stored.get(name, off) != off}
         if unsupported:
-            warnings.warn(f"{path}: {unsupported} is not implemented and is ignored", stacklevel=2)
+            warnings.warn(f"{path}: {unsupported!r:.300} is not implemented and is ignored", LigerWarning, stacklevel=2)
         config_path = path.with_name(CONFIG)
         if (
             overrides.get("eos_token_id") is None
@@ -160,6 +194,7 @@ class GenerationOptions:
             warnings.warn(
                 f"{path.parent} has no eos_token_id in {GENERATION_CONFIG} or {CONFIG}: every answer runs to "
                 "max_new_tokens, unless eos_token_id or a stop string ends it",
+                LigerWarning,
                 stacklevel=2,
             )
         names = {field.name for field in dataclasses.fields(cls)} - {"seed", "logprobs"}

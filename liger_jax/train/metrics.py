@@ -9,12 +9,12 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.errors import UserError
 from liger_jax.files import atomic_write
 from liger_jax.inputs.batch import Batch
+from liger_jax.progress import progress_bar
 from liger_jax.train.flops import peak_flops, step_flops
 
 HELD_OUT = "held_out_"  # prefix of the metrics measured on held-out data
@@ -114,7 +114,7 @@ class RunLog:
         self.history: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
             self.file = stack.enter_context(file.open("a"))
-            self.bar = stack.enter_context(tqdm(total=steps, initial=begin, unit="step", disable=not progress))
+            self.bar = stack.enter_context(progress_bar(show=progress, total=steps, initial=begin, unit="step"))
             self.writer: Any = None
             if tensorboard is not None:
                 from tensorboardX import SummaryWriter

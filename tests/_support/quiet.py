@@ -1,0 +1,13 @@
+"""What a command may print on stderr."""
+
+import re
+
+PROGRESS = r"(measuring: )?\d+% \d+/\d+ \[.*\]"
+
+
+def assert_quiet(stderr: str, *warnings: str) -> None:
+    """Asserts that stderr has one line per warning (a part of its text), lines of progress bars, and nothing else."""
+    lines = [line for line in stderr.splitlines(keepends=True) if not re.fullmatch(PROGRESS + "\n", line)]
+    assert len(lines) == len(warnings), stderr
+    for line, part in zip(lines, warnings, strict=True):
+        assert re.fullmatch("warning: .*\n", line) and part in line, stderr
