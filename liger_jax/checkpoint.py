@@ -10,11 +10,13 @@ A training run is a folder of steps, 100/, 200/, ..., managed by Orbax's Checkpo
 them. Orbax writes under a temporary name and renames at the end, so a folder named `params` or by a step is complete.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +26,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from liger_jax.config import Qwen2VLConfig
-from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from liger_jax.errors import AlreadyExistsError, DamagedError, LigerWarning, NotFoundError, UserError
 from liger_jax.files import CONFIG, GENERATION_CONFIG, check_new_folder, make_folder, read_json_object, write_json
+from liger_jax.finite import check_finite, non_finite
 from liger_jax.model import Qwen2VL
 from liger_jax.model.lora import add_lora, lora_config
 from liger_jax.model.params import param_paths, path_name
@@ -40,6 +43,9 @@ LORA = "lora.json"
 HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 # Bytes of arrays that are on the host at a time during a save. A larger array forms its own chunk.
 CHUNK_BYTES = 256 * 2**20
+DAMAGED = ".damaged"  # suffix of a step that a resumed run has moved aside
+# Errors of reading an intact file.
+NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "Permission denied", "Too many open files")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -81,17 +87,20 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
         file.unlink()  # transformers would load these weights of an earlier model instead
 
 
-def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwen2VL:
+def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None, allow_non_finite: bool = False) -> Qwen2VL:
     """Loads a model that `save_model` or `python -m convert` wrote, or the latest weights of a training run.
 
     Args:
         path: the folder.
         mesh: devices to place the weights on; None: the default device.
         dtype: dtype of the weights; None: as stored.
+        allow_non_finite: also load weights that hold NaN or infinity, or numbers that become infinite in `dtype`.
 
     Raises:
         NotFoundError: the folder has no model.
-        UserError: the stored arrays do not fit config.json (the message lists all of them), or are damaged.
+        DamagedError: the latest checkpoint is damaged.
+        UserError: the stored arrays do not fit config.json (the message lists all of them), or hold NaN, infinity or
+            numbers too large for `dtype`.
 
     Example:
         >>> import tempfile
@@ -103,6 +112,9 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwe
     """
     folder = Path(path).absolute()
     items, prefix = _find_params(folder)
+    if prefix and (incomplete := [step for step in saved_steps(folder) if step > int(items.parent.name)]):
+        message = f"{folder}: steps {incomplete} are incomplete; loads step {items.parent.name}"
+        warnings.warn(message, LigerWarning, stacklevel=2)
     config = Qwen2VLConfig.from_hf(folder)
     dtype = None if dtype is None else float_dtype(dtype)
     abstract = _with_stored_lora(Qwen2VL.abstract(config), folder)
@@ -114,7 +126,12 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None) -> Qwe
         name: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[name].dtype, sharding=sharding)
         for (name, leaf), sharding in zip(leaves.items(), shardings, strict=True)
     }
-    return jax.tree.unflatten(jax.tree.structure(abstract), _restore(items, targets, stored))
+    arrays = _restore(items, targets, stored)
+    for name in () if allow_non_finite else non_finite(dict(zip(targets, arrays, strict=True))):
+        # in the stored dtype, an overflow still differs from infinity
+        (values,) = _restore(items, {name: targets[name].update(dtype=stored[name].dtype)}, stored)
+        check_finite(f"{items}: {name}", np.asarray(values), targets[name].dtype)
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
 def is_model(path: str | Path) -> bool:
@@ -239,7 +256,11 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
 
 
 def restore_state(
-    target: "CheckpointManager | str | Path", like: "TrainState", *, step: int | None = None
+    target: "CheckpointManager | str | Path",
+    like: "TrainState",
+    *,
+    step: int | None = None,
+    allow_non_finite: bool = False,
 ) -> "TrainState":
     """Loads a training state that `save_state` wrote, bit for bit.
 
@@ -248,11 +269,12 @@ def restore_state(
         like: a state of the same structure, as created for a new run. It determines names, shapes, dtypes, and the
             devices to place the arrays on. It may be abstract (`jax.eval_shape`), which needs no memory.
         step: the step to load; None: the latest.
+        allow_non_finite: also load weights that hold NaN or infinity.
 
     Raises:
         NotFoundError: the folder does not have the step, or has no steps at all.
-        UserError: the arrays differ from those of `like` (another optimizer or model; the message lists all of them), or
-            are damaged.
+        DamagedError: the checkpoint is damaged, or its weights hold NaN or infinity.
+        UserError: the arrays differ from those of `like` (another optimizer or model; the message lists all of them).
 
     Example:
         >>> import tempfile
@@ -277,12 +299,78 @@ def restore_state(
         {name: (leaf.shape, str(leaf.dtype)) for name, leaf in targets.items()},
         {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in stored.items()},
     )
-    return jax.tree.unflatten(jax.tree.structure(like), _restore(items, targets, stored))
+    arrays = _restore(items, targets, stored)
+    weights = {name: array for name, array in zip(targets, arrays, strict=True) if name.startswith("model/")}
+    if not allow_non_finite and (names := non_finite(weights)):
+        raise DamagedError(
+            f"{items}: {names[0]} holds NaN or infinity; expected finite weights, or allow_non_finite=True"
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def restore_intact_state(directory: str | Path, like: "TrainState") -> "TrainState":
+    """Loads the latest training state that is intact, and moves damaged ones aside.
+
+    A damaged or incomplete step is renamed to `<step>.damaged`, so that it does not count as one of the latest steps to
+    keep, and its step can be saved again. A warning names it.
+
+    Args:
+        directory: the folder, to which no other process may write.
+        like: as for `restore_state`.
+
+    Raises:
+        DamagedError: no step is intact. The message lists all of them, and nothing is moved.
+        NotFoundError: the folder has no steps.
+        UserError: as for `restore_state`.
+    """
+    directory = Path(directory).absolute()
+    problems: dict[int, str] = {}
+    for step in reversed(saved_steps(directory)):
+        if not _is_complete(directory / str(step)):
+            problems[step] = f"{directory / str(step)} is incomplete"
+            continue
+        try:
+            state = restore_state(directory, like, step=step)
+        except DamagedError as error:
+            problems[step] = str(error).partition("; expected")[0]
+            continue
+        for damaged in problems:
+            _move_aside(directory / str(damaged))
+        if problems:
+            listed = "; ".join(problems.values())
+            warnings.warn(f"{listed}: moved to *{DAMAGED}, and resumed from step {step}", LigerWarning, stacklevel=3)
+        return state
+    if not problems:
+        raise NotFoundError(f"{directory} has no training state; expected a folder that save_state wrote")
+    raise DamagedError(f"No checkpoint is intact: {'; '.join(problems.values())}; expected at least one intact step")
+
+
+def _move_aside(step: Path) -> None:
+    """Renames the folder of a damaged step, to a name that is not taken."""
+    target, number = step.with_name(f"{step.name}{DAMAGED}"), 1
+    while target.exists():
+        number += 1
+        target = step.with_name(f"{step.name}{DAMAGED}-{number}")
+    step.rename(target)
 
 
 def latest_step(directory: str | Path) -> int:
     """Returns the step of the last complete checkpoint of a training run. Raises NotFoundError if there is none."""
     return int(_step_items(Path(directory), None).parent.name)
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Returns the steps of a training run whose folders exist, whether or not they are intact."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes the checkpoints that were being written when a process was killed or its disk was full.
+
+    No other process may write to the folder.
+    """
+    for path in directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -317,7 +405,7 @@ def _step_items(directory: Path, step: int | None) -> Path:
 
 
 def _complete_steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit() and _is_complete(path))
+    return [step for step in saved_steps(directory) if _is_complete(directory / str(step))]
 
 
 def _is_complete(step: Path) -> bool:
@@ -338,7 +426,17 @@ def _handler(*, in_chunks: bool = True, largest: int = 0):
     """
     import orbax.checkpoint as ocp
 
-    class ChunkedHandler(ocp.type_handlers.ArrayHandler):
+    class PatientHandler(ocp.type_handlers.ArrayHandler):
+        """Finishes all reads before the error of one is raised, since TensorStore prints errors of abandoned reads."""
+
+        async def metadata(self, infos):
+            return await _read_all([super(PatientHandler, self).metadata([info]) for info in infos])
+
+        async def deserialize(self, infos, args=None):
+            one_by_one = zip(infos, args or [None] * len(infos), strict=True)
+            return await _read_all([super(PatientHandler, self).deserialize([info], [arg]) for info, arg in one_by_one])
+
+    class ChunkedHandler(PatientHandler):
         """Copies arrays to the host in chunks of CHUNK_BYTES, each one after the previous one is on the disk.
 
         Fetches copies that it makes on the device. JAX caches the host value of a fetched array as long as the array
@@ -370,6 +468,15 @@ def _handler(*, in_chunks: bool = True, largest: int = 0):
     )
 
 
+async def _read_all(reads: Sequence[Awaitable[Sequence[Any]]]) -> list[Any]:
+    """Returns the results of reads of one array each, or raises the first error after all of them have ended."""
+    results: list[Any] = await asyncio.gather(*reads, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [array for (array,) in results]
+
+
 def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Turns {"a/b": x} into {"a": {"b": x}}, the structure that other programs expect in an Orbax checkpoint."""
     nested: dict[str, Any] = {}
@@ -384,7 +491,7 @@ def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stored_arrays(items: Path) -> dict[str, Any]:
     """Returns {path: shape and dtype} of the arrays in an Orbax folder."""
-    with _damage_as_user_error(items):
+    with _raise_damage(items):
         leaves, _ = jax.tree_util.tree_flatten_with_path(_handler().metadata(items).tree)
         return {path_name(path): leaf for path, leaf in leaves}
 
@@ -397,7 +504,7 @@ def _restore(items: Path, targets: Mapping[str, jax.ShapeDtypeStruct], stored: M
     placed = _nest({name: leaf.update(sharding=leaf.sharding or default) for name, leaf in targets.items()})
     restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
     largest = max(leaf.size * max(leaf.dtype.itemsize, stored[name].dtype.itemsize) for name, leaf in targets.items())
-    with _damage_as_user_error(items):
+    with _raise_damage(items):
         args = ocp.args.PyTreeRestore(placed, restore_args=restore_args, partial_restore=True)
         restored = _handler(largest=largest).restore(items, args=args)
     arrays = param_paths(restored)
@@ -405,14 +512,21 @@ def _restore(items: Path, targets: Mapping[str, jax.ShapeDtypeStruct], stored: M
 
 
 @contextlib.contextmanager
-def _damage_as_user_error(items: Path) -> Iterator[None]:
+def _raise_damage(items: Path) -> Iterator[None]:
+    """Turns an error about the content of a checkpoint into a DamagedError."""
     try:
         yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # the files may be intact
+        raise
     except Exception as error:  # Orbax and TensorStore raise many types for a file that is missing or truncated
-        step = items.parent
-        hint = f" (without {step}, the run resumes from the step before)" if step.name.isdigit() else ""
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{items} is damaged ({reason}); expected an intact Orbax checkpoint{hint}") from error
+        if any(text in str(error) for text in NOT_DAMAGE):
+            raise
+        step, hint = items.parent, ""
+        if step.name.isdigit():
+            earlier = [number for number in _complete_steps(step.parent) if number < int(step.name)]
+            hint = f" (without {step}, the run resumes from step {earlier[-1]})" if earlier else ""
+        reason = str(error).splitlines()[0].partition(" See full TensorStore")[0][:200] or type(error).__name__
+        raise DamagedError(f"{items} is damaged ({reason}); expected an intact Orbax checkpoint{hint}") from error
 
 
 def _check_arrays(items: Path, expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

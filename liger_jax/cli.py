@@ -7,9 +7,11 @@ commands, so that --help is quick.
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Generator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +21,7 @@ import tyro
 
 from liger_jax import runtime
 from liger_jax.errors import NotFoundError, UserError
+from liger_jax.files import DISK_ERRORS, disk_error_code
 from liger_jax.generation.options import AnswerOptions
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
 # Operating system errors that the user can fix: about a disk, and about a path.
-DISK_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 SYSTEM_ERRORS = (*DISK_ERRORS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPIPE)
+INTERRUPTED = 130  # exit status of a process that SIGINT ends, as shells report it
 BUG_HINT = "This looks like a bug in liger-jax. Please report it with this traceback and the output of `liger-jax env`."
 
 ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -80,6 +83,7 @@ def demo(
     from liger_jax.demo.run import run_demo
 
     runtime.enable_compilation_cache()
+    runtime.warn_if_gpu_is_unused()
     report = run_demo(
         output, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, held_out=held_out
     )
@@ -178,7 +182,7 @@ def finetune(
     from convert import open_model, save_adapter
     from liger_jax import add_lora, read_conversations
     from liger_jax import finetune as run_finetune
-    from liger_jax.files import GENERATION_CONFIG, local_folder
+    from liger_jax.files import GENERATION_CONFIG, local_folder, lock_folder
     from liger_jax.model.params import PARTS
     from liger_jax.model.sharding import make_mesh
     from liger_jax.train.optimizer import build_optimizer
@@ -187,7 +191,10 @@ def finetune(
     if lora_options is not None:
         optimization = dataclasses.replace(optimization, freeze=PARTS)
     build_optimizer(optimization, steps)  # raises errors in the options before the model is loaded
+    with lock_folder(output):
+        pass  # a folder that another process uses or that is read-only is refused here, before the model is read
     runtime.enable_compilation_cache()
+    runtime.warn_if_gpu_is_unused()
     devices = make_mesh(**vars(mesh))
 
     def read(path: Path) -> list:
@@ -357,6 +364,7 @@ def open_for_answers(
     from liger_jax.files import GENERATION_CONFIG, local_folder
 
     runtime.enable_compilation_cache()
+    runtime.warn_if_gpu_is_unused()
     options = answers.resolve(local_folder(model, [GENERATION_CONFIG]))
     processor = open_processor(model, max_pixels)
     return open_model(model), processor, options
@@ -449,23 +457,30 @@ def env() -> None:
 def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> None:
     """Runs a command. An error that the user can fix ends it with one line on stderr; other errors keep their traceback.
 
+    Warnings of this project are printed as one line; other packages are silent. Ctrl-C ends a command with status 130.
+
     Args:
         arguments: the command and its arguments; by default those of the process.
         prog: name of the program in help texts.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
-    try:
-        app.cli(
-            args=arguments,
-            prog=prog,
-            description="Qwen2-VL for JAX: fine-tune, ask questions, convert checkpoints.",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    except Exception as error:
-        if can_user_fix(error):
-            sys.exit(f"liger-jax: {' '.join(str(error).split())}")
-        error.add_note(BUG_HINT)  # printed after the traceback
-        raise
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        runtime.silence_packages()
+        try:
+            app.cli(
+                args=arguments,
+                prog=prog,
+                description="Qwen2-VL for JAX: fine-tune, ask questions, convert checkpoints.",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+        except KeyboardInterrupt:
+            print("liger-jax: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if can_user_fix(error):
+                sys.exit(f"liger-jax: {' '.join(str(error).split())}")
+            error.add_note(BUG_HINT)  # printed after the traceback
+            raise
 
 
 def can_user_fix(error: Exception) -> bool:
@@ -473,8 +488,7 @@ def can_user_fix(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in SYSTEM_ERRORS
     # TensorStore, which writes checkpoints, reports disk errors as ValueErrors
-    disk_error = isinstance(error, ValueError) and any(os.strerror(code) in str(error) for code in DISK_ERRORS)
-    return isinstance(error, UserError) or disk_error
+    return isinstance(error, UserError) or (isinstance(error, ValueError) and disk_error_code(error) is not None)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""Files: checkpoint folders from the disk or the hub, JSON, atomic writes, and content fingerprints."""
+"""Files: checkpoint folders from the disk or the hub, JSON, atomic writes, locks, and content fingerprints."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from liger_jax.errors import AlreadyExistsError, LigerWarning, NotFoundError, UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_ERRORS = (*FULL, errno.EACCES, errno.EROFS)
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"  # a checkpoint's settings, as the hub names them
+LOCK = ".lock"  # in an output folder while a process writes to it
 CHECKPOINT_SOURCE = "a checkpoint folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct"
 
 
@@ -71,12 +79,102 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def is_empty_folder(path: Path) -> bool:
+    """Returns whether a path is a folder without files, apart from the file that locks it."""
+    return path.is_dir() and all(file.name == LOCK for file in path.iterdir())
+
+
 def check_new_folder(path: Path, *, overwrite: bool) -> None:
     """Raises AlreadyExistsError if the path exists and is not an empty folder, unless `overwrite` is true."""
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not overwrite and not is_empty_folder(path):
         raise AlreadyExistsError(
             f"{path} is not an empty folder; expected a new one, or overwrite=True (--overwrite) to replace its model"
         )
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to a folder while the context is open. Creates the folder if necessary.
+
+    The kernel releases the lock when the process ends in any way, so a lock never outlives its process. A folder that was
+    created for the lock and is still empty at the end is removed again.
+
+    Raises:
+        AlreadyExistsError: another process holds the lock.
+        UserError: the folder cannot be created or written to, now or while the context is open.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with lock_folder(Path(parent) / "run"):
+        ...         print([path.name for path in Path(parent, "run").iterdir()])
+        ...     Path(parent, "run").exists()
+        ['.lock']
+        False
+    """
+    existed = folder.exists()
+    with disk_errors(folder), _open_locked(make_folder(folder) / LOCK) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+                if not existed:
+                    folder.rmdir()  # fails unless it is empty
+
+
+def _open_locked(path: Path) -> TextIO:
+    """Opens a file and locks it, or raises AlreadyExistsError with its content, the process that has locked it."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read() or "another process"
+            raise AlreadyExistsError(
+                f"{path.parent} is in use by {holder}; expected an output folder to which no other process writes"
+            ) from None
+        except OSError as error:
+            message = f"{path.parent} cannot be locked ({error.strerror}): start no second process on this folder"
+            warnings.warn(message, LigerWarning, stacklevel=5)
+        # the previous holder may have removed the file between the two calls
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        file.close()
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an error of a full or read-only disk into a UserError that names the folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # TensorStore, which writes checkpoints, raises ValueErrors
+        code = disk_error_code(error)
+        file = getattr(error, "filename", None)
+        if code is None or (file and folder.absolute() not in Path(file).absolute().parents):
+            raise
+        expected = "free space" if code in FULL else "a writable folder"
+        raise UserError(f"{folder} cannot be written ({os.strerror(code)}); expected {expected}") from error
+
+
+def disk_error_code(error: BaseException) -> int | None:
+    """Returns the error number if an error is about a full or read-only disk, else None.
+
+    Example:
+        >>> os.strerror(disk_error_code(ValueError("Error writing local file: No space left on device")))
+        'No space left on device'
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in DISK_ERRORS else None
+    return next((code for code in DISK_ERRORS if os.strerror(code) in str(error)), None)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

@@ -1,16 +1,29 @@
 """Prepares batches ahead of the steps that need them, in worker processes if there are enough cores."""
 
+import contextlib
+import functools
+import gc
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing import resource_tracker
+from typing import Any
 
 import jax
 import numpy as np
 
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
+from liger_jax.runtime import worker_initializer
 
 
-def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int | None = None) -> Iterator[Batch]:
+def load_batches(
+    make: Callable[[int], Batch], indices: range, *, workers: int | None = None
+) -> Generator[Batch, None, None]:
     """Computes make(i) for each index in the background, starting immediately.
 
     Args:
@@ -21,10 +34,10 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
             thread of this process. None uses up to 4 processes and leaves half of the cores free.
 
     Returns:
-        An iterator over the batches, in order.
+        An iterator over the batches, in order. Closing it stops the workers.
 
     Raises:
-        UserError: `workers` is negative.
+        UserError: `workers` is negative; or, when a batch is requested, a worker was killed.
         Exception: an error of `make` is raised when its batch is requested.
 
     Example:
@@ -44,7 +57,59 @@ def load_batches(make: Callable[[int], Batch], indices: range, *, workers: int |
     dataset = grain.MapDataset.range(indices.start, indices.stop, indices.step).map(make)
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=4))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=4)
+        _start_resource_tracker()
+        start_worker = functools.partial(_start_worker, worker_initializer())
+        batches = batches.mp_prefetch(options, worker_init_fn=start_worker)
     batches = iter(batches)
     batches.start_prefetch()
-    return (jax.tree.map(np.array, batch) for batch in batches)  # copied out of the memory that workers share
+    return _copies(batches)
+
+
+def _copies(batches: Any) -> Generator[Batch, None, None]:
+    """Yields the batches, copied out of the memory that workers share, and stops the workers at the end."""
+    with contextlib.closing(batches), _named_worker_errors():
+        for batch in batches:
+            yield jax.tree.map(np.array, batch)
+    gc.collect()  # Grain keeps the last batch in a reference cycle, and would free its shared memory too late
+
+
+@contextlib.contextmanager
+def _named_worker_errors() -> Iterator[None]:
+    """Turns Grain's error about a worker that was killed into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        exit_code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if not exit_code:
+            raise
+        raise UserError(
+            f"A data worker ended with exit code {exit_code[1]}; expected it to run until the last step. -9 often means "
+            "that the host ran out of memory: use fewer workers (--workers)"
+        ) from error
+
+
+def _start_resource_tracker() -> None:
+    """Starts the process that frees the shared memory of killed workers, so that it does so without a warning."""
+    option = "ignore:resource_tracker"
+    sys.warnoptions.append(option)  # the tracker inherits it
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(option)
+
+
+def _start_worker(silence: Callable[[int, int], None] | None, index: int, count: int) -> None:
+    """Makes a worker ignore signals to its process group, and end with its parent, even if the parent is killed."""
+    if silence:
+        silence(index, count)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -19,6 +19,7 @@ from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.plots import plot_answers, plot_loss
 from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.errors import AlreadyExistsError, UserError
+from liger_jax.files import LOCK, lock_folder
 from liger_jax.inputs.images import VisionSettings
 from liger_jax.train.evaluation import compare_answers
 from liger_jax.train.finetune import fit
@@ -65,7 +66,7 @@ def run_demo(
 
     Raises:
         UserError: an argument is out of range.
-        AlreadyExistsError: `output` holds files that are not results of the demo.
+        AlreadyExistsError: `output` holds files that are not results of the demo, or another process writes to it.
     """
     started = time.perf_counter()
     for name, value in {"steps": steps, "batch_size": batch_size, "held_out": held_out}.items():
@@ -73,32 +74,36 @@ def run_demo(
             raise UserError(f"{name} is {value}; expected at least 1")
     if not learning_rate > 0:
         raise UserError(f"learning_rate is {learning_rate}; expected above 0")
-    clear_output(output)
+    with lock_folder(output):
+        clear_output(output)
+        train, unseen = load_digits()
+        processor = make_processor(train)
+        config = make_config(processor)
+        batches = load_batches(
+            functools.partial(training_batch, processor, config, train, seed, batch_size), range(steps)
+        )
+        model = Qwen2VL.init(config, seed=seed, dtype="float32")
+        state = TrainState.create(model, make_optimizer(learning_rate, steps))
+        with RunLog(output / METRICS, begin=0, steps=steps, progress=progress) as log:
+            state = fit(state, batches, make_train_step(remat="none"), log)
 
-    train, unseen = load_digits()
-    processor = make_processor(train)
-    config = make_config(processor)
-    batches = load_batches(functools.partial(training_batch, processor, config, train, seed, batch_size), range(steps))
-    model = Qwen2VL.init(config, seed=seed, dtype="float32")
-    state = TrainState.create(model, make_optimizer(learning_rate, steps))
-    with RunLog(output / METRICS, begin=0, steps=steps, progress=progress) as log:
-        state = fit(state, batches, make_train_step(remat="none"), log)
+        checkpoint = output / "checkpoint"
+        processor.save_pretrained(checkpoint)
+        save_state(checkpoint, state)
+        model, processor = load_model(checkpoint), Processor.from_pretrained(checkpoint)
 
-    checkpoint = output / "checkpoint"
-    processor.save_pretrained(checkpoint)
-    save_state(checkpoint, state)
-    model, processor = load_model(checkpoint), Processor.from_pretrained(checkpoint)
-
-    questions = list(itertools.islice(conversations(unseen, np.random.default_rng(1)), held_out))
-    shape = {"batch_size": EVALUATION_BATCH, "length": LENGTH, "patches": PATCHES}
-    answers = compare_answers(model, processor, questions, max_new_tokens=MAX_ANSWER, **shape)
-    accuracy = float(np.mean([answer["exact"] for answer in answers]))
-    with (output / METRICS).open("a") as file:
-        print(json.dumps({"step": steps, "held_out_accuracy": accuracy, "held_out": held_out}), file=file)
-    plot_loss(output / "loss.png", [line["loss"] for line in log.history], [line["accuracy"] for line in log.history])
-    plot_answers(output / "answers.png", questions[:SHOWN], answers[:SHOWN])
-    paths = [output / name for name in ("checkpoint", "answers.png", "loss.png", METRICS)]
-    return Report(accuracy, time.perf_counter() - started, *paths)
+        questions = list(itertools.islice(conversations(unseen, np.random.default_rng(1)), held_out))
+        shape = {"batch_size": EVALUATION_BATCH, "length": LENGTH, "patches": PATCHES}
+        answers = compare_answers(model, processor, questions, max_new_tokens=MAX_ANSWER, **shape)
+        accuracy = float(np.mean([answer["exact"] for answer in answers]))
+        with (output / METRICS).open("a") as file:
+            print(json.dumps({"step": steps, "held_out_accuracy": accuracy, "held_out": held_out}), file=file)
+        plot_loss(
+            output / "loss.png", [line["loss"] for line in log.history], [line["accuracy"] for line in log.history]
+        )
+        plot_answers(output / "answers.png", questions[:SHOWN], answers[:SHOWN])
+        paths = [output / name for name in ("checkpoint", "answers.png", "loss.png", METRICS)]
+        return Report(accuracy, time.perf_counter() - started, *paths)
 
 
 def clear_output(output: Path) -> None:
@@ -106,7 +111,7 @@ def clear_output(output: Path) -> None:
     if output.exists():
         if not output.is_dir():
             raise AlreadyExistsError(f"{output} is a file; expected a folder (see --output)")
-        if foreign := [path.name for path in output.iterdir() if path.name not in RESULTS]:
+        if foreign := [path.name for path in output.iterdir() if path.name not in (*RESULTS, LOCK)]:
             raise AlreadyExistsError(
                 f"{output} holds {foreign[:5]}; expected an empty folder or an earlier demo's results (see --output)"
             )

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import jax
 import optax
 
-from liger_jax.checkpoint import checkpoint_manager, restore_state, save_state
+from liger_jax.checkpoint import checkpoint_manager, restore_intact_state, save_state
 from liger_jax.data.dataset import Dataset, check_batching, make_dataset
 from liger_jax.data.loader import load_batches
 from liger_jax.errors import UserError
+from liger_jax.files import lock_folder
 from liger_jax.generation.answer import prepare_prompt
 from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
@@ -51,8 +52,8 @@ def finetune(
 ) -> TrainState:
     """Trains a model on the assistant's answers in conversations.
 
-    If `output` has a run, it is resumed. On the same device, its losses equal those of an uninterrupted run bit for bit. On
-    SIGTERM, the state is saved and training ends.
+    If `output` has a run, it is resumed from its latest intact checkpoint. On the same device, its losses equal those of an
+    uninterrupted run bit for bit. On SIGTERM, the state is saved and training ends.
 
     Args:
         model: the initial weights; the buffers are donated. A sharded model trains sharded. A resumed run uses only
@@ -77,7 +78,8 @@ def finetune(
     Raises:
         UserError: an option is out of range, a conversation is too large or cannot be read, or `output` has a run with
             other data, another model or another optimizer.
-        AlreadyExistsError: `output` has files, but no run.
+        AlreadyExistsError: `output` has files, but no run, or another process trains in it.
+        DamagedError: the run has checkpoints, and none is intact.
 
     Example:
         >>> from liger_jax import finetune, read_conversations
@@ -94,31 +96,32 @@ def finetune(
         optimizer = build_optimizer(optimization, steps, seed=batching.seed)
     train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=execution.unroll)
 
-    run = open_run(Path(output), make_record(options, model, processor, conversations))
-    dataset = make_dataset(processor, model.config, conversations, batching, progress=progress)
-    evaluator = None
-    if held_out:
-        with _named_held_out():
-            unseen = make_dataset(processor, model.config, held_out, batching, shuffle=False, progress=progress)
-            evaluator = HeldOutEvaluator.create(unseen, evaluation, answers_file=run.answers)
-    evaluate_first = evaluator is not None and run.needs_evaluation(options)
-    state = open_state(model, optimizer, run)
-    if run.start == steps and not evaluate_first:
-        return state
+    with lock_folder(Path(output)):
+        run = open_run(Path(output), make_record(options, model, processor, conversations))
+        dataset = make_dataset(processor, model.config, conversations, batching, progress=progress)
+        evaluator = None
+        if held_out:
+            with _named_held_out():
+                unseen = make_dataset(processor, model.config, held_out, batching, shuffle=False, progress=progress)
+                evaluator = HeldOutEvaluator.create(unseen, evaluation, answers_file=run.answers)
+        state, run = open_state(model, optimizer, run)
+        evaluate_first = evaluator is not None and run.needs_evaluation(options)
+        if run.start == steps and not evaluate_first:
+            return state
 
-    last_answers = run.start - 1 if evaluate_first else run.start
-    run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
-    batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
-    frozen = optimization.freeze if optimization else ()
-    with (
-        checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
-        RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
-        catch_sigterm() as stop_requested,
-    ):
-        if evaluator and evaluate_first:
-            log.write(run.start, evaluator(state.model, run.start))
-        saves = Checkpoints(manager, saving.save_every, evaluator)
-        return fit(state, batches, train_step, log, checkpoints=saves, frozen=frozen, stop_requested=stop_requested)
+        last_answers = run.start - 1 if evaluate_first else run.start
+        run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
+        batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
+        frozen = optimization.freeze if optimization else ()
+        with (
+            checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
+            RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
+            catch_sigterm() as stop_requested,
+        ):
+            if evaluator and evaluate_first:
+                log.write(run.start, evaluator(state.model, run.start))
+            saves = Checkpoints(manager, saving.save_every, evaluator)
+            return fit(state, batches, train_step, log, checkpoints=saves, frozen=frozen, stop_requested=stop_requested)
 
 
 def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
@@ -140,17 +143,20 @@ def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
         )
 
 
-def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run) -> TrainState:
-    """Returns the initial state of a new run, or the latest state of a run to resume, after freeing `model`."""
+def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run) -> tuple[TrainState, Run]:
+    """Returns the initial state of a new run, or the latest intact state of a run to resume, after freeing `model`.
+
+    The returned run starts at the step of the state.
+    """
     state = TrainState.create(model, optimizer)
     if not run.resumes:
-        return state
+        return state, run
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     del state  # frees the optimizer's arrays before the stored ones are read
-    state = restore_state(run.folder, abstract, step=run.start)
+    state = restore_intact_state(run.folder, abstract)
     for weight in jax.tree.leaves(model):
         weight.delete()  # no longer needed, and the step needs the memory
-    return state
+    return state, dataclasses.replace(run, start=int(state.step))
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 run.json               data, tokenizer and options of the run
 100/, 200/, ...        checkpoints
+300.damaged/           a checkpoint that was damaged when the run resumed
 config.json, ...       the model's configuration and processor, so that the folder can be loaded like any model
 metrics.jsonl          a line per training step and per evaluation
 tensorboard/           the same values as curves
 answers.jsonl          generated answers to held-out questions
+.lock                  names the process that trains
 """
 
 import dataclasses
@@ -14,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liger_jax.checkpoint import is_model, latest_step
+from liger_jax.checkpoint import remove_unfinished, saved_steps
 from liger_jax.errors import AlreadyExistsError, UserError
-from liger_jax.files import GENERATION_CONFIG, atomic_write, fingerprint, read_json_object
+from liger_jax.files import GENERATION_CONFIG, atomic_write, fingerprint, is_empty_folder, read_json_object
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
@@ -74,7 +76,7 @@ class Run:
         folder: the folder, which may not exist yet.
         record: the content of its run.json.
         resumes: whether the folder has a checkpoint.
-        start: step of its latest checkpoint, or 0.
+        start: step to resume from: that of the latest checkpoint, or of the one that was restored; 0 for a new run.
     """
 
     folder: Path
@@ -104,6 +106,7 @@ class Run:
 
     def begin(self, processor: Processor, *, generation_config: Path | None, last_answers: int) -> None:
         """Writes the record, the processor and generation_config.json; drops the answers of steps after `last_answers`."""
+        remove_unfinished(self.folder)
         write_record(self.folder, self.record)
         processor.save_pretrained(self.folder)
         target = self.folder / GENERATION_CONFIG
@@ -123,14 +126,15 @@ def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
         AlreadyExistsError: the folder has files, but no run.
         UserError: the run in it has other data or options, or more steps.
     """
-    if not is_run(folder) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_run(folder) and folder.exists() and not is_empty_folder(folder):
         raise AlreadyExistsError(
             f"{folder} has files and no training run; expected an empty folder, or a run to resume"
         )
-    if not is_model(folder):
+    steps = saved_steps(folder)
+    if not steps:
         return Run(folder, record, resumes=False, start=0)
     check_record(folder, record)
-    start = latest_step(folder)
+    start = steps[-1]
     if start > record["steps"]:
         raise UserError(
             f"steps is {record['steps']}; expected at least {start}, the latest step of the run in {folder}"

@@ -8,11 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
-from liger_jax.checkpoint import checkpoint_manager, is_model, load_model, restore_state, save_model, save_state
-from liger_jax.errors import AlreadyExistsError
+from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, checkpoint
+from liger_jax.checkpoint import (
+    checkpoint_manager,
+    is_model,
+    load_model,
+    restore_intact_state,
+    restore_state,
+    save_model,
+    save_state,
+)
+from liger_jax.errors import AlreadyExistsError, DamagedError, UserError
 from liger_jax.model.params import param_paths
 from tests._support.scripts import run_script
 
@@ -169,8 +178,93 @@ def test_incomplete_steps_are_ignored(tmp_path, state):
     (tmp_path / "50").mkdir()
     assert int(restore_state(tmp_path, state).step) == 12
     (tmp_path / "12/default/_METADATA").write_text("{")
-    with pytest.raises(ValueError, match=r"12/default is damaged.*without .*12, the run resumes from the step before"):
+    with pytest.raises(
+        DamagedError, match=r"12/default is damaged \(Expecting.*; expected an intact Orbax checkpoint$"
+    ):
         restore_state(tmp_path, state)
+
+
+def test_newer_incomplete_step_is_reported_by_load_model(tmp_path, state):
+    save_state(tmp_path, state)
+    (tmp_path / "40").mkdir()
+    with pytest.warns(UserWarning, match=r"steps \[40\] are incomplete; loads step 12"):
+        load_model(tmp_path)
+
+
+def damage(file, how: str) -> None:
+    """Damages a file as a full disk, an interrupted copy or a lost block does."""
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"emptied": b"", "truncated": content[: len(content) // 2]}[how])
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("_METADATA", "missing"),
+        ("_METADATA", "truncated"),
+        ("manifest.ocdbt", "emptied"),
+        ("ocdbt.process_0/d/*", "truncated"),
+        ("d/*", "missing"),
+    ],
+)
+def test_damaged_step_is_moved_aside_and_the_previous_one_restored(tmp_path, state, name, how):
+    for step in (3, 12):
+        save_state(tmp_path, dataclasses.replace(state, step=jnp.int32(step)))
+    damage(max((tmp_path / "12/default").glob(name), key=lambda file: file.stat().st_size), how)
+    with pytest.warns(
+        UserWarning, match=r"/12.* is (damaged|incomplete).*moved to \*\.damaged, and resumed from step 3$"
+    ):
+        restored = restore_intact_state(tmp_path, state)
+    assert_same(restored, dataclasses.replace(state, step=jnp.int32(3)))
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"3", "12.damaged"}
+    # the step can be saved again, and the damaged one does not count as one of the steps to keep
+    with checkpoint_manager(tmp_path, max_to_keep=2) as manager:
+        save_state(manager, state)
+    assert_same(restore_intact_state(tmp_path, state), state)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"3", "12", "12.damaged"}
+
+
+def test_no_intact_step(tmp_path, state):
+    """The error lists every step, nothing is moved, and load_model names the step before the damaged one."""
+    for step in (3, 12):
+        save_state(tmp_path, dataclasses.replace(state, step=jnp.int32(step)))
+        (tmp_path / f"{step}/default/manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(
+        DamagedError, match=r"No checkpoint is intact: .*/12/default is damaged .*/3/default is damaged"
+    ):
+        restore_intact_state(tmp_path, state)
+    with pytest.raises(DamagedError, match=r"12/default is damaged .*without .*/12, the run resumes from step 3"):
+        load_model(tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"3", "12"}
+
+
+def test_other_errors_are_not_taken_for_damage(tmp_path, state):
+    """Another optimizer, or a file that may not be read: no step is moved aside."""
+    save_state(tmp_path, state)
+    with pytest.raises(UserError, match=r"missing|unexpected") as raised:
+        restore_intact_state(tmp_path, abstract_state(state.model, optax.sgd(1e-3, momentum=0.9)))
+    assert not isinstance(raised.value, DamagedError)
+    with pytest.raises(MemoryError), checkpoint._raise_damage(tmp_path / "12/default"):
+        raise MemoryError
+    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"), checkpoint._raise_damage(tmp_path / "12/default"):
+        raise ValueError("RESOURCE_EXHAUSTED: out of memory")
+    assert (tmp_path / "12").is_dir()
+
+
+def test_step_with_nan_is_not_restored(tmp_path, state):
+    """A run resumes from the step before; the weights can be restored if that is asked for."""
+    broken = dataclasses.replace(state, model=jax.tree.map(lambda leaf: leaf.at[...].set(jnp.nan), state.model))
+    with checkpoint_manager(tmp_path) as manager:
+        save_state(manager, dataclasses.replace(state, step=jnp.int32(3)))
+        manager.save(12, args=ocp.args.PyTreeSave(checkpoint._nest(param_paths(broken))), force=True)
+    with pytest.raises(DamagedError, match=r"12/default: model/.* holds NaN or infinity"):
+        restore_state(tmp_path, state)
+    assert_same(restore_state(tmp_path, state, allow_non_finite=True), broken)
+    with pytest.warns(UserWarning, match="resumed from step 3"):
+        assert int(restore_intact_state(tmp_path, state).step) == 3
 
 
 def test_model_cannot_be_saved_into_a_run(tmp_path, model, state):

@@ -1,11 +1,25 @@
 """Files: JSON errors name the file, folders are created, fingerprints depend on content."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from liger_jax.errors import NotFoundError, UserError
-from liger_jax.files import fingerprint, local_folder, make_folder, read_json, read_json_object
+from liger_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from liger_jax.files import (
+    LOCK,
+    check_new_folder,
+    disk_errors,
+    fingerprint,
+    local_folder,
+    lock_folder,
+    make_folder,
+    read_json,
+    read_json_object,
+)
+from tests._support.scripts import run_script
 
 
 @pytest.mark.parametrize(
@@ -67,3 +81,57 @@ def test_fingerprint_depends_on_content(tmp_path):
         assert len({fingerprint([value]) for value in values}) == len(values)
         assert fingerprint([opened]) == fingerprint([str(tmp_path / "a.png")])
     assert fingerprint([image]) == fingerprint([image.copy()])
+
+
+def test_lock_is_released_by_a_killed_process(tmp_path):
+    """Its file stays, does not count as a file of the folder, and does not keep the next process from locking it."""
+    script = """
+        import os, signal, subprocess, sys
+        from pathlib import Path
+        from liger_jax.files import lock_folder
+        child = os.fork()
+        if child == 0:
+            with lock_folder(Path(sys.argv[1])):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        print(child)
+    """
+    child = run_script(script, tmp_path / "run").strip()
+    assert (tmp_path / "run" / LOCK).read_text().startswith(f"process {child} on ")
+    check_new_folder(tmp_path / "run", overwrite=False)
+    with lock_folder(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(
+            AlreadyExistsError, match=rf"run is in use by process {os.getpid()} on .*; expected an output"
+        ):
+            lock_folder(tmp_path / "run").__enter__()
+    assert list((tmp_path / "run").iterdir()) == []  # it existed before
+    (tmp_path / "run" / "a.txt").touch()
+    with lock_folder(tmp_path / "run"):
+        pass
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"run cannot be written \(No space left on device\); .*free space",
+        ),
+        (
+            ValueError("writing: Read-only file system [source]"),
+            r"run cannot be written \(Read-only.*; .*a writable folder",
+        ),
+    ],
+)
+def test_disk_errors_name_the_folder(tmp_path, error, message):
+    with pytest.raises(UserError, match=message), disk_errors(tmp_path / "run"):
+        raise error
+
+
+def test_errors_of_other_files_are_not_disk_errors(tmp_path):
+    for error in (PermissionError(errno.EACCES, "Permission denied", "/data/a.png"), ValueError("other"), OSError()):
+        with pytest.raises(type(error)) as raised, disk_errors(tmp_path / "run"):
+            raise error
+        assert raised.value is error

@@ -6,12 +6,15 @@ import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,7 @@ from liger_jax.data.loader import load_batches
 from liger_jax.demo.data import conversations, load_digits
 from liger_jax.demo.run import make_config, make_processor
 from liger_jax.errors import AlreadyExistsError, UserError
+from liger_jax.files import LOCK, lock_folder
 from liger_jax.generation.answer import answer_conversations
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.model.lora import TARGETS, adapted_parts
@@ -37,6 +41,7 @@ from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization
 from liger_jax.train.evaluation import split_last_answer
 from liger_jax.train.finetune import catch_sigterm, finetune
 from liger_jax.train.optimizer import make_optimizer
+from tests._support.quiet import assert_quiet
 
 ROWS = 7
 # All batches have the same shape, so that one program serves most of these tests.
@@ -286,6 +291,39 @@ def test_workers_make_the_same_batches(config, processor, data):
             list(load_batches(broken, range(2), workers=workers))
 
 
+def test_killed_worker_is_an_error(config, processor, data):
+    """Nothing hangs, and the message says how to go on."""
+    dataset = make_dataset(processor, config, data, Batching(batch_size=2))
+    batches = load_batches(dataset, range(10_000), workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(UserError, match=r"data worker ended with exit code -9; expected .* fewer workers"):
+        list(batches)
+
+
+def test_workers_end_with_their_parent():
+    """Also if it is killed: workers that outlive it would keep their memory for ever."""
+    script = """
+        import multiprocessing, os, signal
+        import numpy as np
+        from liger_jax.data.loader import load_batches
+        if __name__ == "__main__":
+            batches = load_batches(np.array, range(10_000), workers=1)
+            next(batches)
+            (worker,) = multiprocessing.active_children()
+            print(worker.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    worker = Path(f"/proc/{killed.stdout.strip()}")
+    deadline = time.monotonic() + 30
+    while worker.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not worker.exists()
+
+
 def test_no_conversations(config, processor, tmp_path):
     with pytest.raises(UserError, match="conversations is 0"):
         run(config, processor, [], tmp_path / "new", steps=1)
@@ -322,11 +360,32 @@ def test_resuming_requires_the_same_data_and_batches(config, processor, data, un
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_incomplete_checkpoint_is_replaced(config, processor, data, tmp_path, uninterrupted):
-    """A checkpoint left by an interrupted copy or deletion is ignored when the run resumes, and overwritten."""
-    run(config, processor, data, tmp_path / "run", steps=6, save_every=3)
+def test_resume_from_the_checkpoint_before_a_damaged_one(config, processor, data, tmp_path, uninterrupted):
+    """The log and the answers of later steps are written again, and the run ends with the same weights."""
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
     (tmp_path / "run/6/default/_METADATA").unlink()
-    assert_equal(run(config, processor, data, tmp_path / "run", steps=6, save_every=3), uninterrupted[1])
+    (tmp_path / "run/7.orbax-checkpoint-tmp").mkdir()  # left by a process that was killed
+    options = {"held_out": data[:3], "eval_generate": 2, "max_new_tokens": 4}
+    with pytest.warns(UserWarning, match=r"/6 is incomplete: moved to \*\.damaged, and resumed from step 3"):
+        state = run(config, processor, data, tmp_path / "run", steps=6, save_every=3, **options)
+    assert_equal(state, uninterrupted[1])
+    for name in ("metrics.jsonl", "answers.jsonl"):
+        lines, expected = (
+            [json.loads(line) for line in (folder / name).read_text().splitlines()]
+            for folder in (tmp_path / "run", uninterrupted[0])
+        )
+        assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    assert losses(tmp_path / "run") == losses(uninterrupted[0])
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.name[0].isdigit()} == {"3", "6", "6.damaged"}
+
+
+def test_folder_of_another_process_is_refused(config, processor, data, tmp_path):
+    """Nothing is read or written, and the error names the process."""
+    with lock_folder(tmp_path / "run"):
+        before = {path.name for path in (tmp_path / "run").iterdir()}
+        with pytest.raises(AlreadyExistsError, match=rf"run is in use by process {os.getpid()} on .*; expected"):
+            run(config, processor, data, tmp_path / "run", steps=1)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == before == {LOCK}
 
 
 def test_resumed_run_frees_the_initial_weights(config, processor, data, tmp_path):
@@ -417,9 +476,10 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
         "--dtype bfloat16 --master-weights --workers 0 --remat none --unroll --fsdp 2"
     )
     monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
-    with pytest.warns(UserWarning, match="left out 1 of 8 records"):
-        main()
-    assert "step 2 of 2" in capsys.readouterr().out
+    main()
+    printed = capsys.readouterr()
+    assert "step 2 of 2" in printed.out
+    assert_quiet(printed.err, "left out 1 of 8 records")  # once, though the file is also the held-out one
     assert "held_out_loss" in (tmp_path / "out/metrics.jsonl").read_text()
     assert all(line["token_utilisation"] > 0.5 for line in logged(tmp_path / "out"))
     assert "repetition_penalty" in (tmp_path / "out/generation_config.json").read_text()
@@ -437,8 +497,8 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["liger-jax", *arguments, *options.split(), *["--lora", "4", "--lora-targets", "v_proj", "fc2"]]
     )
-    with pytest.warns(UserWarning, match="left out 1 of 8 records"):
-        main()
+    main()
+    assert_quiet(capsys.readouterr().err, "left out 1 of 8 records")
     model = load_model(tmp_path / "lora")
     assert adapted_parts(model) == {"text", "vision"}
     after = param_paths(model)
