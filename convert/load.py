@@ -115,7 +115,7 @@ def convert_checkpoint(
         model = model if lora_config(model) is None else merge_lora(model)
         to_hf(model, target, max_shard_size=max_shard_size)
     else:
-        save_model(model, target, overwrite=overwrite)
+        save_model(model, target, overwrite=overwrite, allow_non_finite=allow_non_finite)
     for name in COMPANIONS:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)

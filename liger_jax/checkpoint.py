@@ -51,15 +51,17 @@ NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "Permiss
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> None:
+def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False, allow_non_finite: bool = False) -> None:
     """Writes the weights and configuration of a model to a folder.
 
     Args:
         model: the model, with or without LoRA.
         path: the folder.
         overwrite: replace the model in the folder. Its other files are kept.
+        allow_non_finite: also save weights that hold NaN or infinity.
 
     Raises:
+        UserError: a weight holds NaN or infinity. Nothing is written.
         AlreadyExistsError: the folder is not empty and `overwrite` is false, or it holds a training run, whose weights
             `load_model` would no longer find.
 
@@ -77,8 +79,10 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False) -> 
     check_new_folder(folder, overwrite=overwrite)
     if steps := _complete_steps(folder):
         raise AlreadyExistsError(f"{folder} holds a training run, steps {steps}; expected another folder for a model")
-    make_folder(folder)
     arrays = param_paths(model)
+    if not allow_non_finite:
+        _check_finite(folder, arrays)
+    make_folder(folder)
     write_config(folder, model.config, str(next(iter(arrays.values())).dtype))
     _write_lora(folder, model)
     with ocp.Checkpointer(_handler()) as checkpointer:
@@ -178,6 +182,12 @@ def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, preserve_ex
         write_json(folder / GENERATION_CONFIG, generation)
 
 
+def _check_finite(target: Path, arrays: Mapping[str, jax.Array]) -> None:
+    """Raises UserError if an array to be saved holds NaN or infinity."""
+    if names := non_finite(arrays):
+        raise UserError(f"{target}: {names[0]} holds NaN or infinity; expected finite numbers. Nothing was saved")
+
+
 def _write_lora(folder: Path, model: Qwen2VL) -> None:
     options = lora_config(model)
     if options is None:
@@ -238,6 +248,7 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
 
     Raises:
         AlreadyExistsError: the step is already saved.
+        UserError: a weight or an array of the optimizer's state holds NaN or infinity. Nothing is written.
     """
     import orbax.checkpoint as ocp
 
@@ -249,6 +260,8 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
         if (directory / str(step)).exists():  # an interrupted copy or deletion
             shutil.rmtree(directory / str(step))
             manager.reload()
+        # a number of an optimizer may be infinite: that of optax.contrib.reduce_on_plateau is, at first
+        _check_finite(directory / str(step), {name: x for name, x in param_paths(state).items() if x.ndim})
         write_config(directory, state.model.config, str(jax.tree.leaves(state.model)[0].dtype), preserve_existing=True)
         _write_lora(directory, state.model)
         manager.save(step, args=ocp.args.PyTreeSave(_nest(param_paths(state))), force=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
 # Operating system errors that the user can fix: about a disk, and about a path.
 SYSTEM_ERRORS = (*DISK_ERRORS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPIPE)
-INTERRUPTED = 130  # exit status of a process that SIGINT ends, as shells report it
+INTERRUPTED, TERMINATED = 130, 143  # exit status of a process that SIGINT or SIGTERM ends, as shells report it
 BUG_HINT = "This looks like a bug in liger-jax. Please report it with this traceback and the output of `liger-jax env`."
 
 ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -222,6 +222,8 @@ def finetune(
     if lora_options is not None:
         save_adapter(state.model, output / "adapter", base_model=model)
     print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
+    if int(state.step) < steps:
+        sys.exit(TERMINATED)
 
 
 # ---- generate, chat --------------------------------------------------------------------------------------------------
@@ -478,7 +480,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
             sys.exit(INTERRUPTED)
         except Exception as error:
             if can_user_fix(error):
-                sys.exit(f"liger-jax: {' '.join(str(error).split())}")
+                message = " ".join([str(error), *getattr(error, "__notes__", ())])
+                sys.exit(f"liger-jax: {' '.join(message.split())}")
             error.add_note(BUG_HINT)  # printed after the traceback
             raise
 

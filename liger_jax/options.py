@@ -69,6 +69,8 @@ class Optimization:
     """Keep float32 copies of the weights and float32 moments, and compute in bfloat16."""
     stochastic_rounding: bool = True
     """Round bfloat16 weights at random to keep small updates; no effect on float32 weights or with --master-weights."""
+    max_skipped_updates: int = 3
+    """Stop after this many steps in a row whose loss or gradient norm is not finite; their updates are left out."""
 
 
 @dataclasses.dataclass(frozen=True)

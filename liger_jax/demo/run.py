@@ -22,7 +22,7 @@ from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.files import LOCK, lock_folder
 from liger_jax.inputs.images import VisionSettings
 from liger_jax.train.evaluation import compare_answers
-from liger_jax.train.finetune import fit
+from liger_jax.train.loop import fit
 from liger_jax.train.metrics import RunLog
 from liger_jax.train.run import METRICS
 

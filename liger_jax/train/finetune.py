@@ -2,37 +2,31 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import signal
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import Self
 
 import jax
 import optax
 
-from liger_jax.checkpoint import checkpoint_manager, restore_intact_state, save_state
+from liger_jax.checkpoint import checkpoint_manager, restore_intact_state
 from liger_jax.data.dataset import Dataset, check_batching, make_dataset
 from liger_jax.data.loader import load_batches
 from liger_jax.errors import UserError
 from liger_jax.files import lock_folder
 from liger_jax.generation.answer import prepare_prompt
-from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
-from liger_jax.model.lora import adapted_parts
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 from liger_jax.train.evaluation import compare_answers, evaluate, split_last_answer
-from liger_jax.train.metrics import HELD_OUT, RunLog, batch_work, step_rates
+from liger_jax.train.loop import Checkpoints, catch_signals, fit
+from liger_jax.train.metrics import HELD_OUT, RunLog
 from liger_jax.train.optimizer import build_optimizer
 from liger_jax.train.run import Run, RunOptions, make_record, open_run
-from liger_jax.train.step import Metrics, TrainState, make_train_step
-
-if TYPE_CHECKING:
-    from orbax.checkpoint import CheckpointManager
-
-Evaluator = Callable[[Qwen2VL, int], dict[str, float]]
+from liger_jax.train.step import TrainState, make_train_step
 
 
 def finetune(
@@ -53,7 +47,8 @@ def finetune(
     """Trains a model on the assistant's answers in conversations.
 
     If `output` has a run, it is resumed from its latest intact checkpoint. On the same device, its losses equal those of an
-    uninterrupted run bit for bit. On SIGTERM, the state is saved and training ends.
+    uninterrupted run bit for bit. SIGTERM and SIGINT (Ctrl-C) end training after the current step, whose state is saved.
+    So does an error in the data.
 
     Args:
         model: the initial weights; the buffers are donated. A sharded model trains sharded. A resumed run uses only
@@ -73,11 +68,13 @@ def finetune(
         progress: show progress bars.
 
     Returns:
-        The last state.
+        The last state, which after SIGTERM is not that of the last step.
 
     Raises:
+        KeyboardInterrupt: after SIGINT, when the state is saved. A second SIGINT raises it at once.
         UserError: an option is out of range, a conversation is too large or cannot be read, or `output` has a run with
-            other data, another model or another optimizer.
+            other data, another model or another optimizer; a conversation cannot be read when a batch needs it; or loss or
+            gradient norm are not finite in `max_skipped_updates` steps in a row, see `liger_jax.train.step`.
         AlreadyExistsError: `output` has files, but no run, or another process trains in it.
         DamagedError: the run has checkpoints, and none is intact.
 
@@ -112,16 +109,25 @@ def finetune(
         last_answers = run.start - 1 if evaluate_first else run.start
         run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
         batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
-        frozen = optimization.freeze if optimization else ()
         with (
+            catch_signals() as stop_requested,  # outermost: a signal does not interrupt the last write of a checkpoint
+            contextlib.closing(batches),
             checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
             RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
-            catch_sigterm() as stop_requested,
         ):
             if evaluator and evaluate_first:
                 log.write(run.start, evaluator(state.model, run.start))
-            saves = Checkpoints(manager, saving.save_every, evaluator)
-            return fit(state, batches, train_step, log, checkpoints=saves, frozen=frozen, stop_requested=stop_requested)
+            return fit(
+                state,
+                batches,
+                train_step,
+                log,
+                checkpoints=Checkpoints(manager, saving.save_every, evaluator),
+                frozen=optimization.freeze if optimization else (),
+                stop_requested=stop_requested,
+                max_skipped_updates=(optimization or Optimization()).max_skipped_updates,
+                find_conversations=lambda step: itertools.chain.from_iterable(dataset.schedule.batch(step - 1)),
+            )
 
 
 def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
@@ -157,109 +163,6 @@ def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run
     for weight in jax.tree.leaves(model):
         weight.delete()  # no longer needed, and the step needs the memory
     return state, dataclasses.replace(run, start=int(state.step))
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
-
-class Checkpoints(NamedTuple):
-    """Where and how often `fit` saves the state, and how it evaluates the saved state."""
-
-    manager: "CheckpointManager"
-    save_every: int
-    evaluator: Evaluator | None = None
-
-
-class PendingStep(NamedTuple):
-    """A step that was dispatched to the device and whose metrics have not been read yet."""
-
-    step: int
-    metrics: Metrics
-    work: dict[str, float]
-
-
-def fit(
-    state: TrainState,
-    batches: Iterable[Batch],
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    log: RunLog,
-    *,
-    checkpoints: Checkpoints | None = None,
-    frozen: Collection[str] = (),
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> TrainState:
-    """Trains on all batches and logs every step.
-
-    The metrics of a step are read after the next one has been dispatched, so that the device never waits for the host.
-
-    Args:
-        state: the initial state; donated.
-        batches: the batches, one per step.
-        train_step: as returned by `make_train_step`.
-        log: the open log of the run.
-        checkpoints: if given, the state is saved every few steps, after the last one, and when a stop is requested.
-        frozen: parts that the optimizer does not train, for the FLOPs in the log.
-        stop_requested: returns whether to stop after the current step.
-
-    Returns:
-        The last state. The logged steps are in `log.history`.
-
-    Raises:
-        UserError: at a checkpoint, no step so far had a token to train.
-    """
-    config, adapted = state.model.config, adapted_parts(state.model)
-    devices = sorted(state.step.devices(), key=lambda device: device.id)
-    step, pending = int(state.step), None
-    log.seconds_since_last()
-    for batch in batches:
-        work = batch_work(config, batch, frozen=frozen, adapted=adapted)
-        state, metrics = train_step(state, batch)
-        if pending:
-            _log_step(log, pending, devices)
-        step += 1
-        pending, stopping = PendingStep(step, metrics, work), stop_requested()
-        if checkpoints and (step % checkpoints.save_every == 0 or step == log.steps or stopping):
-            _log_step(log, pending, devices)  # first, so that the log is complete up to every checkpoint
-            pending = None
-            _check_trained(log)
-            save_state(checkpoints.manager, state)
-            if checkpoints.evaluator and not stopping:
-                log.write(step, checkpoints.evaluator(state.model, step))
-            log.seconds_since_last()  # the next step's time starts here
-        if stopping:
-            break
-    if pending:
-        _log_step(log, pending, devices)
-    return state
-
-
-def _log_step(log: RunLog, pending: PendingStep, devices: list[jax.Device]) -> None:
-    """Waits for the metrics of a step and logs them."""
-    values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
-    values |= step_rates(pending.work, values["num_tokens"], log.seconds_since_last(), devices)
-    log.write_step(pending.step, values)
-
-
-def _check_trained(log: RunLog) -> None:
-    """Raises UserError if no step so far had a token to train."""
-    if not any(line["num_tokens"] for line in log.history):
-        first, last = log.history[0]["step"], log.history[-1]["step"]
-        raise UserError(f"Steps {first} to {last} had no token to train; expected at least one. Nothing was saved")
-
-
-@contextlib.contextmanager
-def catch_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether SIGTERM has arrived. Outside the main thread, it always returns False."""
-    received: list[int] = []
-    try:
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 # ---- held-out data ---------------------------------------------------------------------------------------------------

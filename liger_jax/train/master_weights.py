@@ -30,6 +30,9 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
     2^-15 of itself in one step, no sum can reach the rounded master. The master then takes the weight's value, from which
     it differs by no more than the rounding error of a float32 of the old size.
 
+    `update` takes the argument `finite`: if it is false, weights and masters stay as they are. By default, it is whether the
+    norm of these gradients is finite.
+
     Raises:
         UserError: From `init`, if a weight is not bfloat16.
 
@@ -56,17 +59,19 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
         weights = _float32(params)
         return MasterState(weights, optimizer.init(weights))
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, *, finite=None, **_):
         if params is None:
             raise ValueError("params is None; expected the weights, which master weights need in update()")
+        finite = jnp.isfinite(optax.tree.norm(_float32(grads))) if finite is None else finite
         updates, inner = optimizer.update(_float32(grads), state.inner, state.weights)
         weights = _float32(params)
         masters = jax.tree.map(_reachable_master, jax.tree.map(jnp.add, state.weights, updates), weights)
+        masters = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masters, state.weights)
         # XLA would otherwise recompute the masters for the updates, perhaps with different rounding
         masters = jax.lax.optimization_barrier(masters)
         return jax.tree.map(_weight_update, masters, weights), MasterState(masters, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _weight_update(master: jax.Array, weight: jax.Array) -> jax.Array:

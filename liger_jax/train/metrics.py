@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -135,8 +136,9 @@ class RunLog:
         return self.clock - previous
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line to the file and a point to each curve."""
-        print(json.dumps({"step": step} | values), file=self.file, flush=True)
+        """Adds a line to the file and a point to each curve. JSON has no NaN and no infinity: the file has null for them."""
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        print(json.dumps({"step": step} | line, allow_nan=False), file=self.file, flush=True)
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from liger_jax.errors import UserError
+from liger_jax.errors import LigerWarning, UserError
 from liger_jax.model.params import PARTS, find_row, param_group, path_name
 from liger_jax.options import Optimization
 from liger_jax.train.master_weights import MasterState, with_master_weights
@@ -31,6 +31,8 @@ def build_optimizer(options: Optimization, steps: int, *, seed: int = 0) -> opta
     def schedule(peak: float) -> optax.Schedule:
         return warmup_cosine(peak, steps, options.warmup)
 
+    if options.max_skipped_updates < 1:
+        raise UserError(f"max_skipped_updates is {options.max_skipped_updates}; expected at least 1")
     vision, merger = options.vision_learning_rate, options.merger_learning_rate
     return make_optimizer(
         schedule(options.learning_rate),
@@ -200,13 +202,14 @@ def read_grad_stats(opt_state: Any) -> dict[str, jax.Array]:
     """Returns statistics of the latest update, or {} for an optimizer that does not record them.
 
     grad_norm and learning_rate, from `with_grad_stats`; and with stochastic rounding changed_weights: the fraction of the
-    trained bfloat16 weights that the update changed, estimated from evenly spaced ones.
+    trained bfloat16 weights that the update before the latest one changed, estimated from evenly spaced ones.
     """
     stats: dict[str, jax.Array] = {}
     for state in find_states(opt_state, GradStats):
         stats |= {"grad_norm": state.grad_norm, "learning_rate": state.learning_rate}
     if parts := find_states(opt_state, StochasticState):
-        stats["changed_weights"] = sum(part.changed for part in parts) / sum(part.sampled for part in parts)
+        sizes = [sum(weights.size for weights in jax.tree.leaves(part.sample)) for part in parts]
+        stats["changed_weights"] = sum(p.changed * size for p, size in zip(parts, sizes, strict=True)) / sum(sizes)
     return stats
 
 
@@ -232,5 +235,6 @@ def warn_if_updates_vanish(model: Any, opt_state: Any, *, stacklevel: int) -> No
             "The weights are bfloat16 and the optimizer rounds them to the nearest: updates below 1/512 of a weight are "
             "lost, which at usual learning rates is most of them. liger_jax.make_optimizer rounds stochastically and keeps "
             "them; so do float32 weights",
+            LigerWarning,
             stacklevel=stacklevel + 1,
         )

@@ -23,9 +23,12 @@ from liger_jax.model.sharding import (
     get_mesh,
     mesh_context,
     param_shardings,
+    run_on_auto_axes,
     shard_batch,
+    with_auto_axes,
 )
 from liger_jax.options import LayerExecution, Remat
+from liger_jax.train.master_weights import MasterState
 from liger_jax.train.optimizer import read_grad_stats, warn_if_updates_vanish
 
 # The choices of remat="auto", from the fastest to the one that needs the least memory.
@@ -90,12 +93,16 @@ def loss_fn(
         >>> int(metrics["num_tokens"])
         2
     """
-    targets = next_token_labels(batch)
-    hidden = constrain_batch_and_seq(
-        constrain_batch(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
-    )
-    loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
-    return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
+
+    def run(model: Qwen2VL, batch: Batch, num_items: jax.Array | float | None) -> tuple[jax.Array, Metrics]:
+        targets = next_token_labels(batch)
+        hidden = constrain_batch_and_seq(
+            constrain_batch(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
+        )
+        loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
+        return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
+
+    return run_on_auto_axes(run, model, batch, num_items)
 
 
 @functools.partial(
@@ -112,7 +119,7 @@ class TrainState:
         0
     """
 
-    step: jax.Array  # int32 scalar: number of updates so far
+    step: jax.Array  # int32 scalar: number of batches so far
     model: Qwen2VL
     opt_state: optax.OptState
     optimizer: optax.GradientTransformation
@@ -123,10 +130,12 @@ class TrainState:
 
         Warns about bfloat16 weights with an optimizer that loses small updates.
         """
+        model = with_auto_axes(model)
         mesh = get_mesh(model)
         init = functools.partial(_init_state, optimizer=optimizer)
-        shardings = None if mesh is None else param_shardings(jax.eval_shape(init, model), mesh, strict=False)
-        step, opt_state = jax.jit(init, out_shardings=shardings)(model)
+        with mesh_context(mesh):
+            shardings = None if mesh is None else param_shardings(jax.eval_shape(init, model), mesh, strict=False)
+            step, opt_state = jax.jit(init, out_shardings=shardings)(model)
         warn_if_updates_vanish(model, opt_state, stacklevel=2)
         return cls(step, model, opt_state, optimizer)
 
@@ -151,8 +160,10 @@ def make_train_step(
         unroll: unroll the layers, for a faster step and a longer compilation, see `liger_jax.options.LayerExecution`.
 
     Returns:
-        A function of a `TrainState` and a `Batch`. Its metrics are those of `loss_fn` and, for an optimizer made by
-        `make_optimizer`, of `read_grad_stats`.
+        A function of a `TrainState` and a `Batch`. If loss or gradient norm are not finite, it leaves the weights and the
+        optimizer's state as they are, bit for bit, and only `state.step` advances. Its metrics are those of `loss_fn`;
+        grad_norm: the norm of the gradients that the optimizer reads; skipped_update: 1 if the update was left out, else
+        0; and, for an optimizer made by `make_optimizer`, those of `read_grad_stats`.
 
     Raises:
         UserError: an unknown remat, or accumulate below 1.
@@ -164,7 +175,7 @@ def make_train_step(
         >>> ids = np.array([[5, 6, 7]])
         >>> state, metrics = make_train_step()(state, prepare(state.model.config, input_ids=ids, labels=ids))
         >>> sorted(metrics)
-        ['accuracy', 'changed_weights', 'grad_norm', 'learning_rate', 'loss', 'num_tokens']
+        ['accuracy', 'changed_weights', 'grad_norm', 'learning_rate', 'loss', 'num_tokens', 'skipped_update']
     """
     if remat not in ("auto", *REMAT):
         raise UserError(f"remat is {remat!r}; expected one of {('auto', *REMAT)}")
@@ -249,15 +260,43 @@ def _flat_train_step(
 def train_step(
     state: TrainState, batch: Batch, *, accumulate: int, execution: LayerExecution
 ) -> tuple[TrainState, Metrics]:
-    """Returns the next state and the metrics. A plain function, to be jitted."""
+    """Returns the next state and the metrics, see `make_train_step`. A plain function, to be jitted."""
     if accumulate == 1:
         grads, metrics = gradients(state.model, batch, None, execution=execution)
     else:
         grads, metrics = _accumulated_gradients(state.model, batch, accumulate, execution=execution)
-    updates, opt_state = state.optimizer.update(grads, state.opt_state, state.model)
-    model = optax.apply_updates(state.model, updates)
+    norm = optax.tree.norm(_used_gradients(state, grads))
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    optimizer = optax.with_extra_args_support(state.optimizer)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.model, finite=finite)
+    stats = {"grad_norm": norm, "skipped_update": 1.0 - finite} | read_grad_stats(opt_state)
+    model = _select(finite, optax.apply_updates(state.model, updates), state.model)
+    opt_state = _select(finite, opt_state, state.opt_state)
     state = dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state)
-    return state, metrics | read_grad_stats(opt_state)
+    return state, metrics | stats
+
+
+def _used_gradients(state: TrainState, grads: Qwen2VL) -> list[jax.Array]:
+    """Returns the gradients that the optimizer reads. Those of frozen parts need not be computed."""
+    update = jax.make_jaxpr(state.optimizer.update)(grads, state.opt_state, state.model).jaxpr
+    used = {id(variable) for equation in update.eqns for variable in equation.invars} | set(map(id, update.outvars))
+    leaves = jax.tree.leaves(grads)
+    return [grad for grad, variable in zip(leaves, update.invars, strict=False) if id(variable) in used]
+
+
+def _select(finite: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the new arrays if `finite`, else the old ones.
+
+    Elementwise, so that XLA computes it in the loops that update the arrays in place. Master weights are already selected:
+    the old ones could not be read after `with_master_weights` without a copy.
+    """
+
+    def select(new, old):
+        if isinstance(new, MasterState):
+            return new._replace(inner=_select(finite, new.inner, old.inner))
+        return jnp.where(finite, new, old)
+
+    return jax.tree.map(select, new, old, is_leaf=lambda node: isinstance(node, MasterState))
 
 
 def gradients(

@@ -39,7 +39,8 @@ from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 from liger_jax.train.evaluation import split_last_answer
-from liger_jax.train.finetune import catch_sigterm, finetune
+from liger_jax.train.finetune import finetune
+from liger_jax.train.loop import catch_signals
 from liger_jax.train.optimizer import make_optimizer
 from tests._support.quiet import assert_quiet
 
@@ -271,7 +272,7 @@ def test_sigterm_saves_and_stops(config, processor, data, tmp_path, monkeypatch)
     monkeypatch.setattr(finetune_module, "load_batches", load)
     state = run(config, processor, data, tmp_path, steps=5)
     assert int(state.step) == 2 and (tmp_path / "2").is_dir() and len(losses(tmp_path)) == 2
-    with catch_sigterm() as stop_requested:
+    with catch_signals() as stop_requested:
         assert not stop_requested()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

@@ -19,6 +19,7 @@ from tests._support import parity
 
 SCENARIO = "batch_left"
 RATE = 0.25
+METRICS = {"loss", "num_tokens", "accuracy", "grad_norm", "skipped_update"}
 OPTIMIZER = optax.sgd(RATE, momentum=0.5)  # its first update is the gradient
 
 
@@ -68,7 +69,7 @@ def test_accumulation_weights_tokens_equally():
     (whole, whole_metrics), (parts, parts_metrics) = (
         shared_train_step(**options)(fresh_state(), uneven) for options in VARIANTS[:2]
     )
-    assert whole_metrics.keys() == parts_metrics.keys() == {"loss", "num_tokens", "accuracy"}
+    assert whole_metrics.keys() == parts_metrics.keys() == METRICS
     assert whole_metrics["num_tokens"] == parts_metrics["num_tokens"] == 9
     for key, value in whole_metrics.items():
         np.testing.assert_allclose(parts_metrics[key], value, rtol=1e-5, err_msg=key)
@@ -92,7 +93,7 @@ def test_recomputed_matmuls():
 def test_batch_without_trained_tokens(options):
     """Loss and gradient are 0, not NaN as in transformers."""
     state, metrics = shared_train_step(**options)(fresh_state(), batch(labels=np.full_like(batch().labels, IGNORE)))
-    assert {key: float(value) for key, value in metrics.items()} == {"loss": 0, "num_tokens": 0, "accuracy": 0}
+    assert {key: float(value) for key, value in metrics.items()} == dict.fromkeys(METRICS, 0)
     assert not any(value.any() for value in applied_gradient(state.model).values())
 
 
