@@ -12,6 +12,7 @@ The operations take arrays, know nothing about models, and depend only on JAX. E
 An implementation that does not support a call raises.
 """
 
+from pallas_kernels._sharding import split_rows_over
 from pallas_kernels.activations import geglu, quick_gelu, swiglu
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.attention import attention
@@ -41,5 +42,6 @@ __all__ = [
     "quick_gelu",
     "rms_norm",
     "rope",
+    "split_rows_over",
     "swiglu",
 ]

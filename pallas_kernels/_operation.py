@@ -48,6 +48,7 @@ class Pass:
     operands: Mapping[str, str]
     results: Mapping[str, str]
     parallel: tuple[str, ...]
+    rows_over: tuple[str, ...] = ()  # see `_sharding.split_rows_over`
 
     def parallel_op(self, static: Any, *operands: jax.Array | None) -> _sharding.ParallelOp:
         """Returns the ParallelOp of the operands that are present."""
@@ -58,6 +59,7 @@ class Pass:
             tuple(self.results[name] for name in self._result_names(operands)),
             self.parallel,
             static,
+            self.rows_over,
         )
 
     def align(self, static: Any, *operands: jax.Array | None) -> tuple[Any, ...]:
@@ -109,7 +111,15 @@ class DifferentiableOp:
     def apply(self, static: Any, *operands: jax.Array | None) -> tuple[jax.Array, ...]:
         """Runs the operation on operands that `align` returned."""
         dtypes = tuple(None if operand is None else jnp.dtype(operand.dtype) for operand in operands)
-        return _differentiable(self, static, dtypes, *operands)
+        mesh_axes = _sharding.rows_over.get()
+        op = self._with_rows_over(mesh_axes) if mesh_axes else self
+        return _differentiable(op, static, dtypes, *operands)
+
+    def _with_rows_over(self, mesh_axes: tuple[str, ...]) -> "DifferentiableOp":
+        forward, backward = (
+            dataclasses.replace(operation_pass, rows_over=mesh_axes) for operation_pass in (self.forward, self.backward)
+        )
+        return dataclasses.replace(self, forward=forward, backward=backward)
 
     def _gradient_name(self, operand: str) -> str:
         return self.gradients.get(operand, f"d_{operand}")

@@ -12,15 +12,18 @@ partitioner would reduce the gradient over the mesh once per chunk. The solution
        All axes Manual (inside a user's shard_map): a plain call, because the arrays are already local.
        Some axes Manual: a shard_map over the other axes, along which the arrays are replicated.
        Explicit axes: a shard_map, with the layout read from the type of the first operand.
-       Auto axes, or no mesh: custom_partitioning, with the layout chosen by the partitioner.
+       Auto axes, or no mesh: custom_partitioning, with the layout chosen by the partitioner. JAX refuses it in a program
+       whose arguments have both Auto and Explicit axes; there, `split_rows_over` chooses a layout for a shard_map.
      It has its own batching rule, because custom_partitioning has none.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +35,21 @@ from jax.sharding import PartitionSpec as P
 
 ROWS = "..."  # any number of row axes
 Layout = dict[str, tuple]  # parallel axis -> its PartitionSpec entries: a single one, but for ROWS one per row axis
+
+rows_over: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("rows_over", default=())
+
+
+@contextlib.contextmanager
+def split_rows_over(mesh_axes: tuple[str, ...]) -> Iterator[None]:
+    """Splits the rows of differentiable operations that are called in the context over axes of a mesh with Auto axes.
+
+    Without it, the partitioner chooses the layout, which needs custom_partitioning. Their backward passes are included.
+    """
+    token = rows_over.set(mesh_axes)
+    try:
+        yield
+    finally:
+        rows_over.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +71,7 @@ class ParallelOp:
     results: tuple[str, ...]
     parallel: tuple[str, ...]
     static: Hashable = None
+    rows_over: tuple[str, ...] = ()  # on Auto axes: mesh axes to split rows over instead of asking the partitioner
 
     def layout(self, sharding: Any, shapes: Sequence[tuple[int, ...]], mesh: Any) -> Layout:
         """Returns the layout of the parallel axes, read from the sharding of the first operand.
@@ -73,6 +92,16 @@ class ParallelOp:
             if any(size % shards for size in sizes):
                 layout[axis] = (None,)
         return layout
+
+    def layout_over_rows(self, shapes: Sequence[tuple[int, ...]], mesh: Any) -> Layout:
+        """Returns the layout that splits the first axis that `rows_over` divides."""
+        shards = math.prod(mesh.shape[name] for name in self.rows_over)
+        spec: list[Any] = [None] * len(shapes[0])
+        for i, (axis, size) in enumerate(zip(self._axes(self.operands[0], shapes), shapes[0], strict=True)):
+            if axis in self.parallel and size and size % shards == 0:
+                spec[i] = self.rows_over
+                break
+        return self.layout(NamedSharding(mesh, P(*spec)), shapes, mesh)
 
     def specs(self, layout: Layout) -> tuple[tuple[P, ...], tuple[P, ...]]:
         """Returns the PartitionSpecs of all operands, and of all results."""
@@ -212,6 +241,12 @@ def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
         layout = _layout_by_type(op, operands, mesh)
         in_specs, out_specs = op.specs(layout)
         return jax.shard_map(op.on_shard(layout), in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
+    if op.rows_over:
+        layout = op.layout_over_rows([x.shape for x in operands], mesh)
+        in_specs, out_specs = op.specs(layout)
+        return jax.shard_map(op.on_shard(layout), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+            *operands
+        )
     return _on_auto_axes(op)(*operands)
 
 

@@ -1,5 +1,6 @@
 """Softmax cross-entropy of a linear layer, computed without ever holding all logits in memory."""
 
+import dataclasses
 import functools
 import math
 import operator
@@ -89,7 +90,7 @@ def linear_cross_entropy(
         op, tuple(rows), vocab, labels, class_weights, token_weights, reduction, normalizer
     )
 
-    static = StaticArgs(options, chunk_rows, implementation)
+    static = StaticArgs(options, chunk_rows, implementation, _sharding.rows_over.get())
     dtype = _validate.accumulation_dtype(x.dtype)
     scale = _cross_entropy_math.loss_scale(options, labels, class_weights, token_weights, reduction, normalizer, dtype)
     x, labels, scale, weight, bias, class_weights = _LOSSES_AND_GRADIENTS.align(
@@ -109,6 +110,7 @@ class StaticArgs(NamedTuple):
     options: Options
     chunk_rows: int | None
     implementation: str | None
+    rows_over: tuple[str, ...]  # see `_sharding.split_rows_over`
 
 
 # ---- on one device: x [..., H], labels and scale [...], weight [V, H], bias and class_weights [V] or None ---------------
@@ -269,8 +271,12 @@ class _Gradient(NamedTuple):
         return (self.array * (self.factor * scale)).astype(self.array.dtype)
 
 
+def _over(static: StaticArgs, operation_pass: Pass) -> Pass:
+    return dataclasses.replace(operation_pass, rows_over=static.rows_over)
+
+
 def _run_losses(static: StaticArgs, x, weight, bias, labels, class_weights) -> RowLosses:
-    return RowLosses(**_LOSSES.run(static, x, labels, weight, bias, class_weights))
+    return RowLosses(**_over(static, _LOSSES).run(static, x, labels, weight, bias, class_weights))
 
 
 def _run_losses_and_gradients(static: StaticArgs, x, weight, bias, scale, labels, class_weights):
@@ -282,7 +288,7 @@ def _run_losses_and_gradients(static: StaticArgs, x, weight, bias, scale, labels
     """
     largest = jnp.max(jnp.abs(scale), initial=0)
     largest = jnp.where(largest > 0, largest, 1)
-    results = _LOSSES_AND_GRADIENTS.run(static, x, labels, scale / largest, weight, bias, class_weights)
+    results = _over(static, _LOSSES_AND_GRADIENTS).run(static, x, labels, scale / largest, weight, bias, class_weights)
     losses = RowLosses(*(results[name] for name in RowLosses._fields))
     gradients = [
         None if operand is None else _Gradient.rounded(results[name] * largest, operand.dtype)

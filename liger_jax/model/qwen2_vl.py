@@ -14,7 +14,7 @@ import pallas_kernels as pk
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.layers import Embedding, Initializer
-from liger_jax.model.sharding import constrain_batch, param_shardings, replicate
+from liger_jax.model.sharding import constrain_batch, param_shardings, replicate, run_on_auto_axes
 from liger_jax.model.text import LanguageModel
 from liger_jax.model.vision import VisionTower
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
@@ -84,9 +84,13 @@ class Qwen2VL(nnx.Module):
             execution: how the layers run.
             capture: if given, receives the outputs of all layers; see `activations`.
         """
-        x = self.embed(batch, execution=execution, capture=capture)
-        attend = functools.partial(causal_attention, pk.find_segments(batch.segment_ids, batch.max_segments))
-        return self.language_model(x, batch.position_ids, attend, execution=execution, capture=capture)[0]
+
+        def run(model: Self, batch: Batch) -> jax.Array:
+            x = model.embed(batch, execution=execution, capture=capture)
+            attend = functools.partial(causal_attention, pk.find_segments(batch.segment_ids, batch.max_segments))
+            return model.language_model(x, batch.position_ids, attend, execution=execution, capture=capture)[0]
+
+        return run_on_auto_axes(run, self, batch, rows_of=batch.input_ids)
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Returns logits [B, T, V]. The first rows and positions are those of the caller's `input_ids`; padding follows."""
@@ -94,7 +98,7 @@ class Qwen2VL(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits [..., V] for hidden states [..., H]."""
-        return jnp.einsum("...h,vh->...v", hidden, self.head)
+        return run_on_auto_axes(functools.partial(jnp.einsum, "...h,vh->...v"), hidden, self.head, rows_of=hidden)
 
     def activations(self, batch: Batch) -> dict[str, jax.Array]:
         """Returns the output of every layer, for inspection.

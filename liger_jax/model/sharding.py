@@ -7,16 +7,18 @@ A mesh is a `jax.sharding.Mesh` with any of these axes:
 """
 
 import contextlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.params import Parameter, find_row, is_parameter_path, path_name
+from pallas_kernels import split_rows_over
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the rows of a batch
@@ -53,7 +55,7 @@ def check_mesh(mesh: Mesh) -> Mesh:
     unknown = [name for name in mesh.axis_names if name not in MESH_AXES]
     if unknown:
         raise UserError(f"The mesh has axes {mesh.axis_names}; expected any of {MESH_AXES}, not {unknown}")
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    return _auto(mesh)
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
@@ -120,10 +122,71 @@ def get_mesh(tree: Any) -> Mesh | None:
     return None
 
 
+def find_abstract_mesh(tree: Any) -> AbstractMesh | None:
+    """Returns the mesh of a tree's arrays, which may be traced, or None. Inside a `shard_map`, arrays are on no mesh."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if set(mesh.axis_types) - {AxisType.Manual}:
+            return mesh
+    return None
+
+
+# ---- Explicit axes -----------------------------------------------------------------------------------------------------
+# The model's code names no shardings, so it needs Auto axes. `jax.make_mesh` returns Explicit ones, and users place arrays
+# on them.
+
+
+def with_auto_axes(tree: Any) -> Any:
+    """Returns the tree with its arrays on Explicit axes moved to Auto axes of the same devices, which copies nothing."""
+
+    mesh = get_mesh(tree)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(_auto(x.sharding.mesh), x.sharding.spec)), tree)
+
+
+def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = None) -> Any:
+    """Returns function(*args), which sees Explicit axes of the arguments, or of `jax.set_mesh`, as Auto axes.
+
+    The results have Explicit axes again. Without Explicit axes, this is a plain call.
+
+    Args:
+        function: a function of pytrees of arrays.
+        args: its arguments.
+        rows_of: an array; the first dimension of every result is split as that of this array. None: results are whole.
+    """
+    meshes = _meshes(args)
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return function(*args)
+    rows = None if rows_of is None else next(iter(jax.typeof(rows_of).sharding.spec), None)
+    function = jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, P(rows)))
+    has_both = any(AxisType.Auto in mesh.axis_types for mesh in meshes)
+    with (
+        split_rows_over(tuple(name for name in BATCH_AXES if name in mesh.axis_names))
+        if has_both
+        else contextlib.nullcontext()
+    ):
+        return function(*args)
+
+
+def _meshes(tree: Any) -> list[Any]:
+    """Returns the meshes on which arrays of a tree are, and that of `jax.set_mesh`, each once."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
+    return [mesh for mesh in dict.fromkeys([*meshes, jax.sharding.get_abstract_mesh()]) if not mesh.empty]
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+
+# ---- batches and activations -------------------------------------------------------------------------------------------
+
+
 def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
     """Moves a batch to the devices of a mesh, with its rows split over the data and fsdp axes.
 
-    Empty rows are appended until all devices have equally many. A batch that is already on the devices is returned as is.
+    Empty rows are appended until all devices have equally many. A batch that is already on the devices stays where it is.
 
     Args:
         batch: as `prepare` returns it.
@@ -136,27 +199,35 @@ def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
     if isinstance(batch.input_ids, jax.Array):
         if batch.shape[0] % multiple:
             raise UserError(f"The batch has {batch.shape[0]} rows on the device; expected a multiple of {multiple}")
-        return batch
+        return with_auto_axes(batch)
     if mesh is None:
         return batch.pad_rows(multiple)
     axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
-    shards = int(np.prod([mesh.shape[name] for name in axes]))
+    shards = math.prod(mesh.shape[name] for name in axes)
     batch = batch.pad_rows(multiple * shards)
     return jax.device_put(batch, NamedSharding(mesh, P(axes)))
 
 
-def mesh_context(mesh: Mesh | None):
-    """Returns a context manager that sets the mesh for `constrain_batch`, `constrain_batch_and_seq` and `replicate`."""
+def mesh_context(mesh: Mesh | AbstractMesh | None):
+    """Returns a context manager that sets the mesh for `constrain_batch`, `constrain_batch_and_seq` and `replicate`.
+
+    Inside a traced function, only an abstract mesh can be set.
+    """
+    if isinstance(mesh, AbstractMesh):
+        return jax.sharding.use_abstract_mesh(mesh)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Constrains an activation's rows to the sharding of the batch, so that weights are gathered and activations are not.
 
-    The partitioner might otherwise follow the layout of the weights. Without a mesh, returns x unchanged.
+    The partitioner might otherwise follow the layout of the weights. Returns x unchanged without a mesh, and if the mesh
+    does not divide the rows, as in a user's own `jax.jit`.
     """
     axes = _auto_axes(BATCH_AXES)
-    return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
+    if not axes or x.shape[0] % _size(axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(axes))
 
 
 def constrain_batch_and_seq(x: jax.Array) -> jax.Array:
@@ -164,9 +235,10 @@ def constrain_batch_and_seq(x: jax.Array) -> jax.Array:
 
     For operations that act on each position separately, which all devices along `tensor` would otherwise repeat.
     """
-    if not _auto_axes(("tensor",)) or x.shape[1] % jax.sharding.get_abstract_mesh().shape["tensor"]:
+    axes = _auto_axes(BATCH_AXES)
+    if not _auto_axes(("tensor",)) or x.shape[0] % _size(axes) or x.shape[1] % _size(("tensor",)):
         return x
-    return jax.lax.with_sharding_constraint(x, P(_auto_axes(BATCH_AXES), "tensor"))
+    return jax.lax.with_sharding_constraint(x, P(axes, "tensor"))
 
 
 def replicate(weight: jax.Array) -> jax.Array:
@@ -180,3 +252,8 @@ def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(name for name in names if types.get(name) == AxisType.Auto)
+
+
+def _size(axes: tuple[str, ...]) -> int:
+    """Returns the number of devices along axes of the current mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes)

@@ -33,7 +33,7 @@ def function_and_arguments(name):
 
 def test_package_exports_the_contract():
     """The package exports one name per row of the registry, and the names for segments shared by several calls."""
-    assert sorted(pk.__all__) == sorted([*OPERATIONS, "Segments", "find_segments"])
+    assert sorted(pk.__all__) == sorted([*OPERATIONS, "Segments", "find_segments", "split_rows_over"])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
