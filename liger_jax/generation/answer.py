@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.errors import UserError
 from liger_jax.generation.generate import generate_with
-from liger_jax.generation.loop import check_prompts
+from liger_jax.generation.loop import NonFiniteLogitsError, check_prompts
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch, prepare
 from liger_jax.inputs.messages import Conversation
@@ -54,10 +55,35 @@ def answer_conversations(
         One answer per conversation.
 
     Raises:
+        UserError: an option is out of range, a conversation is malformed, an image cannot be read, or the logits of an
+            answer are NaN or infinite.
+    """
+    answers = answers_or_errors(
+        model, processor, conversations, options, batch_size=batch_size, length=length, patches=patches
+    )
+    for index, answer in enumerate(answers):
+        if isinstance(answer, UserError):
+            raise UserError(f"conversation {index}: {answer}") from answer
+    return [str(answer) for answer in answers]
+
+
+def answers_or_errors(
+    model: Qwen2VL,
+    processor: Processor,
+    conversations: Sequence[Conversation],
+    options: GenerationOptions,
+    *,
+    batch_size: int,
+    length: int | None = None,
+    patches: int | None = None,
+) -> list[str | UserError]:
+    """Answers conversations as `answer_conversations` does, with an error in place of an answer that has none.
+
+    Raises:
         UserError: an option is out of range, a conversation is malformed, or an image cannot be read.
     """
     first_seed = options.single_seed()
-    answers: list[str] = []
+    answers: list[str | UserError] = []
     for start in range(0, len(conversations), batch_size):
         chunk = list(conversations[start : start + batch_size])
         inputs = processor(chunk, add_generation_prompt=True)
@@ -75,7 +101,7 @@ def answer_batch(
     *,
     seeds: Sequence[int],
     batch_size: int,
-) -> list[str]:
+) -> list[str | UserError]:
     """Answers a batch of at most `batch_size` prompts.
 
     A smaller batch is padded with copies of its first prompt, so that it runs the same program as a full one.
@@ -89,11 +115,19 @@ def answer_batch(
         batch_size: rows of the padded batch.
 
     Returns:
-        One answer per prompt.
+        One answer per prompt, or an error for a prompt whose logits are NaN or infinite.
     """
     options.check_single_text()
     prompts = batch.shape[0]
     rows = [*range(prompts), *[0] * (batch_size - prompts)]
     padded = jax.tree.map(lambda array: np.asarray(array)[rows], batch)
     options = dataclasses.replace(options, seed=[seeds[row] for row in rows])
-    return list(processor.decode(generate_with(model, padded, options, processor))[:prompts])
+    try:
+        tokens, failed = generate_with(model, padded, options, processor), {}
+    except NonFiniteLogitsError as error:
+        tokens, failed = error.generated.tokens, error.new_tokens
+    answers: list[str | UserError] = list(processor.decode(tokens)[:prompts])
+    for row, number in failed.items():
+        if row < prompts:
+            answers[row] = UserError(NonFiniteLogitsError.describe(number))
+    return answers

@@ -91,7 +91,8 @@ def answer_file(
 
     Raises:
         NotFoundError: `data` does not exist.
-        UserError: an argument is out of range, a record is broken, or `output` belongs to other data.
+        UserError: an argument is out of range, a record is broken, `output` belongs to other data, or the logits of an
+            answer are NaN or infinite (which counts as a broken record).
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
@@ -120,7 +121,11 @@ def answer_file(
             batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(prompt.batch for prompt in group))
             seeds = [first_seed + prompt.record.number for prompt in group]
             answers = answer_batch(model, processor, batch, options, seeds=seeds, batch_size=batch_size)
-            write([prompt.record.label | {"answer": text} for prompt, text in zip(group, answers, strict=True)])
+            pairs = [(prompt.record, answer) for prompt, answer in zip(group, answers, strict=True)]
+            write([record.label | {"answer": answer} for record, answer in pairs if isinstance(answer, str)])
+            for record, answer in pairs:
+                if isinstance(answer, UserError):
+                    broken.add(record, answer)
         write(broken.lines)
     warn_skipped(f"{data}: skipped {len(broken.lines)} of {len(records)} records", broken.messages)
     return sum("answer" in json.loads(line) for line in output.read_bytes().splitlines())

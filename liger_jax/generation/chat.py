@@ -3,16 +3,20 @@
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from liger_jax.errors import UserError
 from liger_jax.generation.generate import stream_text
 from liger_jax.generation.loop import (
     DecodeSession,
+    NonFiniteLogitsError,
     check_prompts,
     extend,
     first_token_logits,
     grow,
     init_cache,
+    is_traced,
     prefill,
 )
 from liger_jax.generation.options import GenerationOptions
@@ -21,7 +25,7 @@ from liger_jax.inputs.messages import KINDS, Kind, as_list
 from liger_jax.inputs.positions import VisionItem, rope_positions, vision_items
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import Qwen2VL
-from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
+from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch, with_auto_axes
 
 SLOTS = 1024  # the cache grows by this at first, later by a quarter or more: few sizes mean few compilations
 
@@ -56,7 +60,9 @@ class Chat:
     """
 
     def __init__(self, model: Qwen2VL, processor: Processor, *, system: str | None = None, **options: Any):
-        self.model, self.processor, self.system = model, processor, system
+        if is_traced((model, jnp.asarray(0))):
+            raise UserError("Chat is made inside a function that JAX traces; expected it outside, or generate inside")
+        self.model, self.processor, self.system = with_auto_axes(model), processor, system
         self.options = GenerationOptions(**options)
         self.options.check_single_text()
         self.options.check_against(model.config, prompts=1)
@@ -92,6 +98,8 @@ class Chat:
             NotFoundError: an image does not exist.
             UserError: an image cannot be read, or the conversation exceeds the model's positions. The conversation is
                 then unchanged.
+            NonFiniteLogitsError: raised while the answer is read: its logits are NaN or infinite. The conversation is then
+                as before the question.
         """
         sources = {"image": as_list(images), "video": as_list(videos)}
         parts: list[dict[str, Any]] = [
@@ -106,9 +114,10 @@ class Chat:
         ids, batch, cached = self._prepare_turn(messages, media)
         check_prompts(self.model.config, batch, self.options.max_new_tokens)
         session = self._prefill_turn(ids, batch, cached)
+        before = self.messages, self._media
         self.messages = [*messages, {"role": "assistant", "content": ""}]
         self._media, self._session, self._prompt, self._answer = media, session, ids.tolist(), []
-        return self._stream_answer(self.messages[-1], session, self._answer)
+        return self._stream_answer(self.messages[-1], session, self._answer, before)
 
     def _prepare_turn(self, messages: list[dict], media: dict[str, list[Patches]]) -> tuple[np.ndarray, Batch, int]:
         """Returns the prompt's tokens [T], a batch of those to prefill, and the number of cached tokens before them."""
@@ -156,15 +165,25 @@ class Chat:
             first_step = first_token_logits(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(cached))
         return DecodeSession(self.model, cache, first_step, self.options, ids[None], np.ones((1, len(ids)), np.int64))
 
-    def _stream_answer(self, message: dict, session: DecodeSession, tokens: list[int]) -> Generator[str, None, None]:
-        """Yields the answer in pieces until a newer question; adds the pieces to its message and its tokens to `tokens`."""
+    def _stream_answer(
+        self, message: dict, session: DecodeSession, tokens: list[int], before: tuple
+    ) -> Generator[str, None, None]:
+        """Yields the answer in pieces until a newer question; adds the pieces to its message and its tokens to `tokens`.
+
+        `before` holds the messages and the media before the question, which are restored if the logits are not finite.
+        """
         if session is not self._session:  # a newer question took over the cache before this answer was read
             return
-        for piece in stream_text(session, self.processor, self.options.all_stop_strings, tokens):
-            message["content"] += piece
-            yield piece
-            if session is not self._session:
-                return
+        try:
+            for piece in stream_text(session, self.processor, self.options.all_stop_strings, tokens):
+                message["content"] += piece
+                yield piece
+                if session is not self._session:
+                    return
+        except NonFiniteLogitsError:
+            (self.messages, self._media), self._session = before, None  # the cache may hold NaN
+            self._prompt, self._answer = [], []
+            raise
 
 
 def _split_patches(arrays: dict[str, np.ndarray], kind: Kind) -> list[Patches]:

@@ -3,11 +3,19 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from liger_jax.errors import UserError
 from liger_jax.generation.detokenize import StopStrings, TextPieces
-from liger_jax.generation.loop import DecodeSession, Generated
+from liger_jax.generation.loop import (
+    NON_FINITE,
+    DecodeSession,
+    Generated,
+    generate_traced,
+    is_traced,
+)
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import Qwen2VL
@@ -34,12 +42,16 @@ def generate(
     num_return_sequences: int = 1,
     logprobs: int | None = None,
     seed: int | Sequence[int] = 0,
-) -> np.ndarray | Generated:
+) -> np.ndarray | jax.Array | Generated:
     """Generates a continuation of every row of a batch.
 
     A row ends at its first end token; `pad_token_id` fills the rest. Generation stops when all rows have ended.
     Compiles once per bucket of prompt shapes, and the decode loop once per bucket of `max_new_tokens`. Enabling an option
     recompiles; changing its value does not, except for no_repeat_ngram_size, logprobs and num_return_sequences.
+
+    Inside `jax.jit`, `jax.vmap` or `jax.shard_map`, prefill and decoding become part of the caller's program, with the same
+    tokens. Model, batch and seed may be traced; the other options are constants. The values of a traced batch cannot be
+    checked: a row without tokens gives padding; positions that exceed the model's, and packed rows, give tokens of no use.
 
     Args:
         model: the model.
@@ -48,11 +60,12 @@ def generate(
         others: see the fields of `GenerationOptions`.
 
     Returns:
-        The new tokens [B, max_new_tokens] int32 in host memory. With `num_return_sequences` n, rows i n to i n + n - 1
-        continue prompt i. With `logprobs`, a `Generated` instead.
+        The new tokens [B, max_new_tokens] int32, in host memory (or traced). With `num_return_sequences` n, rows i n to
+        i n + n - 1 continue prompt i. With `logprobs`, a `Generated` instead.
 
     Raises:
         UserError: an option is out of range, a row is packed or empty, or prompt and answer exceed the model's positions.
+        NonFiniteLogitsError: logits are NaN or infinite. (Traced, the row ends with padding instead.)
 
     Example:
         >>> import numpy as np
@@ -62,7 +75,31 @@ def generate(
         (1, 4)
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "batch", "tokenizer")}
+    if is_traced((model, batch, options, jnp.asarray(0))):  # an array that is made inside of jax.jit is traced as well
+        return _generate_traced(model, batch, options)
     return generate_with(model, batch, GenerationOptions(**options), tokenizer)
+
+
+def _generate_traced(model: Qwen2VL, batch: Batch, options: dict[str, Any]) -> jax.Array | Generated:
+    """Generates as `generate` does, inside a function that JAX traces."""
+    seed = None
+    if is_traced(options["seed"]):
+        seed, options = jnp.asarray(options["seed"]), options | {"seed": 0}
+        if seed.dtype.kind not in "iu" or seed.shape not in ((), batch.shape[:1]):
+            raise UserError(
+                f"seed is {seed.dtype} with shape {seed.shape}; expected one integer, or one for each of "
+                f"{batch.shape[0]} prompts"
+            )
+    for name, value in options.items():
+        if is_traced(value):
+            raise UserError(f"{name} is traced by JAX; expected a constant (under jax.jit: static_argnames={name!r})")
+    if options["stop_strings"]:
+        raise UserError(
+            f"stop_strings is {options['stop_strings']!r}; expected none inside a function that JAX traces, where no text "
+            "can be compared: call generate outside of it, or use eos_token_id"
+        )
+    generated = generate_traced(model, batch, GenerationOptions(**options), seed)
+    return generated.tokens if options["logprobs"] is None else generated
 
 
 def generate_with(
@@ -84,7 +121,7 @@ def generate_with(
 def _stop_at_strings(session: DecodeSession, strings: Sequence[str], tokenizer: Any) -> None:
     """Generates all tokens; a row ends at its first end token or complete stop string."""
     detectors = {row: StopStrings(strings, tokenizer) for row in range(session.rows)}  # of unfinished rows
-    end_tokens, length = set(np.asarray(session.sampling.end_tokens).tolist()), 0
+    end_tokens, length = {NON_FINITE, *np.asarray(session.sampling.end_tokens).tolist()}, 0
     for chunk in session.chunks():
         for row, detector in list(detectors.items()):
             for count, token in enumerate(chunk[row].tolist(), start=length + 1):
@@ -115,6 +152,10 @@ def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iter
         >>> for piece in stream(model, batch, processor, max_new_tokens=64):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
+    if is_traced((model, batch, options, jnp.asarray(0))):
+        raise UserError(
+            "stream is called inside a function that JAX traces; expected a call outside, or generate inside"
+        )
     generation_options = GenerationOptions(**options)
     generation_options.check_single_text()
     if batch.shape[0] != 1:
@@ -130,6 +171,8 @@ def stream_text(
     pieces, detector = TextPieces(tokenizer), StopStrings(stop_strings, tokenizer)
     for chunk in session.chunks():
         for token in chunk[0].tolist():
+            if token == NON_FINITE:
+                session.result()  # raises
             tokens.append(token)
             if piece := pieces.push(token):
                 yield piece

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
@@ -21,9 +22,17 @@ from liger_jax.model.fused_decode import PackedModel, decode_step
 from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.lora import lora_config
 from liger_jax.model.qwen2_vl import causal_attention
-from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
+from liger_jax.model.sharding import (
+    find_abstract_mesh,
+    get_mesh,
+    mesh_context,
+    run_on_auto_axes,
+    shard_batch,
+    with_auto_axes,
+)
 from liger_jax.model.text import DecoderLayer
 
+NON_FINITE = -1  # recorded in place of a token that was chosen by a logit that is NaN or infinite
 NEW_TOKENS = 64  # smallest bucket of room for new tokens, see `bucket`
 CHUNK = 8  # tokens that the device generates while the host reads the previous chunk
 
@@ -37,10 +46,36 @@ class Generated(NamedTuple):
     top_logprobs: Any  # [B, T, n] float32: their log-probabilities
 
 
+class NonFiniteLogitsError(UserError):
+    """Raised when logits are NaN or infinite. The other rows' tokens are in `generated`.
+
+    Attributes:
+        new_tokens: for each row with such logits, the number of the new token that they were for, counted from 1.
+        generated: all new tokens; these rows end before that token.
+    """
+
+    def __init__(self, new_tokens: dict[int, int], generated: Generated):
+        self.new_tokens, self.generated = new_tokens, generated
+        row, number = next(iter(new_tokens.items()))
+        super().__init__(f"Row {row}: {self.describe(number)}")
+
+    @staticmethod
+    def describe(number: int) -> str:
+        return (
+            f"The logits of new token {number} are NaN or infinite; expected finite logits: the weights are damaged, or "
+            "values exceed the range of their dtype (float16 ends at 65504; bfloat16 has the range of float32)"
+        )
+
+
 def check_prompts(config: Qwen2VLConfig, batch: Batch, max_new_tokens: int) -> None:
-    """Raises UserError unless each row holds one prompt, and prompt and answer fit the model's positions."""
+    """Raises UserError unless each row holds one prompt, and prompt and answer fit the model's positions.
+
+    Traced arrays have no values to check.
+    """
     if not isinstance(batch, Batch):
         raise UserError(f"batch is a {type(batch).__name__}; expected a Batch, as prepare(model.config, ...) returns")
+    if is_traced((batch.segment_ids, batch.position_ids)):
+        return  # the caller's responsibility, see `generate`
     segments = np.asarray(batch.segment_ids)
     if segments.max() > 1:
         row = int(np.argmax(segments.max(axis=1)))
@@ -53,6 +88,11 @@ def check_prompts(config: Qwen2VLConfig, batch: Batch, max_new_tokens: int) -> N
             f"The prompts and {max_new_tokens} new tokens reach position {last}; expected at most {limit - 1}, since the "
             f"model's max_position_embeddings is {limit}"
         )
+
+
+def is_traced(tree: Any) -> bool:
+    """Returns whether a tree holds traced arrays, as the arguments of a function under `jax.jit` or `jax.vmap` do."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 class DecodeSession:
@@ -99,7 +139,7 @@ class DecodeSession:
             padding = [(0, padded_rows // samples - prompts), (0, 0)]
             ids, segments = (np.pad(array, padding).repeat(samples, axis=0) for array in (input_ids, segment_ids))
             history = History.from_prompts(ids, segments, cache.valid.shape[1])
-        self._mesh, self._weights, self._requested = get_mesh(model), None, 1
+        self._mesh, self._weights, self._requested = get_mesh((model, cache)), None, 1
         with mesh_context(self._mesh):
             room = bucket(self._limit, NEW_TOKENS)
             self._state, self._snapshot = init_decode_state(first_step, self.sampling, history, room=room)
@@ -110,10 +150,10 @@ class DecodeSession:
     def start(cls, model: Qwen2VL, batch: Batch, options: GenerationOptions) -> Self:
         """Runs the prefill of a batch of prompts and chooses each row's first token."""
         check_prompts(model.config, batch, options.max_new_tokens)
-        mesh, prompts = get_mesh(model), (np.asarray(batch.input_ids), np.asarray(batch.segment_ids))
+        model, prompts = with_auto_axes(model), (np.asarray(batch.input_ids), np.asarray(batch.segment_ids))
         options.check_against(model.config, len(prompts[0]))
-        batch = shard_batch(dataclasses.replace(batch, labels=None), mesh)
-        with mesh_context(mesh):
+        batch = shard_batch(dataclasses.replace(batch, labels=None), get_mesh(model))
+        with mesh_context(get_mesh((model, batch))):
             hidden, keys_values = prefill(model, batch)
             first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
             cache = init_cache(*keys_values, batch.segment_ids, room=bucket(options.max_new_tokens, NEW_TOKENS))
@@ -124,7 +164,8 @@ class DecodeSession:
     def chunks(self) -> Iterator[np.ndarray]:
         """Yields the new tokens [rows, 1 or more] as they are generated, until all rows have ended.
 
-        The first chunk is a single token. The device is one chunk ahead of the reader.
+        The first chunk is a single token. The device is one chunk ahead of the reader. A row whose logits are not finite
+        ends with the token NON_FINITE.
         """
         read, finished = 0, False
         try:
@@ -150,7 +191,11 @@ class DecodeSession:
         self._advance(self._limit)
 
     def result(self) -> Generated:
-        """Waits for the device and returns all tokens, with None for log-probabilities that were not requested."""
+        """Waits for the device and returns all tokens, with None for log-probabilities that were not requested.
+
+        Raises:
+            NonFiniteLogitsError: the logits of a row were NaN or infinite.
+        """
         generated = jax.device_get(self._state.generated)
         after_end = np.arange(self._limit) >= self._length[:, None]
 
@@ -160,9 +205,14 @@ class DecodeSession:
             return array
 
         fills = (self.sampling.pad_token, 0, 0, 0)
-        return Generated(
+        generated = Generated(
             *(array if array is None else cut(array, fill) for array, fill in zip(generated, fills, strict=True))
         )
+        failed = generated.tokens == NON_FINITE
+        if failed.any():
+            generated.tokens[failed] = self.sampling.pad_token
+            raise NonFiniteLogitsError({int(row): int(step) + 1 for row, step in np.argwhere(failed)}, generated)
+        return generated
 
     def _advance(self, tokens: int) -> None:
         """Dispatches up to `tokens` more tokens per row, without waiting for the device."""
@@ -315,7 +365,7 @@ def unstack_layers(model: Qwen2VL) -> list[DecoderLayer]:
 
 def decode_weights(model: Qwen2VL) -> PackedModel | list[DecoderLayer]:
     """Returns the weights that `decode_loop` reads: packed, or, with a mesh or LoRA, separate layers with their sharding."""
-    if get_mesh(model) is None and lora_config(model) is None:
+    if find_abstract_mesh(model) is None and lora_config(model) is None:
         return PackedModel.from_model(model.language_model, model.head)
     return unstack_layers(model)
 
@@ -387,11 +437,17 @@ def _run_layers(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, positi
 
 
 def _choose_tokens(logits: jax.Array, state: DecodeState, sampling: Sampling) -> DecodeState:
-    """Returns the state with the next token of each row, from logits [B, V]; rows that have ended get the padding token."""
-    done, step, generated, history = state.done, state.step, state.generated, state.history
+    """Returns the state with the next token of each row, from logits [B, V]; rows that have ended get the padding token.
+
+    A row ends where its logits are not finite, and NON_FINITE is recorded as its token.
+    """
+    step, generated, history = state.step, state.generated, state.history
     token = next_token(constrain_logits(logits, sampling, history, step), sampling, step)
+    chosen = logits[jnp.arange(len(token)), token]  # not finite if any logit of the row is NaN or +inf, or all are -inf
+    failed = ~jnp.isfinite(chosen) & ~state.done
+    done = state.done | failed
     token = jnp.where(done, sampling.pad_token, token)
-    new = [token, None, None, None]
+    new = [jnp.where(failed, NON_FINITE, token), None, None, None]
     if sampling.logprobs is not None:
         new[1:] = (
             jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
@@ -408,3 +464,57 @@ def _choose_tokens(logits: jax.Array, state: DecodeState, sampling: Sampling) ->
         history=history and history.append(token),
         generated=generated,
     )
+
+
+# ---- inside a caller's program -----------------------------------------------------------------------------------------
+
+
+def generate_traced(model: Qwen2VL, batch: Batch, options: GenerationOptions, seed: Any = None) -> Generated:
+    """Generates as a `DecodeSession` does, as part of a program that the caller traces, such as a function under `jax.jit`.
+
+    A row whose logits are not finite ends with padding, since a program cannot raise an error.
+
+    Args:
+        model: the model; its arrays may be traced, as may those of the batch.
+        batch: prompts, as `prepare` returns them.
+        options: generation options.
+        seed: a traced integer, or one per prompt, which replaces that of the options.
+
+    Returns:
+        The new tokens, with None for log-probabilities that were not requested.
+    """
+    prompts, samples = batch.shape[0], options.num_return_sequences
+    check_prompts(model.config, batch, options.max_new_tokens)
+    options.check_against(model.config, prompts)
+    sampling = Sampling.from_options(options, model.config, prompts, prompts * samples, seed=seed)
+    batch = dataclasses.replace(batch, labels=None)
+    return _traced_program(model, batch, sampling, samples=samples, limit=options.max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "limit"))
+def _traced_program(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
+    run = functools.partial(_prefill_and_decode, samples=samples, limit=limit)
+    return run_on_auto_axes(run, model, batch, sampling, rows_of=batch.input_ids)
+
+
+def _prefill_and_decode(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
+    """Returns `limit` new tokens for each of `samples` rows per prompt. Runs the compiled functions in their order."""
+    rows, room = batch.shape[0] * samples, bucket(limit, NEW_TOKENS)
+    has_context = not jax.sharding.get_abstract_mesh().empty
+    with mesh_context(None if has_context else find_abstract_mesh((model, batch))):
+        # unwrapped: JAX allows compiler options only for whole programs, and `run_on_auto_axes` needs a new trace
+        hidden, keys_values = inspect.unwrap(prefill)(model, batch)
+        first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
+        cache, history = init_cache(*keys_values, batch.segment_ids, room=room), None
+        if samples > 1:
+            cache, first_step = repeat_rows((cache, first_step), samples)
+        if sampling.needs_history:
+            ids, segments = (jnp.repeat(x, samples, axis=0) for x in (batch.input_ids, batch.segment_ids))
+            history = History.from_prompts(ids, segments, cache.valid.shape[1])
+        state, _ = init_decode_state(first_step, sampling, history, room=room)
+        if limit > 1:
+            arguments = model, decode_weights(model), cache, state, sampling
+            _, state, _ = inspect.unwrap(decode_loop)(*arguments, stopped=np.zeros(rows, bool), until=np.int32(limit))
+    generated = Generated(*(array if array is None else array[:, :limit] for array in state.generated))
+    tokens = jnp.where(generated.tokens == NON_FINITE, sampling.pad_token, generated.tokens)
+    return generated._replace(tokens=tokens)

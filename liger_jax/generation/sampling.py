@@ -56,12 +56,19 @@ class Sampling:
     logprobs: int | None = None  # number of most likely tokens to record at each step
 
     @classmethod
-    def from_options(cls, options: GenerationOptions, config: Qwen2VLConfig, prompts: int, rows: int) -> Self:
-        """Returns the options as arrays for `rows` rows, of which the first ones continue `prompts` prompts."""
+    def from_options(
+        cls, options: GenerationOptions, config: Qwen2VLConfig, prompts: int, rows: int, *, seed: Any = None
+    ) -> Self:
+        """Returns the options as arrays for `rows` rows, of which the first ones continue `prompts` prompts.
+
+        `seed` replaces that of the options; it may be traced.
+        """
         ends = options.resolve_end_tokens(config)
         end_tokens = np.full(_round_up(len(ends)), -1, np.int32)
         end_tokens[: len(ends)] = ends
-        seeds, stream_ids = _row_seeds(options, prompts, rows)
+        seeds, stream_ids = _row_seeds(
+            options.seed if seed is None else seed, prompts, options.num_return_sequences, rows
+        )
         words = [word for word in map(tuple, options.bad_words_ids) if word not in {(end,) for end in ends}]
         return cls(
             seeds,
@@ -86,21 +93,20 @@ class Sampling:
         return not (self.repetition_penalty is self.no_repeat_ngram_size is self.bad_words is None)
 
 
-def _row_seeds(options: GenerationOptions, prompts: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _row_seeds(seed: Any, prompts: int, samples: int, rows: int) -> tuple[Any, np.ndarray]:
     """Returns each row's seed [rows] uint32 and stream id [rows] int32.
 
     With one seed, every row has its own stream. With a seed per prompt, streams distinguish the prompt's continuations.
     """
-    samples = options.num_return_sequences
-    if np.ndim(options.seed) == 0:
-        seeds, stream_ids = np.full(rows, np.asarray(options.seed).astype(np.int64)), np.arange(rows)
-    else:
-        seeds = np.zeros(rows, np.int64)
-        seeds[: prompts * samples] = np.repeat(np.asarray(options.seed).astype(np.int64), samples)
-        stream_ids = np.arange(rows) % samples
-    low, high = (seeds.view(np.uint64) >> np.uint64(shift) & np.uint64(0xFFFFFFFF) for shift in (0, 32))
-    mixed = low ^ high * np.uint64(0x9E3779B1)  # all 64 bits count; a seed below 2^32 stays the same
-    return mixed.astype(np.uint32), stream_ids.astype(np.int32)
+    is_traced = isinstance(seed, jax.core.Tracer)
+    xp: Any = jnp if is_traced else np
+    seeds = jnp.atleast_1d(seed) if is_traced else np.atleast_1d(seed).astype(np.int64)
+    # All 64 bits count; a seed below 2^32 stays the same. Two shifts, since a shift by 32 is undefined for 32 bits.
+    mixed = seeds.astype(np.uint32) ^ (seeds >> 31 >> 1).astype(np.uint32) * np.uint32(0x9E3779B1)
+    if np.ndim(seed) == 0:
+        return xp.repeat(mixed, rows), np.arange(rows, dtype=np.int32)
+    row_seeds = xp.pad(xp.repeat(mixed, samples), (0, rows - prompts * samples))
+    return row_seeds, np.arange(rows, dtype=np.int32) % samples
 
 
 def _word_table(words: Sequence[Sequence[int]]) -> np.ndarray | None:
@@ -128,18 +134,20 @@ class History:
     length: Any  # [B] int32
 
     @classmethod
-    def from_prompts(cls, input_ids: np.ndarray, segment_ids: np.ndarray, width: int) -> Self:
-        """Returns the history of prompts that are padded on any side. Runs on the host.
+    def from_prompts(cls, input_ids: Any, segment_ids: Any, width: int) -> Self:
+        """Returns the history of prompts that are padded on any side; on the host for numpy arrays.
 
         Args:
             input_ids: [B, L] integers.
             segment_ids: [B, L] integers, 0 for padding.
             width: S, the number of tokens that a row has room for, prompt included.
         """
-        tokens_first = np.argsort(segment_ids == 0, axis=1, kind="stable")
-        tokens = np.zeros((len(input_ids), width), np.int32)
-        tokens[:, : input_ids.shape[1]] = np.take_along_axis(input_ids, tokens_first, axis=1)
-        return cls(tokens, (segment_ids > 0).sum(axis=1).astype(np.int32))
+        xp: Any = np if isinstance(input_ids, np.ndarray) else jnp
+        valid = segment_ids > 0
+        tokens_first = xp.argsort(~valid, axis=1, **({"kind": "stable"} if xp is np else {"stable": True}))
+        tokens = xp.take_along_axis(input_ids, tokens_first, axis=1).astype(np.int32)
+        tokens = xp.pad(tokens, [(0, 0), (0, width - tokens.shape[1])])
+        return cls(tokens, valid.sum(axis=1).astype(np.int32))
 
     def append(self, token: jax.Array) -> "History":
         """Returns the history with one more token [B]."""
@@ -225,7 +233,8 @@ def completed_words(history: History, words: jax.Array) -> tuple[jax.Array, jax.
 def next_token(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
     """Returns the next token of each row, [B] int32, from logits [B, V].
 
-    A row's draw depends on its seed, its stream id and the step, not on the other rows.
+    A row's draw depends on its seed, its stream id and the step, not on the other rows. NaN and infinity are chosen before
+    any finite logit, whatever the constraints and filters, so that the caller need only check the chosen token's logit.
     """
     if not sampling.do_sample:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -253,8 +262,8 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.min_p is not None:
         # Keeps a token if it is at least min_p times as likely as the most likely one.
         probabilities = jax.nn.softmax(logits, axis=-1)
-        kept = probabilities >= sampling.min_p * probabilities.max(axis=-1, keepdims=True)
-        logits = jnp.where(kept, logits, -jnp.inf)
+        removed = probabilities < sampling.min_p * probabilities.max(axis=-1, keepdims=True)
+        logits = jnp.where(removed, -jnp.inf, logits)  # keeps NaN, which `next_token` then chooses
     return logits
 
 
@@ -275,8 +284,9 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, threshold: Scalar) -> j
 
 
 def _sortable_bits(x: jax.Array) -> jax.Array:
-    """Maps float32 to uint32 of the same order; +0 and -0 are equal."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    """Maps float32 to uint32 of the same order; +0 and -0 are equal. NaN of either sign is the largest."""
+    x = jnp.where(x == 0, 0.0, jnp.where(x == x, x, jnp.nan))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

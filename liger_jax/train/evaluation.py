@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from liger_jax.errors import UserError
-from liger_jax.generation.answer import answer_conversations
+from liger_jax.errors import UserError, warn_skipped
+from liger_jax.generation.answer import answers_or_errors
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation, is_trained
@@ -63,6 +63,9 @@ def compare_answers(
 ) -> list[dict[str, Any]]:
     """Compares the last answer of each conversation with the model's most likely answer.
 
+    An answer whose logits are NaN or infinite counts as wrong, with a warning: a training run that diverges for a while
+    can still be evaluated.
+
     Args:
         model: the model.
         processor: the model's processor.
@@ -78,12 +81,15 @@ def compare_answers(
     """
     prompts, expected_answers = zip(*map(split_last_answer, conversations), strict=True)
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    answers = answer_conversations(
+    answers = answers_or_errors(
         model, processor, prompts, options, batch_size=batch_size, length=length, patches=patches
     )
+    errors = [f"conversation {i}: {answer}" for i, answer in enumerate(answers) if isinstance(answer, UserError)]
+    warn_skipped(f"{len(errors)} of {len(answers)} answers count as wrong", errors)
+    texts = [None if isinstance(answer, UserError) else answer for answer in answers]
     return [
-        {"expected": expected, "answer": answer, "exact": expected.strip() == answer.strip()}
-        for expected, answer in zip(expected_answers, answers, strict=True)
+        {"expected": expected, "answer": text or "", "exact": text is not None and expected.strip() == text.strip()}
+        for expected, text in zip(expected_answers, texts, strict=True)
     ]
 
 
