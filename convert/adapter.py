@@ -178,30 +178,35 @@ def read_adapter_config(file: Path) -> LoraOptions:
     config = read_json_object(file)
     peft_type = config.pop("peft_type", None)
     if peft_type != "LORA":
-        raise UserError(f"{file}: peft_type is {peft_type!r}; expected 'LORA'")
+        raise UserError(f"{file}: peft_type is {peft_type!r:.60}; expected 'LORA'")
     init = config.pop("init_lora_weights", None)
     if init not in INITS:
         raise UserError(
-            f"{file}: init_lora_weights is {init!r}, which changes the base weights; expected one of {INITS}"
+            f"{file}: init_lora_weights is {init!r:.60}, which changes the base weights; expected one of {INITS}"
         )
     rank, alpha, rslora = config.pop("r", None), config.pop("lora_alpha", None), config.pop("use_rslora", False)
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise UserError(f"{file}: r is {rank!r} and lora_alpha is {alpha!r}; expected numbers")
+        raise UserError(f"{file}: r is {rank!r:.60} and lora_alpha is {alpha!r:.60}; expected numbers")
     modules, excluded = config.pop("target_modules", None), config.pop("exclude_modules", None)
+    for name, value in (("target_modules", modules), ("exclude_modules", excluded)):
+        if not (
+            isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+        ):
+            raise UserError(f"{file}: {name} is {value!r:.300}; expected a text or a list of texts")
     unsupported = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT and not _is_off(value)}
     if unsupported:
         raise UserError(
-            f"{file}: {unsupported} is not supported; expected plain LoRA with the same options in all layers"
+            f"{file}: {unsupported!r:.300} is not supported; expected plain LoRA with the same options in all layers"
         )
     try:
         targets = [name for name, path in TARGETS.items() if _matches(modules, path) and not _matches(excluded, path)]
     except re.error as error:
         raise UserError(
-            f"{file}: target_modules is {modules!r} and exclude_modules is {excluded!r}; expected valid regular "
+            f"{file}: target_modules is {modules!r:.300} and exclude_modules is {excluded!r:.300}; expected valid regular "
             f"expressions ({error})"
         ) from error
     if not targets:
-        raise UserError(f"{file}: target_modules is {modules!r}; expected some of {list(TARGETS)}")
+        raise UserError(f"{file}: target_modules is {modules!r:.300}; expected some of {list(TARGETS)}")
     try:
         return LoraOptions(rank=rank, alpha=alpha, targets=targets, rslora=bool(rslora))
     except UserError as error:

@@ -177,7 +177,7 @@ def match_tensors(
             f"{s.name} {s.dtype}, expected one of {list(FLOATS)}" for s, _ in pairs if s.dtype not in FLOATS
         ],
     }
-    report = "".join(f"\n  {problem}: {'; '.join(sorted(names))}" for problem, names in problems.items() if names)
+    report = "".join(f"\n  {problem}: {_list_some(names)}" for problem, names in problems.items() if names)
     if report:
         raise UserError(f"{complaint}:{report}")
     return stored
@@ -192,6 +192,12 @@ def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
         pattern = re.sub(r"(layers|blocks)\.\d+\.", r"\1.{}.", name)
         layers.setdefault(pattern, []).extend(re.findall(r"(?:layers|blocks)\.(\d+)\.", name))
     return [pattern.replace("{}", "{" + ",".join(numbers) + "}") for pattern, numbers in layers.items()]
+
+
+def _list_some(names: list[str], limit: int = 30) -> str:
+    """Returns the names in order, separated by semicolons; of a longer list, the first ones and the number of the others."""
+    listed = "; ".join(sorted(names)[:limit])
+    return listed if len(names) <= limit else f"{listed}; and {len(names) - limit} more"
 
 
 def _check_tied_head(head: StoredTensor, embedding: StoredTensor, rows: int = 65_536) -> None:

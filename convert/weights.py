@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,13 +71,15 @@ def _list_shards(index: Path) -> list[StoredTensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is {weight_map!r:.60}; expected {{tensor name: file name}}")
     # a shard lies next to its index: a path that leads elsewhere is a mistake or an attack
-    outside = sorted({name for name in weight_map.values() if Path(name).name != name})
-    if outside:
-        raise UserError(f"{index} names files outside its folder, {outside}; expected plain file names")
+    odd_names = [
+        name for name in weight_map.values() if not isinstance(name, str) or not name or Path(name).name != name
+    ]
+    if odd_names:
+        raise UserError(f"{index} names files outside its folder, {odd_names!r:.300}; expected plain file names")
     files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]  # no error for a name that is too long
     if missing:
-        raise NotFoundError(f"{index} names files that do not exist, {missing}; expected them in its folder")
+        raise NotFoundError(f"{index} names files that do not exist, {missing!r:.300}; expected them in its folder")
     tensors = [tensor for file in files for tensor in list_file(file)]
     stored = {(tensor.name, tensor.file.name) for tensor in tensors}
     problems = [f"{name} is not in {file}" for name, file in weight_map.items() if (name, file) not in stored]
@@ -84,7 +87,8 @@ def _list_shards(index: Path) -> list[StoredTensor]:
         f"{name} in {file} is not in the index" for name, file in sorted(stored) if weight_map.get(name) != file
     ]
     if problems:
-        raise UserError(f"{index} disagrees with the files that it names: " + "; ".join(problems))
+        listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise UserError(f"{index} disagrees with the files that it names: {listed}")
     return tensors
 
 

@@ -8,6 +8,9 @@ from typing import Any, Self
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import CONFIG, GENERATION_CONFIG, read_json_object
 
+LARGEST_SIZE = 2**31 - 1  # of any dimension, since JAX counts in int32
+LARGEST_FLOAT = 3e38  # about float32's
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -89,13 +92,17 @@ class Qwen2VLConfig:
 
     def __post_init__(self):
         text, vision = self.text, self.vision
+        _check_numbers("text", text)
+        _check_numbers("vision", vision)
+        _check_numbers("", self)
         heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
         errors = []
         if heads % kv_heads:
             errors.append(f"text.num_attention_heads is {heads}; expected a multiple of num_key_value_heads {kv_heads}")
-        if 2 * sum(text.mrope_section) != text.head_dim:
+        if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_dim:
             errors.append(
-                f"text.mrope_section is {text.mrope_section}; expected a sum of {text.head_dim / 2:g}, half of head_dim"
+                f"text.mrope_section is {text.mrope_section}; expected three numbers with a sum of {text.head_dim / 2:g}, "
+                "half of head_dim"
             )
         if vision.embed_dim % vision.num_heads:
             errors.append(
@@ -184,6 +191,8 @@ class Qwen2VLConfig:
         """
         if isinstance(source, Mapping):
             return _from_dict(cls, source, {})
+        if not isinstance(source, str | Path):
+            raise UserError(f"source is {source!r:.60}; expected a dict, a {CONFIG}, or a folder that contains one")
         path = Path(source)
         path = path / CONFIG if path.is_dir() else path
         if not path.is_file():
@@ -254,17 +263,48 @@ _SAME_NAME_VISION = (
     "in_channels",
 )
 _SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_FLOATS = ("rms_norm_eps", "initializer_range")
 _OPTIONAL_TEXT = ("head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range")
 _REQUIRED_TEXT = tuple(name for name in _SAME_NAME_TEXT if name not in _OPTIONAL_TEXT)
 
 
+def _check_numbers(part: str, config: Any) -> None:
+    """Raises UserError unless the fields of a configuration have the types of its dataclass and values in range."""
+    for field in dataclasses.fields(config):
+        name, value = ".".join(filter(None, (part, field.name))), getattr(config, field.name)
+        smallest = 0 if field.name in (*_SPECIAL_TOKENS, "rms_norm_eps", "initializer_range") else 1
+        if field.type is int and not (_is_integer(value) and smallest <= value <= LARGEST_SIZE):
+            raise UserError(f"{name} is {value!r:.60}; expected an integer from {smallest} to {LARGEST_SIZE}")
+        if field.type is float and not (_is_number(value) and smallest <= value):
+            raise UserError(f"{name} is {value!r:.60}; expected a number from {smallest} to {LARGEST_FLOAT}")
+        if field.type == tuple[int, ...] and not (isinstance(value, tuple) and all(map(_is_integer, value))):
+            raise UserError(f"{name} is {value!r:.60}; expected a tuple of integers")
+
+
+def _read_object(name: str, *values: Any) -> Mapping[str, Any]:
+    """Returns the first value that is not empty, or {}. Raises UserError unless it is a JSON object."""
+    value: Any = next(filter(None, values), {})
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} is {value!r:.60}; expected a JSON object")
+    return value
+
+
+def _read_numbers(source: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the values that are set. Whole floats such as 4.0 become integers; the dataclass checks the types."""
+    values = {name: source[name] for name in names if source.get(name) is not None}
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() and name not in _FLOATS else value
+        for name, value in values.items()
+    }
+
+
 def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
     if hub.get("model_type") != "qwen2_vl":
-        raise UserError(f"model_type is {hub.get('model_type')!r}; expected 'qwen2_vl'")
+        raise UserError(f"model_type is {hub.get('model_type')!r:.60}; expected 'qwen2_vl'")
     # nested since transformers 4.52, at the top level before
-    text = hub.get("text_config") or hub
-    vision = hub.get("vision_config") or {}
-    missing = [name for name in _REQUIRED_TEXT if name not in text]
+    text = _read_object("text_config", hub.get("text_config"), hub)
+    vision = _read_object("vision_config", hub.get("vision_config"))
+    missing = [name for name in _REQUIRED_TEXT if text.get(name) is None]
     if missing:
         raise UserError(f"configuration lacks {missing}; expected them at the top level or in text_config")
     for tower, name, value, expected in (
@@ -273,35 +313,43 @@ def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> An
         ("text", "use_sliding_window", text.get("use_sliding_window") or False, False),
     ):
         if value != expected:
-            raise UserError(f"{tower} {name} is {value!r}; expected {expected!r} (no other value is implemented)")
+            raise UserError(f"{tower} {name} is {value!r:.60}; expected {expected!r} (no other value is implemented)")
 
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    rope_types = {rope.get("rope_type", "default"), rope.get("type", "mrope")}
-    if not rope_types <= {"default", "mrope"} or "mrope_section" not in rope:
+    rope = {**_read_object("rope_scaling", text.get("rope_scaling"))}
+    rope |= _read_object("rope_parameters", text.get("rope_parameters"))
+    rope_types = [rope.get("rope_type", "default"), rope.get("type", "mrope")]
+    if any(name not in ("default", "mrope") for name in rope_types) or not isinstance(rope.get("mrope_section"), list):
         raise UserError(
-            f"rope_scaling / rope_parameters is {rope}; expected type 'mrope' with an mrope_section "
+            f"rope_scaling / rope_parameters is {rope!r:.200}; expected type 'mrope' with an mrope_section "
             "(YaRN and other long-context scalings are not implemented)"
         )
-    text_values = {name: text[name] for name in _SAME_NAME_TEXT if text.get(name) is not None}
-    text_values.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    text_values = _read_numbers(text, _SAME_NAME_TEXT)
+    heads, width = text_values["num_attention_heads"], text_values["hidden_size"]
+    if _is_integer(heads) and heads > 0 and _is_integer(width):
+        text_values.setdefault("head_dim", width // heads)
     text_config = TextConfig(
         **text_values,
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))),
+        rope_theta=_read_theta(rope, text, {"rope_theta": 1_000_000.0}),
         mrope_section=tuple(rope["mrope_section"]),
     )
-    vision_theta = (vision.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+    vision_rope = _read_object("rope_parameters of vision_config", vision.get("rope_parameters"))
     vision_config = VisionConfig(
-        **{name: vision[name] for name in _SAME_NAME_VISION if vision.get(name) is not None},
-        rope_theta=float(vision_theta),
+        **_read_numbers(vision, _SAME_NAME_VISION),
+        rope_theta=_read_theta(vision_rope, {"rope_theta": 10_000.0}),
     )
     return cls(
         text=text_config,
         vision=vision_config,
         tie_word_embeddings=_read_tie(hub, text),
-        **{name: hub[name] for name in _SPECIAL_TOKENS if hub.get(name) is not None},
+        **_read_numbers(hub, _SPECIAL_TOKENS),
         eos_token_ids=read_end_tokens(hub, generation),
         pad_token_id=_read_pad_token(hub, generation),
     )
+
+
+def _read_theta(*sources: Mapping[str, Any]) -> float:
+    theta = _first_value("rope_theta", *sources)
+    return float(theta) if _is_number(theta) else theta  # the dataclass refuses anything else
 
 
 def _read_tie(hub: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
@@ -322,17 +370,17 @@ def read_end_tokens(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> tu
         >>> read_end_tokens({"text_config": {"eos_token_id": 7}}, {})
         (7,)
     """
-    tokens = _first_value("eos_token_id", generation, hub, hub.get("text_config") or {})
+    tokens = _first_value("eos_token_id", generation, hub, _read_object("text_config", hub.get("text_config")))
     listed = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
-    if not all(map(_is_token, listed)):
+    if not all(map(_is_integer, listed)):
         raise UserError(f"eos_token_id is {tokens!r:.60}; expected an integer or a list of integers")
     return tuple(listed)
 
 
 def _read_pad_token(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> int | None:
     """Returns the padding token, from the same places as the end tokens."""
-    token = _first_value("pad_token_id", generation, hub, hub.get("text_config") or {})
-    if token is not None and not _is_token(token):
+    token = _first_value("pad_token_id", generation, hub, _read_object("text_config", hub.get("text_config")))
+    if token is not None and not _is_integer(token):
         raise UserError(f"pad_token_id is {token!r:.60}; expected an integer")
     return token
 
@@ -342,5 +390,9 @@ def _first_value(name: str, *sources: Mapping[str, Any]) -> Any:
     return next((source[name] for source in sources if source.get(name) is not None), None)
 
 
-def _is_token(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and abs(value) < LARGEST_FLOAT

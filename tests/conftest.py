@@ -33,3 +33,10 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    properties = [item for report in reports for item in getattr(report, "user_properties", ())]
+    if inputs := sum(value for name, value in properties if name == "fuzz_inputs"):
+        terminalreporter.write_line(f"fuzzing: {inputs:,} inputs")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.data.packing import join_conversations, pack
@@ -17,9 +16,12 @@ from liger_jax.inputs.batch import Batch, bucket, power_of_two, prepare
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.options import Batching
+from liger_jax.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 SORTED_BATCHES = 50  # number of batches whose sequences are sorted together, as in transformers' group_by_length
+# The smallest value of each number in Batching. All but batch_size, accumulate and seed may also be None.
+SMALLEST = {"batch_size": 1, "accumulate": 1, "length": 1, "patches": 1, "pack_length": 1, "seed": 0, "workers": 0}
 PATCH_SLACK = 1.1  # patches that fit into a packed sequence, relative to its even share of all patches
 
 
@@ -170,6 +172,8 @@ def make_dataset(
         (8, 2048)
     """
     check_batching(batching)
+    if not len(conversations):
+        raise UserError("conversations is empty; expected at least one")
     length, seed = batching.pack_length or batching.length, batching.seed if shuffle else None
     if not (length or batching.patches or batching.group_by_length):
         schedule = BatchSchedule([(i,) for i in range(len(conversations))], batching.batch_size, seed)
@@ -201,13 +205,14 @@ def make_dataset(
 
 def check_batching(batching: Batching) -> None:
     """Raises UserError for a value out of range or contradictory options."""
-    for name in ("batch_size", "accumulate", "length", "patches", "pack_length"):
+    for name, smallest in SMALLEST.items():
         value = getattr(batching, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; expected at least 1")
-    for name in ("seed", "workers"):
-        if (value := getattr(batching, name) or 0) < 0:
-            raise UserError(f"{name} is {value}; expected at least 0")
+        if value is None and name not in ("batch_size", "accumulate", "seed"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise UserError(f"{name} is {value!r:.60}; expected an integer")
+        if value < smallest:
+            raise UserError(f"{name} is {value}; expected at least {smallest}")
     if batching.pack_length and (batching.length or batching.group_by_length):
         raise UserError(
             f"pack_length is {batching.pack_length}, which fixes the length of all sequences; "
@@ -231,7 +236,7 @@ def measure_conversations(
         problems: a message for each of those.
     """
     sizes, problems = np.zeros((len(conversations), 3), np.int64), []
-    for i, conversation in enumerate(tqdm(conversations, "measuring", disable=not progress)):
+    for i, conversation in enumerate(progress_bar(conversations, show=progress, desc="measuring: ")):
         try:
             tokens, patches, frames = processor.measure(conversation)
             for name, count, limit in (("tokens", tokens, max_tokens), ("patches", patches, max_patches)):

@@ -26,7 +26,7 @@ def pack(
         The conversations of each sequence, by index. Each conversation occurs once.
 
     Raises:
-        UserError: a conversation does not fit into a sequence.
+        UserError: a conversation does not fit into a sequence, or there is no room in one.
 
     Source: Johnson 1974, Fast algorithms for bin packing, https://doi.org/10.1016/S0022-0000(74)80026-7
 
@@ -35,6 +35,8 @@ def pack(
         >>> sorted(sorted(row) for row in pack([6, 4, 5, 5, 3], [0, 0, 0, 0, 0], length=10, max_patches=0))
         [[0, 1], [2, 3], [4]]
     """
+    if length < 1 or max_patches < 0:
+        raise UserError(f"length is {length} and max_patches is {max_patches}; expected at least 1 and 0")
     token_counts, patch_counts = np.asarray(tokens, np.int64), np.asarray(patches, np.int64)
     for name, sizes, limit in (("tokens", token_counts, length), ("patches", patch_counts, max_patches)):
         if sizes.max(initial=0) > limit:

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from liger_jax.errors import NotFoundError, UserError, warn_skipped
+from liger_jax.errors import LigerWarning, NotFoundError, UserError, warn_skipped
 from liger_jax.inputs.messages import (
     KINDS,
     LOSS_KEYS,
@@ -115,8 +115,9 @@ def read_conversations(
     total = len(conversations) + len(broken)
     warn_skipped(f"{path}: left out {len(broken)} of {total} records", broken)
     if ignored:
-        listed = ", ".join(f"{name}: {count}" for name, count in ignored.most_common())
-        warnings.warn(f"{path}: ignored unknown keys ({listed})", stacklevel=2)
+        listed = ", ".join(f"{name}: {count}" for name, count in ignored.most_common(20))
+        listed += ", ..." if len(ignored) > 20 else ""
+        warnings.warn(f"{path}: ignored unknown keys ({listed})", LigerWarning, stacklevel=2)
     return conversations
 
 
@@ -139,7 +140,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             unit, records = "record", list(enumerate(json.loads(text), start=1))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # invalid JSON, or brackets nested too deeply
             raise UserError(f"{path} is malformed ({error}); expected a JSON list or JSON lines") from error
     else:
         unit, records = "line", []
@@ -147,11 +148,11 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 try:
                     records.append((number, json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     records.append((number, error))
     for number, record in records:
         name = record.get("id") if isinstance(record, Mapping) else None
-        yield f"{unit} {number}" + ("" if name is None else f" (id {name!r})"), record
+        yield f"{unit} {number}" + ("" if name is None else f" (id {name!r:.60})"), record
 
 
 def _require_answer(conversation: Conversation) -> Conversation:
@@ -182,13 +183,15 @@ def parse_record(
         UserError: the record is broken.
     """
     ignored = Counter() if ignored is None else ignored
-    if isinstance(record, ValueError):
+    if isinstance(record, Exception):
         raise UserError(f"the line is not JSON ({record}); expected a record")
     formats = [key for key in FORMATS if isinstance(record, Mapping) and record.get(key) is not None]
     if len(formats) > 1:  # a table may have an empty column
         formats = [key for key in formats if record[key] != []]
     if len(formats) != 1:
-        problem = f"has the keys {sorted(record)}" if isinstance(record, Mapping) else f"is a {type(record).__name__}"
+        problem = (
+            f"has the keys {sorted(record)!r:.300}" if isinstance(record, Mapping) else f"is a {type(record).__name__}"
+        )
         raise UserError(f"the record {problem}; expected a record with one of {sorted(FORMATS)}")
     (turns_key,) = formats
     turns = record[turns_key]
@@ -232,7 +235,7 @@ def _check_keys(
                     f"the {place} has {key!r} ({value!r:.60}), which is not supported ({meaning}); expected none"
                 )
         _check_media_key(key, place)
-        ignored[f"{key!r} of {place}s"] += 1
+        ignored[f"{key!r:.60} of {place}s"] += 1
 
 
 def _check_media_key(key: str, place: str) -> None:

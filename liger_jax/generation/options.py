@@ -47,8 +47,10 @@ FORMS = {
     "do_sample": ("b", (0,), "True or False"),
     "seed": ("iu", (0, 1), "a 64-bit integer, or one per prompt"),
 }
-REQUIRED = ("max_new_tokens", "min_new_tokens", "num_return_sequences", "temperature", "repetition_penalty")
-REQUIRED += ("do_sample", "seed", "bad_words_ids", "stop_strings")
+REQUIRED = (
+    *("max_new_tokens", "min_new_tokens", "num_return_sequences", "temperature", "repetition_penalty"),
+    *("do_sample", "seed"),
+)
 
 
 def _has_form(value: Any, kinds: str, axes: tuple[int, ...]) -> bool:

@@ -22,6 +22,7 @@ from liger_jax.inputs.positions import (
 )
 
 IGNORE = -100  # label of tokens that the loss ignores
+LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device holds
 
 
 @functools.partial(
@@ -229,12 +230,14 @@ def _vision(
     return Vision(pixel_values, position_ids, segment_ids, token_positions, power_of_two(segment_ids.max(), at_least=4))
 
 
-def _bucket_size(name: str, requested: int | None, needed: int, default: int) -> int:
+def _bucket_size(name: str, requested: Any, needed: int, default: int) -> int:
     if requested is None:
         return default
+    if isinstance(requested, bool) or not isinstance(requested, int | np.integer) or requested > LARGEST_ROW:
+        raise UserError(f"{name} is {requested!r:.60}; expected an integer up to {LARGEST_ROW}")
     if requested < needed:
         raise UserError(f"{name} is {requested}; expected at least {needed}, the size of the longest row in the batch")
-    return requested
+    return int(requested)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -334,13 +337,13 @@ def _grid(name: str, grid, config: Qwen2VLConfig) -> np.ndarray | None:
 
 
 def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: Qwen2VLConfig) -> np.ndarray | None:
-    if pixels is None or np.size(pixels) == 0:
+    pixels = None if pixels is None else _array(name, pixels)
+    if pixels is None or pixels.size == 0:
         if grid is not None:
             raise UserError(f"{grid_name} is given without {name}; expected both or neither")
         return None
     if grid is None:
         raise UserError(f"{name} is given without {grid_name}; expected both or neither")
-    pixels = np.asarray(pixels)
     if not (np.issubdtype(pixels.dtype, np.floating) or pixels.dtype.name == "bfloat16"):
         raise UserError(f"{name} has dtype {pixels.dtype}; expected normalized floats, as the processor makes them")
     expected = (int(grid.prod(axis=1).sum()), config.vision.patch_values)
@@ -348,7 +351,13 @@ def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: 
         raise UserError(
             f"{name} has shape {list(pixels.shape)}; expected {list(expected)}, with all patches of {grid_name} on axis 0"
         )
-    return pixels.astype(np.float32, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):
+        pixels = pixels.astype(np.float32, copy=False)
+        suspicious = not np.isfinite(pixels.sum())  # the sum alone is quick, but can overflow
+    if suspicious and not np.isfinite(pixels).all():
+        patch, value = np.argwhere(~np.isfinite(pixels))[0]
+        raise UserError(f"{name}[{patch}, {value}] is {pixels[patch, value]}; expected finite numbers")
+    return pixels
 
 
 def _check_token_types(config: Qwen2VLConfig, input_ids, segment_ids, types) -> None:

@@ -102,6 +102,8 @@ def as_conversations(messages: Any) -> list[Conversation]:
         for message in conversation:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise UserError(f'message is {message!r:.100}; expected {{"role": ..., "content": ...}}')
+            if not isinstance(message["role"], str):
+                raise UserError(f"role is {message['role']!r:.60}; expected a text such as 'user'")
     return conversations
 
 

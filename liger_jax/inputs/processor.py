@@ -14,7 +14,15 @@ from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import CONFIG, local_folder, make_folder, read_json_object, write_json
 from liger_jax.inputs.batch import IGNORE
 from liger_jax.inputs.images import VisionSettings
-from liger_jax.inputs.messages import KINDS, Conversation, MediaReader, Message, as_conversations, is_trained
+from liger_jax.inputs.messages import (
+    KINDS,
+    Conversation,
+    MediaReader,
+    Message,
+    as_conversations,
+    check_text,
+    is_trained,
+)
 
 # transformers' size limits for video frames, used if the checkpoint has none
 VIDEO_DEFAULTS: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
@@ -98,10 +106,11 @@ class Processor:
         tokenizer_class = getattr(transformers, name if name in TOKENIZERS else "AutoTokenizer")
         try:
             tokenizer = tokenizer_class.from_pretrained(folder)
+            tokenizer("Hello")  # fails for settings of the wrong type
         except Exception as error:  # tokenizers raises bare Exceptions for damaged files, transformers many other kinds
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{folder}: the tokenizer cannot be loaded ({reason}); expected Qwen2-VL's tokenizer files"
+                f"{folder}: the tokenizer cannot be loaded ({reason:.300}); expected Qwen2-VL's tokenizer files"
             ) from error
         template = nested.get("chat_template") or _read_optional(folder / "chat_template.json").get("chat_template")
         if template is not None:  # the tokenizer itself prefers chat_template.jinja to tokenizer_config.json
@@ -244,13 +253,15 @@ class Processor:
 
     def _render(self, conversation: Conversation, options: dict[str, bool]) -> str:
         try:
-            return self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
         except Exception as error:  # of the template: jinja2's, or TypeError, ... if it does not support such messages
             reason = str(error).split("\n")[0]
             raise UserError(
-                f"{self._origin}the chat template refuses the conversation ({reason}); expected one that it supports, or "
-                "another template"
+                f"{self._origin}the chat template refuses the conversation ({reason:.300}); expected one that it supports, "
+                "or another template"
             ) from error
+        check_text(text)
+        return text
 
     def _tokenize(
         self, conversations: Sequence[Conversation], labels: bool, options: dict[str, bool]

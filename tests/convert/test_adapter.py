@@ -224,6 +224,8 @@ def test_one_error_lists_all_mismatches(folder):
         {"r": 0},
         {"target_modules": "("},
         {"target_modules": ["lm_head"]},
+        {"target_modules": 5},
+        {"exclude_modules": [None]},
     ],
 )
 def test_unsupported_options_are_refused(folder, option):

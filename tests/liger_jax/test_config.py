@@ -182,6 +182,38 @@ def test_unsupported_configurations_are_refused(values, message):
         Qwen2VLConfig.from_hf(hub_config(**values))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_config": 319}, "text_config is 319; expected a JSON object"),
+        ({"vision_config": 4}, "vision_config is 4; expected a JSON object"),
+        ({"rope_scaling": ["mrope"]}, r"rope_scaling is \['mrope'\]; expected a JSON object"),
+        ({"rope_scaling__type": ["mrope"]}, "rope_scaling / rope_parameters is"),
+        ({"rope_scaling__mrope_section": [None, 24, 24]}, r"text.mrope_section is \(None, 24, 24\); expected a tuple"),
+        ({"rope_scaling__mrope_section": [64]}, "expected three numbers with a sum of 64"),
+        ({"rope_scaling__rope_theta": []}, r"text.rope_theta is \[\]; expected a number"),
+        ({"vision_config__rope_parameters": 3}, "rope_parameters of vision_config is 3; expected a JSON object"),
+        ({"num_key_value_heads": []}, r"text.num_key_value_heads is \[\]; expected an integer"),
+        ({"num_key_value_heads": 0}, "text.num_key_value_heads is 0; expected an integer from 1"),
+        ({"intermediate_size": "default"}, "text.intermediate_size is 'default'; expected an integer"),
+        ({"num_hidden_layers": 2**31}, "text.num_hidden_layers is 2147483648; expected an integer"),
+        ({"vision_config__depth": True}, "vision.depth is True; expected an integer"),
+        ({"vision_config__mlp_ratio": "4"}, "vision.mlp_ratio is '4'; expected an integer"),
+        ({"rms_norm_eps": float("nan")}, "text.rms_norm_eps is nan; expected a number"),
+        ({"image_token_id": {}}, "image_token_id is {}; expected an integer from 0"),
+    ],
+)
+def test_values_of_the_wrong_type_ended_in_a_type_error(values, message):
+    """Found by fuzzing: each was an AttributeError, TypeError or ZeroDivisionError, or was accepted."""
+    with pytest.raises(UserError, match=message):
+        Qwen2VLConfig.from_hf(hub_config(**values))
+
+
+def test_whole_floats_are_integers():
+    config = Qwen2VLConfig.from_hf(hub_config(hidden_size=1536.0, vision_config__mlp_ratio=4.0))
+    assert (repr(config.text.hidden_size), repr(config.vision.mlp_ratio)) == ("1536", "4")
+
+
 def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Qwen2VLConfig.from_hf(tmp_path)

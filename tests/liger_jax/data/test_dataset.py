@@ -239,6 +239,11 @@ def test_invalid_options(processor, config, data):
     for name in ("seed", "workers"):
         with pytest.raises(UserError, match=f"{name} is -1; expected at least 0"):
             make_dataset(processor, config, data, Batching(**{name: -1}))
+    for name, value in (("batch_size", None), ("seed", [1]), ("patches", {}), ("length", 64.0)):
+        with pytest.raises(UserError, match=f"{name} is .*; expected an integer"):
+            make_dataset(processor, config, data, Batching(**{name: value}))
+    with pytest.raises(UserError, match="conversations is empty; expected at least one"):
+        make_dataset(processor, config, [], Batching())
     for other in ({"group_by_length": True}, {"length": 64}):
         with pytest.raises(UserError, match="pack_length is 64, which fixes the length of all sequences"):
             make_dataset(processor, config, data, Batching(pack_length=64, **other))

@@ -51,6 +51,8 @@ def test_too_large_conversation_is_named():
     with pytest.raises(UserError, match="conversation 0 has 8 patches; expected at most the 4 of a sequence"):
         pack([3, 4], [8, 0], length=10, max_patches=4)
     assert pack([], [], length=10, max_patches=4) == []
+    with pytest.raises(UserError, match="length is 0 and max_patches is 0; expected at least 1 and 0"):
+        pack([0], [0], length=0, max_patches=0)  # divided by zero
 
 
 def test_packed_batch_trains_like_a_padded_one():

@@ -343,6 +343,20 @@ def test_unknown_keys_are_reported_once_with_counts(folder):
     assert len(caught) == 1
 
 
+def test_deep_nesting_was_a_recursion_error(folder):
+    """Found by fuzzing, as were messages that repeated an id or a key of any length."""
+    (folder / "list.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"list\.json is malformed \(maximum recursion depth"):
+        read_conversations(folder / "list.json")
+    (folder / "lines.jsonl").write_text('{"a":' * 100_000)
+    with pytest.raises(UserError, match=r"lines\.jsonl, line 1: the line is not JSON"):
+        read_conversations(folder / "lines.jsonl")
+    for record in ({"id": "x" * 5000}, {"x" * 5000: 1}):
+        with pytest.raises(UserError, match="expected a record with one of") as raised:
+            read_conversations(write(folder, record))
+        assert len(str(raised.value)) < 700
+
+
 def test_media_folder(folder, tmp_path_factory):
     """Relative paths refer to `media`, or by default to the folder of the file."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")

@@ -97,6 +97,18 @@ def test_sampling_filters_are_ignored_without_do_sample(tmp_path):
         ({"bad_words_ids": [5]}, "expected a list of token sequences"),
         ({"seed": 1.5}, r"seed is 1\.5"),
         ({"seed": 2**70}, "expected a 64-bit integer"),
+        ({"max_new_tokens": True}, "max_new_tokens is True; expected an integer"),
+        ({"temperature": "0.7"}, "temperature is '0.7'; expected a number"),
+        ({"temperature": 1e-300}, "temperature is 1e-300; expected 1e-30 to 1e30"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf; expected 1e-30 to 1e30"),
+        ({"top_k": []}, r"top_k is \[\]; expected an integer, or None"),
+        ({"top_p": {}}, r"top_p is {}; expected a number, or None"),
+        ({"eos_token_id": [5, None]}, r"eos_token_id is \[5, None\]; expected an integer, or a list"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'; expected True or False"),
+        ({"bad_words_ids": 148}, "bad_words_ids is 148; expected a list of token sequences"),
+        ({"bad_words_ids": [[1], [2, []]]}, "expected a list of token sequences"),
+        ({"bad_words_ids": [[]]}, "expected sequences of at least one token"),
+        ({"stop_strings": [[]]}, r"stop_strings is \[\[\]\]; expected strings"),
     ],
 )
 def test_invalid_values(options, message):

@@ -353,6 +353,20 @@ BAD = {
     "unknown rule": (TEXT | {"video_positions": "paper"}, r"video_positions is 'paper'"),
     "length too small": (TEXT | {"length": 2}, r"length is 2.* 3"),
     "patches too few": (one_image(1, 4, 4) | {"patches": 12}, r"patches is 12.* 16"),
+    "length of another type": (TEXT | {"length": "64"}, r"length is '64'; expected an integer up to 16777216"),
+    "patches beyond any device": (
+        one_image(1, 4, 4) | {"patches": 2**31},
+        r"patches is 2147483648; expected an integer",
+    ),
+    "ragged pixels": (one_image(1, 4, 4) | {"pixel_values": [[1], [1, 2]]}, r"pixel_values is not rectangular"),
+    "NaN pixels": (
+        one_image(1, 4, 4) | {"pixel_values": np.full((16, 1176), np.nan, np.float32)},
+        r"pixel_values\[0, 0\] is nan; expected finite numbers",
+    ),
+    "pixels beyond float32": (
+        one_image(1, 4, 4) | {"pixel_values": np.full((16, 1176), 1e300)},
+        r"pixel_values\[0, 0\] is inf; expected finite numbers",
+    ),
     "patches of half a token": (one_image(1, 4, 4) | {"patches": 18}, r"patches is 18.*multiple of 4"),
 }
 

@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -615,6 +616,23 @@ def test_odd_settings_were_ignored_or_ended_in_an_attribute_error(settings):
         np.testing.assert_array_equal(pixel_values, expected["pixel_values"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_std": [0.5, -0.5, 0.5]}, "image_std is .*; expected three numbers from 1e-06"),
+        ({"image_std": 1e-300}, "image_std is 1e-300; expected three numbers from 1e-06"),
+        ({"image_mean": 1e300}, "image_mean is 1e.300; expected three numbers from -1e.06 to 1e.06"),
+        ({"patch_size": 1e300}, "patch_size is 1000.*; expected at most 1024"),
+        ({"temporal_patch_size": 65535}, "temporal_patch_size is 65535; expected at most 1024"),
+        ({"rescale_factor": 10**400}, "rescale_factor is 1000"),
+    ],
+)
+def test_settings_that_gave_infinite_pixels_or_no_memory(settings, message):
+    """Found by fuzzing."""
+    with pytest.raises(UserError, match=message):
+        VisionSettings.from_hf(settings)
+
+
 PLACES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 
 
@@ -690,6 +708,23 @@ def test_error_names_a_missing_file(processor):
         processor([user({"type": "image", "image": "nowhere.png"})])
 
 
+def encode(image, format):
+    file = io.BytesIO()
+    image.save(file, format)
+    return file.getvalue()
+
+
+def damaged(content, found, replacement):
+    """Returns a file with other bytes, and for a chunk of a PNG also the checksum of its new name."""
+    place = content.index(found)
+    content = content[:place] + replacement + content[place + len(found) :]
+    if replacement.isalpha():
+        end = place + 4 + int.from_bytes(content[place - 4 : place])
+        content = content[:end] + zlib.crc32(content[place:end]).to_bytes(4) + content[end + 4 :]
+    return content
+
+
+PNG, DDS = encode(Image.new("P", (4, 4)), "PNG"), encode(Image.new("RGB", (4, 4)), "DDS")
 BAD_IMAGES = {
     "no pixels": (np.zeros((0, 5, 3), np.uint8), r"\[0, 5, 3\]; expected at least one pixel"),
     "no pixels, PIL": (Image.new("RGB", (0, 4)), r"at least one pixel"),
@@ -707,6 +742,9 @@ BAD_IMAGES = {
     "bad bytes": (b"abc", r"\(3 bytes\) cannot be decoded"),
     "raw base64": ("iVBORw0KGgo" * 1000, "not an existing file"),
     "number": (3, "of type int; expected a PIL image"),
+    # found by fuzzing: Pillow raised an AssertionError and a NotImplementedError
+    "palette missing": (damaged(PNG, b"PLTE", b"pLTE"), r"bytes\) cannot be decoded \(AssertionError\)"),
+    "unknown DDS": (damaged(DDS, DDS[80:84], b"\0\x20\0\0"), r"cannot be decoded \(Unknown pixel format flags 8192\)"),
 }
 
 
@@ -776,6 +814,13 @@ BAD_CALLS = {
     ),
     "zero limit": ([user(image_part())], {"max_pixels": 0}, "max_pixels is 0; expected a positive integer"),
     "fractional limit": ([user(image_part())], {"min_pixels": 0.5}, "min_pixels is 0.5; expected a positive integer"),
+    "huge limit": (
+        [user(image_part())],
+        {"min_pixels": 2**40},
+        "min_pixels is 1099511627776; expected at most 1000000000",
+    ),
+    "role": ([{"role": 5, "content": "x"}], {}, "role is 5; expected a text such as 'user'"),
+    "half a surrogate pair in a role": ([{"role": "\ud800", "content": "x"}], {}, "half of a surrogate pair"),
     "padding": ([user(text("x"))], {"padding": "both"}, "padding is 'both'; expected 'left' or 'right'"),
     "empty": ([], {}, "expected a list of messages"),
     "string": ("Hi", {}, "expected a list of messages"),
