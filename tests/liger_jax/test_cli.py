@@ -2,22 +2,26 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import liger_jax.cli as cli
-from liger_jax import Chat, Processor, Qwen2VL, Qwen2VLConfig
+from liger_jax import Chat, Processor, Qwen2VL, Qwen2VLConfig, runtime
 from liger_jax.checkpoint import load_model, save_model
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
-from liger_jax.errors import UserError
+from liger_jax.errors import LigerWarning, UserError
 from liger_jax.generation.options import GenerationOptions
+from tests._support.quiet import assert_quiet
 
 ROOT = Path(__file__).parents[2]
 CALL = "import sys; from liger_jax.cli import main; sys.argv[0] = 'liger-jax'; main()"
@@ -27,7 +31,8 @@ def run_process(code, *arguments, **environment):
     """Runs Python code in a new process."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}  # set by cli.main
     environment = own | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def call(monkeypatch, *arguments):
@@ -51,21 +56,61 @@ def test_running_the_package_as_a_module_did_nothing(module):
     assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
 
 
-def test_commands_do_not_print_that_pytorch_was_not_found():
+# ---- what commands print ---------------------------------------------------------------------------------------------
+
+
+def test_commands_printed_warnings_of_other_packages(checkpoint, tmp_path):
+    """A command without torch, in a process of its own, prints lines of its progress on stderr and nothing else."""
     hide_torch = (
         "import importlib.util as util; find = util.find_spec; "
-        "util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)"
+        "util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
     )
-    quiet = run_process(f"{hide_torch}; from liger_jax import cli; cli.main(['env']); import transformers")
-    assert quiet.returncode == 0, quiet.stderr
-    assert "PyTorch" not in quiet.stderr
-    assert "PyTorch was not found" in run_process(f"{hide_torch}; import transformers").stderr
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "What?"}]}))
+    files = ("--data", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    quiet = run_process(hide_torch + CALL, "generate", checkpoint / "orbax", *files, "--max-new-tokens", "1")
+    assert quiet.returncode == 0 and "1 answers in" in quiet.stdout, quiet.stderr
+    assert_quiet(quiet.stderr)
+    assert "PyTorch was not found" in run_process(hide_torch + "import transformers").stderr
+
+
+def test_warnings_are_one_line_without_source(monkeypatch, capsys):
+    """Only this project's warnings are printed, and the filters and log levels of the process are left as they were."""
+
+    def warn():
+        warnings.warn("data.json:\n  left out 1 of 2", LigerWarning, stacklevel=1)
+        warnings.warn("of another package", FutureWarning, stacklevel=1)
+        logging.getLogger("absl").warning("of another package")
+        return "cpu"
+
+    monkeypatch.setattr("jax.default_backend", warn)
+    filters, level = list(warnings.filters), logging.root.manager.disable
+    call(monkeypatch, "env")
+    assert_quiet(capsys.readouterr().err, "warning: data.json: left out 1 of 2")
+    assert (list(warnings.filters), logging.root.manager.disable) == (filters, level)
+
+
+def test_unused_gpu_is_reported(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    config = types.SimpleNamespace(jax_platforms=None)
+    monkeypatch.setattr("jax.config", config)
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    with pytest.warns(LigerWarning, match="JAX runs on the CPU, although this machine has an NVIDIA GPU"):
+        runtime.warn_if_gpu_is_unused()
+    config.jax_platforms = "cpu"
+    runtime.warn_if_gpu_is_unused()
+
+
+def test_ctrl_c_ends_a_command_with_one_line_and_status_130(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_error:
+        failing_env(monkeypatch, KeyboardInterrupt())
+    assert exit_error.value.code == 130
+    assert capsys.readouterr().err == "liger-jax: interrupted\n"
 
 
 FINETUNE_FLAGS = """
     output held-out eval-generate max-new-tokens media skip-broken steps batch-size learning-rate vision-learning-rate
     merger-learning-rate freeze lora lora-alpha lora-targets weight-decay warmup dtype master-weights stochastic-rounding
-    pack group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor seed
+    pack group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor seed max-skipped-updates
 """
 
 
@@ -110,9 +155,10 @@ def test_help_imports_no_heavy_package():
 
 def test_env_shows_versions_and_devices(monkeypatch, capsys):
     call(monkeypatch, "env")
-    output = capsys.readouterr().out
+    output = capsys.readouterr()
     for line in ("python ", "jax ", "flax ", "platform ", "device 0 "):
-        assert line in output
+        assert line in output.out
+    assert_quiet(output.err)
 
 
 def test_convert_to_hugging_face_and_back(monkeypatch, capsys, tmp_path):
@@ -122,7 +168,9 @@ def test_convert_to_hugging_face_and_back(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "hf" / "config.json").is_file()
     call(monkeypatch, "convert", tmp_path / "hf", tmp_path / "back", "--dtype", "float32")
     assert load_model(tmp_path / "back").config == config
-    assert "->" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "->" in printed.out
+    assert_quiet(printed.err)
 
 
 # ---- generate and chat -----------------------------------------------------------------------------------------------
@@ -153,7 +201,9 @@ def test_generate_answers_a_question(checkpoint, monkeypatch, capsys):
     image = checkpoint / "dog.png"
     call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", "--images", image, image)
     greedy = expected(checkpoint, "What is this?", [image, image])
-    assert capsys.readouterr().out == greedy + "\n"
+    printed = capsys.readouterr()
+    assert printed.out == greedy + "\n"
+    assert_quiet(printed.err)
     flags = ("--temperature", "2", "--seed", "4", "--max-new-tokens", "7", "--stop", "never", "--max-pixels", "784")
     call(monkeypatch, "generate", checkpoint / "orbax", "What is this?", *flags)
     sampled = {"temperature": 2.0, "seed": 4, "max_new_tokens": 7, "top_k": None}
@@ -170,7 +220,9 @@ def test_generate_answers_a_file(checkpoint, monkeypatch, capsys, tmp_path):
     answer = expected(checkpoint, "What is this?", [checkpoint / "dog.png"])
     line = json.loads((tmp_path / "out.jsonl").read_text())
     assert line == {"record": 1, "content": line["content"], "answer": answer}
-    assert "1 answers in" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1 answers in" in printed.out and "100% 1/1 [" in printed.err
+    assert_quiet(printed.err)
 
 
 def test_chat(checkpoint, monkeypatch, capsys):
@@ -187,7 +239,8 @@ def test_chat(checkpoint, monkeypatch, capsys):
 
         monkeypatch.setattr("builtins.input", type_next)
         call(monkeypatch, "chat", checkpoint / "orbax")
-        output = capsys.readouterr().out
+        output, errors = capsys.readouterr()
+        assert_quiet(errors)
         assert output.startswith(expected(checkpoint, "What is this?", [image]) + "\n! ")
         assert "missing.png" in output and "expected a question, /image PATH, /reset or /quit" in output
         assert output.rstrip("\n").endswith("\n" + expected(checkpoint, "Hello"))
