@@ -467,6 +467,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
     """
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         stack.callback(logging.disable, logging.root.manager.disable)
+        stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
         runtime.silence_packages()
         try:
             app.cli(
@@ -480,7 +481,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
             sys.exit(INTERRUPTED)
         except Exception as error:
             if can_user_fix(error):
-                message = " ".join([str(error), *getattr(error, "__notes__", ())])
+                notes = () if isinstance(error, UserError) else getattr(error, "__notes__", ())  # what a run saved
+                message = " ".join([str(error), *notes])
                 sys.exit(f"liger-jax: {' '.join(message.split())}")
             error.add_note(BUG_HINT)  # printed after the traceback
             raise

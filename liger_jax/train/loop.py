@@ -160,11 +160,12 @@ def _check_skipped(
         conversations = sorted(find_conversations(int(line["step"]))) if find_conversations else []
         listed = ", ".join(map(str, conversations[:MAX_LISTED])) + (", ..." if len(conversations) > MAX_LISTED else "")
         descriptions.append(_describe(line) + (f" (conversations {listed})" if listed else ""))
-    good = saver.last_good_checkpoint()
+    good, checkpoint = saver.last_good_checkpoint(), "There is no earlier checkpoint"
+    if good is not None:
+        checkpoint = f"The last good checkpoint is step {good}; to resume from it, remove the later ones"
     raise UserError(
         f"{'; '.join(descriptions)}; expected finite numbers. These {len(steps.skipped)} updates in a row were left out "
-        f"(max_skipped_updates is {steps.max_skipped_updates}). "
-        + ("There is no earlier checkpoint" if good is None else f"The last good checkpoint is step {good}")
+        f"(max_skipped_updates is {steps.max_skipped_updates}). {checkpoint}"
     )
 
 

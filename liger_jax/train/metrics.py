@@ -136,11 +136,15 @@ class RunLog:
         return self.clock - previous
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line to the file and a point to each curve. JSON has no NaN and no infinity: the file has null for them."""
-        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        print(json.dumps({"step": step} | line, allow_nan=False), file=self.file, flush=True)
+        """Adds a line to the file and a point to each curve.
+
+        NaN and infinity, which JSON cannot represent, are null in the file and gaps in the curves.
+        """
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step} | dict.fromkeys(values) | finite
+        print(json.dumps(line, allow_nan=False), file=self.file, flush=True)
         if self.writer:
-            for name, value in values.items():
+            for name, value in finite.items():
                 self.writer.add_scalar(name, value, step)
 
     def write_step(self, step: int, values: dict[str, float]) -> None:

@@ -265,7 +265,7 @@ def train_step(
         grads, metrics = gradients(state.model, batch, None, execution=execution)
     else:
         grads, metrics = _accumulated_gradients(state.model, batch, accumulate, execution=execution)
-    norm = optax.tree.norm(_used_gradients(state, grads))
+    norm = optax.tree.norm(used_gradients(state, grads))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     optimizer = optax.with_extra_args_support(state.optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model, finite=finite)
@@ -276,7 +276,7 @@ def train_step(
     return state, metrics | stats
 
 
-def _used_gradients(state: TrainState, grads: Qwen2VL) -> list[jax.Array]:
+def used_gradients(state: TrainState, grads: Qwen2VL) -> list[jax.Array]:
     """Returns the gradients that the optimizer reads. Those of frozen parts need not be computed."""
     update = jax.make_jaxpr(state.optimizer.update)(grads, state.opt_state, state.model).jaxpr
     used = {id(variable) for equation in update.eqns for variable in equation.invars} | set(map(id, update.outvars))

@@ -254,6 +254,24 @@ def test_other_errors_are_not_taken_for_damage(tmp_path, state):
     assert (tmp_path / "12").is_dir()
 
 
+def test_nan_and_infinity_are_not_saved(tmp_path, state):
+    """Neither in weights nor in the optimizer's arrays; nothing is written. A scalar of an optimizer may be infinite."""
+    broken = jax.tree.map(lambda leaf: leaf, state.model)
+    broken.lm_head.weight.set_value(broken.lm_head.weight.at[3, 5].set(jnp.nan))
+    with pytest.raises(UserError, match=r"model: lm_head/weight holds NaN or infinity; expected finite numbers"):
+        save_model(broken, tmp_path / "model")
+    with pytest.raises(UserError, match=r"12: model/lm_head/weight holds NaN or infinity"):
+        save_state(tmp_path / "run", dataclasses.replace(state, model=broken))
+    moments = jax.tree.map(lambda leaf: leaf.at[..., -1].set(jnp.inf) if leaf.ndim else leaf, state.opt_state)
+    with pytest.raises(UserError, match=r"12: opt_state/.*/mu/.* holds NaN or infinity"):
+        save_state(tmp_path / "run", dataclasses.replace(state, opt_state=moments))
+    assert not (tmp_path / "model").exists() and not (tmp_path / "run/12").exists()
+    save_model(broken, tmp_path / "model", allow_non_finite=True)
+    assert_same(load_model(tmp_path / "model", allow_non_finite=True), broken)
+    unbounded = dataclasses.replace(state, opt_state=(state.opt_state, jnp.float32(jnp.inf)))
+    assert save_state(tmp_path / "run", unbounded) == 12
+
+
 def test_step_with_nan_is_not_restored(tmp_path, state):
     """A run resumes from the step before; the weights can be restored if that is asked for."""
     broken = dataclasses.replace(state, model=jax.tree.map(lambda leaf: leaf.at[...].set(jnp.nan), state.model))

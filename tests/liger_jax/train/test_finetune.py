@@ -25,7 +25,7 @@ import liger_jax.train.finetune as finetune_module
 from convert import from_hf, load_adapter
 from convert.load import convert_checkpoint
 from liger_jax import Processor, Qwen2VL, loss_fn, make_train_step, prepare
-from liger_jax.checkpoint import load_model, save_model
+from liger_jax.checkpoint import load_model, restore_state, save_model
 from liger_jax.data.dataset import make_dataset
 from liger_jax.data.loader import load_batches
 from liger_jax.demo.data import conversations, load_digits
@@ -277,6 +277,72 @@ def test_sigterm_saves_and_stops(config, processor, data, tmp_path, monkeypatch)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}], ids=["one device", "mesh"])
+def test_bfloat16_run_resumes_bit_for_bit(config, processor, data, tmp_path, monkeypatch, sizes):
+    """Killed between two checkpoints, with stochastic rounding: all arrays and metrics equal an uninterrupted run's."""
+
+    def train(output):
+        model = Qwen2VL.init(config, dtype="bfloat16", mesh=make_mesh(**sizes) if sizes else None)
+        return run(config, processor, data, output, model=model, steps=4, save_every=2)
+
+    def die(make, steps, workers):
+        for step in steps:
+            if step == 3:
+                raise SystemExit  # not an error: nothing is saved
+            yield make(step)
+
+    expected = train(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(finetune_module, "load_batches", die)
+        train(tmp_path / "parts")
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir() if p.name.isdigit()) == ["2"]
+    resumed = train(tmp_path / "parts")
+    moments = [name for name, leaf in param_paths(resumed.opt_state).items() if leaf.dtype == jnp.bfloat16]
+    assert len(moments) > 2 * len(jax.tree.leaves(resumed.model))  # both moments and the sample
+    for (path, array), other in zip(param_paths(resumed).items(), param_paths(expected).values(), strict=True):
+        assert array.dtype == other.dtype and np.asarray(array).tobytes() == np.asarray(other).tobytes(), path
+    for name in ("loss", "accuracy", "grad_norm", "learning_rate", "num_tokens", "changed_weights", "skipped_update"):
+        parts, whole = ([line[name] for line in logged(tmp_path / run)] for run in ("parts", "whole"))
+        assert len(whole) == 4 and parts == whole, name
+
+
+def test_damaged_image_loses_no_step(config, processor, data, tmp_path, uninterrupted):
+    """Regression: the steps since the last checkpoint were lost. When it is repaired, the run resumes and matches."""
+    order = [make_dataset(processor, config, data, Batching(batch_size=2)).schedule.batch(i) for i in range(3)]
+    (index,) = order[2][0]
+    image = next(part["image"] for part in data[index][-2]["content"] if part["type"] == "image")
+    image.save(tmp_path / "image.png")
+    whole = (tmp_path / "image.png").read_bytes()
+    content = [
+        part | {"image": str(tmp_path / "image.png")} if part.get("image") is image else part
+        for part in data[index][-2]["content"]
+    ]
+    changed = list(data)
+    changed[index] = [*data[index][:-2], data[index][-2] | {"content": content}, data[index][-1]]
+    (tmp_path / "image.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        UserError, match=rf"conversation {index}: .*image\.png.* Step 2 is saved in .*; repeat the command"
+    ):
+        run(config, processor, changed, tmp_path / "run", steps=6)
+    assert (tmp_path / "run/2").is_dir() and losses(tmp_path / "run") == losses(uninterrupted[0])[:2]
+    (tmp_path / "image.png").write_bytes(whole)
+    assert_equal(run(config, processor, changed, tmp_path / "run", steps=6), uninterrupted[1])
+
+
+@pytest.mark.filterwarnings("ignore:Step")
+def test_diverging_run_keeps_its_last_good_checkpoint(config, processor, data, tmp_path):
+    """Regression: it trained on with NaN, saved it, and removed good checkpoints. The message names the conversations."""
+    good = run(config, processor, data, tmp_path, steps=4, save_every=2, optimizer=Optimization(learning_rate=1e-3))
+    with pytest.raises(
+        UserError, match=r"3 updates in a row.*last good checkpoint is step 4;.*Step 8 is saved"
+    ) as error:
+        options = Optimization(learning_rate=1e20, max_skipped_updates=2)
+        run(config, processor, data, tmp_path, steps=12, save_every=2, max_to_keep=1, optimizer=options)
+    dataset = make_dataset(processor, config, data, Batching(batch_size=2))
+    assert f"(conversations {', '.join(map(str, sorted(i for (i,) in dataset.schedule.batch(6))))})" in str(error.value)
+    assert_equal(restore_state(tmp_path, good, step=4), good)
+
+
 def test_workers_make_the_same_batches(config, processor, data):
     """In a thread or in processes, starting at any step. Their errors reach the caller."""
     dataset = make_dataset(processor, config, data, Batching(batch_size=2))
@@ -511,3 +577,26 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     merged = param_paths(from_hf(tmp_path / "merged", dtype="float32"))
     changed = {path for path in before if (before[path] != merged[path]).any()}
     assert changed == {f"{TARGETS[name]}/kernel" for name in ("v_proj", "fc2")}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_status_of_a_run_that_a_signal_ends(config, processor, tmp_path, monkeypatch, number, status):
+    """128 plus the number of the signal, as shells and supervisors expect: an unfinished run is not a success."""
+    from liger_jax.cli import main
+
+    save_model(Qwen2VL.init(config, dtype="float32"), tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": turns}]))
+
+    def fit(state, *_, **options):
+        os.kill(os.getpid(), number)
+        assert options["stop_requested"]()
+        return state
+
+    monkeypatch.setattr(finetune_module, "fit", fit)
+    with pytest.raises(SystemExit) as error:
+        main(
+            ["finetune", *(str(tmp_path / name) for name in ("model", "data.json")), "--output", str(tmp_path / "out")]
+        )
+    assert error.value.code == status

@@ -50,6 +50,14 @@ def test_step_rates():
     assert not {"model_flops_utilisation", "peak_memory_gib"} & step_rates(work, 30, 0.5, [unknown]).keys()
 
 
+def test_log_is_json_even_without_finite_numbers(tmp_path):
+    """NaN and infinity are null: JSON has neither, and other readers reject them."""
+    file = tmp_path / "metrics.jsonl"
+    with RunLog(file, begin=0, steps=1, tensorboard=tmp_path / "curves", progress=False) as log:
+        log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "accuracy": 0.5})
+    assert file.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "accuracy": 0.5}\n'
+
+
 def test_resumed_log_drops_later_steps(tmp_path):
     """Lines of later steps and an incomplete last line are removed; malformed lines are rejected."""
     file = tmp_path / "metrics.jsonl"

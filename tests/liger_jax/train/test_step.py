@@ -9,12 +9,16 @@ import numpy as np
 import optax
 import pytest
 
+import liger_jax.train.step as step_module
 from convert import to_hf_state
 from liger_jax import TrainState, loss_fn, make_train_step
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
+from liger_jax.model.params import param_paths
+from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import LayerExecution
-from liger_jax.train.step import AUTO_REMAT, gradients, next_token_labels
+from liger_jax.train.optimizer import make_optimizer
+from liger_jax.train.step import AUTO_REMAT, gradients, next_token_labels, train_step, used_gradients
 from tests._support import parity
 
 SCENARIO = "batch_left"
@@ -148,6 +152,136 @@ def test_next_token_labels():
     inside = np.setdiff1d(np.flatnonzero(packed.segment_ids[0]), last)
     np.testing.assert_array_equal(targets[0, inside], packed.input_ids[0, inside + 1])
     assert (targets[0, packed.segment_ids[0] == 0] == IGNORE).all()
+
+
+def poisoned_batch():
+    """Returns a batch of the usual shape with an infinite pixel in its first image."""
+    vision = batch().vision
+    pixels = np.array(vision.pixel_values)
+    pixels[0, 0, 0] = np.inf
+    return batch(vision=dataclasses.replace(vision, pixel_values=pixels))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_step_that_is_not_finite_changes_nothing(options):
+    """Regression: NaN reached weights and optimizer. Only the step advances; the next update is as if it had not been."""
+    step = shared_train_step(**options)
+    state, _ = step(fresh_state(), batch())
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, poisoned_batch())
+    assert not np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and metrics["skipped_update"] == 1
+    assert int(state.step) == 2
+    assert_same_bits((state.model, state.opt_state), (before.model, before.opt_state))
+    expected, expected_metrics = step(jax.tree.map(jnp.asarray, before), batch())
+    state, metrics = step(state, batch())
+    assert_same_bits((state.model, state.opt_state, metrics), (expected.model, expected.opt_state, expected_metrics))
+    assert metrics["skipped_update"] == 0 and metrics["grad_norm"] > 0
+
+
+def assert_same_bits(actual, expected):
+    for (path, a), b in zip(param_paths(actual).items(), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+PARTS = {
+    "language_model": {"layers": {"self_attn": {"q_proj": {"kernel": (2, 32, 4, 16)}}}},
+    "visual": {"patch_embed": {"kernel": (24, 8)}},
+}
+OPTIMIZERS = {
+    "default": (make_optimizer(1e-3, weight_decay=0.1), "bfloat16"),
+    "no clipping": (make_optimizer(1e-3, max_grad_norm=None), "bfloat16"),
+    "master weights": (make_optimizer(1e-3, master_weights=True), "bfloat16"),
+    "float32": (make_optimizer(1e-3), "float32"),
+    "frozen": (make_optimizer(1e-3, freeze=["vision"]), "bfloat16"),
+    "adamw": (optax.adamw(1e-3), "float32"),
+    "schedule and accumulation": (optax.MultiSteps(optax.adam(optax.linear_schedule(1, 0, 9)), 2), "float32"),
+    "sign": (optax.lion(1e-3), "float32"),
+}
+
+
+@functools.cache
+def part_state(name, sharded=False):
+    """Returns a state of a few weights, and a jitted step in which the batch is the gradient and the loss."""
+    optimizer, dtype = OPTIMIZERS[name]
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype), PARTS, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    if sharded:
+        weights = jax.device_put(weights, param_shardings(weights, make_mesh(fsdp=2, tensor=2)))
+    state = TrainState(jnp.zeros((), jnp.int32), weights, jax.jit(optimizer.init)(weights), optimizer)
+
+    def step(state, text, vision, loss):
+        def gradients(model, *_, **options):
+            fill = {"language_model": text, "visual": vision}
+            grads = {part: jax.tree.map(lambda w, x=fill[part]: jnp.full_like(w, x), model[part]) for part in model}
+            return grads, {"loss": loss}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_module, "gradients", gradients)
+            return train_step(state, None, accumulate=1, execution=LayerExecution())
+
+    return state, jax.jit(step)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_skips_the_update(name, sharded):
+    """A NaN or infinity in the loss or in the gradient of any part leaves all weights, moments, masters and counts alone."""
+    state, step = part_state(name, sharded)
+    for text, vision, loss in ((0.1, 0.2, 1.0), (0.3, -0.1, 1.0), (0.1, 0.1, 1.0)):
+        state, metrics = step(state, text, vision, loss)
+        assert metrics["skipped_update"] == 0
+    moved = [
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.model, part_state(name)[0].model)), strict=True)
+    ]
+    assert moved == [True, name != "frozen"]
+    finite = step(state, 0.1, 0.2, 1.0)
+    for bad in ((np.nan, 0.1, 1.0), (np.inf, 0.1, 1.0), (0.1, -np.inf, 1.0), (0.1, 0.1, np.nan), (0.1, 0.1, np.inf)):
+        if name == "frozen" and np.isinf(bad[1]):
+            assert step(state, *bad)[1]["skipped_update"] == 0  # the gradient of a frozen part does not matter
+            continue
+        skipped, metrics = step(state, *bad)
+        assert metrics["skipped_update"] == 1
+        assert_same_bits((skipped.model, skipped.opt_state), (state.model, state.opt_state))
+        assert_same_bits(step(skipped, 0.1, 0.2, 1.0)[0].model, finite[0].model)
+
+
+def test_only_used_gradients_count():
+    """Those of parts that a user's optimizer freezes are neither in the norm nor computed."""
+    freeze = optax.masked(optax.set_to_zero(), {"language_model": False, "visual": True})
+    optimizer = optax.chain(freeze, optax.adamw(1e-3))
+    weights = part_state("adamw")[0].model
+    state = TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights), optimizer)
+    (used,) = used_gradients(state, weights)
+    assert used is weights["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+
+
+def test_skipping_needs_no_memory(monkeypatch):
+    """With the default optimizer, the compiled update has no more temporary memory and no copies of weights."""
+    optimizer, shape = make_optimizer(1e-3), jax.ShapeDtypeStruct((64, 128, 128), jnp.bfloat16)
+    weights = {"language_model": {"layers": {"self_attn": {"q_proj": {"kernel": shape}}}}}
+
+    def compile_update(*, skips):
+        def gradients(model, batch, *_, **options):
+            return jax.lax.optimization_barrier(jax.tree.map(lambda w: jnp.sin(w * batch), model)), {"loss": batch}
+
+        monkeypatch.setattr(step_module, "gradients", gradients)
+        if not skips:
+            monkeypatch.setattr(step_module, "_select", lambda finite, new, old: new)
+
+        def step(state, batch):
+            return train_step(state, batch, accumulate=1, execution=LayerExecution())
+
+        opt_state = jax.eval_shape(optimizer.init, weights)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), weights, opt_state, optimizer)
+        return jax.jit(step, donate_argnums=0).lower(state, jax.ShapeDtypeStruct((), jnp.bfloat16)).compile()
+
+    skipping, plain = compile_update(skips=True), compile_update(skips=False)
+    more = skipping.memory_analysis().temp_size_in_bytes - plain.memory_analysis().temp_size_in_bytes
+    assert more < 0.01 * 2 * shape.size
+    assert "[64,128,128]{2,1,0} copy(" not in skipping.as_text()
 
 
 @pytest.mark.parametrize(
