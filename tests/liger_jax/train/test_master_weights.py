@@ -86,3 +86,14 @@ def test_invalid_arguments_are_rejected():
         optimizer.init({"w": jnp.ones(2)})
     with pytest.raises(ValueError, match="params is None"):
         optimizer.update(jnp.ones(2), MasterState(jnp.ones(2), ()), None)
+
+
+@pytest.mark.parametrize("options", [{}, {"finite": False}, {"finite": True}], ids=str)
+def test_gradients_that_are_not_finite_change_no_weight(options):
+    """Neither weights nor masters, unless the caller says that the step is finite: it knows all gradients and the loss."""
+    weights, optimizer = jnp.linspace(-1, 1, 8).astype("bfloat16"), with_master_weights(optax.sgd(0.5))
+    state = optimizer.init(weights)
+    updates, new_state = optimizer.update(jnp.ones(8, "bfloat16").at[3].set(jnp.nan), state, weights, **options)
+    unchanged = not options.get("finite", False)
+    assert (optax.apply_updates(weights, updates) == weights).all() == unchanged
+    assert (new_state.weights == state.weights).all() == unchanged
