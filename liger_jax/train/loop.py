@@ -84,9 +84,10 @@ def fit(
                 saver.save(state, step)
                 if checkpoints.evaluator and not stopping:
                     log.write(step, checkpoints.evaluator(state.model, step))
+                stopping = stop_requested()  # perhaps during the evaluation
                 log.seconds_since_last()  # the next step's time starts here
             _check_skipped(steps, saver, find_conversations)
-            if stopping or stop_requested():
+            if stopping:
                 break
         steps.read()
         _check_skipped(steps, saver, find_conversations)

@@ -1,6 +1,7 @@
 """fit: a step that is not finite, an error or a signal loses no training, and never replaces a good checkpoint."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -221,6 +222,20 @@ def test_signal_saves_the_state_and_ends_training(tmp_path, number, capfd):
     assert saved(tmp_path) == [3] and updates(tmp_path, 3) == 3
     assert signal.getsignal(number) == before
     assert f"{number.name}: training ends after this step, and its state is saved" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("first", range(1, 6))
+def test_a_stop_at_any_moment_saves_the_state(tmp_path, first):
+    """From whichever question on the answer is yes, the last step is saved, once. Step 2 asks again after its evaluation."""
+    questions = itertools.count(1)
+    state = run(
+        tmp_path,
+        [1] * 9,
+        save_every=2,
+        evaluator=lambda model, step: {"held_out_loss": 0.0},
+        stop_requested=lambda: next(questions) >= first,
+    )
+    assert int(state.step) == [1, 2, 2, 3, 4][first - 1] == saved(tmp_path)[-1]
 
 
 def test_second_sigint_ends_at_once(tmp_path):
