@@ -1,8 +1,10 @@
 """Settings of JAX, XLA and other packages: compiler options, the compilation cache, and which messages are printed."""
 
+import _thread
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +45,8 @@ def silence_packages() -> None:
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they are full of carriage returns
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # whatever fails is also raised
+    sys.unraisablehook = _handle_unraisable
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", LigerWarning)
@@ -57,6 +60,18 @@ def worker_initializer() -> Callable[[int, int], None] | None:
 
 def _silence_worker(index: int, count: int) -> None:
     silence_packages()
+
+
+def _handle_unraisable(error: Any) -> None:
+    """Prints an error that cannot be raised, except for those of TensorStore after a failed write, which is raised.
+
+    A Ctrl-C can also arrive where nothing can be raised: after a compilation, it is often in JAX's garbage collection. It
+    is then repeated a moment later.
+    """
+    if issubclass(error.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    elif "Event loop is closed" not in str(error.exc_value):
+        sys.__unraisablehook__(error)
 
 
 def _print_warning(message: Any, category: type, *place: Any, **options: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -103,6 +104,24 @@ def test_unused_gpu_is_reported(monkeypatch):
 def test_ctrl_c_ends_a_command_with_one_line_and_status_130(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_error:
         failing_env(monkeypatch, KeyboardInterrupt())
+    assert exit_error.value.code == 130
+    assert capsys.readouterr().err == "liger-jax: interrupted\n"
+
+
+def test_ctrl_c_during_garbage_collection_was_lost(monkeypatch, capsys):
+    """Python only prints an exception of a finalizer or callback of the collector, where a signal may arrive too."""
+
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def interrupt():
+        Interrupted()
+        time.sleep(10)
+
+    monkeypatch.setattr("jax.default_backend", interrupt)
+    with pytest.raises(SystemExit) as exit_error:
+        call(monkeypatch, "env")
     assert exit_error.value.code == 130
     assert capsys.readouterr().err == "liger-jax: interrupted\n"
 
