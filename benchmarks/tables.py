@@ -13,6 +13,7 @@ from benchmarks import start
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.programs import LARGE_ERROR
 from benchmarks.record import OURS
+from benchmarks.soak import growth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,10 +288,44 @@ def convergence_table(reports: list[dict]) -> str:
     return "\n".join([*lines, "", f"{first['device']}, {first['steps']} steps, {versions}, {first['date']}."])
 
 
+# ---- soak ------------------------------------------------------------------------------------------------------------
+
+
+def soak_table(report: dict) -> str:
+    """Returns the memory and the compilations of each run of one device."""
+    lines = [
+        "| | kinds of shapes and options | programs compiled in the warm-up | after it | memory after warm-up | change |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in report["runs"].items():
+        first, last = (run["memory"][i] / 2**20 for i in (0, -1))
+        lines.append(
+            f"| {run['count']:,} {name} | {run['kinds']} | {run['programs']} | {run['compilations_after_warm_up']} | "
+            f"{first:.1f} MiB, at the end {last:.1f} MiB | at most {growth(run['memory']):.2%} |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join([*lines, "", f"{report['device']}, {versions}, {report['date']}."])
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def faults_table(rows: list[dict]) -> str:
+    """Returns how many trials of each fault passed, and the line that the command printed."""
+    lines = ["| fault | trials | passed | printed |", "|---|---|---|---|"]
+    for row in rows:
+        printed = f"`{row['printed']}`".replace("|", "\\|") if row["printed"] else ""
+        lines.append(f"| {row['fault']} | {row['tried']} | {row['passed']} | {printed} |")
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    return "\n".join([*lines, "", f"On a CPU, {versions}, {max(row['date'] for row in rows)}."])
+
+
 NOT_MEASURED = "not measured yet"
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": lambda results: "\n\n".join(map(model_table, _read(results, "model"))) or NOT_MEASURED,
     "ops": lambda results: "\n\n".join(map(ops_table, _read(results, "ops"))) or NOT_MEASURED,
     "convergence": lambda results: convergence_table(_read(results, "convergence")) or NOT_MEASURED,
+    "soak": lambda results: "\n\n".join(map(soak_table, _read(results, "soak"))) or NOT_MEASURED,
+    "faults": lambda results: "\n\n".join(map(faults_table, _read(results, "faults"))) or NOT_MEASURED,
     "headline": lambda results: headline_table(*_read(results, "model"), *_read(results, "ops")),
 }
