@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 import pallas_kernels as pk
 from liger_jax.config import Qwen2VLConfig
+from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.layers import Embedding, Initializer
 from liger_jax.model.sharding import constrain_batch, param_shardings, replicate, run_on_auto_axes
+from liger_jax.model.summary import summarize
 from liger_jax.model.text import LanguageModel
 from liger_jax.model.vision import VisionTower
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
@@ -109,6 +111,28 @@ class Qwen2VL(nnx.Module):
         capture: dict[str, jax.Array] = {}
         capture["logits"] = self.logits(self.hidden_states(batch, capture=capture))
         return capture
+
+    def summary(self, batch: Batch | None = None) -> str:
+        """Returns a table of the model's parameters and, for a batch, of the shapes of its activations.
+
+        Each parameter has a line with its path, the axes of `liger_jax.model.params`, shape, dtype and number of elements.
+        Nothing is computed, and the model may be abstract.
+
+        Example:
+            >>> from liger_jax import Qwen2VL, Qwen2VLConfig
+            >>> Qwen2VL.abstract(Qwen2VLConfig.qwen2_vl_2b()).summary().splitlines()[-1].split()
+            ['total:', '4,213.3', 'MiB', '2,208,985,600']
+        """
+        return summarize(self, batch)
+
+    @property
+    def _nnx_tabulate_id(self) -> int:
+        """Set by `nnx.tabulate` before it replaces the methods of the class, which it leaves replaced when it fails."""
+        raise AttributeError("_nnx_tabulate_id")
+
+    @_nnx_tabulate_id.setter
+    def _nnx_tabulate_id(self, value: int) -> None:
+        raise UserError("nnx.tabulate cannot show the arguments of this model's methods; expected model.summary(batch)")
 
 
 def causal_attention(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
