@@ -289,7 +289,8 @@ def _mesh_of(*operands: jax.Array) -> Any:
 def is_spread(*operands: jax.Array) -> bool:
     """Returns whether the operands may be sharded: their mesh has several devices, or Explicit axes."""
     mesh = _mesh_of(*operands)
-    return math.prod(mesh.shape.values()) > 1 or AxisType.Explicit in mesh.axis_types
+    is_local = set(mesh.axis_types) == {AxisType.Manual}  # inside a shard_map
+    return not is_local and (math.prod(mesh.shape.values()) > 1 or AxisType.Explicit in mesh.axis_types)
 
 
 def _mesh_axes(entries: tuple) -> list[str]:

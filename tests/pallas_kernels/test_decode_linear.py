@@ -163,3 +163,12 @@ def test_zero_depth_returns_the_residual():
     """An empty sum gives the residual."""
     out = pk.linear_add(jnp.zeros((1, 0)), jnp.zeros((3, 0)), jnp.ones((1, 3)))
     assert out.tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_none_picks_kernels_inside_a_shard_map(op):
+    """The arrays are local there, whatever the size of the mesh."""
+    function, names = OPS[op]
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    run = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P())
+    assert "one_row" in str(jax.make_jaxpr(run)(*operands(names, 1, 16, 8)))
