@@ -191,6 +191,9 @@ def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
     for name in names:
         pattern = re.sub(r"(layers|blocks)\.\d+\.", r"\1.{}.", name)
         layers.setdefault(pattern, []).extend(re.findall(r"(?:layers|blocks)\.(\d+)\.", name))
+    for pattern, numbers in layers.items():
+        if len(numbers) > limit:
+            layers[pattern] = [*numbers[:2], "...", numbers[-1]]
     return [pattern.replace("{}", "{" + ",".join(numbers) + "}") for pattern, numbers in layers.items()]
 
 

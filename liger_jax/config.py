@@ -9,6 +9,7 @@ from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import CONFIG, GENERATION_CONFIG, read_json_object
 
 LARGEST_SIZE = 2**31 - 1  # of any dimension, since JAX counts in int32
+LARGEST_DEPTH = 10_000  # layers, each of which is a dozen tensors to look for
 LARGEST_FLOAT = 3e38  # about float32's
 
 
@@ -272,9 +273,10 @@ def _check_numbers(part: str, config: Any) -> None:
     """Raises UserError unless the fields of a configuration have the types of its dataclass and values in range."""
     for field in dataclasses.fields(config):
         name, value = ".".join(filter(None, (part, field.name))), getattr(config, field.name)
+        largest = LARGEST_DEPTH if field.name in ("num_hidden_layers", "depth") else LARGEST_SIZE
         smallest = 0 if field.name in (*_SPECIAL_TOKENS, "rms_norm_eps", "initializer_range") else 1
-        if field.type is int and not (_is_integer(value) and smallest <= value <= LARGEST_SIZE):
-            raise UserError(f"{name} is {value!r:.60}; expected an integer from {smallest} to {LARGEST_SIZE}")
+        if field.type is int and not (_is_integer(value) and smallest <= value <= largest):
+            raise UserError(f"{name} is {value!r:.60}; expected an integer from {smallest} to {largest}")
         if field.type is float and not (_is_number(value) and smallest <= value):
             raise UserError(f"{name} is {value!r:.60}; expected a number from {smallest} to {LARGEST_FLOAT}")
         if field.type == tuple[int, ...] and not (isinstance(value, tuple) and all(map(_is_integer, value))):

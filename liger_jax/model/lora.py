@@ -27,6 +27,8 @@ from liger_jax.model.sharding import get_mesh, param_shardings
 TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target}
 TEXT_TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target and row.part == "text"}
 
+LARGEST_RANK = 2**20  # far above the size of any layer
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
@@ -55,10 +57,10 @@ class LoraOptions:
             names = set(TARGETS)
         if not names or names - TARGETS.keys():
             raise UserError(f"targets is {self.targets!r}; expected 'all-linear' or some of {list(TARGETS)}")
-        if self.rank < 1:
-            raise UserError(f"rank is {self.rank}; expected at least 1")
-        if not self.alpha > 0:
-            raise UserError(f"alpha is {self.alpha}; expected above 0")
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise UserError(f"rank is {self.rank}; expected at least 1 and at most {LARGEST_RANK}")
+        if not 0 < self.alpha < 1e30:  # also false for NaN
+            raise UserError(f"alpha is {self.alpha!s:.60}; expected above 0, within the range of float32")
         object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in names))
 
 

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from hypothesis import example
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
     return hub_layout.write(folder, TENSORS)
 
 
+@example(hub=hub_layout.CONFIG | {"num_hidden_layers": 9999})  # the error named every tensor of every layer
 @fuzz(hub=damaged(st.just(hub_layout.CONFIG | {"tie_word_embeddings": False}), keys_of(hub_layout.CONFIG)))
 def test_checkpoint_configs(hub, folder):
     """Valid tensors with a damaged config.json."""
