@@ -1,12 +1,14 @@
-"""The command line of the benchmarks: `python -m benchmarks ops | train | generate | start | convergence | tables`."""
+"""The command line of the benchmarks: `python -m benchmarks COMMAND`; `--help` lists the commands."""
 
 import sys
 
 import tyro
 
 from benchmarks.convergence import Convergence
+from benchmarks.faults import Faults
 from benchmarks.generate import Generate
 from benchmarks.ops import Ops
+from benchmarks.soak import Soak
 from benchmarks.start import Start
 from benchmarks.tables import Tables
 from benchmarks.train import Train
@@ -17,7 +19,7 @@ def main() -> None:
     """Runs one benchmark and prints where its results are. Prints a user's mistake as one line."""
     try:
         benchmark = tyro.cli(
-            Ops | Train | Generate | Start | Convergence | Tables,
+            Ops | Train | Generate | Start | Convergence | Faults | Soak | Tables,
             prog="python -m benchmarks",
             description="Measures liger-jax and other packages on this machine's GPU, and writes tables of the results.",
         )

@@ -248,7 +248,8 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
 
     Raises:
         AlreadyExistsError: the step is already saved.
-        UserError: a weight or an array of the optimizer's state holds NaN or infinity. Nothing is written.
+        UserError: a weight or an array of the optimizer's state holds NaN or infinity, or the disk has too little free
+            space. Nothing is written.
     """
     import orbax.checkpoint as ocp
 
@@ -262,6 +263,8 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
             manager.reload()
         # a number of an optimizer may be infinite: that of optax.contrib.reduce_on_plateau is, at first
         _check_finite(directory / str(step), {name: x for name, x in param_paths(state).items() if x.ndim})
+        manager.wait_until_finished()  # it deletes the oldest checkpoint at the end
+        check_space(directory, state)
         write_config(directory, state.model.config, str(jax.tree.leaves(state.model)[0].dtype), preserve_existing=True)
         _write_lora(directory, state.model)
         manager.save(step, args=ocp.args.PyTreeSave(_nest(param_paths(state))), force=True)
@@ -375,6 +378,16 @@ def latest_step(directory: str | Path) -> int:
 def saved_steps(directory: Path) -> list[int]:
     """Returns the steps of a training run whose folders exist, whether or not they are intact."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def check_space(directory: Path, state: "TrainState") -> None:
+    """Raises UserError if the disk of a folder has too little free space for a checkpoint."""
+    disk, size = shutil.disk_usage(directory), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if disk.total > 0 and disk.free < size:
+        raise UserError(
+            f"{directory} has {disk.free / 2**20:,.0f} MiB of free space; expected at least {size / 2**20:,.0f} MiB for a "
+            "checkpoint"
+        )
 
 
 def remove_unfinished(directory: Path) -> None:

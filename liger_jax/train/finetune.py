@@ -11,7 +11,7 @@ from typing import Self
 import jax
 import optax
 
-from liger_jax.checkpoint import checkpoint_manager, restore_intact_state
+from liger_jax.checkpoint import check_space, checkpoint_manager, restore_intact_state
 from liger_jax.data.dataset import Dataset, check_batching, make_dataset
 from liger_jax.data.loader import load_batches
 from liger_jax.errors import UserError
@@ -107,6 +107,7 @@ def finetune(
             return state
 
         last_answers = run.start - 1 if evaluate_first else run.start
+        check_space(run.folder, state)
         run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
         batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
         with (

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +284,16 @@ def test_step_with_nan_is_not_restored(tmp_path, state):
     assert_same(restore_state(tmp_path, state, allow_non_finite=True), broken)
     with pytest.warns(UserWarning, match="resumed from step 3"):
         assert int(restore_intact_state(tmp_path, state).step) == 3
+
+
+def test_full_disk_is_noticed_before_a_checkpoint_is_written(tmp_path, state, monkeypatch):
+    save_state(tmp_path, dataclasses.replace(state, step=jnp.int32(3)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=2**19))
+    with pytest.raises(UserError, match=r"has 0 MiB of free space; expected at least \d MiB for a checkpoint"):
+        save_state(tmp_path, state)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["3"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))  # not known
+    assert save_state(tmp_path, state) == 12
 
 
 def test_model_cannot_be_saved_into_a_run(tmp_path, model, state):
