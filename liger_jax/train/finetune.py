@@ -107,8 +107,8 @@ def finetune(
             return state
 
         last_answers = run.start - 1 if evaluate_first else run.start
-        check_space(run.folder, state)
         run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
+        check_space(run.folder, state)  # after begin has removed unfinished checkpoints
         batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
         with (
             catch_signals() as stop_requested,  # outermost: a signal does not interrupt the last write of a checkpoint

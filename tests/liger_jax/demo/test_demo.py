@@ -12,6 +12,7 @@ from liger_jax.checkpoint import load_model
 from liger_jax.demo.data import conversations, load_digits
 from liger_jax.demo.run import RESULTS, make_processor, run_demo
 from liger_jax.errors import AlreadyExistsError, UserError
+from liger_jax.files import lock_folder
 
 SHORT = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 0, "held_out": 3, "progress": False}
 
@@ -50,6 +51,11 @@ def test_output_of_an_earlier_demo_is_replaced_and_other_files_are_kept(finished
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     again = run_demo(finished.metrics.parent, **SHORT)
     assert len(again.metrics.read_text().splitlines()) == 3
+
+
+def test_folder_of_another_process_is_refused(tmp_path):
+    with lock_folder(tmp_path / "out"), pytest.raises(AlreadyExistsError, match="out is in use by process"):
+        run_demo(tmp_path / "out", **SHORT)
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "held_out", "learning_rate"])
