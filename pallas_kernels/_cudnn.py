@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from pallas_kernels import _pallas
+from pallas_kernels import _pallas, _sharding
 from pallas_kernels.segments import Segments
 
 # Earlier releases look up the start of a segment as if there were as many key heads as query heads.
@@ -34,6 +34,7 @@ def unsupported_reason(
         and q.shape[1] != k.shape[1],
         "segment_ids without max_segments; expected both": segmented and max_segments is None,
         "kv_segment_ids is given; expected None": kv_segmented,
+        "inside split_rows_over; expected outside, since JAX's operation asks the partitioner": _sharding.rows_over.get(),
         f"the GPU has compute capability {capability}; expected at least 8.0": not ampere,
         f"segments on a GPU of compute capability {capability}; expected at least 9.0": segmented and not hopper,
     }

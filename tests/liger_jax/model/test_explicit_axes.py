@@ -96,6 +96,16 @@ def test_jit_and_grad(model, batch, context):
         assert jax.typeof(grad) == jax.typeof(weights[path]), path
 
 
+def test_bfloat16_on_axes_of_both_types():
+    """Regression test: with bfloat16, attention is cuDNN's on a GPU, which JAX refused in such a program."""
+    weights, logits = {}, {}
+    for name, model, batch in (("one device", "one device", "host"), ("both", "auto", "explicit")):
+        weights[name] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), models()[model])
+        logits[name] = jax.jit(lambda model, batch: model(batch))(weights[name], text(batch))
+    difference = np.abs(np.asarray(logits["both"] - logits["one device"], np.float32))
+    assert difference.max() < 0.05 * np.abs(np.asarray(logits["one device"], np.float32)).max()
+
+
 def test_train_step():
     """Of a model on Explicit axes, with a batch on them; two steps equal those on one device."""
     losses = {}
