@@ -12,7 +12,7 @@ import numpy as np
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.data.packing import join_conversations, pack
 from liger_jax.errors import UserError, warn_skipped
-from liger_jax.inputs.batch import Batch, bucket, power_of_two, prepare
+from liger_jax.inputs.batch import LARGEST_ROW, Batch, bucket, power_of_two, prepare
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.options import Batching
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SORTED_BATCHES = 50  # number of batches whose sequences are sorted together, as in transformers' group_by_length
 # The smallest value of each number in Batching. All but batch_size, accumulate and seed may also be None.
 SMALLEST = {"batch_size": 1, "accumulate": 1, "length": 1, "patches": 1, "pack_length": 1, "seed": 0, "workers": 0}
+LARGEST_SEED = 2**32 - 1
 PATCH_SLACK = 1.1  # patches that fit into a packed sequence, relative to its even share of all patches
 
 
@@ -213,6 +214,8 @@ def check_batching(batching: Batching) -> None:
             raise UserError(f"{name} is {value!r:.60}; expected an integer")
         if value < smallest:
             raise UserError(f"{name} is {value}; expected at least {smallest}")
+        if value > (largest := LARGEST_SEED if name == "seed" else LARGEST_ROW):
+            raise UserError(f"{name} is {value!s:.60}; expected at most {largest}")
     if batching.pack_length and (batching.length or batching.group_by_length):
         raise UserError(
             f"pack_length is {batching.pack_length}, which fixes the length of all sequences; "

@@ -14,6 +14,8 @@ from liger_jax.options import Optimization
 from liger_jax.train.master_weights import MasterState, with_master_weights
 from liger_jax.train.stochastic_rounding import LearningRate, StochasticState, stochastic_adamw
 
+LARGEST_STEP = 2**31 - 1
+
 
 def build_optimizer(options: Optimization, steps: int, *, seed: int = 0) -> optax.GradientTransformation:
     """Returns the optimizer of a training run: AdamW with warmup and cosine decay over `steps` steps.
@@ -148,6 +150,8 @@ def warmup_cosine(peak: float, steps: int, warmup: float) -> optax.Schedule:
         raise UserError(f"learning_rate is {peak}; expected 0 or more")
     if not 0 <= warmup <= 1:
         raise UserError(f"warmup is {warmup}; expected a fraction of the steps, from 0 to 1")
+    if steps > LARGEST_STEP:
+        raise UserError(f"steps is {steps!s:.60}; expected at most {LARGEST_STEP}, since the optimizer counts in int32")
     warmup_steps = round(steps * warmup)
     rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     fall = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1))

@@ -242,6 +242,9 @@ def test_invalid_options(processor, config, data):
     for name, value in (("batch_size", None), ("seed", [1]), ("patches", {}), ("length", 64.0)):
         with pytest.raises(UserError, match=f"{name} is .*; expected an integer"):
             make_dataset(processor, config, data, Batching(**{name: value}))
+    for name, value in (("pack_length", 10**400), ("batch_size", 2**31), ("seed", 2**64)):
+        with pytest.raises(UserError, match=f"{name} is .*; expected at most"):
+            make_dataset(processor, config, data, Batching(**{name: value}))
     with pytest.raises(UserError, match="conversations is empty; expected at least one"):
         make_dataset(processor, config, [], Batching())
     for other in ({"group_by_length": True}, {"length": 64}):
