@@ -160,7 +160,8 @@ def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = No
     if mesh is None:
         return function(*args)
     rows = None if rows_of is None else next(iter(jax.typeof(rows_of).sharding.spec), None)
-    function = jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, P(rows)))
+    spec = P() if rows is None else P(rows)  # scalars allow no P(None)
+    function = jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, spec))
     has_both = any(AxisType.Auto in mesh.axis_types for mesh in meshes)
     with (
         split_rows_over(tuple(name for name in BATCH_AXES if name in mesh.axis_names))

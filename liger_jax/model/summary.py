@@ -1,19 +1,16 @@
 """Summarizes a model as a table: its parameters, and the shapes of its activations for a batch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.params import find_row, param_paths
 
-if TYPE_CHECKING:
-    from liger_jax.model.qwen2_vl import Qwen2VL
 
-
-def summarize(model: "Qwen2VL", batch: Batch | None) -> str:
-    """Returns the table; see `Qwen2VL.summary`. Computes nothing: shapes are traced."""
+def summarize(model: Any, batch: Batch | None) -> str:
+    """Returns the table of a `Qwen2VL`; see its method `summary`. Computes nothing: shapes are traced."""
     rows = [("parameter", "axes", "shape", "dtype", "numbers")]
     totals: dict[str, tuple[int, int]] = {}  # of a part: numbers and bytes
     for path, weight in param_paths(model).items():
