@@ -1,8 +1,8 @@
 """Settings of JAX, XLA and other packages: compiler options, the compilation cache, and which messages are printed."""
 
-import _thread
 import logging
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -69,7 +69,7 @@ def _handle_unraisable(error: Any) -> None:
     is then repeated a moment later.
     """
     if issubclass(error.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
     elif "Event loop is closed" not in str(error.exc_value):
         sys.__unraisablehook__(error)
 
