@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 ROWS = "..."  # any number of row axes
@@ -261,7 +261,14 @@ def _on_auto_axes(op: ParallelOp) -> Callable[..., tuple]:
     def partition(mesh: Mesh, operands: tuple, results: tuple) -> tuple:
         layout = operand_layout(mesh, operands)
         in_shardings, out_shardings = (tuple(NamedSharding(mesh, spec) for spec in specs) for specs in op.specs(layout))
-        return mesh, op.on_shard(layout), out_shardings, in_shardings
+        on_shard = op.on_shard(layout)
+
+        def without_context(*operands: jax.Array) -> tuple:
+            # traced by the compiler, where a mesh of the caller's `jax.set_mesh` does not apply
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return on_shard(*operands)
+
+        return mesh, without_context, out_shardings, in_shardings
 
     def sharding_rule(mesh: Mesh, operands: list, results: list) -> str:
         return op.shardy_rule([tuple(x.shape) for x in operands], [tuple(x.shape) for x in results])
