@@ -234,7 +234,7 @@ def next_token(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Ar
     """Returns the next token of each row, [B] int32, from logits [B, V].
 
     A row's draw depends on its seed, its stream id and the step, not on the other rows. NaN and infinity are chosen before
-    any finite logit, whatever the constraints and filters, so that the caller need only check the chosen token's logit.
+    any finite logit, with any constraints and filters, so that the caller need only check the chosen token's logit.
     """
     if not sampling.do_sample:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -167,7 +167,7 @@ def test_zero_depth_returns_the_residual():
 
 @pytest.mark.parametrize("op", OPS)
 def test_none_picks_kernels_inside_a_shard_map(op):
-    """The arrays are local there, whatever the size of the mesh."""
+    """The arrays are local there, on a mesh of any size."""
     function, names = OPS[op]
     mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
     run = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P())

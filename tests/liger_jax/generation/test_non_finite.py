@@ -33,7 +33,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_logit_that_is_not_finite_is_chosen(options):
-    """So that the logit of the chosen token tells whether a row is valid, whatever the options; NaN has two signs."""
+    """So that the logit of the chosen token tells whether a row is valid with any options; NaN has two signs."""
     sampling = Sampling.from_options(GenerationOptions(**options), parity.config(), 4, 4)
     logits = np.random.default_rng(0).normal(size=(5, 160)).astype(np.float32)[:4]
     logits[1, 40], logits[2, 50], logits[3, 60] = np.nan, NEGATIVE_NAN, np.inf
@@ -154,7 +154,7 @@ def test_answers_to_a_file(broken_at_seven, tmp_path):
 
 
 def test_evaluation_counts_the_answer_as_wrong(broken_at_seven):
-    """An evaluation during a training run goes on, with a warning."""
+    """An evaluation during a training run continues, with a warning."""
     model, processor = broken_at_seven
     questions = [ask("1"), ask("7")]
     with pytest.raises(UserError, match=f"conversation 1: {MESSAGE}"):
