@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from pallas_kernels import _pallas, _sharding
-from pallas_kernels.segments import Segments
+from pallas_kernels.segments import Segments, clear_outside
 
 # Earlier releases look up the start of a segment as if there were as many key heads as query heads.
 SUPPORTS_GROUPED_SEGMENTS = jax.__version_info__ >= (0, 11, 2)
@@ -49,7 +49,8 @@ def forward(
     out, statistics = fused._dot_product_attention_fwd_p_wrapper.bind(
         q, k, v, *_optional_operands(q, segments), **_options(segments, scale, causal), is_training=True
     )
-    return _clear_padding(out, segments), statistics.reshape(q.shape[0], -1, *statistics.shape[1:])
+    out = out if segments is None else clear_outside(out, segments)
+    return out, statistics.reshape(q.shape[0], -1, *statistics.shape[1:])
 
 
 def backward(
@@ -71,17 +72,9 @@ def backward(
         q, k, v, *_optional_operands(q, segments), statistics, out, grad, **_options(segments, scale, causal)
     )
     dk, dv = (_sum_to_key_heads(x, key_heads) for x in (dk, dv))
-    dq, dk, dv = (_clear_padding(x, segments) for x in (dq, dk, dv))
-    return dq, dk, dv
-
-
-def _clear_padding(x: jax.Array, segments: Segments | None) -> jax.Array:
-    """Returns x with zeros in padding, which cuDNN leaves uninitialized, and NaN in tokens of segments without a slot."""
     if segments is None:
-        return x
-    ids = segments.ids[:, :, None, None]
-    outside = jnp.where(ids == 0, 0, jnp.nan).astype(x.dtype)
-    return jnp.where((ids > 0) & (ids <= segments.starts.shape[1]), x, outside)
+        return dq, dk, dv
+    return tuple(clear_outside(x, segments) for x in (dq, dk, dv))
 
 
 def _optional_operands(q: jax.Array, segments: Segments | None) -> tuple[jax.Array, ...]:

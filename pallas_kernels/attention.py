@@ -6,11 +6,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _cudnn, _flash_attention, _pallas, _sharding, _validate
+from pallas_kernels import _cudnn, _fa4, _flash_attention, _pallas, _sharding, _validate
 from pallas_kernels._operation import DifferentiableOp, Pass
 from pallas_kernels.segments import Segments, find_segments
 
-BACKENDS = {"cudnn": "cudnn", "triton": "pallas", "interpret": "pallas", "xla": "xla"}  # by implementation
+BACKENDS = {
+    "fa4": "fa4",
+    "cudnn": "cudnn",
+    "triton": "pallas",
+    "interpret": "pallas",
+    "xla": "xla",
+}  # by implementation
 BLOCK_BYTES = 2**28  # bytes of scores that the XLA implementation holds in memory at once
 MASKED_SCORE = -1e30  # finite, so that a query whose keys are all masked does not become NaN
 
@@ -39,11 +45,14 @@ def attention(
             sees a key in segment 0, and the gradients of both are zero.
         kv_segment_ids: [B, S], int; None means segment_ids.
         scale: None means 1/sqrt(D).
-        max_segments: an upper bound on the segments of a row; see `find_segments`. cuDNN needs either it or Segments.
-        implementation: None, "cudnn", "triton", "xla" or "interpret". On an NVIDIA GPU, None picks cuDNN where it supports
-            the call (bfloat16 or float16, D a multiple of 8, no kv_segment_ids; packed segments from Hopper on); else
-            "triton", a Pallas kernel, for bfloat16 and float16 from Ampere on; else XLA. XLA is also picked for a single
-            query. "triton" supports heads of up to 512 bytes and positive scales, but no kv_segment_ids.
+        max_segments: an upper bound on the segments of a row; see `find_segments`. cuDNN needs either it or Segments, and
+            FlashAttention-4 skips the keys of other segments only with one of them.
+        implementation: None, "fa4", "cudnn", "triton", "xla" or "interpret". On an NVIDIA GPU, None picks the first that
+            supports the call and was measured to be faster: "fa4" (FlashAttention-4: the package fa4-jax, Hopper or newer,
+            bfloat16 or float16, D a multiple of 8 up to 128, at least 128 queries); "cudnn" (bfloat16 or float16, D a
+            multiple of 8, no kv_segment_ids; packed segments from Hopper on); "triton", a Pallas kernel (bfloat16 and
+            float16, Ampere or newer, heads of up to 512 bytes, positive scales, no kv_segment_ids); else XLA. XLA is also
+            picked for a single query.
 
     Returns:
         [B, T, N, D] in q's dtype. The softmax is float32 (float64 for float64). The backward pass saves q, k, v, the output
@@ -74,14 +83,15 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
     unsupported = {
+        "fa4": _fa4.unsupported_reason(q, k),
         "cudnn": _cudnn.unsupported_reason(q, k, causal, ids is not None, kv_segment_ids is not None, slots),
         "pallas": _flash_attention.unsupported_reason(q, kv_segment_ids is not None, scale),
         "xla": None,
     }
     backend = _choose_backend(op, implementation, q, k, unsupported)
-    if backend == "pallas":
+    if backend == "pallas" or kv_segment_ids is not None:
         segments = None  # the kernels work on ids
-    elif backend == "cudnn" and ids is not None and slots is not None and segments is None:
+    elif backend in ("fa4", "cudnn") and ids is not None and slots is not None and segments is None:
         segments = find_segments(ids, slots)
     operands = q, k, v, ids, ids if kv_segment_ids is None else kv_segment_ids, *(segments or (None, None, None))
     (out,) = _OPERATION(StaticArgs(scale, causal, backend, implementation), *operands)
@@ -91,7 +101,7 @@ def attention(
 def _choose_backend(
     op: str, implementation: str | None, q: jax.Array, k: jax.Array, unsupported: dict[str, str | None]
 ) -> str:
-    """Returns "cudnn", "pallas" or "xla". `unsupported` has the reason why a backend does not support the call, or None.
+    """Returns the backend for a call. `unsupported` has the reason why a backend does not support the call, or None.
 
     For implementation=None, this is the choice on NVIDIA GPUs; other platforms always use XLA.
     """
@@ -104,6 +114,8 @@ def _choose_backend(
         return requested
     if q.shape[1] == 1:
         return "xla"  # decoding: a few small matmuls
+    if _fa4.preferred(q) and not unsupported["fa4"]:
+        return "fa4"
     if not unsupported["cudnn"]:
         return "cudnn"
     return "pallas" if _flash_attention.preferred(q) and not unsupported["pallas"] else "xla"
@@ -138,7 +150,7 @@ class StaticArgs(NamedTuple):
 
     scale: float
     causal: bool
-    backend: str  # "cudnn", "pallas" or "xla"
+    backend: str  # "fa4", "cudnn", "pallas" or "xla"
     implementation: str | None
 
 
@@ -171,7 +183,7 @@ def _forward_xla(static: StaticArgs, q, k, v, query_ids, key_ids, *segments):
     _, (out, lse) = _over_query_blocks(block, None, q, k, _grouped(q, k), _last_visible_keys(q, k), query_ids)
     lse = lse.reshape(*q.shape[:3]).transpose(0, 2, 1)[:, None]
     _, starts, _ = segments
-    slots = 1 if starts is None else starts.shape[1]
+    slots = starts.shape[1] if static.backend == "cudnn" and starts is not None else 1
     return out.reshape(q.shape), jnp.pad(lse, ((0, 0), (0, slots - 1), (0, 0), (0, 0)))
 
 
@@ -244,16 +256,32 @@ def _over_query_blocks(block, sums, q, k, *rows):
     return sums, jax.tree.map(join, results)
 
 
+# ---- FlashAttention-4 --------------------------------------------------------------------------------------------------
+
+
+def _forward_fa4(static: StaticArgs, q, k, v, query_ids, key_ids, *segments, interpret: bool):
+    out, lse = _fa4.forward(q, k, v, (query_ids, key_ids), _as_segments(segments), static.scale, static.causal)
+    return out, lse[:, None]
+
+
+def _backward_fa4(static: StaticArgs, q, k, v, out, lse, grad, query_ids, key_ids, *segments, interpret: bool):
+    options = (query_ids, key_ids), _as_segments(segments), static.scale, static.causal
+    return _fa4.backward(q, k, v, out, lse[:, 0], grad, *options)
+
+
+def _as_segments(fields: tuple) -> Segments | None:
+    return None if fields[0] is None else Segments(*fields)
+
+
 # ---- cuDNN -------------------------------------------------------------------------------------------------------------
 
 
 def _forward_cudnn(static: StaticArgs, q, k, v, query_ids, key_ids, *segments, interpret: bool):
-    return _cudnn.forward(q, k, v, None if query_ids is None else Segments(*segments), static.scale, static.causal)
+    return _cudnn.forward(q, k, v, _as_segments(segments), static.scale, static.causal)
 
 
 def _backward_cudnn(static: StaticArgs, q, k, v, out, statistics, grad, query_ids, key_ids, *segments, interpret: bool):
-    arrays = q, k, v, out, statistics, grad
-    return _cudnn.backward(*arrays, None if query_ids is None else Segments(*segments), static.scale, static.causal)
+    return _cudnn.backward(q, k, v, out, statistics, grad, _as_segments(segments), static.scale, static.causal)
 
 
 # ---- Pallas kernels ----------------------------------------------------------------------------------------------------
@@ -273,9 +301,10 @@ def _backward_pallas(static: StaticArgs, q, k, v, out, lse, grad, query_ids, key
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------
 
 
-def _local(cudnn: Callable, pallas: Callable, xla: Callable) -> Callable[..., tuple]:
+def _local(fa4: Callable, cudnn: Callable, pallas: Callable, xla: Callable) -> Callable[..., tuple]:
     """Returns local(static, *operands), which runs static.backend on an NVIDIA GPU."""
     backends = {
+        "fa4": _pallas.choose_implementation(fa4, xla),
         "cudnn": _pallas.choose_implementation(cudnn, xla),
         "pallas": _pallas.choose_implementation(pallas, xla),
         "xla": xla,
@@ -296,13 +325,13 @@ _RESULTS = {"out": "B T N D", "statistics": "B slots N T"}
 
 _OPERATION = DifferentiableOp(
     forward=Pass(
-        _local(_forward_cudnn, _forward_pallas, _forward_xla),
+        _local(_forward_fa4, _forward_cudnn, _forward_pallas, _forward_xla),
         operands=_QKV | _SEGMENTS,
         results=_RESULTS,
         parallel=("B", "N"),
     ),
     backward=Pass(
-        _local(_backward_cudnn, _backward_pallas, _backward_xla),
+        _local(_backward_fa4, _backward_cudnn, _backward_pallas, _backward_xla),
         operands=_QKV | _RESULTS | {"d_out": "B T N D"} | _SEGMENTS,
         results={f"d_{name}": axes for name, axes in _QKV.items()},
         parallel=("B", "N"),

@@ -23,8 +23,8 @@ def find_segments(segment_ids: jax.Array, max_segments: int) -> Segments:
 
     Args:
         segment_ids: [B, T], int; 0 is padding. The tokens of a segment are contiguous.
-        max_segments: an upper bound on the segments of a row, not counting padding. If a row has more, cuDNN gives NaN for
-            the tokens of the excess segments; the other implementations remain correct.
+        max_segments: an upper bound on the segments of a row, not counting padding. If a row has more, "fa4" and "cudnn"
+            give NaN for the tokens of the excess segments; the other implementations remain correct.
 
     Returns:
         Segments, which `attention` accepts in place of `segment_ids`.
@@ -54,3 +54,13 @@ def find_segments(segment_ids: jax.Array, max_segments: int) -> Segments:
     tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)
     starts = jnp.sum(jnp.where(in_slot & is_start[:, :, None], tokens[:, None], 0), axis=1, dtype=jnp.int32)
     return Segments(ids, *(jnp.where(lengths > 0, x, -1) for x in (starts, lengths)))
+
+
+def clear_outside(x: jax.Array, segments: Segments) -> jax.Array:
+    """Returns x [B, T, N, D] with zeros in padding, which kernels may leave uninitialized.
+
+    Tokens of segments without a slot become NaN.
+    """
+    ids = segments.ids[:, :, None, None]
+    outside = jnp.where(ids == 0, 0, jnp.nan).astype(x.dtype)
+    return jnp.where((ids > 0) & (ids <= segments.starts.shape[1]), x, outside)
