@@ -74,7 +74,7 @@ def backward(
     dk, dv = (_sum_to_key_heads(x, key_heads) for x in (dk, dv))
     if segments is None:
         return dq, dk, dv
-    return tuple(clear_outside(x, segments) for x in (dq, dk, dv))
+    return clear_outside(dq, segments), clear_outside(dk, segments), clear_outside(dv, segments)
 
 
 def _optional_operands(q: jax.Array, segments: Segments | None) -> tuple[jax.Array, ...]:

@@ -62,7 +62,7 @@ def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    ids: tuple[jax.Array | None, jax.Array | None],
+    ids: tuple[jax.Array, jax.Array] | None,
     segments: Segments | None,
     scale: float,
     causal: bool,
@@ -91,7 +91,7 @@ def backward(
     out: jax.Array,
     lse: jax.Array,
     grad: jax.Array,
-    ids: tuple[jax.Array | None, jax.Array | None],
+    ids: tuple[jax.Array, jax.Array] | None,
     segments: Segments | None,
     scale: float,
     causal: bool,
@@ -107,11 +107,12 @@ def backward(
     grads = fa4_vjp_p.bind(
         q_rows, k_rows, v_rows, out_rows, flat_lse, grad_rows, *data, cfg=config, has_d_lse=False
     )  # fmt: skip
-    return tuple(clear_outside(dx.reshape(x.shape), segments) for dx, x in zip(grads, (q, k, v), strict=True))
+    dq, dk, dv = (clear_outside(dx.reshape(x.shape), segments) for dx, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
 def _describe(
-    ids: tuple[jax.Array | None, jax.Array | None], segments: Segments | None, scale: float, causal: bool, tokens: int
+    ids: tuple[jax.Array, jax.Array] | None, segments: Segments | None, scale: float, causal: bool, tokens: int
 ) -> tuple[Any, tuple[jax.Array, ...]]:
     """Returns the configuration of the primitives, and their operands after the arrays that they attend to."""
     from fa4_jax.attention import AttnConfig
@@ -121,7 +122,7 @@ def _describe(
     if segments is not None:
         offsets, lengths = slot_offsets(segments, tokens)
         data = offsets, offsets, lengths, lengths
-    elif ids[0] is not None:
+    elif ids is not None:
         leaves, mask = jax.tree.flatten(_same_segment()(*(x.astype(jnp.int32) for x in ids)))
         data = tuple(leaves)
     config = AttnConfig(

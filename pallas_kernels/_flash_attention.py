@@ -1,7 +1,8 @@
 """Flash attention kernels for interval masks: each query sees one interval of keys, one interval of queries sees each key.
 
-Causal masks, packed segments and padding all have this form. A program holds a block of queries and loops over the blocks of
-keys that their intervals reach, or vice versa. Blocks that lie inside all of these intervals are not masked.
+Causal masks, packed segments and padding all have this form. With segment ids of their own for the keys, whose segments may
+have gaps, a query sees the keys of its segment inside its interval. A program holds a block of queries and loops over the
+blocks of keys that their intervals reach, or vice versa. Blocks that lie inside all of these intervals are not masked.
 
 The forward kernel loops over keys with an online softmax (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao
 et al. 2022, https://arxiv.org/abs/2205.14135). The backward pass computes the scores twice, once for dq and once for dk and
@@ -39,6 +40,9 @@ BACKWARD_BLOCKS = {
 }
 
 
+Ids = tuple[jax.Array | None, jax.Array | None]  # segment ids of queries [B, T] and keys [B, S]; None: not compared
+
+
 class Intervals(NamedTuple):
     """The keys that each query sees, or the queries that see each key. An interval is empty where `end` <= `first`."""
 
@@ -47,24 +51,30 @@ class Intervals(NamedTuple):
 
 
 def visible_intervals(
-    segment_ids: jax.Array | None, q: jax.Array, k: jax.Array, causal: bool
+    query_ids: jax.Array | None, key_ids: jax.Array | None, q: jax.Array, k: jax.Array, causal: bool
 ) -> tuple[Intervals, Intervals]:
     """Returns the keys that each query sees, and the queries that see each key.
 
-    `segment_ids` [B, T] apply to both queries and keys, so T = S. Equal ids are contiguous.
+    Args:
+        query_ids: segment ids [B, T], or None. Without `key_ids` they are those of the keys as well, so T = S, and equal ids
+            are contiguous.
+        key_ids: [B, S], or None. Equal ids may be separated by others, so the kernels compare the ids inside an interval.
+        q, k, causal: as in `attention`.
     """
     (batch, tokens), sources = q.shape[:2], k.shape[1]
     query, key = jnp.arange(tokens, dtype=jnp.int32), jnp.arange(sources, dtype=jnp.int32)
-    if segment_ids is None:
+    if query_ids is None:
         keys = Intervals(jnp.zeros((batch, tokens), jnp.int32), jnp.full((batch, tokens), sources, jnp.int32))
         queries = Intervals(jnp.zeros((batch, sources), jnp.int32), jnp.full((batch, sources), tokens, jnp.int32))
-    else:
-        differs = segment_ids[:, 1:] != segment_ids[:, :-1]
+    elif key_ids is None:
+        differs = query_ids[:, 1:] != query_ids[:, :-1]
         starts, ends = (jnp.pad(differs, ((0, 0), pad), constant_values=True) for pad in ((1, 0), (0, 1)))
         first = jax.lax.cummax(jnp.where(starts, query, 0), axis=1)
         end = jax.lax.cummin(jnp.where(ends, query + 1, tokens), axis=1, reverse=True)
-        inside = segment_ids != 0
+        inside = query_ids != 0
         keys = queries = Intervals(jnp.where(inside, first, tokens), jnp.where(inside, end, 0))
+    else:
+        keys, queries = _enclosing_intervals(query_ids, key_ids), _enclosing_intervals(key_ids, query_ids)
     if causal:
         offset = sources - tokens
         keys = keys._replace(end=jnp.minimum(keys.end, query + offset + 1))
@@ -72,11 +82,19 @@ def visible_intervals(
     return keys, queries
 
 
-def unsupported_reason(q: jax.Array, kv_segmented: bool, scale: float) -> str | None:
+def _enclosing_intervals(ids: jax.Array, other_ids: jax.Array) -> Intervals:
+    """Returns the smallest intervals of `other_ids` [B, S] that hold all elements equal to each of `ids` [B, T]."""
+    sources = other_ids.shape[1]
+    position = jnp.arange(sources, dtype=jnp.int32)
+    equal = (ids[:, :, None] == other_ids[:, None, :]) & (ids != 0)[:, :, None]
+    first = jnp.min(jnp.where(equal, position, sources), axis=2)
+    return Intervals(first, jnp.max(jnp.where(equal, position + 1, 0), axis=2))
+
+
+def unsupported_reason(q: jax.Array, scale: float) -> str | None:
     """Returns why the kernels do not support a call of `attention`, or None if they do."""
     head_bytes = q.shape[-1] * q.dtype.itemsize
     reasons = {
-        "kv_segment_ids is given; expected None": kv_segmented,
         f"q has {head_bytes} bytes per head; expected at most {MAX_HEAD_BYTES}": head_bytes > MAX_HEAD_BYTES,
         f"scale is {scale}; expected scale > 0": scale <= 0,
     }
@@ -90,14 +108,14 @@ def preferred(q: jax.Array) -> bool:
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible_keys: Intervals, scale: float, *, interpret: bool
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, visible_keys: Intervals, scale: float, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, T, N, D], and the log-sum-exp of the scores [B, N, T], infinite where a query sees no key."""
     batch, tokens, heads, dim = q.shape
     blocks = _blocks(FORWARD_BLOCKS, q)
     out, lse = _pallas.launch(
         functools.partial(_attention_forward, dim=dim, scale=scale, blocks=blocks, interpret=interpret),
-        (q, k, v, *visible_keys),
+        (q, k, v, *ids, *visible_keys),
         [(q.shape, q.dtype), ((batch, heads, tokens), _validate.accumulation_dtype(q.dtype))],
         grid=(_pallas.cdiv(tokens, blocks.rows), batch * heads),
         num_warps=blocks.num_warps,
@@ -114,6 +132,7 @@ def backward(
     out: jax.Array,
     lse: jax.Array,
     grad: jax.Array,
+    ids: Ids,
     visible_keys: Intervals,
     visible_queries: Intervals,
     scale: float,
@@ -129,13 +148,13 @@ def backward(
     static: dict[str, Any] = {"dim": dim, "scale": scale, "blocks": blocks, "interpret": interpret}
     (dq,) = launch(
         functools.partial(_attention_backward_queries, **static),
-        (q, k, v, grad, lse, delta, *visible_keys),
+        (q, k, v, grad, lse, delta, *ids, *visible_keys),
         [(q.shape, q.dtype)],
         grid=(_pallas.cdiv(tokens, blocks.rows), batch * heads),
     )
     dk, dv = launch(
         functools.partial(_attention_backward_keys, **static),
-        (q, k, v, grad, lse, delta, *visible_queries),
+        (q, k, v, grad, lse, delta, *ids, *visible_queries),
         [(k.shape, k.dtype), (v.shape, v.dtype)],
         grid=(_pallas.cdiv(sources, blocks.columns), batch * key_heads),
     )
@@ -152,7 +171,7 @@ def _blocks(table: dict[int, Blocks], q: jax.Array) -> Blocks:
 
 
 def _attention_forward(
-    q_ref, k_ref, v_ref, first_ref, end_ref, out_ref, lse_ref,
+    q_ref, k_ref, v_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, out_ref, lse_ref,
     *, dim: int, scale: float, blocks: Blocks, interpret: bool,
 ):  # fmt: skip
     """Writes out = softmax(scale q k^T) v and lse for a block of queries. Grid (blocks of queries, B N)."""
@@ -161,6 +180,7 @@ def _attention_forward(
     queries, parts = _Tile.of_program(heads, blocks.rows, tokens), _head_parts(dim)
     key_head = queries.head // (heads // key_heads)
     visible_keys = _load_intervals(first_ref, end_ref, queries, empty_at=sources)
+    same_segment = _compare_ids(query_ids_ref, queries, key_ids_ref)
     q = _load(q_ref, queries, parts)
     scale *= _pallas.LOG2_E  # so that scores are exponents of 2
     exp2 = functools.partial(_pallas.exp2, interpret=interpret)
@@ -180,7 +200,7 @@ def _attention_forward(
 
     largest, total = jnp.full(queries.size, MASKED_SCORE, acc_dtype), jnp.zeros(queries.size, acc_dtype)
     state = largest, total, *_zeros(queries.size, parts, acc_dtype)
-    largest, total, *sums = _for_each_block(visible_keys, blocks.columns, step, state)
+    largest, total, *sums = _for_each_block(visible_keys, same_segment, blocks.columns, step, state)
     sees_keys = total > 0
     total = jnp.where(sees_keys, total, 1)
     _store(out_ref, queries, parts, [s / total[:, None] for s in sums])
@@ -189,7 +209,7 @@ def _attention_forward(
 
 
 def _attention_backward_queries(
-    q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_ref, first_ref, end_ref, dq_ref,
+    q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, dq_ref,
     *, dim: int, scale: float, blocks: Blocks, interpret: bool,
 ):  # fmt: skip
     """Writes dq for a block of queries. Grid (blocks of queries, B N)."""
@@ -198,6 +218,7 @@ def _attention_backward_queries(
     queries, parts = _Tile.of_program(heads, blocks.rows, tokens), _head_parts(dim)
     key_head = queries.head // (heads // key_heads)
     visible_keys = _load_intervals(first_ref, end_ref, queries, empty_at=sources)
+    same_segment = _compare_ids(query_ids_ref, queries, key_ids_ref)
     q, grad = (_load(ref, queries, parts) for ref in (q_ref, grad_ref))
     lse, delta = (_load_scalars(ref, queries)[:, None] for ref in (lse_ref, delta_ref))
 
@@ -211,11 +232,11 @@ def _attention_backward_queries(
         return tuple(_add_products(dq, ds.astype(dtype), k))
 
     zeros = tuple(_zeros(queries.size, parts, _validate.accumulation_dtype(dtype)))
-    _store(dq_ref, queries, parts, _for_each_block(visible_keys, blocks.columns, step, zeros))
+    _store(dq_ref, queries, parts, _for_each_block(visible_keys, same_segment, blocks.columns, step, zeros))
 
 
 def _attention_backward_keys(
-    q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_ref, first_ref, end_ref, dk_ref, dv_ref,
+    q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, dk_ref, dv_ref,
     *, dim: int, scale: float, blocks: Blocks, interpret: bool,
 ):  # fmt: skip
     """Writes dk and dv for a block of keys, summed over the query heads of its key head. Grid (blocks of keys, B K)."""
@@ -223,6 +244,7 @@ def _attention_backward_keys(
     dtype, acc_dtype, group = q_ref.dtype, _validate.accumulation_dtype(q_ref.dtype), heads // key_heads
     keys, parts = _Tile.of_program(key_heads, blocks.columns, sources), _head_parts(dim)
     visible_queries = _load_intervals(first_ref, end_ref, keys, empty_at=tokens)
+    same_segment = _compare_ids(key_ids_ref, keys, query_ids_ref)
     k, v = (_load(ref, keys, parts) for ref in (k_ref, v_ref))
 
     def add_query_head(i, sums):
@@ -239,7 +261,7 @@ def _attention_backward_keys(
                 p, ds = jnp.where(visible, p, 0), jnp.where(visible, ds, 0)
             return *_add_products(dk, ds.astype(dtype), q), *_add_products(dv, p.astype(dtype), grad)
 
-        return _for_each_block(visible_queries, blocks.rows, step, sums)
+        return _for_each_block(visible_queries, same_segment, blocks.rows, step, sums)
 
     sums = jax.lax.fori_loop(0, group, add_query_head, tuple(2 * _zeros(keys.size, parts, acc_dtype)))
     _store(dk_ref, keys, parts, sums[: len(parts)])
@@ -336,11 +358,29 @@ def _load_intervals(first_ref, end_ref, tile: _Tile, *, empty_at: int) -> Interv
     return Intervals(first, _pallas.load(end_ref, (tile.row, tile.tokens), tile.inside))
 
 
-def _for_each_block(intervals: Intervals, size: int, step: Callable, state: tuple) -> tuple:
+def _compare_ids(ids_ref, tile: _Tile, other_ids_ref) -> Callable[..., jax.Array] | None:
+    """Returns a function of positions and their mask [size] -> mask [tile, size] of ids equal to those of the tile.
+
+    None without ids. The mask is also set where both ids are 0: no interval holds such a pair.
+    """
+    if other_ids_ref is None:
+        return None
+    ids = _pallas.load(ids_ref, (tile.row, tile.tokens), tile.inside)
+
+    def same_segment(start, size, exists):
+        other_ids = _pallas.load(other_ids_ref, (tile.row, _pallas.span(start, size)), exists)
+        return ids[:, None] == other_ids[None, :]
+
+    return same_segment
+
+
+def _for_each_block(
+    intervals: Intervals, same_segment: Callable | None, size: int, step: Callable, state: tuple
+) -> tuple:
     """Runs state = step(start, exists, visible, state) over the blocks of `size` elements that the intervals reach.
 
     `intervals` are those of a tile. `exists` [size] masks the elements before the end of the last interval, and `visible`
-    [tile, size] those inside each interval. Both are None for blocks that lie inside all intervals.
+    [tile, size] those inside each interval and of the `same_segment`. Both are None for blocks that need no mask.
     """
     first, end = intervals
     start, stop = jnp.min(first), jnp.max(end)
@@ -355,8 +395,14 @@ def _for_each_block(intervals: Intervals, size: int, step: Callable, state: tupl
     def masked_step(i, state):
         block_start = start + jnp.where(i < before, i, i + unmasked) * size
         position = block_start + jnp.arange(size)
+        exists = position < stop
         visible = (position[None, :] >= first[:, None]) & (position[None, :] < end[:, None])
-        return step(block_start, position < stop, visible, state)
+        if same_segment is not None:
+            visible &= same_segment(block_start, size, exists)
+        return step(block_start, exists, visible, state)
 
-    state = jax.lax.fori_loop(0, unmasked, unmasked_step, state)
+    if same_segment is None:
+        state = jax.lax.fori_loop(0, unmasked, unmasked_step, state)
+    else:
+        unmasked = jnp.zeros_like(unmasked)
     return jax.lax.fori_loop(0, count - unmasked, masked_step, state)

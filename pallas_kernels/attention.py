@@ -41,8 +41,8 @@ def attention(
         v: as k.
         causal: whether query t sees only the keys up to t + S - T, which aligns the last query with the last key.
         segment_ids: [B, T], int, or the result of `find_segments`. A query sees only the keys of its own segment. The tokens
-            of a segment are contiguous. 0 is padding: for any finite values, a query in segment 0 returns zeros, no query
-            sees a key in segment 0, and the gradients of both are zero.
+            of a segment are contiguous, unless kv_segment_ids is given. 0 is padding: for any finite values, a query in
+            segment 0 returns zeros, no query sees a key in segment 0, and the gradients of both are zero.
         kv_segment_ids: [B, S], int; None means segment_ids.
         scale: None means 1/sqrt(D).
         max_segments: an upper bound on the segments of a row; see `find_segments`. cuDNN needs either it or Segments, and
@@ -51,8 +51,8 @@ def attention(
             supports the call and was measured to be faster: "fa4" (FlashAttention-4: the package fa4-jax, Hopper or newer,
             bfloat16 or float16, D a multiple of 8 up to 128, at least 128 queries); "cudnn" (bfloat16 or float16, D a
             multiple of 8, no kv_segment_ids; packed segments from Hopper on); "triton", a Pallas kernel (bfloat16 and
-            float16, Ampere or newer, heads of up to 512 bytes, positive scales, no kv_segment_ids); else XLA. XLA is also
-            picked for a single query.
+            float16, Ampere or newer, heads of up to 512 bytes, positive scales); else XLA. XLA is also picked for a single
+            query.
 
     Returns:
         [B, T, N, D] in q's dtype. The softmax is float32 (float64 for float64). The backward pass saves q, k, v, the output
@@ -85,7 +85,7 @@ def attention(
     unsupported = {
         "fa4": _fa4.unsupported_reason(q, k),
         "cudnn": _cudnn.unsupported_reason(q, k, causal, ids is not None, kv_segment_ids is not None, slots),
-        "pallas": _flash_attention.unsupported_reason(q, kv_segment_ids is not None, scale),
+        "pallas": _flash_attention.unsupported_reason(q, scale),
         "xla": None,
     }
     backend = _choose_backend(op, implementation, q, k, unsupported)
@@ -93,7 +93,7 @@ def attention(
         segments = None  # the kernels work on ids
     elif backend in ("fa4", "cudnn") and ids is not None and slots is not None and segments is None:
         segments = find_segments(ids, slots)
-    operands = q, k, v, ids, ids if kv_segment_ids is None else kv_segment_ids, *(segments or (None, None, None))
+    operands = q, k, v, ids, kv_segment_ids, *(segments or (None, None, None))
     (out,) = _OPERATION(StaticArgs(scale, causal, backend, implementation), *operands)
     return out
 
@@ -154,8 +154,8 @@ class StaticArgs(NamedTuple):
     implementation: str | None
 
 
-# The passes take query_ids [B, T] and key_ids [B, S] (None without segments) and the fields of Segments (None without
-# Segments).
+# The passes take query_ids [B, T] (None without segments), key_ids [B, S] (None: those of the queries) and the fields of
+# Segments (None without Segments).
 
 # ---- XLA implementation: computes the scores of a block of queries with all keys ----------------------------------------
 # In einsums: b batch, t queries, s keys, k key heads, g query heads that share a key head, d head size.
@@ -167,6 +167,7 @@ def _forward_xla(static: StaticArgs, q, k, v, query_ids, key_ids, *segments):
     Only the first of the M slots is used; M matches the number of slots that cuDNN fills.
     """
     dtype = _validate.accumulation_dtype(q.dtype)
+    key_ids = query_ids if key_ids is None else key_ids
 
     def block(_, rows):
         q, *positions_and_ids = rows
@@ -192,6 +193,7 @@ def _backward_xla(static: StaticArgs, q, k, v, out, lse, grad, query_ids, key_id
     dtype = _validate.accumulation_dtype(q.dtype)
     delta = jnp.sum(grad.astype(dtype) * out.astype(dtype), axis=-1)
     lse = lse[:, 0].transpose(0, 2, 1)
+    key_ids = query_ids if key_ids is None else key_ids
 
     def block(sums, rows):
         q, grad, lse, delta, *positions_and_ids = rows
@@ -260,13 +262,18 @@ def _over_query_blocks(block, sums, q, k, *rows):
 
 
 def _forward_fa4(static: StaticArgs, q, k, v, query_ids, key_ids, *segments, interpret: bool):
-    out, lse = _fa4.forward(q, k, v, (query_ids, key_ids), _as_segments(segments), static.scale, static.causal)
+    masks = _pair_ids(query_ids, key_ids), _as_segments(segments)
+    out, lse = _fa4.forward(q, k, v, *masks, static.scale, static.causal)
     return out, lse[:, None]
 
 
 def _backward_fa4(static: StaticArgs, q, k, v, out, lse, grad, query_ids, key_ids, *segments, interpret: bool):
-    options = (query_ids, key_ids), _as_segments(segments), static.scale, static.causal
-    return _fa4.backward(q, k, v, out, lse[:, 0], grad, *options)
+    masks = _pair_ids(query_ids, key_ids), _as_segments(segments)
+    return _fa4.backward(q, k, v, out, lse[:, 0], grad, *masks, static.scale, static.causal)
+
+
+def _pair_ids(query_ids, key_ids) -> tuple[jax.Array, jax.Array] | None:
+    return None if query_ids is None else (query_ids, query_ids if key_ids is None else key_ids)
 
 
 def _as_segments(fields: tuple) -> Segments | None:
@@ -288,14 +295,21 @@ def _backward_cudnn(static: StaticArgs, q, k, v, out, statistics, grad, query_id
 
 
 def _forward_pallas(static: StaticArgs, q, k, v, query_ids, key_ids, *segments, interpret: bool):
-    visible_keys, _ = _flash_attention.visible_intervals(query_ids, q, k, static.causal)
-    out, lse = _flash_attention.forward(q, k, v, visible_keys, static.scale, interpret=interpret)
+    visible_keys, _ = _flash_attention.visible_intervals(query_ids, key_ids, q, k, static.causal)
+    ids = _ids_to_compare(query_ids, key_ids)
+    out, lse = _flash_attention.forward(q, k, v, ids, visible_keys, static.scale, interpret=interpret)
     return out, lse[:, None]
 
 
 def _backward_pallas(static: StaticArgs, q, k, v, out, lse, grad, query_ids, key_ids, *segments, interpret: bool):
-    intervals = _flash_attention.visible_intervals(query_ids, q, k, static.causal)
-    return _flash_attention.backward(q, k, v, out, lse[:, 0], grad, *intervals, static.scale, interpret=interpret)
+    intervals = _flash_attention.visible_intervals(query_ids, key_ids, q, k, static.causal)
+    arrays = q, k, v, out, lse[:, 0], grad, _ids_to_compare(query_ids, key_ids)
+    return _flash_attention.backward(*arrays, *intervals, static.scale, interpret=interpret)
+
+
+def _ids_to_compare(query_ids, key_ids) -> _flash_attention.Ids:
+    """Returns the ids that the kernels compare: none where intervals describe the segments."""
+    return (None, None) if key_ids is None else (query_ids, key_ids)
 
 
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------

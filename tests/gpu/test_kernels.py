@@ -167,6 +167,80 @@ def test_attention_is_as_exact_as_xla(heads, key_heads, dim, causal, lengths, dt
     check_errors(run("triton")(*args), run("triton")(*args), run("xla")(*args), truth)
 
 
+SHAPES_WITH_KEY_IDS = [(12, 2, 128, True, 200, 900), (16, 16, 80, False, 300, 500)]
+
+
+@pytest.mark.parametrize("implementation", ["triton", "fa4"])
+@pytest.mark.parametrize("heads, key_heads, dim, causal, tokens, sources", SHAPES_WITH_KEY_IDS)
+def test_attention_with_segment_ids_of_keys_is_as_exact_as_xla(
+    heads, key_heads, dim, causal, tokens, sources, implementation
+):
+    """A chat's next turn after a cache with gaps, and other numbers of keys than queries."""
+    skip_without_fa4(implementation)
+    keys = jax.random.split(jax.random.key(dim), 4)
+    args = [
+        jax.random.normal(key, (2, length, n, dim)).astype("bfloat16")
+        for key, length, n in zip(
+            keys, (tokens, sources, sources, tokens), (heads, key_heads, key_heads, heads), strict=True
+        )
+    ]
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, 3, (2, length // 10)).repeat(10, axis=1).astype(np.int32) for length in (tokens, sources)]
+    check_attention(implementation, args, ids, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole"])
+@pytest.mark.parametrize(
+    "heads, key_heads, dim, causal",
+    [(16, 16, 64, False), (16, 16, 72, False), (16, 16, 80, False), (12, 2, 128, True), (28, 4, 128, True)],
+)
+def test_fa4_is_as_exact_as_xla(heads, key_heads, dim, causal, packed, dtype):
+    """Packed rows have padding before, between and after segments, and a row without any."""
+    skip_without_fa4("fa4")
+    keys = jax.random.split(jax.random.key(dim), 4)
+    args = [
+        jax.random.normal(key, (4, 1100, n, dim)).astype(dtype)
+        for key, n in zip(keys, (heads, key_heads, key_heads, heads), strict=True)
+    ]
+    ids = np.zeros((4, 1100), np.int32)
+    ids[0, :700], ids[0, 700:1000], ids[0, 1005:1045] = 1, 2, 3
+    ids[1, 13:1013], ids[1, 1099:] = 1, 2
+    ids[3] = 1
+    check_attention("fa4", args, [ids] if packed else [], causal=causal, max_segments=4 if packed else None)
+
+
+def skip_without_fa4(implementation):
+    if implementation == "fa4":
+        pytest.importorskip("fa4_jax")
+        if float(jax.devices()[0].compute_capability) < 9:
+            pytest.skip("needs a Hopper GPU")
+
+
+def check_attention(implementation, args, ids, *, causal, max_segments=None):
+    """Asserts that the errors are at most 1.5 times those of XLA, and that all results are zero in padding."""
+    named = dict(zip(("segment_ids", "kv_segment_ids"), ids, strict=False))
+
+    def run(implementation, args, **options):
+        @jax.jit
+        def value_and_gradients(q, k, v, grad):
+            f = functools.partial(pk.attention, causal=causal, implementation=implementation, **named, **options)
+            out, pullback = jax.vjp(f, q, k, v)
+            return out, *pullback(grad)
+
+        return value_and_gradients(*args)
+
+    with jax.default_matmul_precision("highest"):
+        truth = run("xla", in_float32(args))
+    results, xla = run(implementation, args, max_segments=max_segments), run("xla", args)
+    for result, reference, want in zip(results, xla, truth, strict=True):
+        error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (result, reference))
+        assert error <= 1.5 * allowed
+    if ids:
+        for x, ids_of_x in zip(results, (ids[0], ids[0], ids[-1], ids[-1]), strict=True):
+            assert not jnp.where((ids_of_x == 0)[:, :, None, None], x, 0).any()
+
+
 @pytest.mark.parametrize("counted", [0, 1, 511, 512, 513, 3000, 4096])
 def test_linear_cross_entropy_with_ignored_rows(counted):
     """For any number of counted rows, from none to several chunks, loss and gradients equal those of the full logits."""

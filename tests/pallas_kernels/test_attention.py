@@ -148,6 +148,17 @@ def test_kernel_matches_numpy(sizes, causal, ids):
     assert_close(gradients(interpreted, causal=causal)(*args, *ids), reference(*args, *ids, causal=causal))
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("tokens, sources", [(70, 150), (150, 70)])
+def test_kernel_compares_segment_ids_of_keys(tokens, sources, causal):
+    """Segments of keys may have gaps, as those of a KV cache; queries may see no key."""
+    rng = np.random.default_rng(0)
+    query_ids, key_ids = (rng.integers(0, 4, (2, length // 10)).repeat(10, axis=1) for length in (tokens, sources))
+    args = data(batch=2, tokens=tokens, sources=sources)
+    ids = query_ids.astype(np.int32), key_ids.astype(np.int32)
+    assert_close(gradients(interpreted, causal=causal)(*args, *ids), reference(*args, *ids, causal=causal))
+
+
 def test_bfloat16_kernel_is_as_exact_as_xla():
     """The error is at most 1.5 times that of the XLA implementation, with 1e38 in the padding."""
     clean = data(batch=2, tokens=150, sources=150, dim=80, dtype=jnp.bfloat16)
@@ -197,7 +208,6 @@ def test_large_float16_gradients_stay_finite():
 @pytest.mark.parametrize(
     "reason, options",
     [
-        ("kv_segment_ids is given", {"segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS}),
         ("scale is 0.0", {"scale": 0.0}),
         ("q has 1024 bytes per head; expected at most 512", {}),
     ],
