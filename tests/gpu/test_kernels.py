@@ -4,6 +4,10 @@ Several processes may share the GPU, except for the tests marked "large", which 
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/gpu -m "not large" -n 8
     pytest tests/gpu -m large
+
+Those marked "small" run every kernel on little data, for compute-sanitizer (memcheck, then racecheck):
+
+    compute-sanitizer --tool memcheck --target-processes all pytest tests/gpu -m small -n 8
 """
 
 import functools
@@ -38,10 +42,22 @@ LIGER = [
 ]  # the shapes of Liger-Kernel's tests
 SHAPES = {name: [((7,), 80), ((33,), 100), ((1,), 29_568), *(((b, t), d) for b, t, d in LIGER)] for name in OPS}
 SHAPES |= {"mrope": [((2, 131), 128)], "rope": [((2, 131), 128), ((3, 423), 92), ((1, 7), 80)]}
-CASES = [(name, *shape) for name, op_shapes in SHAPES.items() for shape in op_shapes]
+SMALL = ((7,), 80), ((2, 131), 128), ((3, 423), 92)
+
+
+def small(*values):
+    return pytest.param(*values, marks=pytest.mark.small)
+
+
+CASES = [
+    (small if shape in SMALL else pytest.param)(name, *shape)
+    for name, op_shapes in SHAPES.items()
+    for shape in op_shapes
+]
 FEWER_ROWS = {"cross_entropy": (16,)}  # drawing more logits on the host is slow
 CASES += [
-    (name, FEWER_ROWS.get(name, rows if OPS[name].row_count == 2 else rows[-1:]), width) for name, rows, width in REAL
+    pytest.param(name, FEWER_ROWS.get(name, rows if OPS[name].row_count == 2 else rows[-1:]), width)
+    for name, rows, width in REAL
 ]
 
 
@@ -104,7 +120,7 @@ def test_last_rows_of_more_than_two_to_the_31_elements(name):
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("size", ["2b", "7b"])
+@pytest.mark.parametrize("size", [small("2b"), "7b"])
 def test_decoding_kernels_are_as_exact_as_xla(size, dtype, rows):
     """At the models' shapes, the error is at most 1.5 times that of XLA, and a second run gives the same bits."""
     text, keys = shapes.TEXT[size], iter(jax.random.split(jax.random.key(rows), 40))
@@ -139,8 +155,8 @@ def test_decoding_kernels_are_as_exact_as_xla(size, dtype, rows):
         (16, 16, 80, False, [1500, 300, 1]),
         (12, 2, 128, True, [1000, 900]),
         (28, 4, 128, True, []),
-        (6, 3, 100, False, []),
-        (2, 1, 64, True, [2000]),
+        small(6, 3, 100, False, []),
+        small(2, 1, 64, True, [2000]),
     ],
 )
 def test_attention_is_as_exact_as_xla(heads, key_heads, dim, causal, lengths, dtype):
@@ -167,7 +183,7 @@ def test_attention_is_as_exact_as_xla(heads, key_heads, dim, causal, lengths, dt
     check_errors(run("triton")(*args), run("triton")(*args), run("xla")(*args), truth)
 
 
-SHAPES_WITH_KEY_IDS = [(12, 2, 128, True, 200, 900), (16, 16, 80, False, 300, 500)]
+SHAPES_WITH_KEY_IDS = [small(12, 2, 128, True, 200, 900), small(16, 16, 80, False, 300, 500)]
 
 
 @pytest.mark.parametrize("implementation", ["triton", "fa4"])
@@ -241,7 +257,7 @@ def check_attention(implementation, args, ids, *, causal, max_segments=None):
             assert not jnp.where((ids_of_x == 0)[:, :, None, None], x, 0).any()
 
 
-@pytest.mark.parametrize("counted", [0, 1, 511, 512, 513, 3000, 4096])
+@pytest.mark.parametrize("counted", [0, 1, 511, 512, small(513), 3000, 4096])
 def test_linear_cross_entropy_with_ignored_rows(counted):
     """For any number of counted rows, from none to several chunks, loss and gradients equal those of the full logits."""
     rng = np.random.default_rng(counted)
