@@ -27,6 +27,7 @@ from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
 from liger_jax.model.lora import adapted_parts, add_lora
 from liger_jax.model.params import PARTS
+from liger_jax.options import Unroll
 from liger_jax.train.master_weights import with_master_weights
 from liger_jax.train.metrics import batch_work, step_rates
 from liger_jax.train.optimizer import make_optimizer
@@ -55,8 +56,8 @@ class Train:
     """Also keep float32 copies of the weights, and float32 moments."""
     remat: Literal["auto", "none", "dots", "narrow", "attention", "full"] = "auto"
     """Activations that the backward pass recomputes. "auto" takes the fastest policy that fits in memory."""
-    unroll: bool = False
-    """Unroll the loop over layers: a faster step for a longer compilation."""
+    unroll: Unroll = "auto"
+    """Layers to unroll instead of scanning over them. "auto" is the default of `make_train_step`."""
     fsdp: int | None = None
     """Number of GPUs to shard weights and batches over."""
     profile: bool = False
@@ -101,7 +102,7 @@ class Train:
     def _profile_file(self, batch_size: int) -> Path:
         options = ["mixed"] * self.mixed + ["lora"] * (self.lora is not None)
         options += ["master_weights"] * self.master_weights
-        options += [self.remat] * (self.remat != "auto") + ["unrolled"] * self.unroll
+        options += [self.remat] * (self.remat != "auto") + [f"unroll_{self.unroll}"] * (self.unroll != "auto")
         options += [f"fsdp{self.fsdp}"] * (self.fsdp is not None)
         return self.results / f"profile_{'_'.join([self.size, *options])}_x{batch_size}.md"
 
@@ -117,7 +118,7 @@ def time_steps(
     optimizer: optax.GradientTransformation,
     frozen: Collection[str] = (),
     remat: str = "auto",
-    unroll: bool = False,
+    unroll: Unroll = "auto",
     profile: Path | None = None,
 ) -> dict:
     """Times steps on the batches in turn. Donates the model's arrays."""
@@ -145,7 +146,7 @@ def time_steps(
     rates = step_rates(mean_work, float(np.mean(trained)), step_s, devices)
     return {
         "remat": step.chosen_remat,
-        "unroll": unroll,
+        "unroll": "vision" if unroll == "auto" else unroll,
         "step_ms": step_s * 1e3,
         "tokens_per_s": rates["tokens_per_second"],
         "trained_tokens_per_s": rates["trained_tokens_per_second"],

@@ -166,7 +166,7 @@ def finetune(
     batching: Annotated[Batching, flags(Batching, pack_length="pack", length=None, patches=None)] = Batching(),
     optimization: Optimization = Optimization(),
     lora: LoraFlags = LoraFlags(),
-    execution: LayerExecution = LayerExecution(remat="auto"),
+    execution: LayerExecution = LayerExecution(remat="auto", unroll="auto"),
     saving: Annotated[Saving, flags(Saving, max_to_keep="keep", asynchronous=None, generation_config=None)] = Saving(),
     evaluation: Evaluation = Evaluation(),
     mesh: MeshShape = MeshShape(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 Part = Literal["vision", "merger", "text"]
+Unroll = Literal["auto", "none", "vision", "all"]
 Remat = Literal["auto", "none", "dots", "narrow", "attention", "full"]
 
 
@@ -42,8 +43,12 @@ class LayerExecution:
 
     remat: Remat = "none"
     """Activations to recompute in the backward pass, from none (most memory) to full; auto: the fastest choice that fits."""
-    unroll: bool = False
-    """Unroll the layers instead of scanning over them: faster steps, but compilation takes several times longer."""
+    unroll: Unroll = "none"
+    """Layers to unroll instead of scanning over them, for faster steps and longer compilation; auto: vision or all."""
+
+    def unrolls(self, tower: Literal["vision", "text"]) -> bool:
+        """Returns whether the layers of a tower are unrolled."""
+        return self.unroll == "all" or (self.unroll in ("auto", "vision") and tower == "vision")
 
 
 DEFAULT_EXECUTION = LayerExecution()

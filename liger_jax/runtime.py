@@ -16,6 +16,17 @@ from liger_jax.errors import LigerWarning
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
 
+def step_compiler_options(mesh: Any) -> dict[str, str | bool]:
+    """Returns the compiler options of a training step.
+
+    Without a mesh there is no communication whose latency to hide. XLA's latency hiding scheduler then only takes time: with
+    it, a step of the 2B on an H200 takes 3 to 6 ms longer, and compiles up to 8 s longer.
+    """
+    return (
+        COMPILER_OPTIONS if mesh is not None else COMPILER_OPTIONS | {"xla_gpu_enable_latency_hiding_scheduler": False}
+    )
+
+
 def enable_compilation_cache() -> None:
     """Caches compiled programs in ~/.cache/liger-jax, so that later processes start faster.
 

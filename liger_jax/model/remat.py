@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ def scan_layers(
     x: jax.Array,
     layers: nnx.Module,
     execution: LayerExecution,
+    *,
+    tower: Literal["vision", "text"],
 ) -> tuple[jax.Array, Any]:
     """Applies x, aux_i = layer(x, layers[i]) for each i.
 
@@ -56,7 +58,8 @@ def scan_layers(
         layer: takes activations and the weights of one layer.
         x: activations; the first dimension is the batch.
         layers: a module whose weights have a leading layer axis.
-        execution: whether to scan or unroll, and which activations to recompute.
+        execution: which towers to unroll, and which activations to recompute.
+        tower: the tower that the layers belong to.
 
     Returns:
         The last x, and all aux_i, stacked.
@@ -66,6 +69,7 @@ def scan_layers(
     """
     if execution.remat not in REMAT:
         raise UserError(f"remat is {execution.remat!r}; expected one of {REMAT}")
+    unroll = execution.unrolls(tower)
 
     def constrained_layer(x, weights):
         x, aux = layer(x, weights)
@@ -73,11 +77,9 @@ def scan_layers(
 
     if execution.remat != "none":
         # prevent_cse keeps the compiler from merging the recomputation with the original; a scan's body does that already
-        constrained_layer = jax.checkpoint(
-            constrained_layer, policy=_POLICIES[execution.remat], prevent_cse=execution.unroll
-        )
+        constrained_layer = jax.checkpoint(constrained_layer, policy=_POLICIES[execution.remat], prevent_cse=unroll)
     x = constrain_batch(x)
-    if not execution.unroll:
+    if not unroll:
         return jax.lax.scan(constrained_layer, x, layers)
     # Unrolling avoids a scan's copies: of each layer's weights out of the stack, and of its gradient and saved activations
     # into other stacks, which have to be filled with zeros first.

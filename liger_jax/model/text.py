@@ -111,7 +111,7 @@ class LanguageModel(nnx.Module):
             x, aux = weights(x, cos, sin, attend)
             return x, (aux, None if capture is None else x)
 
-        x, (aux, outputs) = scan_layers(layer, x, self.layers, execution)
+        x, (aux, outputs) = scan_layers(layer, x, self.layers, execution, tower="text")
         hidden = self.norm(x)
         if capture is not None:
             capture |= {"text_layers": outputs, "final_hidden": hidden}

@@ -108,7 +108,7 @@ class VisionTower(nnx.Module):
             x = block(x, cos, sin, segments)
             return x, None if capture is None else x
 
-        x, blocks = scan_layers(layer, patches, self.blocks, execution)
+        x, blocks = scan_layers(layer, patches, self.blocks, execution, tower="vision")
         features = self.merger(x)
         if capture is not None:
             capture |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}

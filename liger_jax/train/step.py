@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from liger_jax.model.sharding import (
     shard_batch,
     with_auto_axes,
 )
-from liger_jax.options import LayerExecution, Remat
+from liger_jax.options import LayerExecution, Remat, Unroll
 from liger_jax.train.master_weights import MasterState
 from liger_jax.train.optimizer import read_grad_stats, warn_if_updates_vanish
 
@@ -63,7 +63,7 @@ def loss_fn(
     num_items: jax.Array | float | None = None,
     *,
     remat: Remat = "none",
-    unroll: bool = False,
+    unroll: Unroll = "none",
 ) -> tuple[jax.Array, Metrics]:
     """Returns the next-token cross entropy, computed without materializing the logits.
 
@@ -145,7 +145,7 @@ def _init_state(model: Qwen2VL, *, optimizer: optax.GradientTransformation) -> t
 
 
 def make_train_step(
-    *, remat: Remat = "auto", accumulate: int = 1, unroll: bool = False
+    *, remat: Remat = "auto", accumulate: int = 1, unroll: Unroll = "auto"
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns a compiled training step: `state, metrics = step(state, batch)`.
 
@@ -157,7 +157,8 @@ def make_train_step(
             according to the compiler.
         accumulate: number of parts in which the batch is computed, one after the other. The gradient is that of the whole
             batch: the loss of each part is divided by the number of trained tokens in all parts.
-        unroll: unroll the layers, for a faster step and a longer compilation, see `liger_jax.options.LayerExecution`.
+        unroll: layers to unroll instead of scanning over them: "none", "vision" (the vision tower) or "all". On an H200, a
+            step of the 2B takes 438, 416 or 412 ms, and compiles in 13, 20 or 30 s. "auto" is "vision".
 
     Returns:
         A function of a `TrainState` and a `Batch`. If loss or gradient norm are not finite, it leaves the weights and the
@@ -166,7 +167,7 @@ def make_train_step(
         0; and, for an optimizer made by `make_optimizer`, those of `read_grad_stats`.
 
     Raises:
-        UserError: an unknown remat, or accumulate below 1.
+        UserError: an unknown remat or unroll, or accumulate below 1.
 
     Example:
         >>> import numpy as np
@@ -179,6 +180,8 @@ def make_train_step(
     """
     if remat not in ("auto", *REMAT):
         raise UserError(f"remat is {remat!r}; expected one of {('auto', *REMAT)}")
+    if unroll not in get_args(Unroll):
+        raise UserError(f"unroll is {unroll!r}; expected one of {get_args(Unroll)}")
     if accumulate < 1:
         raise UserError(f"accumulate is {accumulate}; expected at least 1")
     return TrainStep(LayerExecution(remat, unroll), accumulate)
@@ -222,11 +225,11 @@ class TrainStep:
             )
             with mesh_context(mesh):
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-                compiled = jitted.lower(leaves, batch).compile(compiler_options=runtime.COMPILER_OPTIONS)
+                compiled = jitted.lower(leaves, batch).compile(compiler_options=runtime.step_compiler_options(mesh))
             if remat == policies[-1] or _fits_memory(compiled):
                 break
         self.chosen_remat = remat
-        logger.info("train step compiled for %s, remat=%s", batch.shape, remat)
+        logger.info("train step compiled for %s, remat=%s, unroll=%s", batch.shape, remat, self.execution.unroll)
         return compiled
 
 

@@ -249,7 +249,7 @@ def test_model_results_are_stored_by_case(tiny_2b, tmp_path, capsys):
     common = {"peers": False, "results": tmp_path}
     file = Train(rows=(1,), remat="dots", profile=True, **common).run()
     record_result(file, json.loads(file.read_text())[0])
-    Train(rows=(1,), remat="attention", unroll=True, **common).run()
+    Train(rows=(1,), remat="attention", unroll="all", **common).run()
     Generate(rows=(2,), length=30, **common).run()
     results = json.loads(file.read_text())
     assert [(r["what"], r["rows"], r.get("remat"), r.get("prompt_tokens")) for r in results] == [
@@ -261,7 +261,11 @@ def test_model_results_are_stored_by_case(tiny_2b, tmp_path, capsys):
     assert (tmp_path / "profile_2b_dots_x1.md").read_text().count("| ms | calls |") == 1
     peer = {**results[0], "package": "transformers + Liger", "step_ms": 123.4, "remat": "full"}
     lines = tables.model_table([*results, peer, {**peer, "remat": "none", "error": "out of memory"}]).splitlines()
-    assert "123 ms" in lines[2] and "(Liger, checkpointing)" in lines[2] and 'remat "attention", unrolled' in lines[3]
+    assert (
+        "123 ms" in lines[2]
+        and "(Liger, checkpointing)" in lines[2]
+        and 'remat "attention", all layers unrolled' in lines[3]
+    )
     assert "generation, 2 x 27 tokens" in lines[4]
     assert "liger-jax: train qwen2-vl-2b x 1: " in capsys.readouterr().out
     with pytest.raises(UserError, match="length is 26; expected at least 27"):

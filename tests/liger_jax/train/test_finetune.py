@@ -39,7 +39,7 @@ from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 from liger_jax.train.evaluation import split_last_answer
-from liger_jax.train.finetune import finetune
+from liger_jax.train.finetune import choose_unroll, finetune
 from liger_jax.train.loop import catch_signals
 from liger_jax.train.optimizer import make_optimizer
 from tests._support.quiet import assert_quiet
@@ -540,7 +540,7 @@ def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
     ]
     options = (
         f"--steps 2 --batch-size 2 --freeze vision --skip-broken --held-out {tmp_path / 'data.json'} --pack 96 "
-        "--dtype bfloat16 --master-weights --workers 0 --remat none --unroll --fsdp 2"
+        "--dtype bfloat16 --master-weights --workers 0 --remat none --unroll all --fsdp 2"
     )
     monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
     main()
@@ -600,3 +600,18 @@ def test_exit_status_of_a_run_that_a_signal_ends(config, processor, tmp_path, mo
             ["finetune", *(str(tmp_path / name) for name in ("model", "data.json")), "--output", str(tmp_path / "out")]
         )
     assert error.value.code == status
+
+
+@pytest.mark.parametrize(
+    "unroll, steps, options, chosen",
+    [
+        ("auto", 5000, {"pack_length": 64}, "all"),
+        ("auto", 5000, {"length": 64, "patches": 64}, "all"),
+        ("auto", 4999, {"pack_length": 64}, "auto"),
+        ("auto", 5000, {"length": 64}, "auto"),
+        ("none", 5000, {"pack_length": 64}, "none"),
+    ],
+)
+def test_long_runs_with_one_program_unroll_all_layers(unroll, steps, options, chosen):
+    """A run whose batches have several shapes compiles several programs, for which "auto" only unrolls the vision tower."""
+    assert choose_unroll(LayerExecution(unroll=unroll), steps, Batching(**options)) == chosen

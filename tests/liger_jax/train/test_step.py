@@ -28,7 +28,12 @@ OPTIMIZER = optax.sgd(RATE, momentum=0.5)  # its first update is the gradient
 
 
 shared_train_step = functools.cache(make_train_step)  # compiled once for all tests of this file
-VARIANTS = [{"remat": "dots"}, {"remat": "full", "accumulate": 2}, {"remat": "attention", "unroll": True}]
+VARIANTS = [
+    {"remat": "dots"},
+    {"remat": "full", "accumulate": 2},
+    {"remat": "attention", "unroll": "all"},
+    {"unroll": "none"},
+]
 
 
 def fresh_state(model=None):
