@@ -26,6 +26,7 @@ from benchmarks.record import OURS, record_result, summary
 from convert import from_hf
 from liger_jax import Batch, Qwen2VL, Qwen2VLConfig
 from liger_jax.model.sharding import get_mesh, shard_batch
+from pallas_kernels import _fa4, _pallas
 
 Size = Literal["2b", "7b"]
 PACKAGES = ("jax", "flax", "optax")
@@ -62,6 +63,7 @@ class ModelCase:
             "model": f"qwen2-vl-{self.size}",
             "devices": self.fsdp or 1,
             "versions": versions_of(PACKAGES),
+            **({"attention": "fa4"} if fa4_is_used() else {}),
         }
         with peer_checkpoint(self.size, self.peers) as checkpoint:
             # The peers run first, while JAX has not yet reserved the GPU's memory.
@@ -87,6 +89,12 @@ class ModelCase:
                 if self.consumes_model:
                     model = None
         return file
+
+
+def fa4_is_used() -> bool:
+    """Returns whether `attention` picks FlashAttention-4 on this machine."""
+    capability = _pallas.compute_capability()
+    return capability is not None and capability >= 9.0 and _fa4.import_problem() is None
 
 
 def _compare_losses(losses: Sequence[float], peer_losses: Sequence[float]) -> None:

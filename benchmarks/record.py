@@ -7,7 +7,19 @@ from pathlib import Path
 OURS = "liger-jax"
 # The fields that identify a case. A newer result replaces an older one with the same values.
 CASE_FIELDS = (
-    *("package", "model", "what", "rows", "prompt_tokens", "devices", "remat", "unroll", "lora", "master_weights"),
+    *(
+        "package",
+        "model",
+        "what",
+        "rows",
+        "prompt_tokens",
+        "devices",
+        "remat",
+        "unroll",
+        "attention",
+        "lora",
+        "master_weights",
+    ),
     *("cache", "weights", "programs"),
 )
 

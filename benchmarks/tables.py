@@ -132,6 +132,7 @@ def _options(result: dict) -> str:
     options += [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
     options += ["float32 master weights"] * result.get("master_weights", False)
     options += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
+    options += ["FlashAttention-4"] * (result.get("attention") == "fa4")
     options += {"none": ["scanned"], "all": ["all layers unrolled"]}.get(result.get("unroll", ""), [])
     return "".join(f", {option}" for option in options)
 
@@ -215,8 +216,10 @@ HEADLINE_LOSS = "linear_cross_entropy 8192 x 1536 x 151936"
 def headline_table(model: list[dict], ops: list[dict]) -> str:
     """Returns three measurements: a training step, a new token, and the loss with its memory."""
     options = {"model": "qwen2-vl-2b", "package": OURS, "devices": 1}
-    train = _find(model, {**options, "what": "train", "rows": 4, "remat": "dots", "unroll": "vision"})
-    decode = _find(model, {**options, "what": "generate", "rows": 1})
+    train = _find(
+        model, {**options, "what": "train", "rows": 4, "remat": "dots", "unroll": "vision", "attention": None}
+    )
+    decode = _find(model, {**options, "what": "generate", "rows": 1, "attention": None})
     lines = ["| | liger-jax | peer |", "|---|---|---|"]
     for title, result, cell in (
         ("2B: training step, 4 sequences of 2048 tokens with an image each", train, _step_cell),
