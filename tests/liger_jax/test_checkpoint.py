@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, checkpoint
+from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
 from liger_jax.checkpoint import (
     checkpoint_manager,
     is_model,
@@ -22,6 +22,7 @@ from liger_jax.checkpoint import (
     save_model,
     save_state,
 )
+from liger_jax.checkpoint.arrays import nest, raise_damage
 from liger_jax.errors import AlreadyExistsError, DamagedError, UserError
 from liger_jax.model.params import param_paths
 from tests._support.scripts import run_script
@@ -188,7 +189,7 @@ def test_incomplete_steps_are_ignored(tmp_path, state):
 def test_newer_incomplete_step_is_reported_by_load_model(tmp_path, state):
     save_state(tmp_path, state)
     (tmp_path / "40").mkdir()
-    with pytest.warns(UserWarning, match=r"steps \[40\] are incomplete; loads step 12"):
+    with pytest.warns(UserWarning, match=r"steps \[40\] are incomplete; loading step 12"):
         load_model(tmp_path)
 
 
@@ -248,10 +249,12 @@ def test_other_errors_are_not_taken_for_damage(tmp_path, state):
     with pytest.raises(UserError, match=r"missing|unexpected") as raised:
         restore_intact_state(tmp_path, abstract_state(state.model, optax.sgd(1e-3, momentum=0.9)))
     assert not isinstance(raised.value, DamagedError)
-    with pytest.raises(MemoryError), checkpoint._raise_damage(tmp_path / "12/default"):
+    with pytest.raises(MemoryError), raise_damage(tmp_path / "12/default"):
         raise MemoryError
-    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"), checkpoint._raise_damage(tmp_path / "12/default"):
+    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"), raise_damage(tmp_path / "12/default"):
         raise ValueError("RESOURCE_EXHAUSTED: out of memory")
+    with pytest.raises(DamagedError, match=r"is damaged \(KeyError\)"), raise_damage(tmp_path / "12/default"):
+        raise KeyError  # without a message
     assert (tmp_path / "12").is_dir()
 
 
@@ -278,7 +281,7 @@ def test_step_with_nan_is_not_restored(tmp_path, state):
     broken = dataclasses.replace(state, model=jax.tree.map(lambda leaf: leaf.at[...].set(jnp.nan), state.model))
     with checkpoint_manager(tmp_path) as manager:
         save_state(manager, dataclasses.replace(state, step=jnp.int32(3)))
-        manager.save(12, args=ocp.args.PyTreeSave(checkpoint._nest(param_paths(broken))), force=True)
+        manager.save(12, args=ocp.args.PyTreeSave(nest(param_paths(broken))), force=True)
     with pytest.raises(DamagedError, match=r"12/default: model/.* holds NaN or infinity"):
         restore_state(tmp_path, state)
     assert_same(restore_state(tmp_path, state, allow_non_finite=True), broken)
