@@ -5,11 +5,12 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from liger_jax.checkpoint import checkpoint_manager, save_state
+from liger_jax.checkpoint import checkpoint_manager, complete_steps, save_state
 from liger_jax.errors import LigerWarning, UserError
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import Qwen2VL
@@ -78,15 +79,16 @@ def fit(
             step += 1
             steps.add(PendingStep(step, metrics, work))
             stopping = stop_requested()
-            if checkpoints and (step % checkpoints.save_every == 0 or step == log.steps or stopping):
-                steps.read()  # first, so that the log is complete up to every checkpoint
-                _check_skipped(steps, saver, find_conversations)
+            saving = checkpoints and (step % checkpoints.save_every == 0 or step == log.steps or stopping)
+            if saving:
+                steps.read()  # so that the log is complete up to every checkpoint
+            _check_skipped(steps, saver, find_conversations)
+            if checkpoints and saving:
                 saver.save(state, step)
                 if checkpoints.evaluator and not stopping:
                     log.write(step, checkpoints.evaluator(state.model, step))
                 stopping = stop_requested()  # perhaps during the evaluation
                 log.seconds_since_last()  # the next step's time starts here
-            _check_skipped(steps, saver, find_conversations)
             if stopping:
                 break
         steps.read()
@@ -180,7 +182,7 @@ class Saver:
         self._checkpoints = checkpoints
         self._steps = steps
         self._start = start
-        self._attempted = self._saved = start
+        self._attempted = start  # the latest step that was saved, or that could not be
 
     def save(self, state: TrainState, step: int) -> None:
         """Saves the state of a step.
@@ -200,24 +202,25 @@ class Saver:
             manager.reload()
         else:
             save_state(manager, state)
-        self._saved = step
 
     def rescue(self, state: TrainState, step: int) -> str:
         """Saves the state that an error would lose, if it can be saved. Returns a sentence that says what is saved."""
         if self._checkpoints is None:
             return ""
-        problem = ""
-        if step != self._attempted and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-            try:
+        manager, sentences = self._checkpoints.manager, []
+        try:
+            if step != self._attempted and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 self._steps.read()
                 self.save(state, step)
-            except Exception as error:  # the error that ends training matters more
-                problem = f"Step {step} could not be saved ({error}). "
-        folder = self._checkpoints.manager.directory
-        if self._saved == step:
-            return f"Step {step} is saved in {folder}; repeat the command to resume"
-        saved = self._checkpoints.manager.all_steps()
-        return problem + (f"The latest checkpoint in {folder} is step {max(saved)}" if saved else "")
+            manager.wait_until_finished()
+        except Exception as error:  # the error that ends training matters more
+            sentences.append(f"Step {step} could not be saved ({error})")
+        saved = complete_steps(Path(manager.directory))
+        if step in saved:
+            return f"Step {step} is saved in {manager.directory}; repeat the command to resume"
+        if saved:
+            sentences.append(f"The latest checkpoint in {manager.directory} is step {saved[-1]}")
+        return ". ".join(sentences)
 
     def last_good_checkpoint(self) -> int | None:
         """Returns the latest checkpoint whose weights gave a finite loss in a later step, or else the one at the start."""

@@ -149,6 +149,13 @@ def test_error_of_the_data_saves_the_state(tmp_path, error):
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+def test_error_before_the_first_step(tmp_path):
+    """Regression: the message said that step 0 was saved."""
+    with pytest.raises(UserError, match=r"^broken$"):
+        run(tmp_path, [1] * 9, batches=failing_batches(0, UserError("broken")))
+    assert saved(tmp_path) == []
+
+
 def test_state_is_saved_once(tmp_path, monkeypatch):
     """An error right after a checkpoint, in the data or in an evaluation, does not save it again."""
     counts = []
