@@ -15,7 +15,7 @@ from convert.table import EMBEDDING, LM_HEAD, HubTensor, hub_tensors, original_n
 from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
 from liger_jax.checkpoint import float_dtype
 from liger_jax.config import Qwen2VLConfig, VisionConfig
-from liger_jax.errors import UserError
+from liger_jax.errors import UserError, list_some
 from liger_jax.files import CONFIG, local_folder, read_json_object
 from liger_jax.finite import check_finite
 from liger_jax.model import Qwen2VL
@@ -177,7 +177,7 @@ def match_tensors(
             f"{s.name} {s.dtype}, expected one of {list(FLOATS)}" for s, _ in pairs if s.dtype not in FLOATS
         ],
     }
-    report = "".join(f"\n  {problem}: {_list_some(names)}" for problem, names in problems.items() if names)
+    report = "".join(f"\n  {problem}: {list_some(sorted(names), 30)}" for problem, names in problems.items() if names)
     if report:
         raise UserError(f"{complaint}:{report}")
     return stored
@@ -195,12 +195,6 @@ def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
         if len(numbers) > limit:
             layers[pattern] = [*numbers[:2], "...", numbers[-1]]
     return [pattern.replace("{}", "{" + ",".join(numbers) + "}") for pattern, numbers in layers.items()]
-
-
-def _list_some(names: list[str], limit: int = 30) -> str:
-    """Returns the names in order, separated by semicolons; of a longer list, the first ones and the number of the others."""
-    listed = "; ".join(sorted(names)[:limit])
-    return listed if len(names) <= limit else f"{listed}; and {len(names) - limit} more"
 
 
 def _check_tied_head(head: StoredTensor, embedding: StoredTensor, rows: int = 65_536) -> None:

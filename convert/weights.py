@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from liger_jax.errors import NotFoundError, UserError
+from liger_jax.errors import NotFoundError, UserError, list_some
 from liger_jax.files import read_json_object, wrong_content
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -63,7 +63,7 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[StoredTens
         raise UserError(
             f"{folder} has its weights only as GGUF {gguf}; expected unquantized weights, {SINGLE} or {INDEX}"
         )
-    raise NotFoundError(f"{folder} has no weights, only {files}; expected {SINGLE} or {INDEX}")
+    raise NotFoundError(f"{folder} has no weights, only {files!r:.300}; expected {SINGLE} or {INDEX}")
 
 
 def _list_shards(index: Path) -> list[StoredTensor]:
@@ -87,8 +87,7 @@ def _list_shards(index: Path) -> list[StoredTensor]:
         f"{name} in {file} is not in the index" for name, file in sorted(stored) if weight_map.get(name) != file
     ]
     if problems:
-        listed = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise UserError(f"{index} disagrees with the files that it names: {listed}")
+        raise UserError(f"{index} disagrees with the files that it names: {list_some(problems)}")
     return tensors
 
 

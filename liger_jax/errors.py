@@ -33,8 +33,21 @@ class LigerWarning(UserWarning):
     """Category of this project's warnings. The command line prints them as one line, and no others."""
 
 
+def list_some(items: Sequence[str], limit: int = 10, *, separator: str = "; ") -> str:
+    """Joins the items of a list for a message: all of them, or the first ones and the number of the others.
+
+    Example:
+        >>> list_some(["3", "7", "8"], separator=", ")
+        '3, 7, 8'
+        >>> list_some(["missing a", "missing b", "missing c"], 2)
+        'missing a; missing b; and 1 more'
+    """
+    rest = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *rest])
+
+
 def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) -> None:
-    """Warns once about items that were skipped, listing the first ten. Does nothing if there are none.
+    """Warns once about items that were skipped, and lists the first ten. Does nothing if there are none.
 
     Example:
         >>> import warnings
@@ -44,5 +57,4 @@ def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) 
         'data.json: skipped 2 of 9 records: record 3: no answer; record 7: no image'
     """
     if messages:
-        listed = "; ".join(messages[:10]) + ("; ..." if len(messages) > 10 else "")
-        warnings.warn(f"{summary}: {listed}", LigerWarning, stacklevel=stacklevel)
+        warnings.warn(f"{summary}: {list_some(messages)}", LigerWarning, stacklevel=stacklevel)

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from liger_jax.errors import LigerWarning, NotFoundError, UserError, warn_skipped
+from liger_jax.errors import LigerWarning, NotFoundError, UserError, list_some, warn_skipped
 from liger_jax.inputs.messages import (
     KINDS,
     LOSS_KEYS,
@@ -115,8 +115,7 @@ def read_conversations(
     total = len(conversations) + len(broken)
     warn_skipped(f"{path}: left out {len(broken)} of {total} records", broken)
     if ignored:
-        listed = ", ".join(f"{name}: {count}" for name, count in ignored.most_common(20))
-        listed += ", ..." if len(ignored) > 20 else ""
+        listed = list_some([f"{name}: {count}" for name, count in ignored.most_common()], 20, separator=", ")
         warnings.warn(f"{path}: ignored unknown keys ({listed})", LigerWarning, stacklevel=2)
     return conversations
 

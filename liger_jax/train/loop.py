@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from liger_jax.checkpoint import checkpoint_manager, complete_steps, save_state
-from liger_jax.errors import LigerWarning, UserError
+from liger_jax.errors import LigerWarning, UserError, list_some
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import Qwen2VL
 from liger_jax.model.lora import adapted_parts
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
 Evaluator = Callable[[Qwen2VL, int], dict[str, float]]
-MAX_LISTED = 20  # conversations of a batch that an error message lists
 
 
 class Checkpoints(NamedTuple):
@@ -161,7 +160,7 @@ def _check_skipped(
     descriptions = []
     for line in steps.skipped:
         conversations = sorted(find_conversations(int(line["step"]))) if find_conversations else []
-        listed = ", ".join(map(str, conversations[:MAX_LISTED])) + (", ..." if len(conversations) > MAX_LISTED else "")
+        listed = list_some([str(number) for number in conversations], 20, separator=", ")
         descriptions.append(_describe(line) + (f" (conversations {listed})" if listed else ""))
     good, checkpoint = saver.last_good_checkpoint(), "There is no earlier checkpoint"
     if good is not None:
