@@ -127,7 +127,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> TextIO:
-    """Opens a file and locks it, or raises AlreadyExistsError with its content, the process that has locked it."""
+    """Opens a file and locks it. Raises AlreadyExistsError with its content, which names the process that has locked it."""
     while True:
         file = path.open("a+")
         try:
@@ -140,7 +140,7 @@ def _open_locked(path: Path) -> TextIO:
                 f"{path.parent} is in use by {holder}; expected an output folder to which no other process writes"
             ) from None
         except OSError as error:
-            message = f"{path.parent} cannot be locked ({error.strerror}): start no second process on this folder"
+            message = f"{path.parent} cannot be locked ({error.strerror}): do not start a second process on this folder"
             warnings.warn(message, LigerWarning, stacklevel=5)
         # the previous holder may have removed the file between the two calls
         with contextlib.suppress(FileNotFoundError):
@@ -151,7 +151,7 @@ def _open_locked(path: Path) -> TextIO:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an error of a full or read-only disk into a UserError that names the folder."""
+    """Turns an error of a full or read-only disk into a UserError that names the folder and keeps the error's notes."""
     try:
         yield
     except UserError:
@@ -162,7 +162,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if code is None or (file and folder.absolute() not in Path(file).absolute().parents):
             raise
         expected = "free space" if code in FULL else "a writable folder"
-        raise UserError(f"{folder} cannot be written ({os.strerror(code)}); expected {expected}") from error
+        problem = f"{folder} cannot be written ({os.strerror(code)}); expected {expected}"
+        raise UserError(". ".join([problem, *getattr(error, "__notes__", ())])) from error
 
 
 def disk_error_code(error: BaseException) -> int | None:

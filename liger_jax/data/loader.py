@@ -24,7 +24,9 @@ from liger_jax.runtime import worker_initializer
 def load_batches(
     make: Callable[[int], Batch], indices: range, *, workers: int | None = None
 ) -> Generator[Batch, None, None]:
-    """Computes make(i) for each index in the background, starting immediately.
+    """Computes make(i) for each index in the background.
+
+    A thread starts immediately, worker processes when the first batch is requested.
 
     Args:
         make: returns the batch of an index. It must be picklable, and depend on the index alone, so that a run can resume at
@@ -85,7 +87,7 @@ def _named_worker_errors() -> Iterator[None]:
             raise
         raise UserError(
             f"A data worker ended with exit code {exit_code[1]}; expected it to run until the last step. -9 often means "
-            "that the host ran out of memory: use fewer workers (--workers)"
+            "that the host ran out of memory, and -7 that /dev/shm is full: use fewer workers (--workers)"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Runs the demo, from images to answers, with the same functions as any other training run."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -65,7 +66,7 @@ def run_demo(
         The accuracy, the duration, and the paths of the results.
 
     Raises:
-        UserError: an argument is out of range.
+        UserError: an argument is out of range, or `output` cannot be written to.
         AlreadyExistsError: `output` holds files that are not results of the demo, or another process writes to it.
     """
     started = time.perf_counter()
@@ -84,7 +85,10 @@ def run_demo(
         )
         model = Qwen2VL.init(config, seed=seed, dtype="float32")
         state = TrainState.create(model, make_optimizer(learning_rate, steps))
-        with RunLog(output / METRICS, begin=0, steps=steps, progress=progress) as log:
+        with (
+            contextlib.closing(batches),
+            RunLog(output / METRICS, begin=0, steps=steps, progress=progress) as log,
+        ):
             state = fit(state, batches, make_train_step(remat="none"), log)
 
         checkpoint = output / "checkpoint"
@@ -107,18 +111,14 @@ def run_demo(
 
 
 def clear_output(output: Path) -> None:
-    """Creates the folder, or removes an earlier demo's results from it; raises AlreadyExistsError for any other file."""
-    if output.exists():
-        if not output.is_dir():
-            raise AlreadyExistsError(f"{output} is a file; expected a folder (see --output)")
-        if foreign := [path.name for path in output.iterdir() if path.name not in (*RESULTS, LOCK)]:
-            raise AlreadyExistsError(
-                f"{output} holds {foreign[:5]}; expected an empty folder or an earlier demo's results (see --output)"
-            )
-        for name in RESULTS:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
+    """Removes an earlier demo's results from a folder. Raises AlreadyExistsError if it holds any other file."""
+    if foreign := [path.name for path in output.iterdir() if path.name not in (*RESULTS, LOCK)]:
+        raise AlreadyExistsError(
+            f"{output} holds {foreign[:5]}; expected an empty folder or an earlier demo's results (see --output)"
+        )
+    for name in RESULTS:
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_processor(digits: Digits) -> Processor:
