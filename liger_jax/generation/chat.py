@@ -3,7 +3,6 @@
 from collections.abc import Generator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from liger_jax.errors import UserError
@@ -16,7 +15,7 @@ from liger_jax.generation.loop import (
     first_token_logits,
     grow,
     init_cache,
-    is_traced,
+    is_inside_trace,
     prefill,
 )
 from liger_jax.generation.options import GenerationOptions
@@ -60,8 +59,10 @@ class Chat:
     """
 
     def __init__(self, model: Qwen2VL, processor: Processor, *, system: str | None = None, **options: Any):
-        if is_traced((model, jnp.asarray(0))):
-            raise UserError("Chat is made inside a function that JAX traces; expected it outside, or generate inside")
+        if is_inside_trace(model):
+            raise UserError(
+                "Chat is created inside a function that JAX traces; expected it outside, or generate inside"
+            )
         self.model, self.processor, self.system = with_auto_axes(model), processor, system
         self.options = GenerationOptions(**options)
         self.options.check_single_text()

@@ -14,6 +14,7 @@ from liger_jax.generation.loop import (
     DecodeSession,
     Generated,
     generate_traced,
+    is_inside_trace,
     is_traced,
 )
 from liger_jax.generation.options import GenerationOptions
@@ -51,7 +52,7 @@ def generate(
 
     Inside `jax.jit`, `jax.vmap` or `jax.shard_map`, prefill and decoding become part of the caller's program, with the same
     tokens. Model, batch and seed may be traced; the other options are constants. The values of a traced batch cannot be
-    checked: a row without tokens gives padding; positions that exceed the model's, and packed rows, give tokens of no use.
+    checked: a row without tokens gives padding; positions that exceed the model's, and packed rows, give meaningless tokens.
 
     Args:
         model: the model.
@@ -75,7 +76,7 @@ def generate(
         (1, 4)
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "batch", "tokenizer")}
-    if is_traced((model, batch, options, jnp.asarray(0))):  # an array that is made inside of jax.jit is traced as well
+    if is_inside_trace(model, batch, options):
         return _generate_traced(model, batch, options)
     return generate_with(model, batch, GenerationOptions(**options), tokenizer)
 
@@ -133,7 +134,7 @@ def _stop_at_strings(session: DecodeSession, strings: Sequence[str], tokenizer: 
 
 
 def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iterator[str]:
-    """Yields the text of one prompt's continuation in pieces, as it is generated.
+    """Yields the text of one prompt's continuation in pieces while it is generated.
 
     Joined, the pieces are the text of the tokens that `generate` returns. A character whose bytes are spread over several
     tokens is yielded whole. The device runs a few tokens ahead of the reader.
@@ -152,7 +153,7 @@ def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iter
         >>> for piece in stream(model, batch, processor, max_new_tokens=64):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
-    if is_traced((model, batch, options, jnp.asarray(0))):
+    if is_inside_trace(model, batch, options):
         raise UserError(
             "stream is called inside a function that JAX traces; expected a call outside, or generate inside"
         )

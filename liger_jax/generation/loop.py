@@ -95,6 +95,11 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def is_inside_trace(*arguments: Any) -> bool:
+    """Returns whether JAX traces the caller: an argument is traced, or an array that is made here (under `jax.jit`)."""
+    return is_traced((arguments, jnp.asarray(0)))
+
+
 class DecodeSession:
     """The generation of one batch on the device: its KV cache, and the new tokens so far.
 

@@ -37,24 +37,21 @@ UNSUPPORTED = {
     "watermarking_config": None,
 }
 
-# {option: the kinds of its numpy dtype, its possible numbers of axes, and both in words}
+# {option: the kinds of its numpy dtype, its possible numbers of axes, and both in words}. None is allowed where it is the
+# default.
 FORMS = {
     **dict.fromkeys(("max_new_tokens", "min_new_tokens", "num_return_sequences"), ("iu", (0,), "an integer")),
     **dict.fromkeys(("pad_token_id", "top_k", "no_repeat_ngram_size", "logprobs"), ("iu", (0,), "an integer, or None")),
     **dict.fromkeys(("temperature", "repetition_penalty"), ("iuf", (0,), "a number")),
     **dict.fromkeys(("top_p", "min_p"), ("iuf", (0,), "a number, or None")),
-    "eos_token_id": ("iu", (0, 1), "an integer, or a list of integers"),
+    "eos_token_id": ("iu", (0, 1), "an integer, a list of integers, or None"),
     "do_sample": ("b", (0,), "True or False"),
     "seed": ("iu", (0, 1), "a 64-bit integer, or one per prompt"),
 }
-REQUIRED = (
-    *("max_new_tokens", "min_new_tokens", "num_return_sequences", "temperature", "repetition_penalty"),
-    *("do_sample", "seed"),
-)
 
 
 def _has_form(value: Any, kinds: str, axes: tuple[int, ...]) -> bool:
-    """Returns whether a value is like a numpy array of one of these kinds and numbers of axes; () is like any list."""
+    """Returns whether a value can become a numpy array of one of these kinds and numbers of axes. () can become any list."""
     import numpy as np
 
     try:
@@ -116,9 +113,8 @@ class GenerationOptions:
     def __post_init__(self):
         for name, (kinds, axes, expected) in FORMS.items():
             value = getattr(self, name)
-            if value is None and name in REQUIRED:
-                raise UserError(f"{name} is None; expected a value (omit the argument for the default)")
-            if value is not None and not _has_form(value, kinds, axes):
+            may_be_none = getattr(type(self), name) is None
+            if not (value is None and may_be_none) and not _has_form(value, kinds, axes):
                 raise UserError(f"{name} is {value!r:.60}; expected {expected}")
         self._check_lists()
         may_differ = self.num_return_sequences == 1 or self.do_sample

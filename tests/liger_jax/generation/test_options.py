@@ -103,7 +103,7 @@ def test_sampling_filters_are_ignored_without_do_sample(tmp_path):
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf; expected 1e-30 to 1e30"),
         ({"top_k": []}, r"top_k is \[\]; expected an integer, or None"),
         ({"top_p": {}}, r"top_p is {}; expected a number, or None"),
-        ({"eos_token_id": [5, None]}, r"eos_token_id is \[5, None\]; expected an integer, or a list"),
+        ({"eos_token_id": [5, None]}, r"eos_token_id is \[5, None\]; expected an integer, a list"),
         ({"do_sample": "yes"}, "do_sample is 'yes'; expected True or False"),
         ({"bad_words_ids": 148}, "bad_words_ids is 148; expected a list of token sequences"),
         ({"bad_words_ids": [[1], [2, []]]}, "expected a list of token sequences"),

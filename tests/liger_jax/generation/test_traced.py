@@ -132,7 +132,7 @@ def test_shard_map(kind):
         ),
         (lambda m, b, x: generate(m, b, **GREEDY | {"eos_token_id": 160}), "Token id 160"),
         (lambda m, b, x: list(stream(m, b, None, max_new_tokens=8)), "expected a call outside"),
-        (lambda m, b, x: Chat(m, None), "Chat is made inside a function that JAX traces"),
+        (lambda m, b, x: Chat(m, None), "Chat is created inside a function that JAX traces"),
     ],
 )
 def test_errors(run, message):
