@@ -1,6 +1,6 @@
 """The peers of `python -m benchmarks ops` on torch: Liger-Kernel, torch eager and compiled, and cut-cross-entropy.
 
-python -m benchmarks.peers [CASE ...]        # prints one line of JSON per case, as soon as it is measured
+python -m benchmarks.peers [CASE ...]        # prints one line of JSON after each case
 
 Times are kernel times, as in benchmarks/timing.py. Some of these functions overwrite their inputs, so every run gets copies,
 which are made before its kernels are timed. Values are compared with the same formula in float32.

@@ -1,4 +1,4 @@
-"""Asks a model about an image and prints the answer as it is generated.
+"""Asks a model about an image and streams the answer.
 
 python examples/ask_about_an_image.py Qwen/Qwen2-VL-2B-Instruct dog.jpg "What is in this image?"
 

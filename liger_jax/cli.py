@@ -249,7 +249,7 @@ def generate(
 
     Args:
         model: An Orbax folder, a Hugging Face folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
-        question: The question; its answer is printed as it is generated.
+        question: The question; its answer is streamed.
         images: Images to ask the question about.
         system: System message for the question.
         data: File of questions in LLaVA, ShareGPT or messages format: a JSON list, or JSON lines.
@@ -406,7 +406,7 @@ def convert(
         max_shard_size: Maximum size of a Hugging Face weight file.
         revision: Branch, tag or commit on the hub.
         allow_pickle: Also read pytorch_model*.bin files, which can execute code.
-        allow_non_finite: Also read Hugging Face weights that hold NaN or infinity.
+        allow_non_finite: Also convert weights that hold NaN or infinity, or that overflow the dtype.
         overwrite: Write even if the folder has files.
     """
     from convert.load import convert_checkpoint

@@ -56,7 +56,7 @@ def silence_packages() -> None:
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they are full of carriage returns
-    logging.disable(logging.ERROR)  # whatever fails is also raised
+    logging.disable(logging.ERROR)  # failures are also raised as exceptions
     sys.unraisablehook = _handle_unraisable
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
