@@ -41,9 +41,13 @@ rows_over: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("row
 
 @contextlib.contextmanager
 def split_rows_over(mesh_axes: tuple[str, ...]) -> Iterator[None]:
-    """Splits the rows of differentiable operations that are called in the context over axes of a mesh with Auto axes.
+    """Splits the rows of differentiable operations over axes of a mesh with Auto axes, in a `with` block.
 
-    Without it, the partitioner chooses the layout, which needs custom_partitioning. Their backward passes are included.
+    Outside the block, the partitioner chooses the layout, which needs custom_partitioning. The backward pass is split like
+    the forward pass, wherever it runs. Without a mesh, there is no effect.
+
+    Raises:
+        ValueError: from an operation in the block, if its mesh has no such axis.
     """
     token = rows_over.set(mesh_axes)
     try:
@@ -95,6 +99,10 @@ class ParallelOp:
 
     def layout_over_rows(self, shapes: Sequence[tuple[int, ...]], mesh: Any) -> Layout:
         """Returns the layout that splits the first axis that `rows_over` divides."""
+        if unknown := [name for name in self.rows_over if name not in mesh.axis_names]:
+            raise ValueError(
+                f"split_rows_over: mesh_axes has {unknown}; expected any of the mesh's axes {mesh.axis_names}"
+            )
         shards = math.prod(mesh.shape[name] for name in self.rows_over)
         spec: list[Any] = [None] * len(shapes[0])
         for i, (axis, size) in enumerate(zip(self._axes(self.operands[0], shapes), shapes[0], strict=True)):
@@ -241,7 +249,7 @@ def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
         layout = _layout_by_type(op, operands, mesh)
         in_specs, out_specs = op.specs(layout)
         return jax.shard_map(op.on_shard(layout), in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
-    if op.rows_over:
+    if op.rows_over and axis_types:
         layout = op.layout_over_rows([x.shape for x in operands], mesh)
         in_specs, out_specs = op.specs(layout)
         return jax.shard_map(op.on_shard(layout), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(

@@ -61,3 +61,12 @@ def test_values_and_gradients_are_those_of_one_device(op):
             jax.tree.leaves(run(placed, on_auto_axes)), jax.tree.leaves(expected), strict=True
         ):
             np.testing.assert_allclose(actual, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_mesh_without_the_axis():
+    """Regression: a KeyError, and also without a mesh, where there is nothing to split."""
+    x, weight = jnp.ones((4, 3, 32)), jnp.ones(32)
+    with pk.split_rows_over(("data",)):
+        np.testing.assert_array_equal(norm(x, weight), pk.rms_norm(x, weight, implementation="xla"))
+    with pk.split_rows_over(("rows",)), pytest.raises(ValueError, match=r"mesh_axes has \['rows'\]; expected any of"):
+        norm(on_mesh(AxisType.Auto, x, P("data")), weight)
