@@ -148,7 +148,7 @@ def check(runs: dict[str, dict]) -> None:
             raise UserError(f"{name}: {count} programs were compiled after warm-up; expected none")
 
 
-# ---- what is repeated: functions that return a call and the length of its cycle ------------------------------------------
+# ---- workloads: functions that return a call and the length of its cycle ------------------------------------------------
 
 
 def training() -> tuple[Callable[[int], Any], int]:

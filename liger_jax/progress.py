@@ -10,10 +10,10 @@ LINE = "{desc}{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rat
 
 
 def progress_bar(iterable: Any = None, *, show: bool = True, **options: Any) -> tqdm:
-    """Returns tqdm's progress bar, which prints a line every SECONDS instead if stderr is neither terminal nor notebook.
+    """Returns tqdm's progress bar, or one that prints a line every SECONDS if stderr is neither a terminal nor a notebook.
 
     Args:
-        iterable: what to iterate over; None: call `update` instead.
+        iterable: the items to iterate over; None: call `update` instead.
         show: False prints nothing.
         options: those of tqdm, such as total, desc and unit.
 

@@ -115,7 +115,7 @@ class Qwen2VL(nnx.Module):
     def summary(self, batch: Batch | None = None) -> str:
         """Returns a table of the model's parameters and, for a batch, of the shapes of its activations.
 
-        Each parameter has a line with its path, the axes of `liger_jax.model.params`, shape, dtype and number of elements.
+        Each parameter has a line with its path, axes (see `liger_jax.model.params`), shape, dtype and number of elements.
         Nothing is computed, and the model may be abstract.
 
         Example:

@@ -138,7 +138,6 @@ def find_abstract_mesh(tree: Any) -> AbstractMesh | None:
 
 def with_auto_axes(tree: Any) -> Any:
     """Returns the tree with its arrays on Explicit axes moved to Auto axes of the same devices, which copies nothing."""
-
     mesh = get_mesh(tree)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return tree
@@ -163,11 +162,8 @@ def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = No
     spec = P() if rows is None else P(rows)  # scalars allow no P(None)
     function = jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, spec))
     has_both = any(AxisType.Auto in mesh.axis_types for mesh in meshes)
-    with (
-        split_rows_over(tuple(name for name in BATCH_AXES if name in mesh.axis_names))
-        if has_both
-        else contextlib.nullcontext()
-    ):
+    batch_axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
+    with split_rows_over(batch_axes) if has_both else contextlib.nullcontext():
         return function(*args)
 
 
@@ -187,7 +183,7 @@ def _auto(mesh: Mesh) -> Mesh:
 def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
     """Moves a batch to the devices of a mesh, with its rows split over the data and fsdp axes.
 
-    Empty rows are appended until all devices have equally many. A batch that is already on the devices stays where it is.
+    Empty rows are appended until all devices have the same number. A batch that is already on the devices stays where it is.
 
     Args:
         batch: as `prepare` returns it.

@@ -10,13 +10,13 @@ from liger_jax.model.params import find_row, param_paths
 
 
 def summarize(model: Any, batch: Batch | None) -> str:
-    """Returns the table of a `Qwen2VL`; see its method `summary`. Computes nothing: shapes are traced."""
-    rows = [("parameter", "axes", "shape", "dtype", "numbers")]
-    totals: dict[str, tuple[int, int]] = {}  # of a part: numbers and bytes
+    """Returns the tables of `Qwen2VL.summary`. Nothing is computed: JAX only traces the shapes."""
+    rows = [("parameter", "axes", "shape", "dtype", "elements")]
+    totals: dict[str, tuple[int, int]] = {}  # of a part: elements and bytes
     for path, weight in param_paths(model).items():
         row = find_row(path)
-        numbers, size = totals.get(row.part, (0, 0))
-        totals[row.part] = numbers + weight.size, size + weight.size * weight.dtype.itemsize
+        elements, size = totals.get(row.part, (0, 0))
+        totals[row.part] = elements + weight.size, size + weight.size * weight.dtype.itemsize
         rows.append((path, row.axes, *_form(weight), f"{weight.size:,}"))
     totals["total"] = sum(n for n, _ in totals.values()), sum(size for _, size in totals.values())
     rows += [(f"{part}: {size / 2**20:,.1f} MiB", "", "", "", f"{n:,}") for part, (n, size) in totals.items()]

@@ -2,12 +2,12 @@
 
 import re
 
-PROGRESS = r"(measuring: )?\d+% \d+/\d+ \[.*\]"
+from benchmarks.faults import PROGRESS
 
 
 def assert_quiet(stderr: str, *warnings: str) -> None:
     """Asserts that stderr has one line per warning (a part of its text), lines of progress bars, and nothing else."""
-    lines = [line for line in stderr.splitlines(keepends=True) if not re.fullmatch(PROGRESS + "\n", line)]
+    lines = [line for line in stderr.splitlines(keepends=True) if not PROGRESS.fullmatch(line.removesuffix("\n"))]
     assert len(lines) == len(warnings), stderr
     for line, part in zip(lines, warnings, strict=True):
         assert re.fullmatch("warning: .*\n", line) and part in line, stderr
