@@ -2,7 +2,7 @@
 
 Each trial runs the real command, `liger-jax finetune`, on a tiny model, and causes one fault. The run is then resumed to its
 end. It passes if every checkpoint (weights and optimizer) and every logged step equal those of an uninterrupted run bit for
-bit, no process hangs, and the fault printed one line. Needs Linux, a CPU and half an hour.
+bit, no process hangs, and the fault printed one line. Needs Linux and a CPU.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def run_trials(lab: "Lab", fault: str, trial: "Trial", count: int, seed: int) ->
         try:
             printed[trial(lab, rng)] += 1
             passed += 1
-        except (TrialError, subprocess.TimeoutExpired) as error:
+        except Exception as error:  # an unexpected error fails this trial, not the other ones
             print(f"{fault}, trial {number}: {error!s:.2000}", flush=True)
     line = printed.most_common(1)[0][0] if printed else ""
     print(f"{fault}: {passed} of {count}: {line}", flush=True)
@@ -258,7 +258,7 @@ def kill(wait: Callable[[Path, random.Random, subprocess.Popen], None]) -> Trial
 
 
 def opened_log(output: Path) -> Callable[[], bool]:
-    """Returns a function that returns whether a run has opened its log since, which is when it starts to train."""
+    """Returns a function that returns whether a run has opened its log since this call, which is when it starts to train."""
     log = output / "metrics.jsonl"
 
     def number() -> int:
@@ -269,12 +269,12 @@ def opened_log(output: Path) -> Callable[[], bool]:
 
 
 def while_starting(output: Path, rng: random.Random, process: subprocess.Popen) -> None:
-    """Waits for a moment of imports, reading the model and compiling."""
+    """Waits until some moment of the imports, of reading the model or of compiling."""
     time.sleep(rng.uniform(0, 10))
 
 
 def while_training(output: Path, rng: random.Random, process: subprocess.Popen) -> None:
-    """Waits for a few steps, and for a moment in the next ones."""
+    """Waits for a few steps, and until some moment of the next ones."""
     count = (output / "metrics.jsonl").read_bytes().count(b"\n")
     wait_until(logged_steps(output, count + rng.randrange(10)), process)
     time.sleep(rng.uniform(0, 0.05))

@@ -28,9 +28,12 @@ def test_killed_run_equals_an_uninterrupted_one(monkeypatch, tmp_path, capsys):
     assert "1 of 1" in capsys.readouterr().out
 
 
-def test_failed_trials_are_reported(capsys):
+@pytest.mark.parametrize("error", [faults.TrialError("step 3 differs"), FileNotFoundError("step 3 differs")])
+def test_failed_trials_are_reported(capsys, error):
+    """Regression: an unexpected error ended all trials."""
+
     def fail(lab, rng):
-        raise faults.TrialError("step 3 differs")
+        raise error
 
     row = faults.run_trials(None, "a fault", fail, 2, seed=0)
     assert (row["tried"], row["passed"]) == (2, 0)
