@@ -71,9 +71,26 @@ def load_batches(
 def _copies(batches: Any) -> Generator[Batch, None, None]:
     """Yields the batches, copied out of the memory that workers share, and stops the workers at the end."""
     with contextlib.closing(batches), _named_worker_errors():
-        for batch in batches:
+        with _blocked_signals():  # the first call starts the workers
+            batch = next(batches, None)
+        while batch is not None:
             yield jax.tree.map(np.array, batch)
+            batch = next(batches, None)
     gc.collect()  # Grain keeps the last batch in a reference cycle, and would free its shared memory too late
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Keeps signals to the process group from threads and processes that are started in the block, for as long as they run.
+
+    A worker could not do so itself: it would be open to signals during the seconds in which it imports its packages. This
+    process still handles signals, in its other threads.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @contextlib.contextmanager
@@ -102,11 +119,9 @@ def _start_resource_tracker() -> None:
 
 
 def _start_worker(silence: Callable[[int, int], None] | None, index: int, count: int) -> None:
-    """Makes a worker ignore signals to its process group, and end with its parent, even if the parent is killed."""
+    """Makes a worker silent, and lets it end with its parent, even if the parent is killed."""
     if silence:
         silence(index, count)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -367,6 +368,25 @@ def test_killed_worker_is_an_error(config, processor, data):
     worker.kill()
     with pytest.raises(UserError, match=r"data worker ended with exit code -9; expected .* fewer workers"):
         list(batches)
+
+
+def test_signals_do_not_reach_starting_workers():
+    """Regression: Ctrl-C in the seconds in which workers import their packages ended them, each with a traceback."""
+
+    def interrupt_worker():
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        for _ in range(20):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(workers[0].pid, number)
+            time.sleep(0.05)
+
+    batches = load_batches(np.array, range(3), workers=1)
+    thread = threading.Thread(target=interrupt_worker)
+    thread.start()
+    assert [batch.tolist() for batch in batches] == [0, 1, 2]
+    thread.join()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()  # of this thread
 
 
 def test_workers_end_with_their_parent():
