@@ -39,7 +39,7 @@ def answer_conversations(
     batch_size: int,
     length: int | None = None,
     patches: int | None = None,
-) -> list[str]:
+) -> list[str | UserError]:
     """Answers conversations that end with a question, `batch_size` of them at a time.
 
     Args:
@@ -52,32 +52,7 @@ def answer_conversations(
         patches: image patches per row, see `prepare`.
 
     Returns:
-        One answer per conversation.
-
-    Raises:
-        UserError: an option is out of range, a conversation is malformed, an image cannot be read, or the logits of an
-            answer are NaN or infinite.
-    """
-    answers = answers_or_errors(
-        model, processor, conversations, options, batch_size=batch_size, length=length, patches=patches
-    )
-    for index, answer in enumerate(answers):
-        if isinstance(answer, UserError):
-            raise UserError(f"conversation {index}: {answer}") from answer
-    return [str(answer) for answer in answers]
-
-
-def answers_or_errors(
-    model: Qwen2VL,
-    processor: Processor,
-    conversations: Sequence[Conversation],
-    options: GenerationOptions,
-    *,
-    batch_size: int,
-    length: int | None = None,
-    patches: int | None = None,
-) -> list[str | UserError]:
-    """Answers conversations as `answer_conversations` does, with an error in place of an answer that has none.
+        One answer per conversation, or an error for a conversation whose logits are NaN or infinite.
 
     Raises:
         UserError: an option is out of range, a conversation is malformed, or an image cannot be read.

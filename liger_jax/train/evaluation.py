@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from liger_jax.errors import UserError, warn_skipped
-from liger_jax.generation.answer import answers_or_errors
+from liger_jax.generation.answer import answer_conversations
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation, is_trained
@@ -81,7 +81,7 @@ def compare_answers(
     """
     prompts, expected_answers = zip(*map(split_last_answer, conversations), strict=True)
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    answers = answers_or_errors(
+    answers = answer_conversations(
         model, processor, prompts, options, batch_size=batch_size, length=length, patches=patches
     )
     errors = [f"conversation {i}: {answer}" for i, answer in enumerate(answers) if isinstance(answer, UserError)]
