@@ -42,8 +42,8 @@ def list_some(items: Sequence[str], limit: int = 10, *, separator: str = "; ") -
         >>> list_some(["missing a", "missing b", "missing c"], 2)
         'missing a; missing b; and 1 more'
     """
-    rest = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return separator.join([*items[:limit], *rest])
+    count = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *count])
 
 
 def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) -> None:
