@@ -108,8 +108,8 @@ def answer(folder: Path) -> dict:
 
     from convert import open_model
     from liger_jax import Processor, prepare, runtime
-    from liger_jax.generation.loop import DecodeSession
     from liger_jax.generation.options import GenerationOptions
+    from liger_jax.generation.session import DecodeSession
 
     done("imports")
     runtime.enable_compilation_cache()

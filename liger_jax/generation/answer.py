@@ -9,8 +9,8 @@ import numpy as np
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.errors import UserError
 from liger_jax.generation.generate import generate_with
-from liger_jax.generation.loop import NonFiniteLogitsError, check_prompts
 from liger_jax.generation.options import GenerationOptions
+from liger_jax.generation.session import NonFiniteLogitsError, check_prompts
 from liger_jax.inputs.batch import Batch, prepare
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor

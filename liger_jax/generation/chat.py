@@ -7,18 +7,9 @@ import numpy as np
 
 from liger_jax.errors import UserError
 from liger_jax.generation.generate import stream_text
-from liger_jax.generation.loop import (
-    DecodeSession,
-    NonFiniteLogitsError,
-    check_prompts,
-    extend,
-    first_token_logits,
-    grow,
-    init_cache,
-    is_inside_trace,
-    prefill,
-)
+from liger_jax.generation.loop import extend, first_token_logits, grow, init_cache, prefill
 from liger_jax.generation.options import GenerationOptions
+from liger_jax.generation.session import DecodeSession, NonFiniteLogitsError, check_prompts, is_inside_trace
 from liger_jax.inputs.batch import Batch, bucket, prepare
 from liger_jax.inputs.messages import KINDS, Kind, as_list
 from liger_jax.inputs.positions import VisionItem, rope_positions, vision_items

@@ -1,4 +1,4 @@
-"""Generates from prompts: all tokens at once, or pieces of text as they are generated."""
+"""Generates from prompts: all tokens at once, or pieces of text while they are generated."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,15 +9,10 @@ import numpy as np
 
 from liger_jax.errors import UserError
 from liger_jax.generation.detokenize import StopStrings, TextPieces
-from liger_jax.generation.loop import (
-    NON_FINITE,
-    DecodeSession,
-    Generated,
-    generate_traced,
-    is_inside_trace,
-    is_traced,
-)
+from liger_jax.generation.loop import NON_FINITE, Generated
 from liger_jax.generation.options import GenerationOptions
+from liger_jax.generation.session import DecodeSession, is_inside_trace, is_traced
+from liger_jax.generation.traced import generate_traced
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import Qwen2VL
 

@@ -1,40 +1,26 @@
-"""Turns prompts into new tokens on the device: one compiled prefill, then one compiled loop that generates the tokens."""
+"""The compiled programs that turn prompts into new tokens: a prefill, then one loop that generates the tokens."""
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import pallas_kernels as pk
 from liger_jax import runtime
-from liger_jax.config import Qwen2VLConfig
-from liger_jax.errors import UserError
-from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.sampling import History, Sampling, constrain_logits, next_token, token_logprobs
-from liger_jax.inputs.batch import Batch, bucket
+from liger_jax.inputs.batch import Batch
 from liger_jax.model import Qwen2VL
 from liger_jax.model.fused_decode import PackedModel, decode_step
 from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.lora import lora_config
 from liger_jax.model.qwen2_vl import causal_attention
-from liger_jax.model.sharding import (
-    find_abstract_mesh,
-    get_mesh,
-    mesh_context,
-    run_on_auto_axes,
-    shard_batch,
-    with_auto_axes,
-)
+from liger_jax.model.sharding import find_abstract_mesh
 from liger_jax.model.text import DecoderLayer
 
 NON_FINITE = -1  # recorded in place of a token that was chosen by a logit that is NaN or infinite
 NEW_TOKENS = 64  # smallest bucket of room for new tokens, see `bucket`
-CHUNK = 8  # tokens that the device generates while the host reads the previous chunk
 
 
 class Generated(NamedTuple):
@@ -44,202 +30,6 @@ class Generated(NamedTuple):
     logprobs: Any  # [B, T] float32: log-probability of each token
     top_tokens: Any  # [B, T, n] int32: the n most likely tokens at each position, most likely first
     top_logprobs: Any  # [B, T, n] float32: their log-probabilities
-
-
-class NonFiniteLogitsError(UserError):
-    """Raised when logits are NaN or infinite. The other rows' tokens are in `generated`.
-
-    Attributes:
-        new_tokens: for each row with such logits, the number of the new token that they were for, counted from 1.
-        generated: all new tokens; these rows end before that token.
-    """
-
-    def __init__(self, new_tokens: dict[int, int], generated: Generated):
-        self.new_tokens, self.generated = new_tokens, generated
-        row, number = next(iter(new_tokens.items()))
-        super().__init__(f"Row {row}: {self.describe(number)}")
-
-    @staticmethod
-    def describe(number: int) -> str:
-        return (
-            f"The logits of new token {number} are NaN or infinite; expected finite logits: the weights are damaged, or "
-            "values exceed the range of their dtype (float16 ends at 65504; bfloat16 has the range of float32)"
-        )
-
-
-def check_prompts(config: Qwen2VLConfig, batch: Batch, max_new_tokens: int) -> None:
-    """Raises UserError unless each row holds one prompt, and prompt and answer fit the model's positions.
-
-    Traced arrays have no values to check.
-    """
-    if not isinstance(batch, Batch):
-        raise UserError(f"batch is a {type(batch).__name__}; expected a Batch, as prepare(model.config, ...) returns")
-    if is_traced((batch.segment_ids, batch.position_ids)):
-        return  # the caller's responsibility, see `generate`
-    segments = np.asarray(batch.segment_ids)
-    if segments.max() > 1:
-        row = int(np.argmax(segments.max(axis=1)))
-        raise UserError(f"Row {row} holds {segments.max()} packed sequences; expected one prompt per row")
-    if not segments.any(axis=1).all():
-        raise UserError(f"Row {int(np.argmin(segments.any(axis=1)))} has no tokens; expected a prompt in every row")
-    last, limit = int(np.asarray(batch.position_ids).max()) + max_new_tokens, config.text.max_position_embeddings
-    if last >= limit:
-        raise UserError(
-            f"The prompts and {max_new_tokens} new tokens reach position {last}; expected at most {limit - 1}, since the "
-            f"model's max_position_embeddings is {limit}"
-        )
-
-
-def is_traced(tree: Any) -> bool:
-    """Returns whether a tree holds traced arrays, as the arguments of a function under `jax.jit` or `jax.vmap` do."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def is_inside_trace(*arguments: Any) -> bool:
-    """Returns whether JAX traces the caller: an argument is traced, or an array that is made here (under `jax.jit`)."""
-    return is_traced((arguments, jnp.asarray(0)))
-
-
-class DecodeSession:
-    """The generation of one batch on the device: its KV cache, and the new tokens so far.
-
-    Iterate over `chunks` to read tokens as they are generated, or call `run` to generate all of them. Then `result` returns
-    all tokens.
-
-    Compiled programs run in this order: `prefill`, `first_token_logits`, `init_cache`, `init_decode_state`, `decode_loop`.
-
-    Attributes:
-        rows: number of rows, `num_return_sequences` for each prompt.
-        cache: the KV cache, which a chat extends with its next turn.
-        sampling: the options as arrays.
-    """
-
-    def __init__(
-        self,
-        model: Qwen2VL,
-        cache: KVCache,
-        first_step: "FirstStep",
-        options: GenerationOptions,
-        input_ids: np.ndarray,
-        segment_ids: np.ndarray,
-    ):
-        """Chooses each row's first token.
-
-        Args:
-            model: the model.
-            cache: filled with the prompts, each `num_return_sequences` times, with room for the new tokens.
-            first_step: logits and positions of the first new tokens, with the rows of the cache.
-            options: generation options.
-            input_ids: [prompts, L], the whole prompts, padded on any side.
-            segment_ids: [prompts, L], 0 for padding.
-        """
-        prompts, samples, padded_rows = len(input_ids), options.num_return_sequences, len(first_step.empty)
-        self.model, self.cache, self.rows = model, cache, prompts * samples
-        self.sampling = Sampling.from_options(options, model.config, prompts, padded_rows)
-        self._limit = options.max_new_tokens
-        self._stopped = np.zeros(self.rows, bool)
-        self._length = np.full(self.rows, self._limit)
-        history = None
-        if self.sampling.needs_history:
-            padding = [(0, padded_rows // samples - prompts), (0, 0)]
-            ids, segments = (np.pad(array, padding).repeat(samples, axis=0) for array in (input_ids, segment_ids))
-            history = History.from_prompts(ids, segments, cache.valid.shape[1])
-        self._mesh, self._weights, self._requested = get_mesh((model, cache)), None, 1
-        with mesh_context(self._mesh):
-            room = bucket(self._limit, NEW_TOKENS)
-            self._state, self._snapshot = init_decode_state(first_step, self.sampling, history, room=room)
-            if self._limit > 1:  # copied while the device runs the prefill
-                self._weights = decode_weights(model)
-
-    @classmethod
-    def start(cls, model: Qwen2VL, batch: Batch, options: GenerationOptions) -> Self:
-        """Runs the prefill of a batch of prompts and chooses each row's first token."""
-        check_prompts(model.config, batch, options.max_new_tokens)
-        model, prompts = with_auto_axes(model), (np.asarray(batch.input_ids), np.asarray(batch.segment_ids))
-        options.check_against(model.config, len(prompts[0]))
-        batch = shard_batch(dataclasses.replace(batch, labels=None), get_mesh(model))
-        with mesh_context(get_mesh((model, batch))):
-            hidden, keys_values = prefill(model, batch)
-            first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-            cache = init_cache(*keys_values, batch.segment_ids, room=bucket(options.max_new_tokens, NEW_TOKENS))
-            if options.num_return_sequences > 1:
-                cache, first_step = repeat_rows((cache, first_step), options.num_return_sequences)
-        return cls(model, cache, first_step, options, *prompts)
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Yields the new tokens [rows, 1 or more] as they are generated, until all rows have ended.
-
-        The first chunk is a single token. The device is one chunk ahead of the reader. A row whose logits are not finite
-        ends with the token NON_FINITE.
-        """
-        read, finished = 0, False
-        try:
-            while not finished:
-                snapshot, requested = self._snapshot, self._requested
-                if requested > 1:  # the first token does not wait for the compilation of the loop
-                    self._advance(CHUNK)
-                tokens, step, done = jax.device_get(snapshot)
-                yield tokens[: self.rows, read:step]
-                read = step
-                finished = requested == self._limit or (done[: self.rows] | self._stopped).all()
-                if requested == 1 and not finished:
-                    self._advance(CHUNK)
-        finally:
-            self._weights = None  # they are a copy of most weights, and a chat keeps the session for its cache
-
-    def stop(self, row: int, length: int) -> None:
-        """Ends a row after its first `length` tokens."""
-        self._stopped[row], self._length[row] = True, length
-
-    def run(self) -> None:
-        """Generates all tokens, without waiting for the device."""
-        self._advance(self._limit)
-
-    def result(self) -> Generated:
-        """Waits for the device and returns all tokens, with None for log-probabilities that were not requested.
-
-        Raises:
-            NonFiniteLogitsError: the logits of a row were NaN or infinite.
-        """
-        generated = jax.device_get(self._state.generated)
-        after_end = np.arange(self._limit) >= self._length[:, None]
-
-        def cut(array, fill):  # on the host: slicing on the device would compile for each length
-            array = np.array(array[: self.rows, : self._limit])
-            array[after_end] = fill
-            return array
-
-        fills = (self.sampling.pad_token, 0, 0, 0)
-        generated = Generated(
-            *(array if array is None else cut(array, fill) for array, fill in zip(generated, fills, strict=True))
-        )
-        failed = generated.tokens == NON_FINITE
-        if failed.any():
-            generated.tokens[failed] = self.sampling.pad_token
-            raise NonFiniteLogitsError({int(row): int(step) + 1 for row, step in np.argwhere(failed)}, generated)
-        return generated
-
-    def _advance(self, tokens: int) -> None:
-        """Dispatches up to `tokens` more tokens per row, without waiting for the device."""
-        if self._requested == self._limit:
-            return
-        self._requested = min(self._requested + tokens, self._limit)
-        stopped = np.ones(len(self.sampling.seeds), bool)
-        stopped[: self.rows] = self._stopped
-        with mesh_context(self._mesh):
-            self._weights = self._weights or decode_weights(self.model)
-            self.cache, self._state, self._snapshot = decode_loop(
-                self.model,
-                self._weights,
-                self.cache,
-                self._state,
-                self.sampling,
-                stopped=stopped,
-                until=np.int32(self._requested),
-            )
-
-
-# ---- compiled functions ----------------------------------------------------------------------------------------------
 
 
 @functools.partial(
@@ -469,57 +259,3 @@ def _choose_tokens(logits: jax.Array, state: DecodeState, sampling: Sampling) ->
         history=history and history.append(token),
         generated=generated,
     )
-
-
-# ---- inside a caller's program -----------------------------------------------------------------------------------------
-
-
-def generate_traced(model: Qwen2VL, batch: Batch, options: GenerationOptions, seed: Any = None) -> Generated:
-    """Generates as a `DecodeSession` does, as part of a program that the caller traces, such as a function under `jax.jit`.
-
-    A row whose logits are not finite ends with padding, since a program cannot raise an error.
-
-    Args:
-        model: the model; its arrays may be traced, as may those of the batch.
-        batch: prompts, as `prepare` returns them.
-        options: generation options.
-        seed: a traced integer, or one per prompt, which replaces that of the options.
-
-    Returns:
-        The new tokens, with None for log-probabilities that were not requested.
-    """
-    prompts, samples = batch.shape[0], options.num_return_sequences
-    check_prompts(model.config, batch, options.max_new_tokens)
-    options.check_against(model.config, prompts)
-    sampling = Sampling.from_options(options, model.config, prompts, prompts * samples, seed=seed)
-    batch = dataclasses.replace(batch, labels=None)
-    return _traced_program(model, batch, sampling, samples=samples, limit=options.max_new_tokens)
-
-
-@functools.partial(jax.jit, static_argnames=("samples", "limit"))
-def _traced_program(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
-    run = functools.partial(_prefill_and_decode, samples=samples, limit=limit)
-    return run_on_auto_axes(run, model, batch, sampling, rows_of=batch.input_ids)
-
-
-def _prefill_and_decode(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
-    """Returns `limit` new tokens for each of `samples` rows per prompt. Runs the compiled functions in their order."""
-    rows, room = batch.shape[0] * samples, bucket(limit, NEW_TOKENS)
-    has_context = not jax.sharding.get_abstract_mesh().empty
-    with mesh_context(None if has_context else find_abstract_mesh((model, batch))):
-        # unwrapped: JAX allows compiler options only for whole programs, and `run_on_auto_axes` needs a new trace
-        hidden, keys_values = inspect.unwrap(prefill)(model, batch)
-        first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-        cache, history = init_cache(*keys_values, batch.segment_ids, room=room), None
-        if samples > 1:
-            cache, first_step = repeat_rows((cache, first_step), samples)
-        if sampling.needs_history:
-            ids, segments = (jnp.repeat(x, samples, axis=0) for x in (batch.input_ids, batch.segment_ids))
-            history = History.from_prompts(ids, segments, cache.valid.shape[1])
-        state, _ = init_decode_state(first_step, sampling, history, room=room)
-        if limit > 1:
-            arguments = model, decode_weights(model), cache, state, sampling
-            _, state, _ = inspect.unwrap(decode_loop)(*arguments, stopped=np.zeros(rows, bool), until=np.int32(limit))
-    generated = Generated(*(array if array is None else array[:, :limit] for array in state.generated))
-    tokens = jnp.where(generated.tokens == NON_FINITE, sampling.pad_token, generated.tokens)
-    return generated._replace(tokens=tokens)

@@ -8,11 +8,11 @@ import pytest
 
 from liger_jax import generate, prepare
 from liger_jax.demo.tokenizer import train_tokenizer
-from liger_jax.generation import loop
+from liger_jax.generation import session
 from liger_jax.generation.detokenize import StopStrings, TextPieces
 from liger_jax.generation.generate import stream
-from liger_jax.generation.loop import DecodeSession
 from liger_jax.generation.options import GenerationOptions
+from liger_jax.generation.session import DecodeSession
 from tests._support import parity
 from tests._support.demo_model import model_and_processor
 
@@ -131,6 +131,6 @@ def test_first_token_does_not_wait_for_the_loop(monkeypatch):
     options = GenerationOptions(max_new_tokens=3, eos_token_id=())
     chunks = DecodeSession.start(model, make_batch("Which digit?"), options).chunks()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "decode_loop", None)
+        patch.setattr(session, "decode_loop", None)
         assert next(chunks).shape == (1, 1)
     assert [chunk.shape for chunk in chunks] == [(1, 2)]

@@ -13,8 +13,8 @@ from liger_jax import Chat, GenerationOptions, Qwen2VL, generate, prepare, strea
 from liger_jax.errors import UserError
 from liger_jax.generation.answer import answer_conversations
 from liger_jax.generation.answer_file import answer_file
-from liger_jax.generation.loop import NonFiniteLogitsError
 from liger_jax.generation.sampling import History, Sampling, constrain_logits, next_token
+from liger_jax.generation.session import NonFiniteLogitsError
 from liger_jax.train.evaluation import compare_answers
 from tests._support import parity
 from tests._support.demo_model import model_and_processor

@@ -1,0 +1,80 @@
+"""Generation as part of a program that the caller traces, such as a function under `jax.jit`."""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from liger_jax.generation.loop import (
+    NEW_TOKENS,
+    NON_FINITE,
+    Generated,
+    decode_loop,
+    decode_weights,
+    first_token_logits,
+    init_cache,
+    init_decode_state,
+    prefill,
+    repeat_rows,
+)
+from liger_jax.generation.options import GenerationOptions
+from liger_jax.generation.sampling import History, Sampling
+from liger_jax.generation.session import check_prompts
+from liger_jax.inputs.batch import Batch, bucket
+from liger_jax.model import Qwen2VL
+from liger_jax.model.sharding import find_abstract_mesh, mesh_context, run_on_auto_axes
+
+
+def generate_traced(model: Qwen2VL, batch: Batch, options: GenerationOptions, seed: Any = None) -> Generated:
+    """Generates as a `DecodeSession` does, as part of a program that the caller traces, such as a function under `jax.jit`.
+
+    A row whose logits are not finite ends with padding, since a program cannot raise an error.
+
+    Args:
+        model: the model; its arrays may be traced, as may those of the batch.
+        batch: prompts, as `prepare` returns them.
+        options: generation options.
+        seed: a traced integer, or one per prompt, which replaces that of the options.
+
+    Returns:
+        The new tokens, with None for log-probabilities that were not requested.
+    """
+    prompts, samples = batch.shape[0], options.num_return_sequences
+    check_prompts(model.config, batch, options.max_new_tokens)
+    options.check_against(model.config, prompts)
+    sampling = Sampling.from_options(options, model.config, prompts, prompts * samples, seed=seed)
+    batch = dataclasses.replace(batch, labels=None)
+    return _traced_program(model, batch, sampling, samples=samples, limit=options.max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "limit"))
+def _traced_program(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
+    run = functools.partial(_prefill_and_decode, samples=samples, limit=limit)
+    return run_on_auto_axes(run, model, batch, sampling, rows_of=batch.input_ids)
+
+
+def _prefill_and_decode(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
+    """Returns `limit` new tokens for each of `samples` rows per prompt. Runs the compiled functions in their order."""
+    rows, room = batch.shape[0] * samples, bucket(limit, NEW_TOKENS)
+    has_context = not jax.sharding.get_abstract_mesh().empty
+    with mesh_context(None if has_context else find_abstract_mesh((model, batch))):
+        # unwrapped: JAX allows compiler options only for whole programs, and `run_on_auto_axes` needs a new trace
+        hidden, keys_values = inspect.unwrap(prefill)(model, batch)
+        first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
+        cache, history = init_cache(*keys_values, batch.segment_ids, room=room), None
+        if samples > 1:
+            cache, first_step = repeat_rows((cache, first_step), samples)
+        if sampling.needs_history:
+            ids, segments = (jnp.repeat(x, samples, axis=0) for x in (batch.input_ids, batch.segment_ids))
+            history = History.from_prompts(ids, segments, cache.valid.shape[1])
+        state, _ = init_decode_state(first_step, sampling, history, room=room)
+        if limit > 1:
+            arguments = model, decode_weights(model), cache, state, sampling
+            _, state, _ = inspect.unwrap(decode_loop)(*arguments, stopped=np.zeros(rows, bool), until=np.int32(limit))
+    generated = Generated(*(array if array is None else array[:, :limit] for array in state.generated))
+    tokens = jnp.where(generated.tokens == NON_FINITE, sampling.pad_token, generated.tokens)
+    return generated._replace(tokens=tokens)
