@@ -110,7 +110,7 @@ class StaticArgs(NamedTuple):
     options: Options
     chunk_rows: int | None
     implementation: str | None
-    rows_over: tuple[str, ...]  # see `_sharding.split_rows_over`
+    rows_over: tuple[str, ...] = ()  # see `_sharding.split_rows_over`
 
 
 # ---- on one device: x [..., H], labels and scale [...], weight [V, H], bias and class_weights [V] or None ---------------
