@@ -11,7 +11,7 @@ import numpy as np
 from liger_jax.config import Qwen2VLConfig
 from liger_jax.data.records import parse_record, read_records
 from liger_jax.errors import UserError, warn_skipped
-from liger_jax.files import atomic_write, fingerprint
+from liger_jax.files import atomic_write, disk_errors, fingerprint, make_folder
 from liger_jax.generation.answer import answer_batch, prepare_prompt
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
@@ -91,8 +91,8 @@ def answer_file(
 
     Raises:
         NotFoundError: `data` does not exist.
-        UserError: an argument is out of range, a record is broken, `output` belongs to other data, or the logits of an
-            answer are NaN or infinite (which counts as a broken record).
+        UserError: an argument is out of range, a record is broken, `output` belongs to other data or cannot be written, or
+            the logits of an answer are NaN or infinite (which counts as a broken record).
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
@@ -100,17 +100,22 @@ def answer_file(
     options.check_single_text()
     options.check_against(model.config, prompts=1)
     data, output = Path(data), Path(output)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; expected a file for the answers")
     records = [Record(number, *record) for number, record in enumerate(read_records(data), start=1)]
     answered = _read_answered(output, {record.number: record.label for record in records})
     remaining = [record for record in records if record.number not in answered]
     broken = _BrokenRecords(data, skip_broken)
-    folder = data.parent if media is None else Path(media)
-    questions = list(_read_questions(remaining, folder, broken))  # parses every record before any computation
+    media = data.parent if media is None else Path(media)
+    questions = list(_read_questions(remaining, media, broken))  # parses every record before any computation
     prompts = _prepare_prompts(questions, processor, model.config, options.max_new_tokens, broken)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     counts = {"total": len(records), "initial": len(answered)}
-    with output.open("a", encoding="utf-8") as file, progress_bar(show=progress, unit="answer", **counts) as bar:
+    with (
+        disk_errors(make_folder(output.parent)),
+        output.open("a", encoding="utf-8") as file,
+        progress_bar(show=progress, unit="answer", **counts) as bar,
+    ):
 
         def write(lines: Sequence[dict]) -> None:
             file.writelines(_to_json(line) + "\n" for line in lines)

@@ -142,6 +142,17 @@ def test_output_of_other_data_is_rejected(finished, tmp_path):
         assert output.read_bytes() == before
 
 
+def test_output_that_cannot_be_written(finished, tmp_path):
+    """Regression: a traceback, or the operating system's message alone."""
+    data = finished[0]
+    with pytest.raises(UserError, match=r"/answers is a folder; expected a file for the answers"):
+        (tmp_path / "answers").mkdir()
+        run(data, tmp_path / "answers")
+    with pytest.raises(UserError, match=r"/file is a file; expected a folder"):
+        (tmp_path / "file").touch()
+        run(data, tmp_path / "file" / "answers.jsonl")
+
+
 def test_invalid_arguments(finished, tmp_path):
     with pytest.raises(UserError, match="batch_size is 0"):
         run(finished[0], tmp_path / "out", batch_size=0)
