@@ -43,7 +43,9 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-# Read by packages when they are imported, here and in worker processes. Errors are still printed.
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+# Environment variables that packages read when they are imported, here and in worker processes. Errors are still printed.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "error", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
@@ -74,10 +76,10 @@ def _silence_worker(index: int, count: int) -> None:
 
 
 def _handle_unraisable(error: Any) -> None:
-    """Prints an error that cannot be raised, except for those of TensorStore after a failed write, which is raised.
+    """Prints an error that cannot be raised. Omits those of TensorStore after a failed write, since the failure is raised.
 
-    A Ctrl-C can also arrive where nothing can be raised: after a compilation, it is often in JAX's garbage collection. It
-    is then repeated a moment later.
+    Ctrl-C can also arrive where nothing can be raised, often in JAX's garbage collection after a compilation. The signal is
+    then sent again a moment later.
     """
     if issubclass(error.exc_type, KeyboardInterrupt):
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()

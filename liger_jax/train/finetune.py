@@ -51,7 +51,7 @@ def finetune(
 
     If `output` has a run, it is resumed from its latest intact checkpoint. On the same device, its losses equal those of an
     uninterrupted run bit for bit. SIGTERM and SIGINT (Ctrl-C) end training after the current step, whose state is saved.
-    So does an error in the data.
+    If an error in the data ends training, the state of the latest step is also saved.
 
     Args:
         model: the initial weights; the buffers are donated. A sharded model trains sharded. A resumed run uses only
@@ -77,7 +77,7 @@ def finetune(
         KeyboardInterrupt: after SIGINT, when the state is saved. A second SIGINT raises it at once.
         UserError: an option is out of range, a conversation is too large or cannot be read, or `output` has a run with
             other data, another model or another optimizer; a conversation cannot be read when a batch needs it; or loss or
-            gradient norm are not finite in `max_skipped_updates` steps in a row, see `liger_jax.train.step`.
+            gradient norm is not finite in `max_skipped_updates` steps in a row, see `make_train_step`.
         AlreadyExistsError: `output` has files, but no run, or another process trains in it.
         DamagedError: the run has checkpoints, and none is intact.
 

@@ -161,10 +161,10 @@ def make_train_step(
             step of the 2B takes 438, 416 or 412 ms, and compiles in 13, 20 or 30 s. "auto" is "vision".
 
     Returns:
-        A function of a `TrainState` and a `Batch`. If loss or gradient norm are not finite, it leaves the weights and the
-        optimizer's state as they are, bit for bit, and only `state.step` advances. Its metrics are those of `loss_fn`;
-        grad_norm: the norm of the gradients that the optimizer reads; skipped_update: 1 if the update was left out, else
-        0; and, for an optimizer made by `make_optimizer`, those of `read_grad_stats`.
+        A function of a `TrainState` and a `Batch`. If loss or gradient norm is not finite, it changes neither weights nor
+        optimizer, to the last bit, and only `state.step` advances. Its metrics are those of `loss_fn`; grad_norm: the norm
+        of the gradients that the optimizer reads; skipped_update: 1 if the update was left out, else 0; and, for an
+        optimizer made by `make_optimizer`, those of `read_grad_stats`.
 
     Raises:
         UserError: an unknown remat or unroll, or accumulate below 1.
