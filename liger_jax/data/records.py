@@ -133,8 +133,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} does not exist; expected a file of conversations") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not readable as UTF-8 ({error}); expected a file of conversations") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of conversations") from error
     records: list[tuple[int, Any]]
     if text.lstrip().startswith("["):
         try:
@@ -188,9 +190,7 @@ def parse_record(
     if len(formats) > 1:  # a table may have an empty column
         formats = [key for key in formats if record[key] != []]
     if len(formats) != 1:
-        problem = (
-            f"has the keys {sorted(record)!r:.300}" if isinstance(record, Mapping) else f"is a {type(record).__name__}"
-        )
+        problem = f"has the keys {sorted(record)!r:.300}" if isinstance(record, Mapping) else f"is {record!r:.60}"
         raise UserError(f"the record {problem}; expected a record with one of {sorted(FORMATS)}")
     (turns_key,) = formats
     turns = record[turns_key]

@@ -120,12 +120,17 @@ def test_conversations_do_not_depend_on_the_working_directory(folder, monkeypatc
     assert read_conversations(f"{folder.name}/data.json") == read_conversations(path)
 
 
-def test_byte_order_mark_and_other_encodings(folder):
+def test_byte_order_mark_and_files_that_cannot_be_read(folder):
     path = write(folder, llava(image="a.png"))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as written on Windows
     assert len(read_conversations(path)) == 1
     path.write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"data\.json is not readable as UTF-8"):
+        read_conversations(path)
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); expected a file of conversations"):
+        read_conversations(folder)
+    path.write_text("[7]")
+    with pytest.raises(ValueError, match="record 1: the record is 7; expected a record"):
         read_conversations(path)
 
 
@@ -145,7 +150,7 @@ def test_processor_accepts_conversations(folder):
 
 BROKEN = {
     "expected a record with one of": {"text": "hello"},
-    "the record is a list": [],
+    "the record is []": [],
     "expected a list of turns": {"messages": []},
     "'from' is 'robot'": llava([("robot", "?")]),
     "turn is {'role': 'user'}; expected {'role'": {"messages": [{"role": "user"}]},
