@@ -54,7 +54,8 @@ FOREIGN_MEDIA = {
     | {"picture", "pictures", "photo", "photos", "pixel_values"},
     "video": {"video_path", "video_paths", "video_url", "video_urls", "video_file", "video_files", "frames"},
 }
-LEFT_OVER = re.compile(r"<(?:bbox|ref-object|audio)>")  # markers of ms-swift and others that nothing fills here
+# Markers of ms-swift and others that nothing fills here, and Qwen2-VL's own, which stand for an image's tokens.
+LEFT_OVER = re.compile(r"<(?:bbox|ref-object|audio|\|(?:image|video)_pad\|)>")
 LIMITS = {"min_pixels", "max_pixels"}  # keys that a part may set for its image
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 
