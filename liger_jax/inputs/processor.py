@@ -98,8 +98,11 @@ class Processor:
         image = nested.get("image_processor") or _read_optional(folder / "preprocessor_config.json")
         video = nested.get("video_processor") or _read_optional(folder / "video_preprocessor_config.json") or image
         if not image:
+            is_adapter = (folder / "adapter_config.json").is_file()
             raise NotFoundError(
-                f"{folder} has no image settings; expected preprocessor_config.json, or processor_config.json with "
+                f"{folder} is a PEFT adapter; expected its base model, to which convert.load_adapter adds the adapter"
+                if is_adapter
+                else f"{folder} has no image settings; expected preprocessor_config.json, or processor_config.json with "
                 '"image_processor"'
             )
         name = _read_optional(folder / "tokenizer_config.json").get("tokenizer_class")

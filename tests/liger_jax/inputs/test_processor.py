@@ -866,6 +866,9 @@ def test_bad_folders_are_refused(folder, tmp_path):
         Processor.from_pretrained(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="has no image settings"):
         Processor.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="is a PEFT adapter; expected its base model"):
+        Processor.from_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"preprocessor_config\.json is malformed .*expected valid JSON"):
         Processor.from_pretrained(tmp_path)
