@@ -101,10 +101,14 @@ def unsupported_reason(q: jax.Array, scale: float) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def preferred(q: jax.Array) -> bool:
-    """Returns whether None may pick the kernels: only if they use tensor cores, which they do not for float32."""
+def preferred(q: jax.Array, kv_segmented: bool) -> bool:
+    """Returns whether None may pick the kernels.
+
+    Only if they use tensor cores, which they do not for float32. With segment ids of the keys they are not measured yet.
+    """
     capability = _pallas.compute_capability()
-    return q.dtype in (jnp.bfloat16, jnp.float16) and (capability is None or capability >= 8.0)
+    uses_tensor_cores = q.dtype in (jnp.bfloat16, jnp.float16) and (capability is None or capability >= 8.0)
+    return uses_tensor_cores and not kv_segmented
 
 
 def forward(

@@ -51,8 +51,8 @@ def attention(
             supports the call and was measured to be faster: "fa4" (FlashAttention-4: the package fa4-jax, Hopper or newer,
             bfloat16 or float16, D a multiple of 8 up to 128, at least 128 queries); "cudnn" (bfloat16 or float16, D a
             multiple of 8, no kv_segment_ids; packed segments from Hopper on); "triton", a Pallas kernel (bfloat16 and
-            float16, Ampere or newer, heads of up to 512 bytes, positive scales); else XLA. XLA is also picked for a single
-            query.
+            float16, Ampere or newer, heads of up to 512 bytes, positive scales; no kv_segment_ids); else XLA. XLA is also
+            picked for a single query.
 
     Returns:
         [B, T, N, D] in q's dtype. The softmax is float32 (float64 for float64). The backward pass saves q, k, v, the output
@@ -88,7 +88,8 @@ def attention(
         "pallas": _flash_attention.unsupported_reason(q, scale),
         "xla": None,
     }
-    backend = _choose_backend(op, implementation, q, k, unsupported)
+    kernels_preferred = _flash_attention.preferred(q, kv_segment_ids is not None)
+    backend = _choose_backend(op, implementation, q, k, unsupported, kernels_preferred)
     if backend == "pallas" or kv_segment_ids is not None:
         segments = None  # the kernels work on ids
     elif backend in ("fa4", "cudnn") and ids is not None and slots is not None and segments is None:
@@ -99,7 +100,12 @@ def attention(
 
 
 def _choose_backend(
-    op: str, implementation: str | None, q: jax.Array, k: jax.Array, unsupported: dict[str, str | None]
+    op: str,
+    implementation: str | None,
+    q: jax.Array,
+    k: jax.Array,
+    unsupported: dict[str, str | None],
+    kernels_preferred: bool,
 ) -> str:
     """Returns the backend for a call. `unsupported` has the reason why a backend does not support the call, or None.
 
@@ -118,7 +124,7 @@ def _choose_backend(
         return "fa4"
     if not unsupported["cudnn"]:
         return "cudnn"
-    return "pallas" if _flash_attention.preferred(q) and not unsupported["pallas"] else "xla"
+    return "pallas" if kernels_preferred and not unsupported["pallas"] else "xla"
 
 
 def _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments):

@@ -186,14 +186,22 @@ def test_kernel_matches_under_vmap_and_on_a_mesh():
 
 @pytest.mark.parametrize("device_kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200"])
 def test_kernel_lowers_at_real_shapes(device_kind):
-    """Lowers to one Triton call forward and two backward: text and vision, packed, float32 and an odd head size."""
+    """Lowers to one Triton call forward and two backward: text and vision, packed, float32, an odd head size, key ids."""
+    run = gradients(functools.partial(pk.attention, implementation="triton"), causal=True)
     for sizes in (
         {"segmented": True},
         {"heads": 16, "key_heads": 16, "dim": 80, "segmented": True},
         {"dim": 100, "dtype": jnp.float32},
     ):
-        run = gradients(functools.partial(pk.attention, implementation="triton"), causal=True)
         assert triton_calls(run, *shaped(**sizes), device_kind=device_kind) == 3
+    args = shaped(segmented=True)
+    assert triton_calls(run, *args, args[-1], device_kind=device_kind) == 3
+
+
+def test_none_uses_xla_with_segment_ids_of_keys():
+    """The kernels are picked by name only, until they are measured."""
+    args = shaped(segmented=True)
+    assert triton_calls(gradients(pk.attention), *args, args[-1]) == 0
 
 
 def test_large_float16_gradients_stay_finite():
