@@ -159,7 +159,8 @@ def _take_sample(params: Any) -> Any:
     def take(array):
         return jax.lax.slice(array, [0] * array.ndim, array.shape, [distance(size) for size in array.shape])
 
-    return jax.tree.map(take, params)
+    # The barrier keeps XLA from taking the sample twice, the second time after the update, from a copy of all weights.
+    return jax.lax.optimization_barrier(jax.tree.map(take, params))
 
 
 def _fraction_changed(sample: Any, previous: Any) -> jax.Array:
