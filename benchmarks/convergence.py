@@ -134,7 +134,7 @@ def make_model_config(processor: Processor) -> Qwen2VLConfig:
         max_position_embeddings=4096,
         initializer_range=0.06,
     )
-    vision = VisionConfig(depth=4, embed_dim=128, num_heads=4, hidden_size=text.hidden_size)
+    vision = VisionConfig(depth=4, embed_dim=128, num_heads=4, intermediate_size=512, hidden_size=text.hidden_size)
     return dataclasses.replace(demo, text=text, vision=vision)
 
 

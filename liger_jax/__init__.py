@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from liger_jax.checkpoint import load_model as load_model
     from liger_jax.checkpoint import save_model as save_model
     from liger_jax.config import Qwen2VLConfig as Qwen2VLConfig
+    from liger_jax.config import QwenVLConfig as QwenVLConfig
     from liger_jax.data.records import read_conversations as read_conversations
     from liger_jax.errors import UserError as UserError
     from liger_jax.generation.chat import Chat as Chat
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from liger_jax.inputs.batch import prepare as prepare
     from liger_jax.inputs.processor import Processor as Processor
     from liger_jax.model import Qwen2VL as Qwen2VL
+    from liger_jax.model import QwenVL as QwenVL
     from liger_jax.model.lora import add_lora as add_lora
     from liger_jax.model.lora import merge_lora as merge_lora
     from liger_jax.options import Batching as Batching
@@ -44,7 +46,9 @@ _MODULES = {
     "Optimization": "options",
     "Processor": "inputs.processor",
     "Qwen2VL": "model",
+    "QwenVL": "model",
     "Qwen2VLConfig": "config",
+    "QwenVLConfig": "config",
     "Saving": "options",
     "TrainState": "train.step",
     "UserError": "errors",

@@ -146,7 +146,7 @@ def make_config(processor: Processor) -> Qwen2VLConfig:
     )
     return Qwen2VLConfig(
         text=text,
-        vision=VisionConfig(depth=2, embed_dim=64, num_heads=4, hidden_size=text.hidden_size),
+        vision=VisionConfig(depth=2, embed_dim=64, num_heads=4, intermediate_size=256, hidden_size=text.hidden_size),
         tie_word_embeddings=True,
         image_token_id=processor.token_ids["image"],
         video_token_id=processor.token_ids["video"],

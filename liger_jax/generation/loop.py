@@ -15,7 +15,7 @@ from liger_jax.model import Qwen2VL
 from liger_jax.model.fused_decode import PackedModel, decode_step
 from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.lora import lora_config
-from liger_jax.model.qwen2_vl import causal_attention
+from liger_jax.model.qwen_vl import causal_attention
 from liger_jax.model.sharding import find_abstract_mesh
 from liger_jax.model.text import DecoderLayer
 

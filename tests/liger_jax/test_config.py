@@ -159,7 +159,12 @@ def hub_config(**values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
+        (
+            {"model_type": "qwen3_vl_moe"},
+            "model_type is 'qwen3_vl_moe'.*Qwen3-VL with a mixture of experts is not supported",
+        ),
+        ({"model_type": "qwen3_5"}, "model_type is 'qwen3_5'; .*Qwen3.5 is not supported"),
+        ({"model_type": "qwen2_5_omni"}, "model_type is 'qwen2_5_omni'; .*Qwen2.5-Omni is not supported"),
         ({"model_type": None}, "model_type"),
         ({"num_attention_heads": None}, "num_attention_heads"),
         ({"vocab_size": None}, "vocab_size"),
@@ -212,7 +217,7 @@ def test_values_of_the_wrong_type_ended_in_a_type_error(values, message):
 
 def test_whole_floats_are_integers():
     config = Qwen2VLConfig.from_hf(hub_config(hidden_size=1536.0, vision_config__mlp_ratio=4.0))
-    assert (repr(config.text.hidden_size), repr(config.vision.mlp_ratio)) == ("1536", "4")
+    assert (repr(config.text.hidden_size), repr(config.vision.intermediate_size)) == ("1536", "5120")
 
 
 def test_missing_file_is_an_error(tmp_path):

@@ -34,7 +34,7 @@ def test_forward_pass_equals_the_compilers_count():
     text = dataclasses.replace(
         tiny.text, num_hidden_layers=1, hidden_size=256, intermediate_size=768, head_dim=64, mrope_section=(8, 12, 12)
     )
-    vision = dataclasses.replace(tiny.vision, depth=1, embed_dim=128, hidden_size=256)
+    vision = dataclasses.replace(tiny.vision, depth=1, embed_dim=128, intermediate_size=512, hidden_size=256)
     config = dataclasses.replace(tiny, text=text, vision=vision)
     example = batch(config, 64, 8)
     model = Qwen2VL.abstract(config, dtype="float32")

@@ -1,4 +1,4 @@
-"""Qwen2-VL: the vision tower's features replace the embeddings of placeholder tokens, and the language model reads both."""
+"""Qwen-VL: the vision tower's features replace the embeddings of placeholder tokens, and the language model reads both."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import pallas_kernels as pk
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.layers import Embedding, Initializer
@@ -22,19 +22,19 @@ from liger_jax.model.vision import VisionTower
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 
-class Qwen2VL(nnx.Module):
-    """A Qwen2-VL model: a pytree of weights, which `jax.jit`, `jax.grad` and optax accept directly.
+class QwenVL(nnx.Module):
+    """A Qwen-VL model: a pytree of weights, which `jax.jit`, `jax.grad` and optax accept directly.
 
     Example:
         >>> import jax, numpy as np
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
-        >>> model = Qwen2VL.init(Qwen2VLConfig.tiny(), dtype="float32")
+        >>> from liger_jax import QwenVL, QwenVLConfig, prepare
+        >>> model = QwenVL.init(QwenVLConfig.tiny(), dtype="float32")
         >>> batch = prepare(model.config, input_ids=np.array([[5, 6, 7]]))
         >>> jax.jit(lambda m, b: m(b))(model, batch).shape
         (1, 64, 320)
     """
 
-    def __init__(self, init: Initializer, config: Qwen2VLConfig):
+    def __init__(self, init: Initializer, config: QwenVLConfig):
         self.config = config
         self.visual = VisionTower(init, config.vision)
         self.language_model = LanguageModel(init, config.text)
@@ -42,7 +42,7 @@ class Qwen2VL(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Embedding(init, text.vocab_size, text.hidden_size)
 
     @classmethod
-    def init(cls, config: Qwen2VLConfig, *, seed: int = 0, dtype="bfloat16", mesh: Mesh | None = None) -> Self:
+    def init(cls, config: QwenVLConfig, *, seed: int = 0, dtype="bfloat16", mesh: Mesh | None = None) -> Self:
         """Returns a model with random weights.
 
         Args:
@@ -55,7 +55,7 @@ class Qwen2VL(nnx.Module):
         return _compiled_init(cls, config, jnp.dtype(dtype).name, mesh)(np.uint32(seed % 2**32))
 
     @classmethod
-    def abstract(cls, config: Qwen2VLConfig, *, dtype="bfloat16") -> Self:
+    def abstract(cls, config: QwenVLConfig, *, dtype="bfloat16") -> Self:
         """Returns the model with `jax.ShapeDtypeStruct` in place of weights: shapes without memory."""
         return jax.eval_shape(lambda: cls(Initializer(0, dtype, 1.0), config))
 
@@ -119,8 +119,8 @@ class Qwen2VL(nnx.Module):
         Nothing is computed, and the model may be abstract.
 
         Example:
-            >>> from liger_jax import Qwen2VL, Qwen2VLConfig
-            >>> Qwen2VL.abstract(Qwen2VLConfig.qwen2_vl_2b()).summary().splitlines()[-1].split()
+            >>> from liger_jax import QwenVL, QwenVLConfig
+            >>> QwenVL.abstract(QwenVLConfig.qwen2_vl_2b()).summary().splitlines()[-1].split()
             ['total:', '4,213.3', 'MiB', '2,208,985,600']
         """
         return summarize(self, batch)
@@ -135,6 +135,9 @@ class Qwen2VL(nnx.Module):
         raise UserError("nnx.tabulate cannot show the arguments of this model's methods; expected model.summary(batch)")
 
 
+Qwen2VL = QwenVL
+
+
 def causal_attention(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     """Computes attention of each token to itself and to the earlier tokens of its own sequence."""
     return pk.attention(q, k, v, causal=True, segment_ids=segments), None
@@ -146,7 +149,7 @@ def _scatter_features(x: jax.Array, positions: jax.Array, features: jax.Array) -
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_init(cls: type[Qwen2VL], config: Qwen2VLConfig, dtype: str, mesh: Mesh | None) -> Callable[..., Any]:
+def _compiled_init(cls: type[QwenVL], config: QwenVLConfig, dtype: str, mesh: Mesh | None) -> Callable[..., Any]:
     """Returns a jitted function that maps a seed to a model with random weights. Caching it avoids recompilation."""
     shardings = None if mesh is None else param_shardings(cls.abstract(config, dtype=dtype), mesh)
     scale = config.text.initializer_range
