@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.data.packing import join_conversations, pack
 from liger_jax.errors import UserError, warn_skipped
 from liger_jax.inputs.batch import LARGEST_ROW, Batch, bucket, power_of_two, prepare
@@ -104,7 +104,7 @@ class Dataset:
     """
 
     processor: Processor
-    config: Qwen2VLConfig
+    config: QwenVLConfig
     conversations: Sequence[Conversation]
     schedule: BatchSchedule
     shape: BatchShape
@@ -139,7 +139,7 @@ class Dataset:
 
 def make_dataset(
     processor: Processor,
-    config: Qwen2VLConfig,
+    config: QwenVLConfig,
     conversations: Sequence[Conversation],
     batching: Batching,
     *,

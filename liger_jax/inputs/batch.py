@@ -11,7 +11,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 from liger_jax.inputs.positions import (
     VisionItem,
@@ -27,7 +27,15 @@ LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device hold
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pixel_values", "position_ids", "segment_ids", "token_positions"],
+    data_fields=[
+        "pixel_values",
+        "position_ids",
+        "segment_ids",
+        "token_positions",
+        "window_ids",
+        "table_indices",
+        "table_weights",
+    ],
     meta_fields=["max_segments"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,9 @@ class Vision:
     segment_ids: Any  # [B, P] int32: number of the frame, from 1 in each row; 0 is padding
     token_positions: Any  # [B, P / merge_unit] int32: each merged token's position in the sequence; dropped if >= T
     max_segments: int  # upper bound of the number of frames in a row
+    window_ids: Any = None  # [B, P] int32: number of the window, from 1 in each row; 0 is padding; None without windows
+    table_indices: Any = None  # [B, P, 4] int32: entries of the position table around the patch; None without a table
+    table_weights: Any = None  # [B, P, 4] float32: their weights
 
 
 @functools.partial(
@@ -115,7 +126,7 @@ def power_of_two(count: int, *, at_least: int) -> int:
 
 
 def prepare(
-    config: Qwen2VLConfig,
+    config: QwenVLConfig,
     *,
     input_ids,
     attention_mask=None,
@@ -156,8 +167,8 @@ def prepare(
 
     Example:
         >>> import numpy as np
-        >>> from liger_jax import Qwen2VLConfig, prepare
-        >>> prepare(Qwen2VLConfig.tiny(), input_ids=np.array([[5, 6, 7]])).shape
+        >>> from liger_jax import QwenVLConfig, prepare
+        >>> prepare(QwenVLConfig.tiny(), input_ids=np.array([[5, 6, 7]])).shape
         (1, 64)
     """
     input_ids = _integers("input_ids", input_ids, 2)
@@ -200,7 +211,7 @@ def prepare(
 
 
 def _vision(
-    config: Qwen2VLConfig, items: list[list[VisionItem]], pixels, length: int, patches: int | None
+    config: QwenVLConfig, items: list[list[VisionItem]], pixels, length: int, patches: int | None
 ) -> Vision | None:
     """Returns the patches of each row, in order of appearance, or None for a batch without images and videos."""
     needed = max(sum(item.patches for item in row) for row in items)
@@ -318,7 +329,7 @@ def _single_segments(mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _grid(name: str, grid, config: Qwen2VLConfig) -> np.ndarray | None:
+def _grid(name: str, grid, config: QwenVLConfig) -> np.ndarray | None:
     if grid is None:
         return None
     grid = _array(name, grid)
@@ -336,7 +347,7 @@ def _grid(name: str, grid, config: Qwen2VLConfig) -> np.ndarray | None:
     return grid.astype(np.int64)
 
 
-def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: Qwen2VLConfig) -> np.ndarray | None:
+def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: QwenVLConfig) -> np.ndarray | None:
     pixels = None if pixels is None else _array(name, pixels)
     if pixels is None or pixels.size == 0:
         if grid is not None:
@@ -360,7 +371,7 @@ def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: 
     return pixels
 
 
-def _check_token_types(config: Qwen2VLConfig, input_ids, segment_ids, types) -> None:
+def _check_token_types(config: QwenVLConfig, input_ids, segment_ids, types) -> None:
     expected = np.where(input_ids == config.image_token_id, 1, np.where(input_ids == config.video_token_id, 2, 0))
     wrong = (types != expected) & (segment_ids > 0)
     if wrong.any():

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 
 VIDEO_RULES = ("max", "hf5")
@@ -28,7 +28,7 @@ class VisionItem:
 
 
 def vision_items(
-    config: Qwen2VLConfig,
+    config: QwenVLConfig,
     input_ids: np.ndarray,
     segment_ids: np.ndarray,
     image_grid_thw: np.ndarray | None = None,
@@ -105,7 +105,7 @@ class _Grids:
 
 
 def rope_index(
-    config: Qwen2VLConfig,
+    config: QwenVLConfig,
     input_ids: np.ndarray,
     attention_mask: np.ndarray | None = None,
     image_grid_thw: np.ndarray | None = None,
@@ -136,9 +136,9 @@ def rope_index(
 
     Example:
         >>> import numpy as np
-        >>> from liger_jax import Qwen2VLConfig
+        >>> from liger_jax import QwenVLConfig
         >>> from liger_jax.inputs.positions import rope_index
-        >>> config = Qwen2VLConfig.tiny()
+        >>> config = QwenVLConfig.tiny()
         >>> ids = np.array([[5, *[config.image_token_id] * 2, 6]])
         >>> rope_index(config, ids, image_grid_thw=np.array([[1, 2, 4]]))[:, 0].tolist()
         [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
@@ -150,7 +150,7 @@ def rope_index(
 
 
 def rope_positions(
-    config: Qwen2VLConfig, segment_ids: np.ndarray, items: list[list[VisionItem]], video_positions: str
+    config: QwenVLConfig, segment_ids: np.ndarray, items: list[list[VisionItem]], video_positions: str
 ) -> np.ndarray:
     """Returns the positions of `rope_index`, given the items from `vision_items`."""
     if video_positions not in VIDEO_RULES:
