@@ -21,6 +21,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_linear import linear_add, norm_linear, norm_swiglu
 from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.qk_norm_rope import qk_norm_rope
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope import mrope, rope
 from pallas_kernels.segments import Segments, find_segments
@@ -39,6 +40,7 @@ __all__ = [
     "mrope",
     "norm_linear",
     "norm_swiglu",
+    "qk_norm_rope",
     "quick_gelu",
     "rms_norm",
     "rope",

@@ -45,19 +45,21 @@ def rule(op: str, *, width: int) -> Blocks:
     return Blocks(
         rows=rows,
         num_warps=num_warps,
-        programs=264 if op.endswith("norm_backward") else 0,
+        programs=PROGRAMS.get(op, 264 if op.endswith("norm_backward") else 0),
         columns=columns if _family(op) in COLUMNS else 0,
         loads=LOADS.get(_family(op), 1),
     )
 
 
 # The rule's elements per block, and columns per block in kernels that do not hold rows at full width.
-ELEMENTS = {"one_row": 512, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
+ELEMENTS = {"one_row": 512, "qk_norm_rope": 1, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
 COLUMNS = {"one_row": 512, "gate": 1024, "cross_entropy": 4096}
 LOADS = {"one_row": 3}
+PROGRAMS = {"qk_norm_rope_backward": 528}
 # The values that the tuner tries.
-CHOICES = {
+CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "one_row": {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4), "columns": (512, 1024), "loads": (1, 2, 3)},
+    "qk_norm_rope": {"num_warps": (2, 4, 8, 16), "programs": (0, 264, 528, 1056)},
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
     "gate": {"rows": (1, 2, 4), "num_warps": (4, 8), "columns": (512, 1024, 2048)},
     "rope": {"rows": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},
@@ -82,7 +84,7 @@ def candidates(op: str, *, width: int) -> Iterator[Blocks]:
         candidate = dataclasses.replace(first, **dict(zip(choices, values, strict=True)))
         columns = candidate.columns or 1 << max(width - 1, 0).bit_length()
         elements_per_thread = candidate.rows * columns / (32 * candidate.num_warps)
-        stores_a_sum_per_block = op.endswith("norm_backward") and not candidate.programs
+        stores_a_sum_per_block = op.endswith(("norm_backward", "rope_backward")) and not candidate.programs
         if 4 <= elements_per_thread <= 64 and candidate != first and not stores_a_sum_per_block:
             yield candidate
 

@@ -155,6 +155,10 @@ def _mrope(q, k, cos, sin, *, sections=None):
     return _rope(q, k, cos, sin)
 
 
+def _qk_norm_rope(q, k, q_weight, k_weight, cos, sin):
+    return _rope(_rms_norm(q, q_weight), _rms_norm(k, k_weight), cos, sin)
+
+
 def _cross_entropy(logits, labels, *, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"):
     z = _wide(logits) if softcap is None else softcap * jnp.tanh(_wide(logits) / softcap)
     lse = jax.scipy.special.logsumexp(z, axis=-1)
@@ -256,6 +260,27 @@ def _rope_kernel() -> Kernel:
         _HEADS,
         lambda rows, width: {"T": rows, "D": width},
     )
+
+
+def _qk_norm_rope_kernels() -> list[Kernel]:
+    """Returns the forward and the backward kernel; `width` is that of all query heads of a token."""
+    module = _module("qk_norm_rope")
+    heads = {"q": Argument("1 1 T N D"), "k": Argument("1 1 T K D")}
+    gradients = {"d_q": heads["q"], "d_k": heads["k"]}
+    vectors = {"q_weight": Argument("1 D"), "k_weight": Argument("1 D")}
+    vectors |= {"cos": Argument("1 1 T D/2", "table"), "sin": Argument("1 1 T D/2", "table")}
+    static = module.StaticArgs(1e-6, "triton")
+    sizes = lambda rows, width: {"T": rows, "N": width // 128, "K": 8, "D": 128}  # noqa: E731
+    return [
+        Kernel(
+            f"qk_norm_rope_{direction}",
+            functools.partial(getattr(module, f"{direction}_kernel"), static),
+            operands | vectors,
+            [(8192, text.heads * text.head_dim) for text in shapes.QWEN3_VL.values()],
+            sizes,
+        )
+        for direction, operands in {"forward": heads, "backward": heads | gradients}.items()
+    ]
 
 
 def _loss_kernel(name: str, function: str, *statistics: str) -> Kernel:
@@ -373,6 +398,23 @@ _TABLE = (
         _mrope,
         ("q", "k"),
         shapes=[((4, 2048), shapes.TEXT["2b"].head_dim)],
+    ),
+    Operation(
+        "qk_norm_rope",
+        "rope",
+        pk.qk_norm_rope,
+        {
+            "q": Argument("B T N D"),
+            "k": Argument("B T K D"),
+            "q_weight": _VECTOR,
+            "k_weight": _VECTOR,
+            "cos": Argument("B T D/2", "table"),
+            "sin": Argument("B T D/2", "table"),
+        },
+        _qk_norm_rope,
+        ("q", "k", "q_weight", "k_weight"),
+        shapes=[((4, 2048), 128)],
+        kernels=_qk_norm_rope_kernels(),
     ),
     Operation(
         "cross_entropy",

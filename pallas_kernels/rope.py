@@ -50,7 +50,7 @@ def rope(
         >>> rope(x, x, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)))[0].tolist()  # a quarter turn
         [[[[-1.0, 1.0]]]]
     """
-    _check("rope", implementation, q, k, cos, sin, tables=())
+    check_arguments("rope", implementation, q, k, cos, sin, tables=())
     return _rotate(_ROPE, None, implementation, q, k, cos, sin)
 
 
@@ -88,7 +88,7 @@ def mrope(
         >>> bool((mrope(x, x, cos, 0 * cos, (2, 1, 1))[0] == x).all())  # no angle, no rotation
         True
     """
-    _check("mrope", implementation, q, k, cos, sin, tables=(3,))
+    check_arguments("mrope", implementation, q, k, cos, sin, tables=(3,))
     sections = tuple(int(section) for section in sections)
     if len(sections) != 3 or min(sections) < 0 or sum(sections) != q.shape[-1] // 2:
         raise ValueError(
@@ -97,7 +97,8 @@ def mrope(
     return _rotate(_MROPE, sections, implementation, q, k, cos, sin)
 
 
-def _check(op, implementation, q, k, cos, sin, tables):
+def check_arguments(op, implementation, q, k, cos, sin, tables):
+    """Raises ValueError for a shape, dtype or implementation that does not fit; cos has axes `tables` before its own."""
     _validate.known_implementation(op, implementation)
     _validate.floating(op, q=q, k=k, cos=cos, sin=sin)
     if q.ndim != 4 or q.shape[-1] % 2:
@@ -130,7 +131,7 @@ def _rotate(op: DifferentiableOp, sections: tuple[int, int, int] | None, impleme
 def _rotate_xla(static: StaticArgs, q, k, cos, sin):
     if static.sections:
         cos, sin = (_merge_sections(table, static.sections) for table in (cos, sin))
-    return _rotate_heads(q, cos, static.sign * sin), _rotate_heads(k, cos, static.sign * sin)
+    return rotate_heads(q, cos, static.sign * sin), rotate_heads(k, cos, static.sign * sin)
 
 
 def _merge_sections(tables: jax.Array, sections: tuple[int, int, int]) -> jax.Array:
@@ -140,9 +141,10 @@ def _merge_sections(tables: jax.Array, sections: tuple[int, int, int]) -> jax.Ar
     return jnp.concatenate([tables[axis, ..., ends[axis] : ends[axis + 1]] for axis in range(3)], axis=-1)
 
 
-def _rotate_heads(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate_heads(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Returns heads x [..., N, D] rotated by the angles of cos and sin [..., D/2], in x's dtype."""
     wide = jnp.promote_types(_validate.accumulation_dtype(x.dtype), cos.dtype)
-    cos, sin = (table.astype(wide)[:, :, None, :] for table in (cos, sin))
+    cos, sin = (table.astype(wide)[..., None, :] for table in (cos, sin))
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

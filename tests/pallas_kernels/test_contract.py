@@ -73,6 +73,8 @@ WRONG = {
     "cos has shape": lambda: pk.rope(q, k, angles[:, :2], angles),
     "even D": lambda: pk.rope(q[..., :7], k[..., :7], angles, angles),
     "sections is": lambda: pk.mrope(q, k, three, three, (2, 2, 2)),
+    "k_weight has shape": lambda: pk.qk_norm_rope(q, k, vector, vector[:7], angles, angles),
+    "q float32, k bfloat16": lambda: pk.qk_norm_rope(q, k.astype(jnp.bfloat16), vector, vector, angles, angles),
     "labels has shape": lambda: pk.cross_entropy(x, labels[:1]),
     "labels has dtype": lambda: pk.cross_entropy(x, labels * 1.0),
     "label_smoothing is 2": lambda: pk.cross_entropy(x, labels, label_smoothing=2),
@@ -131,7 +133,9 @@ def test_decoding_operation_has_no_gradient(name):
             )
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "rope", "mrope", "swiglu", "quick_gelu"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "add_rms_norm", "rope", "mrope", "qk_norm_rope", "swiglu", "quick_gelu"]
+)
 def test_vmap_and_remat_change_nothing(name):
     """vmap over a leading axis and rematerialization change no value and no gradient."""
     function, (first, *arguments) = function_and_arguments(name)

@@ -25,7 +25,7 @@ def test_kernel_equals_xla(name, rows, width):
     """Values and gradients are equal for any number of rows and any width; the last blocks reach past the end."""
     op = OPS[name]
     if op.row_count == 2:
-        rows, width = (2, *rows)[:2], width if width in SECTIONS or name == "rope" else 128
+        rows, width = (2, *rows)[:2], width if width in SECTIONS or name != "mrope" else 128
     args = op.make(rows, width)
     kernel, xla = jax.jit(
         lambda *args: (op.value_and_gradients("interpret")(*args), op.value_and_gradients("xla")(*args))
@@ -34,7 +34,9 @@ def test_kernel_equals_xla(name, rows, width):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["add_rms_norm", "layer_norm", "swiglu", "quick_gelu", "mrope", "cross_entropy"])
+@pytest.mark.parametrize(
+    "name", ["add_rms_norm", "layer_norm", "swiglu", "quick_gelu", "mrope", "qk_norm_rope", "cross_entropy"]
+)
 def test_kernel_rounds_as_xla_in_low_precision(name, dtype):
     """Kernel and XLA round the same float32 values: they differ by at most one ulp."""
     op = OPS[name]
@@ -97,7 +99,9 @@ def test_exact_gelu_has_float32_precision():
 # ---- transformations and meshes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "mrope", "cross_entropy"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "mrope", "qk_norm_rope", "cross_entropy"]
+)
 def test_vmap_equals_xla(name):
     """The kernels under vmap equal XLA, whether or not the problems share the last argument."""
     op = OPS[name]
@@ -180,7 +184,11 @@ def test_sharded_rows_stay_sharded(name, kind, implementation):
 def test_sharded_heads_and_columns_stay_sharded(kind):
     """With tensor parallelism, an activation sharded by columns and a rotation sharded by heads gather nothing."""
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(kind,), devices=jax.devices("cpu")[:2])
-    specs = {"swiglu": [P(None, None, "tensor")] * 2, "rope": [P(None, None, "tensor")] * 2 + [P()] * 2}
+    specs = {
+        "swiglu": [P(None, None, "tensor")] * 2,
+        "rope": [P(None, None, "tensor")] * 2 + [P()] * 2,
+        "qk_norm_rope": [P(None, None, "tensor")] * 2 + [P()] * 4,
+    }
     for name, spec in specs.items():
         op = OPS[name]
         args = op.make((2, 3), 32)  # the devices need not divide the rows
@@ -231,7 +239,7 @@ def test_kernels_lower_at_odd_widths(name, dtype):
 
 def test_default_on_gpu_is_kernel_for_norms_and_losses_only():
     """Activations and RoPE default to XLA, which fuses them with their neighbours; see the measurements in their files."""
-    for name, kernels in {"rms_norm": 1, "layer_norm": 1, "cross_entropy": 1, "swiglu": 0, "mrope": 0}.items():
+    for name, kernels in {"rms_norm": 1, "qk_norm_rope": 1, "cross_entropy": 1, "swiglu": 0, "mrope": 0}.items():
         op = OPS[name]
         assert triton_calls(op.run, *op.make((2, 4), 128, "bfloat16")) == kernels
 

@@ -1,0 +1,348 @@
+"""RMSNorm of the query and key heads, followed by the rotary position embedding, in one pass over q and k."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _pallas, _tuning, _validate
+from pallas_kernels._operation import DifferentiableOp, Pass
+from pallas_kernels._pallas import choose_implementation
+from pallas_kernels._tuning import Blocks
+from pallas_kernels.rms_norm import StaticArgs as NormArgs
+from pallas_kernels.rms_norm import backward_xla as rms_norm_backward_xla
+from pallas_kernels.rms_norm import forward_xla as rms_norm_forward_xla
+from pallas_kernels.rope import check_arguments, rotate_heads
+
+
+def qk_norm_rope(
+    q: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    eps: float = 1e-6,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes rope(rms_norm(q, q_weight), rms_norm(k, k_weight), cos, sin), with one norm per head, as in Qwen3.
+
+    Args:
+        q: [B, T, N, D], float.
+        k: [B, T, K, D], q's dtype.
+        q_weight: [D], float; shared by all query heads.
+        k_weight: [D], float; shared by all key heads.
+        cos: [B, T, D/2], float. Constants: no gradient flows into cos and sin.
+        sin: [B, T, D/2], float.
+        eps: added to the mean square of a head.
+        implementation: None, "triton", "xla" or "interpret".
+
+    Returns:
+        (q, k), normalized and rotated, in their dtype. The arithmetic is float32. Values are rounded as in `rms_norm` with
+        casting "llama", then rotated as in `rope`. The backward pass saves only the arguments. It computes the gradient of
+        the formula without rounding, in float32, and always sums the gradients of the weights in the same order.
+
+    Raises:
+        ValueError: shapes do not match, D is odd, q and k differ in dtype, a dtype is not floating, or implementation is
+            unknown.
+
+    Source: Qwen Team 2025, Qwen3 Technical Report, https://arxiv.org/abs/2505.09388
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels import qk_norm_rope
+        >>> q, ones = jnp.array([[[[3.0, -3.0]]]]), jnp.ones(2)
+        >>> quarter_turn = jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))
+        >>> qk_norm_rope(q, q, ones, ones, *quarter_turn)[0].round(3).tolist()
+        [[[[1.0, 1.0]]]]
+    """
+    op = "qk_norm_rope"
+    check_arguments(op, implementation, q, k, cos, sin, tables=())
+    _validate.floating(op, q_weight=q_weight, k_weight=k_weight)
+    _validate.same_dtype(op, q=q, k=k)
+    _validate.shape(op, "q_weight", q_weight.shape, q.shape[-1:])
+    _validate.shape(op, "k_weight", k_weight.shape, q.shape[-1:])
+    static = StaticArgs(float(eps), implementation if q.size and k.size else "xla")
+    q, k = _OPERATION(static, *(x[None] for x in (q, k, q_weight, k_weight, cos, sin)))
+    return q[0], k[0]
+
+
+class StaticArgs(NamedTuple):
+    """Options of the operation that are fixed when it is traced."""
+
+    eps: float
+    implementation: str | None
+
+    @property
+    def norm(self) -> NormArgs:
+        """The options of the norm alone."""
+        return NormArgs(self.eps, 0.0, "llama", self.implementation)
+
+
+# ---- XLA implementation: q [G, B, T, N, D], k [G, B, T, K, D], weights [G, D], cos and sin [G, B, T, D/2] -------------
+
+
+def _forward_xla(static: StaticArgs, q, k, q_weight, k_weight, cos, sin):
+    q, k = (rms_norm_forward_xla(static.norm, x, weight)[0] for x, weight in ((q, q_weight), (k, k_weight)))
+    return rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
+
+
+def _backward_xla(static: StaticArgs, q, k, d_q, d_k, q_weight, k_weight, cos, sin):
+    """Returns d_q, d_k, and the float32 gradients [G, D] of the weights."""
+
+    def backward(x, d_out, weight):
+        wide = _validate.accumulation_dtype(x.dtype)
+        d_normed = rotate_heads(d_out.astype(wide), cos, -sin)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(wide)), axis=-1) + static.eps)
+        return rms_norm_backward_xla(static.norm, x, d_normed, weight, inverse_rms)
+
+    (d_q, d_q_weight), (d_k, d_k_weight) = backward(q, d_q, q_weight), backward(k, d_k, k_weight)
+    return d_q, d_k, d_q_weight, d_k_weight
+
+
+# ---- kernels: a program holds all heads of a token, and takes one token after the other -------------------------------
+# Heads are held as the two halves that RoPE rotates. Refs: q [G T, N, 2, D/2], k [G T, K, 2, D/2], weights [G, 2, D/2],
+# cos and sin [G T, D/2]; T has all tokens of a group.
+
+Halves = list[jax.Array]  # two arrays [heads, D/2], or two vectors [D/2]
+
+
+def norm_halves(x: Halves, weight: Halves, eps: float, dim: int, dtype: Any) -> Halves:
+    """Inside a kernel: returns the RMSNorm of heads, rounded to `dtype` as casting "llama" rounds."""
+    inverse_rms = _inverse_rms(x, eps, dim)
+
+    def round_to_dtype(value):
+        return value.astype(dtype).astype(value.dtype)
+
+    return [
+        round_to_dtype(round_to_dtype(half * inverse_rms) * scale[None, :])
+        for half, scale in zip(x, weight, strict=True)
+    ]
+
+
+def rotate_halves(x: Halves, cos: jax.Array, sin: jax.Array) -> Halves:
+    """Inside a kernel: returns heads rotated by the angle of cos and sin [D/2]."""
+    first, second = x
+    return [first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]]
+
+
+def _inverse_rms(x: Halves, eps: float, dim: int) -> jax.Array:
+    return jax.lax.rsqrt(sum(jnp.sum(half * half, axis=1, keepdims=True) for half in x) / dim + eps)
+
+
+def _backward_halves(
+    x: Halves, d_out: Halves, weight: Halves, cos: jax.Array, sin: jax.Array, eps: float, dim: int
+) -> tuple[Halves, Halves]:
+    """Returns d_x, and each head's contribution to the gradient of the weight; see `rms_norm.backward_xla`."""
+    inverse_rms, d_normed = _inverse_rms(x, eps, dim), rotate_halves(d_out, cos, -sin)
+    x_hat = [half * inverse_rms for half in x]
+    g = [d_half * scale[None, :] for d_half, scale in zip(d_normed, weight, strict=True)]
+    mean = sum(jnp.sum(a * b, axis=1, keepdims=True) for a, b in zip(g, x_hat, strict=True)) / dim
+    d_x = [inverse_rms * (a - b * mean) for a, b in zip(g, x_hat, strict=True)]
+    return d_x, [a * b for a, b in zip(d_normed, x_hat, strict=True)]
+
+
+class _Token(NamedTuple):
+    """A token, as an index of refs whose first axis is the tokens."""
+
+    index: Any
+    exists: jax.Array
+    half: int  # D/2
+
+    def load(self, ref: Any) -> Any:
+        """Loads a vector of a ref [tokens, D/2], or Halves of a ref [tokens, heads, 2, D/2], in its dtype."""
+        if len(ref.shape) == 2:
+            return _pallas.load(ref, (self.index, slice(None)), self._in_half(ref))
+        heads, mask = self._heads(ref)
+        return [_pallas.load(ref, (self.index, heads, i, slice(None)), mask) for i in range(2)]
+
+    def store(self, ref: Any, halves: Halves) -> None:
+        """Stores Halves in a ref [tokens, heads, 2, D/2]."""
+        heads, mask = self._heads(ref)
+        for i, value in enumerate(halves):
+            _pallas.store(ref, (self.index, heads, i, slice(None)), value, mask)
+
+    def _heads(self, ref: Any) -> tuple[Any, jax.Array]:
+        """Returns the index of all heads, padded to a power of two, and the mask [heads, D/2] of elements that exist."""
+        count = _pallas.next_power_of_2(ref.shape[1])
+        in_heads = jnp.arange(count) < ref.shape[1]
+        heads = _pallas.span(0 * self.index, count)  # JAX rejects a constant span that may reach past the end
+        return heads, in_heads[:, None] & self._in_half(ref)[None, :]
+
+    def _in_half(self, ref: Any) -> jax.Array:
+        return (jnp.arange(ref.shape[-1]) < self.half) & self.exists
+
+
+class _TokenPartition(NamedTuple):
+    """Divides the tokens of each group among `programs`, which take `steps` tokens each. Grid (groups, programs)."""
+
+    tokens: int
+    half: int  # D/2
+    programs: int
+    steps: int
+
+    def for_each_token(self, step: Callable, carry: Any, *refs: Any) -> Any:
+        """Runs carry = step(token, carry, *values) for each of the program's tokens; returns the last carry.
+
+        The values are the token's part of `refs`, in float32. Each step loads the next token before it works on its own.
+        """
+        group, program = _pallas.program_id(0), _pallas.program_id(1)
+
+        def token(i):
+            in_group = program + i * self.programs
+            return _Token(group * self.tokens + in_group, in_group < self.tokens, self.half)
+
+        def work(i, carry, values):
+            return step(token(i), carry, *jax.tree.map(_widen, values))
+
+        def load_and_work(i, state):
+            carry, values = state
+            next_values = [token(i + 1).load(ref) for ref in refs]
+            return work(i, carry, values), next_values
+
+        first = carry, [token(0).load(ref) for ref in refs]
+        carry, values = jax.lax.fori_loop(0, self.steps - 1, load_and_work, first)
+        return work(self.steps - 1, carry, values)
+
+    def load_weight(self, ref: Any) -> Halves:
+        """Loads the group's weight of a ref [groups, 2, D/2], in float32."""
+        in_half = jnp.arange(ref.shape[-1]) < self.half
+        return [_widen(_pallas.load(ref, (_pallas.program_id(0), i, slice(None)), in_half)) for i in range(2)]
+
+    def store_sum(self, ref: Any, sums: Halves) -> None:
+        """Stores the program's sums over heads in a ref [groups, programs, 2, D/2]."""
+        in_half = jnp.arange(ref.shape[-1]) < self.half
+        for i, value in enumerate(sums):
+            index = (_pallas.program_id(0), _pallas.program_id(1), i, slice(None))
+            _pallas.store(ref, index, jnp.sum(value, axis=0), in_half)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(_validate.accumulation_dtype(x.dtype))
+
+
+def _qk_norm_rope_forward(
+    q_ref, k_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, q_out_ref, k_out_ref,
+    *, static: StaticArgs, partition: _TokenPartition,
+) -> None:  # fmt: skip
+    weights = [partition.load_weight(ref) for ref in (q_weight_ref, k_weight_ref)]
+
+    def step(token, carry, q, k, cos, sin):
+        for x, weight, out_ref in zip((q, k), weights, (q_out_ref, k_out_ref), strict=True):
+            normed = norm_halves(x, weight, static.eps, 2 * partition.half, out_ref.dtype)
+            token.store(out_ref, rotate_halves(normed, cos, sin))
+        return carry
+
+    partition.for_each_token(step, None, q_ref, k_ref, cos_ref, sin_ref)
+
+
+def _qk_norm_rope_backward(
+    q_ref, k_ref, d_q_out_ref, d_k_out_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref,
+    d_q_ref, d_k_ref, d_q_weight_ref, d_k_weight_ref, *, static: StaticArgs, partition: _TokenPartition,
+) -> None:  # fmt: skip
+    weights = [partition.load_weight(ref) for ref in (q_weight_ref, k_weight_ref)]
+
+    def step(token, sums, q, k, d_q_out, d_k_out, cos, sin):
+        new_sums = []
+        for x, d_out, weight, d_x_ref, total in zip(
+            (q, k), (d_q_out, d_k_out), weights, (d_q_ref, d_k_ref), sums, strict=True
+        ):
+            d_x, d_weight = _backward_halves(x, d_out, weight, cos, sin, static.eps, 2 * partition.half)
+            token.store(d_x_ref, d_x)
+            new_sums.append([a + b for a, b in zip(total, d_weight, strict=True)])
+        return new_sums
+
+    def zeros(ref, weight):
+        return [jnp.zeros((_pallas.next_power_of_2(ref.shape[1]), half.size), half.dtype) for half in weight]
+
+    sums = [zeros(ref, weight) for ref, weight in zip((q_ref, k_ref), weights, strict=True)]
+    sums = partition.for_each_token(step, sums, q_ref, k_ref, d_q_out_ref, d_k_out_ref, cos_ref, sin_ref)
+    for ref, total in zip((d_q_weight_ref, d_k_weight_ref), sums, strict=True):
+        partition.store_sum(ref, total)
+
+
+def _partition(q: jax.Array, kernel: str, blocks: Blocks | None) -> tuple[_TokenPartition, Blocks]:
+    groups, *leading, heads, dim = q.shape
+    tokens = math.prod(leading)
+    blocks = blocks or _tuning.blocks(kernel, rows=groups * tokens, width=heads * dim)
+    programs = min(_pallas.cdiv(blocks.programs, groups) or tokens, tokens)
+    return _TokenPartition(tokens, dim // 2, programs, _pallas.cdiv(tokens, programs)), blocks
+
+
+def _launch(kernel: Callable, static: StaticArgs, heads, weights, tables, partial_sums: int, interpret: bool, blocks):
+    """Runs a kernel with refs (*heads, *weights, *tables, *results).
+
+    The results have the shapes of q and k, which come first in `heads`. They are followed by `partial_sums` gradients of
+    weights, which each program sums over its tokens.
+    """
+    q, k, *_ = heads
+    partition, blocks = _partition(q, kernel.__name__.strip("_"), blocks)
+    groups, half, wide = q.shape[0], partition.half, _validate.accumulation_dtype(q.dtype)
+    by_token = [x.reshape(-1, x.shape[-2], 2, half) for x in heads]
+    results = _pallas.launch(
+        functools.partial(kernel, static=static, partition=partition),
+        [*by_token, *(x.reshape(groups, 2, half) for x in weights), *(x.reshape(-1, half) for x in tables)],
+        [(x.shape, x.dtype) for x in by_token[:2]] + partial_sums * [((groups, partition.programs, 2, half), wide)],
+        grid=(groups, partition.programs),
+        num_warps=blocks.num_warps,
+        interpret=interpret,
+    )
+    sums = (jnp.sum(x, axis=1).reshape(groups, 2 * half) for x in results[2:])
+    return results[0].reshape(q.shape), results[1].reshape(k.shape), *sums
+
+
+def forward_kernel(
+    static: StaticArgs, q, k, q_weight, k_weight, cos, sin, *, interpret: bool, blocks: Blocks | None = None
+):
+    """As _forward_xla."""
+    operands = (q, k), (q_weight, k_weight), (cos, sin)
+    return _launch(_qk_norm_rope_forward, static, *operands, 0, interpret, blocks)
+
+
+def backward_kernel(
+    static: StaticArgs, q, k, d_q, d_k, q_weight, k_weight, cos, sin, *, interpret: bool, blocks: Blocks | None = None
+):
+    """As _backward_xla."""
+    operands = (q, k, d_q, d_k), (q_weight, k_weight), (cos, sin)
+    return _launch(_qk_norm_rope_backward, static, *operands, 2, interpret, blocks)
+
+
+# ---- the operation: N is the heads of q and those of k, which are sharded alike ----------------------------------------
+
+_HEADS, _TABLES = "G B T N D", "G B T D/2"
+
+_OPERATION = DifferentiableOp(
+    forward=Pass(
+        choose_implementation(forward_kernel, _forward_xla),
+        operands={
+            "q": _HEADS,
+            "k": _HEADS,
+            "q_weight": "G D",
+            "k_weight": "G D",
+            "cos": _TABLES,
+            "sin": _TABLES,
+        },
+        results={"q_out": _HEADS, "k_out": _HEADS},
+        parallel=("G", "B", "T", "N"),
+    ),
+    backward=Pass(
+        choose_implementation(backward_kernel, _backward_xla),
+        operands={
+            "q": _HEADS,
+            "k": _HEADS,
+            "d_q_out": _HEADS,
+            "d_k_out": _HEADS,
+            "q_weight": "G D",
+            "k_weight": "G D",
+            "cos": _TABLES,
+            "sin": _TABLES,
+        },
+        results={"d_q": _HEADS, "d_k": _HEADS, "d_q_weight": "G D", "d_k_weight": "G D"},
+        parallel=("G", "B", "T", "N"),
+    ),
+    returns=("q_out", "k_out"),
+)
