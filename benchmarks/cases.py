@@ -85,10 +85,10 @@ def row_case(op: str, rows: int, width: int) -> Case:
 
 
 def rope_case(
-    batch: int, tokens: int, heads: int, kv_heads: int, dim: int, sections: Sequence[int] | None = None
+    batch: int, tokens: int, heads: int, kv_heads: int, dim: int, sections: Sequence[int] | None = None, *, norm=False
 ) -> Case:
-    """Returns a case of mrope if there are sections, else of rope."""
-    op = "mrope" if sections else "rope"
+    """Returns a case of mrope if there are sections, of qk_norm_rope with a `norm`, else of rope."""
+    op = "mrope" if sections else "qk_norm_rope" if norm else "rope"
     sizes = {"B": batch, "T": tokens, "N": heads, "K": kv_heads, "D": dim}
 
     def tables(rng):
@@ -169,7 +169,7 @@ def registered_row_cases(family: str) -> list[Case]:
 
 # ---- the tables -------------------------------------------------------------------------------------------------------
 
-_TEXT, _VISION = shapes.TEXT, shapes.VISION
+_TEXT, _VISION, _QWEN3 = shapes.TEXT, shapes.VISION, shapes.QWEN3_VL
 _FULL_LOGITS = ("jnp", "torch", "torch.compile")  # implementations that hold all logits in float32
 
 CASES: tuple[Case, ...] = (
@@ -180,6 +180,7 @@ CASES: tuple[Case, ...] = (
         for model in ("2b", "7b")
     ),
     rope_case(4, 4096, _VISION.heads, _VISION.heads, _VISION.head_dim),
+    *(rope_case(4, 2048, text.heads, text.kv_heads, 128, norm=True) for text in (_QWEN3["2b"], _QWEN3["8b"])),
     *registered_row_cases("activation"),
     row_case("geglu", 8192, _TEXT["2b"].intermediate),  # no supported model uses it
     loss_case("cross_entropy", 8192, 0, _TEXT["2b"].vocab),

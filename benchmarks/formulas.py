@@ -48,6 +48,10 @@ def mrope(q, k, cos, sin, sections):
     return rope(q, k, merge(cos), merge(sin))
 
 
+def qk_norm_rope(q, k, q_weight, k_weight, cos, sin):
+    return rope(rms_norm(q, q_weight), rms_norm(k, k_weight), cos, sin)
+
+
 def swiglu(gate, up):
     return jax.nn.silu(gate) * up
 
@@ -58,6 +62,10 @@ def geglu(gate, up):
 
 def quick_gelu(x):
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x):
+    return jax.nn.gelu(x, approximate=True)
 
 
 def cross_entropy(logits, labels):
@@ -119,7 +127,7 @@ def linear_add(x, weight, residual):
 
 
 _TRAINING_SCRIPT = (
-    *(rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu),
+    *(rms_norm, add_rms_norm, layer_norm, rope, mrope, qk_norm_rope, swiglu, geglu, quick_gelu, gelu_tanh),
     *(cross_entropy, linear_cross_entropy, attention),
     *(norm_linear, norm_swiglu, linear_add),
 )

@@ -12,7 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.formulas import FORMULAS
 
 # Operations whose implementation=None is XLA. Their kernel is measured as "kernel".
-XLA_BY_DEFAULT = ("swiglu", "geglu", "quick_gelu", "rope", "mrope")
+XLA_BY_DEFAULT = ("swiglu", "geglu", "quick_gelu", "gelu_tanh", "rope", "mrope")
 
 
 def jax_implementations(case: Case, peers: bool = True) -> dict[str, Callable]:

@@ -60,6 +60,10 @@ def mrope(q, k, cos, sin, sections):
     return rope(q, k, merge(cos), merge(sin))
 
 
+def qk_norm_rope(q, k, q_weight, k_weight, cos, sin):
+    return rope(rms_norm(q, q_weight), rms_norm(k, k_weight), cos, sin)
+
+
 def swiglu(gate, up):
     return F.silu(gate) * up
 
@@ -70,6 +74,10 @@ def geglu(gate, up):
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
 
 
 def cross_entropy(logits, labels):
@@ -95,7 +103,10 @@ def attention(q, k, v, *, causal=False, lengths=None, backend="CUDNN_ATTENTION",
     return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).reshape(q.shape)
 
 
-_TORCH_ROW_OPS = (rms_norm, add_rms_norm, layer_norm, rope, mrope, swiglu, geglu, quick_gelu)
+_TORCH_ROW_OPS = (
+    *(rms_norm, add_rms_norm, layer_norm, rope, mrope, qk_norm_rope),
+    *(swiglu, geglu, quick_gelu, gelu_tanh),
+)
 FORMULAS = {f.__name__: f for f in (*_TORCH_ROW_OPS, cross_entropy, linear_cross_entropy, attention)}
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 REFERENCES = FORMULAS | {"attention": functools.partial(attention, backend="MATH")}

@@ -13,7 +13,7 @@ An implementation that does not support a call raises.
 """
 
 from pallas_kernels._sharding import split_rows_over
-from pallas_kernels.activations import geglu, quick_gelu, swiglu
+from pallas_kernels.activations import geglu, gelu_tanh, quick_gelu, swiglu
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import cross_entropy
@@ -34,6 +34,7 @@ __all__ = [
     "decode_attention",
     "find_segments",
     "geglu",
+    "gelu_tanh",
     "layer_norm",
     "linear_add",
     "linear_cross_entropy",

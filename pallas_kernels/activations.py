@@ -1,4 +1,4 @@
-"""Elementwise activations of MLP blocks: swiglu, geglu, quick_gelu.
+"""Elementwise activations of MLP blocks: swiglu, geglu, quick_gelu, gelu_tanh.
 
 `implementation=None` is XLA on every platform. Alone, the forward kernels are at least as fast as XLA. But a kernel prevents
 XLA from fusing an activation into its neighbours, and its forward pass into its backward pass: on an H200, a training step
@@ -92,6 +92,30 @@ def quick_gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
         [0.    0.846]
     """
     return _activate("quick_gelu", "quick_gelu", implementation, x=x)
+
+
+def gelu_tanh(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    """Computes 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the activation of Qwen3-VL's vision MLP.
+
+    Args:
+        x: [...], float.
+        implementation: None, "triton", "xla" or "interpret".
+
+    Returns:
+        [...] in x's dtype. The arithmetic is float32. The backward pass saves only x.
+
+    Raises:
+        ValueError: x's dtype is not floating, or implementation is unknown.
+
+    Source: Hendrycks and Gimpel 2016, Gaussian Error Linear Units, https://arxiv.org/abs/1606.08415
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels import gelu_tanh
+        >>> print(gelu_tanh(jnp.array([0.0, 1.0])).round(3))
+        [0.    0.841]
+    """
+    return _activate("gelu_tanh", "gelu_tanh", implementation, x=x)
 
 
 class StaticArgs(NamedTuple):

@@ -126,13 +126,18 @@ def _swiglu(gate, up):
     return (_wide(gate) / (1 + jnp.exp(-_wide(gate))) * _wide(up)).astype(gate.dtype)
 
 
+def _wide_gelu_tanh(x):
+    return x / 2 * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 def _geglu(gate, up, *, approximate=True):
     x = _wide(gate)
-    if approximate:
-        gelu = x / 2 * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    else:
-        gelu = x / 2 * jax.scipy.special.erfc(-x / 2**0.5)
+    gelu = _wide_gelu_tanh(x) if approximate else x / 2 * jax.scipy.special.erfc(-x / 2**0.5)
     return (gelu * _wide(up)).astype(gate.dtype)
+
+
+def _gelu_tanh(x):
+    return _wide_gelu_tanh(_wide(x)).astype(x.dtype)
 
 
 def _quick_gelu(x):
@@ -369,6 +374,15 @@ _TABLE = (
         _quick_gelu,
         ("x",),
         shapes=[((4, 4096), _VISION.intermediate)],
+    ),
+    Operation(
+        "gelu_tanh",
+        "activation",
+        pk.gelu_tanh,
+        {"x": _ROWS_OF_D},
+        _gelu_tanh,
+        ("x",),
+        shapes=[((4, 4096), vision.intermediate) for vision in shapes.QWEN3_VISION.values()],
     ),
     Operation(
         "rope",

@@ -35,6 +35,8 @@ SMALL = [
     cases.text_attention_case(2, 8, 4, 2, 16),
     cases.image_attention_case(2, 2, 16, (4, 4), 2, "two images a row"),
     cases.image_attention_case(1, 2, 16, (2, 6, 4), 4, "images of mixed sizes"),
+    cases.rope_case(2, 5, 4, 2, 8, norm=True),
+    cases.row_case("gelu_tanh", 6, 32),
 ]
 each_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 
@@ -90,7 +92,7 @@ def test_torch_formulas_agree_with_the_jax_formulas(case):
     arrays, constants, cotangents = jax.tree.map(np.asarray, programs.make_inputs(case))
     arrays, cotangents = jax.tree.map(lambda a: a.astype(np.float32), (arrays, cotangents))
     _, torch_constants = peers.make_inputs(case, "cpu")
-    if case.op in ("rope", "mrope"):  # torch's tables are rounded to bfloat16 and hold each angle twice
+    if case.op in ("rope", "mrope", "qk_norm_rope"):  # torch's tables are rounded to bfloat16 and hold each angle twice
         constants = {n: table.float().numpy()[..., : table.shape[-1] // 2] for n, table in torch_constants.items()}
     expected = programs.reference_values(case, arrays, constants, cotangents)
 
