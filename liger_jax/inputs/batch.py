@@ -6,6 +6,7 @@ arrays of fixed shape. Batches in the same bucket share one compiled program, ev
 
 import dataclasses
 import functools
+import math
 from typing import Any, Self
 
 import jax
@@ -13,8 +14,10 @@ import numpy as np
 
 from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
+from liger_jax.inputs.layout import Layout, arrange, item_layout
 from liger_jax.inputs.positions import (
     VisionItem,
+    position_table_lookup,
     rope_positions,
     vision_items,
     vision_position_ids,
@@ -42,7 +45,8 @@ LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device hold
 class Vision:
     """The patches of a batch: in each of the B rows, the patches of its images and videos in order, padded to P.
 
-    Patches are stored with the row of text that they belong to, so splitting the batch over a mesh never moves them.
+    Patches are stored with the row of text that they belong to, so splitting the batch over a mesh never moves them. For a
+    tower with windows, they are in the order of `liger_jax.inputs.layout`, which has padding between some windows.
     """
 
     pixel_values: Any  # [B, P, patch_values] float32
@@ -136,6 +140,7 @@ def prepare(
     pixel_values_videos=None,
     video_grid_thw=None,
     video_positions: str = "max",
+    second_per_grid_ts=None,
     segment_ids=None,
     position_ids=None,
     mm_token_type_ids=None,
@@ -150,13 +155,15 @@ def prepare(
         labels: [B, T], the token id where the loss counts it and -100 elsewhere. The loss shifts them.
         pixel_values: [patches, patch_values] floats of all images, in order of appearance in the flattened batch.
         image_grid_thw: [images, 3], (t, h, w) in patches.
-        pixel_values_videos, video_grid_thw: the same for videos.
+        pixel_values_videos, video_grid_thw: the same for videos. If the prompt has the time of each frame as text
+            (Qwen3-VL), a video has one grid (t, h, w), and a run of placeholders for each of its t frames.
         video_positions: "max" or "hf5", see `liger_jax.inputs.positions.rope_index`.
+        second_per_grid_ts: [videos], the seconds between the frames of each video's grid (Qwen2.5-VL); None: 1.
         segment_ids: [B, T] for packed rows: 1, 2, ... for the sequences of a row, each contiguous, 0 for padding.
         position_ids: [3, B, T], used instead of the computed ones.
         mm_token_type_ids: [B, T], from Hugging Face's processor. They are only checked, since the ids imply them.
         length: tokens per row, for batches that must have the same shape; None: the next bucket.
-        patches: patches per row, likewise.
+        patches: patches per row, likewise. For a tower with windows, slots (see `liger_jax.inputs.layout.count_slots`).
 
     Returns:
         A `Batch` of numpy arrays, whose shapes and static fields depend on its bucket alone.
@@ -185,7 +192,7 @@ def prepare(
         _pixels("pixel_values", pixel_values, "image_grid_thw", image_grid_thw, config),
         _pixels("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw, config),
     )
-    items = vision_items(config, input_ids, segment_ids, image_grid_thw, video_grid_thw)
+    items = vision_items(config, input_ids, segment_ids, image_grid_thw, video_grid_thw, second_per_grid_ts)
     if mm_token_type_ids is not None:
         types = _integers("mm_token_type_ids", mm_token_type_ids, 2, input_ids.shape)
         _check_token_types(config, input_ids, segment_ids, types)
@@ -214,31 +221,72 @@ def _vision(
     config: QwenVLConfig, items: list[list[VisionItem]], pixels, length: int, patches: int | None
 ) -> Vision | None:
     """Returns the patches of each row, in order of appearance, or None for a batch without images and videos."""
-    needed = max(sum(item.patches for item in row) for row in items)
+    vision, unit = config.vision, config.vision.merge_unit
+    rows = [_slots(config, row) for row in items]
+    needed = max(slots[-1].stop if slots else 0 for slots, _ in rows)
     if not needed and patches is None:
         return None
-    unit = config.vision.merge_unit
-    size = _bucket_size("patches", patches, needed, bucket(needed, 16 * unit))
-    if size % unit:
-        raise UserError(f"patches is {size}; expected a multiple of {unit}, the number of patches per merged token")
-    rows = len(items)
-    pixel_values = np.zeros((rows, size, config.vision.patch_values), np.float32)
-    position_ids = np.zeros((rows, size, 2), np.int32)
-    segment_ids = np.zeros((rows, size), np.int32)
-    token_positions = _dropped_positions(rows, length, size // unit)
-    for b, row in enumerate(items):
-        if not row:
-            continue
-        grids = np.array([item.grid for item in row])
-        used = int(grids.prod(axis=1).sum())
-        np.concatenate(
-            [pixels[item.is_video][item.first_patch : item.first_patch + item.patches] for item in row],
-            out=pixel_values[b, :used],
-        )
-        position_ids[b, :used] = vision_position_ids(grids, config.vision.spatial_merge_size)
-        segment_ids[b, :used] = vision_segment_ids(grids)
-        token_positions[b, : used // unit] = np.concatenate([item.positions for item in row])
-    return Vision(pixel_values, position_ids, segment_ids, token_positions, power_of_two(segment_ids.max(), at_least=4))
+    block = vision.window_patches or unit
+    size = _bucket_size("patches", patches, needed, bucket(needed, math.lcm(block, 16 * unit)))
+    if size % block:
+        reason = "window" if vision.window_patches else "merged token"
+        raise UserError(f"patches is {size}; expected a multiple of {block}, the number of patches per {reason}")
+
+    def zeros(*shape, dtype=np.int32):
+        return np.zeros((len(items), size, *shape), dtype)
+
+    arrays = {"pixel_values": zeros(vision.patch_values, dtype=np.float32)}
+    arrays |= {"position_ids": zeros(2), "segment_ids": zeros()}
+    if vision.window_size:
+        arrays["window_ids"] = zeros()
+    if vision.position_table_side:
+        arrays |= {"table_indices": zeros(4), "table_weights": zeros(4, dtype=np.float32)}
+    token_positions = _dropped_positions(len(items), length, size // unit)
+    for b, (row, (slots, layouts)) in enumerate(zip(items, rows, strict=True)):
+        last_ids = {"segment_ids": 0, "window_ids": 0}
+        for item, item_slots, layout in zip(row, slots, layouts, strict=True):
+            values = {"pixel_values": pixels[item.is_video][item.first_patch : item.first_patch + item.patches]}
+            values |= _patch_arrays(config, item)
+            merged = slice(item_slots.start // unit, item_slots.stop // unit)
+            positions = item.positions
+            if layout is not None:
+                tokens, windows = layout
+                values = {name: arrange(array, tokens, unit) for name, array in values.items()}
+                values["window_ids"] = np.repeat(windows, unit)
+                positions = np.where(tokens < 0, token_positions[b, merged], positions[tokens])
+            for name, last in last_ids.items():  # numbered over the row
+                if name in values:
+                    ids = values[name] = np.where(values[name] > 0, values[name] + last, 0)
+                    last_ids[name] = int(ids.max())
+            for name, array in values.items():
+                arrays[name][b, item_slots] = array
+            token_positions[b, merged] = positions
+    max_segments = power_of_two(arrays["segment_ids"].max(), at_least=4)
+    return Vision(token_positions=token_positions, max_segments=max_segments, **arrays)
+
+
+def _slots(config: QwenVLConfig, row: list[VisionItem]) -> tuple[list[slice], list[Layout | None]]:
+    """Returns the slots of each item in its row, and the layout of its patches in them."""
+    slots, layouts, end = [], [], 0
+    for item in row:
+        layout = item_layout(config.vision, item.grid, end // config.vision.merge_unit)
+        start, end = end, end + (item.patches if layout is None else len(layout[0]) * config.vision.merge_unit)
+        slots.append(slice(start, end))
+        layouts.append(layout)
+    return slots, layouts
+
+
+def _patch_arrays(config: QwenVLConfig, item: VisionItem) -> dict[str, np.ndarray]:
+    """Returns what `Vision` has for each patch of an item, except its pixels, in the processor's order."""
+    vision, grid = config.vision, np.array([item.grid])
+    arrays = {
+        "position_ids": vision_position_ids(grid, vision.spatial_merge_size),
+        "segment_ids": vision_segment_ids(grid),
+    }
+    if vision.position_table_side:
+        lookup = position_table_lookup(item.grid, vision.position_table_side, vision.spatial_merge_size)
+        arrays |= dict(zip(("table_indices", "table_weights"), lookup, strict=True))
+    return arrays
 
 
 def _bucket_size(name: str, requested: Any, needed: int, default: int) -> int:
