@@ -1,4 +1,4 @@
-"""Attention of one new token per row over a KV cache, with the RoPE rotation and the cache update fused in.
+"""Attention of one new token per row over a KV cache, with the norm of its heads, RoPE and the cache update fused in.
 
 The filled part of the cache is split among programs (split-KV), so that even a single row keeps a whole GPU busy. A second
 kernel combines the results of the splits. The operation has no gradient.
@@ -14,6 +14,7 @@ from pallas_kernels import _pallas, _validate
 from pallas_kernels._tuning import Blocks
 from pallas_kernels.attention import attention
 from pallas_kernels.decode_linear import pallas_preferred
+from pallas_kernels.qk_norm_rope import norm_halves, qk_norm_rope, rotate_halves
 from pallas_kernels.rope import rope
 
 MASKED_SCORE = -1e30  # the running maximum before any score: finite, so that differences stay numbers
@@ -30,12 +31,16 @@ def decode_attention(
     values: jax.Array,
     valid: jax.Array,
     slot: jax.Array,
+    q_weight: jax.Array | None = None,
+    k_weight: jax.Array | None = None,
     *,
+    eps: float = 1e-6,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotates q and k of the new token, writes k and v to `slot` of the cache, and attends to the updated cache.
 
-        q, k = rope(q, k, cos, sin);  keys[:, slot], values[:, slot] = k, v
+        q, k = rope(q, k, cos, sin), or with weights qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
+        keys[:, slot], values[:, slot] = k, v
         out = softmax(q keys^T / sqrt(D)) values, over the valid slots before `slot` and `slot` itself
 
     Args:
@@ -48,6 +53,9 @@ def decode_attention(
         valid: [B, S], int; 0 masks a slot. Its values at `slot` and after it are ignored.
         slot: int scalar: the number of filled slots, and so the index of the slot for the new token. Later slots are not
             read. Values of S or more are clamped to S - 1.
+        q_weight: [D], float, or None: the weight of the RMSNorm of each query head before the rotation.
+        k_weight: as q_weight, for the key heads.
+        eps: added to the mean square of a head, if there is a norm.
         implementation: None, "triton", "xla" or "interpret". On an NVIDIA GPU, None picks the Pallas kernel for up to 16
             rows, 64 query heads per key head and 512 bytes per head, unless the operands may be sharded over a mesh.
             Otherwise it picks XLA, which can be partitioned.
@@ -56,8 +64,8 @@ def decode_attention(
         (out [B, N, D] in qkv's dtype, keys, values). The softmax is float32. There is no gradient.
 
     Raises:
-        ValueError: a shape or dtype does not fit, D is odd, or a kernel is requested by name for more than 64 query heads
-            per key head or 512 bytes per head.
+        ValueError: a shape or dtype does not fit, D is odd, only one of the two weights is given, or a kernel is requested
+            by name for more than 64 query heads per key head or 512 bytes per head.
         NotImplementedError: the operation is differentiated.
 
     Source: Dao et al. 2023, Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
@@ -74,6 +82,7 @@ def decode_attention(
     slot = jnp.asarray(slot)
     _validate.known_implementation(op, implementation)
     _check(op, qkv, cos, sin, keys, values, valid, slot)
+    _check_norm(op, qkv, q_weight, k_weight)
     slot = slot.astype(jnp.int32)
     (batch, heads, dim), key_heads = qkv.shape, keys.shape[2]
     queries_per_key_head, head_bytes = heads // key_heads - 2, dim * qkv.dtype.itemsize
@@ -91,12 +100,14 @@ def decode_attention(
     preferred = pallas_preferred(batch, qkv, keys, values) and not unsupported
     if not qkv.size or (implementation is None and not preferred):
         implementation = "xla"
-    return _decode_attention(StaticArgs(implementation), qkv, cos, sin, keys, values, valid, slot)
+    static = StaticArgs(float(eps), implementation)
+    return _decode_attention(static, qkv, cos, sin, keys, values, valid, slot, q_weight, k_weight)
 
 
 class StaticArgs(NamedTuple):
     """Options of the operation that are fixed when it is traced."""
 
+    eps: float
     implementation: str | None
 
 
@@ -124,14 +135,29 @@ def _check(op: str, qkv, cos, sin, keys, values, valid, slot) -> None:
         raise ValueError(f"{op}: qkv has {heads} heads, keys has {key_heads}; expected N + 2 K where K divides N")
 
 
+def _check_norm(op: str, qkv, q_weight, k_weight) -> None:
+    """Raises ValueError for weights that do not fit, or if there is only one."""
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    present = {name: weight for name, weight in weights.items() if weight is not None}
+    if len(present) == 1:
+        raise ValueError(f"{op}: {next(iter(present))} is given alone; expected q_weight and k_weight, or neither")
+    _validate.floating(op, **present)
+    for name, weight in present.items():
+        _validate.shape(op, name, weight.shape, qkv.shape[-1:])
+
+
 # ---- XLA implementation ------------------------------------------------------------------------------------------------
 
 
-def attend_xla(static: StaticArgs, qkv, cos, sin, keys, values, valid, slot):
-    """Computes the rotation, the cache update and single-query attention one after the other."""
+def attend_xla(static: StaticArgs, qkv, cos, sin, keys, values, valid, slot, q_weight=None, k_weight=None):
+    """Computes the norm, the rotation, the cache update and single-query attention one after the other."""
     key_heads = keys.shape[2]
     q, k, v = jnp.split(qkv[:, None], (qkv.shape[1] - 2 * key_heads, qkv.shape[1] - key_heads), axis=2)
-    q, k = rope(q, k, cos[:, None], sin[:, None], implementation="xla")
+    tables = cos[:, None], sin[:, None]
+    if q_weight is None:
+        q, k = rope(q, k, *tables, implementation="xla")
+    else:
+        q, k = qk_norm_rope(q, k, q_weight, k_weight, *tables, eps=static.eps, implementation="xla")
     keys = jax.lax.dynamic_update_slice(keys, k, (0, slot, 0, 0))
     values = jax.lax.dynamic_update_slice(values, v, (0, slot, 0, 0))
     slots, slot = jnp.arange(keys.shape[1]), jnp.minimum(slot, keys.shape[1] - 1)
@@ -146,16 +172,17 @@ def attend_xla(static: StaticArgs, qkv, cos, sin, keys, values, valid, slot):
 
 
 def attend_kernel(
-    static: StaticArgs, qkv, cos, sin, keys, values, valid, slot, *, interpret: bool, blocks: Blocks = BLOCKS
-):
+    static: StaticArgs, qkv, cos, sin, keys, values, valid, slot, q_weight=None, k_weight=None,
+    *, interpret: bool, blocks: Blocks = BLOCKS,
+):  # fmt: skip
     (batch, heads, dim), (_, slots, key_heads, _) = qkv.shape, keys.shape
     heads -= 2 * key_heads
     splits = _num_splits(blocks.programs // (batch * key_heads), _pallas.cdiv(slots, blocks.rows))
     dtype = _validate.accumulation_dtype(qkv.dtype)
     per_head = ((batch, splits, heads), dtype)
     sums, largest, total, keys, values = _pallas.launch(
-        functools.partial(_attend_split, dim=dim, splits=splits, blocks=blocks, interpret=interpret),
-        (qkv, cos, sin, keys, values, valid, slot.reshape(1)),
+        functools.partial(_attend_split, eps=static.eps, dim=dim, splits=splits, blocks=blocks, interpret=interpret),
+        (qkv, cos, sin, keys, values, valid, slot.reshape(1), q_weight, k_weight),
         [
             ((batch, splits, heads, dim), dtype),
             per_head,
@@ -186,8 +213,9 @@ def _num_splits(wanted: int, blocks: int) -> int:
 
 
 def _attend_split(
-    qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, valid_ref, slot_ref, sums_ref, largest_ref, total_ref,
-    new_keys_ref, new_values_ref, *, dim: int, splits: int, blocks: Blocks, interpret: bool,
+    qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, valid_ref, slot_ref, q_weight_ref, k_weight_ref,
+    sums_ref, largest_ref, total_ref, new_keys_ref, new_values_ref,
+    *, eps: float, dim: int, splits: int, blocks: Blocks, interpret: bool,
 ):  # fmt: skip
     """Writes, for each query head, sum(p v), the largest score and sum(p), with p = exp(score - largest).
 
@@ -206,13 +234,15 @@ def _attend_split(
 
     cos, sin = (_pallas.load(ref, (row, halves[0]), in_half, acc_dtype) for ref in (cos_ref, sin_ref))
 
-    def load_rotated(heads, mask):
-        first, second = (_pallas.load(qkv_ref, (row, heads, columns), mask, acc_dtype) for columns in halves)
-        rotated = first * cos - second * sin, second * cos + first * sin
-        return [x.astype(dtype) for x in rotated]
+    def load_rotated(heads, mask, weight_ref):
+        x = [_pallas.load(qkv_ref, (row, heads, columns), mask, acc_dtype) for columns in halves]
+        if weight_ref is not None:
+            weight = [_pallas.load(weight_ref, (columns,), in_half, acc_dtype) for columns in halves]
+            x = norm_halves(x, weight, eps, dim, dtype)
+        return [half.astype(dtype) for half in rotate_halves(x, cos, sin)]
 
-    q = load_rotated(group_heads, in_queries)
-    new_k = load_rotated(key_heads * group + head, in_half)
+    q = load_rotated(group_heads, in_queries, q_weight_ref)
+    new_k = load_rotated(key_heads * group + head, in_half, k_weight_ref)
     new_v = [_pallas.load(qkv_ref, (row, key_heads * (group + 1) + head, columns), in_half) for columns in halves]
 
     @_pallas.when(split == 0)

@@ -108,30 +108,33 @@ def _backward_xla(static: StaticArgs, q, k, d_q, d_k, q_weight, k_weight, cos, s
 # Heads are held as the two halves that RoPE rotates. Refs: q [G T, N, 2, D/2], k [G T, K, 2, D/2], weights [G, 2, D/2],
 # cos and sin [G T, D/2]; T has all tokens of a group.
 
-Halves = list[jax.Array]  # two arrays [heads, D/2], or two vectors [D/2]
+Halves = list[jax.Array]  # the halves of several heads [heads, D/2], or of one head or weight [D/2]
 
 
 def norm_halves(x: Halves, weight: Halves, eps: float, dim: int, dtype: Any) -> Halves:
-    """Inside a kernel: returns the RMSNorm of heads, rounded to `dtype` as casting "llama" rounds."""
+    """Inside a kernel: returns the RMSNorm of heads or of one head, rounded to `dtype` as casting "llama" rounds."""
     inverse_rms = _inverse_rms(x, eps, dim)
 
     def round_to_dtype(value):
         return value.astype(dtype).astype(value.dtype)
 
-    return [
-        round_to_dtype(round_to_dtype(half * inverse_rms) * scale[None, :])
-        for half, scale in zip(x, weight, strict=True)
-    ]
+    return [round_to_dtype(round_to_dtype(half * inverse_rms) * scale) for half, scale in zip(x, weight, strict=True)]
 
 
 def rotate_halves(x: Halves, cos: jax.Array, sin: jax.Array) -> Halves:
-    """Inside a kernel: returns heads rotated by the angle of cos and sin [D/2]."""
+    """Inside a kernel: returns heads or one head, rotated by the angle of cos and sin [D/2]."""
     first, second = x
-    return [first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]]
+    return [first * cos - second * sin, second * cos + first * sin]
 
 
 def _inverse_rms(x: Halves, eps: float, dim: int) -> jax.Array:
-    return jax.lax.rsqrt(sum(jnp.sum(half * half, axis=1, keepdims=True) for half in x) / dim + eps)
+    return jax.lax.rsqrt(_sum_over_head(x, x) / dim + eps)
+
+
+def _sum_over_head(a: Halves, b: Halves) -> jax.Array:
+    """Returns sum(a * b) over each head: [heads, 1], or a scalar for one head."""
+    products = sum(x * y for x, y in zip(a, b, strict=True))
+    return jnp.sum(products, axis=-1, keepdims=products.ndim > 1)
 
 
 def _backward_halves(
@@ -140,8 +143,8 @@ def _backward_halves(
     """Returns d_x, and each head's contribution to the gradient of the weight; see `rms_norm.backward_xla`."""
     inverse_rms, d_normed = _inverse_rms(x, eps, dim), rotate_halves(d_out, cos, -sin)
     x_hat = [half * inverse_rms for half in x]
-    g = [d_half * scale[None, :] for d_half, scale in zip(d_normed, weight, strict=True)]
-    mean = sum(jnp.sum(a * b, axis=1, keepdims=True) for a, b in zip(g, x_hat, strict=True)) / dim
+    g = [d_half * scale for d_half, scale in zip(d_normed, weight, strict=True)]
+    mean = _sum_over_head(g, x_hat) / dim
     d_x = [inverse_rms * (a - b * mean) for a, b in zip(g, x_hat, strict=True)]
     return d_x, [a * b for a, b in zip(d_normed, x_hat, strict=True)]
 

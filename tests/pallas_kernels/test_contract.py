@@ -103,6 +103,9 @@ WRONG = {
         qkv, *[angles[:, 0]] * 2, cache, cache, ones, 3.7
     ),
     "valid has shape": lambda: pk.decode_attention(qkv, *[angles[:, 0]] * 2, cache, cache, ones[:, :5], 3),
+    "q_weight is given alone": lambda: pk.decode_attention(
+        qkv, *[angles[:, 0]] * 2, cache, cache, ones, 3, q_weight=vector
+    ),
     "max_segments is 0": lambda: pk.attention(q, k, k, segment_ids=np.ones((1, 3), int), max_segments=0),
 }
 
