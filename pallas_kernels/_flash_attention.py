@@ -14,6 +14,7 @@ dv, so that nothing is accumulated through memory and results are reproducible:
 Heads are held in parts whose widths are powers of two, 80 as 64 + 16, so that no tensor core multiplies padding.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -101,14 +102,16 @@ def unsupported_reason(q: jax.Array, scale: float) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def preferred(q: jax.Array, kv_segmented: bool) -> bool:
+def preferred(q: jax.Array, k: jax.Array, causal: bool, kv_segmented: bool) -> bool:
     """Returns whether None may pick the kernels.
 
-    Only if they use tensor cores, which they do not for float32. With segment ids of the keys they are not measured yet.
+    Only if they use tensor cores, which they do not for float32. With segment ids of the keys, only for self-attention over
+    segments with gaps: a chat's turn after a cache is not measured yet.
     """
     capability = _pallas.compute_capability()
     uses_tensor_cores = q.dtype in (jnp.bfloat16, jnp.float16) and (capability is None or capability >= 8.0)
-    return uses_tensor_cores and not kv_segmented
+    after_cache = kv_segmented and (causal or q.shape[1] != k.shape[1])
+    return uses_tensor_cores and not after_cache
 
 
 def forward(
@@ -116,7 +119,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, T, N, D], and the log-sum-exp of the scores [B, N, T], infinite where a query sees no key."""
     batch, tokens, heads, dim = q.shape
-    blocks = _blocks(FORWARD_BLOCKS, q)
+    blocks = _blocks(FORWARD_BLOCKS, q, k)
     out, lse = _pallas.launch(
         functools.partial(_attention_forward, dim=dim, scale=scale, blocks=blocks, interpret=interpret),
         (q, k, v, *ids, *visible_keys),
@@ -147,7 +150,7 @@ def backward(
     (batch, tokens, heads, dim), (_, sources, key_heads, _) = q.shape, k.shape
     dtype = _validate.accumulation_dtype(q.dtype)
     delta = jnp.sum(grad.astype(dtype) * out.astype(dtype), axis=-1).transpose(0, 2, 1)  # [B, N, T]
-    blocks = _blocks(BACKWARD_BLOCKS, q)
+    blocks = _blocks(BACKWARD_BLOCKS, q, k)
     launch = functools.partial(_pallas.launch, num_warps=blocks.num_warps, num_stages=blocks.loads, interpret=interpret)
     static: dict[str, Any] = {"dim": dim, "scale": scale, "blocks": blocks, "interpret": interpret}
     (dq,) = launch(
@@ -165,10 +168,15 @@ def backward(
     return dq, dk, dv
 
 
-def _blocks(table: dict[int, Blocks], q: jax.Array) -> Blocks:
-    """Returns the block sizes for q's heads: the smallest for float32, whose exact products use many registers."""
+def _blocks(table: dict[int, Blocks], q: jax.Array, k: jax.Array) -> Blocks:
+    """Returns the block sizes for q's heads: the smallest for float32, whose exact products use many registers.
+
+    No block is larger than a row needs: a window of 64 patches is one block.
+    """
     head_bytes = q.shape[-1] * q.dtype.itemsize if q.dtype.itemsize == 2 else MAX_HEAD_BYTES
-    return next(blocks for limit, blocks in table.items() if head_bytes <= limit)
+    blocks = next(blocks for limit, blocks in table.items() if head_bytes <= limit)
+    rows, columns = (max(16, _pallas.next_power_of_2(x.shape[1])) for x in (q, k))
+    return dataclasses.replace(blocks, rows=min(blocks.rows, rows), columns=min(blocks.columns, columns))
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def _inverse_rms(x: Halves, eps: float, dim: int) -> jax.Array:
 
 def _sum_over_head(a: Halves, b: Halves) -> jax.Array:
     """Returns sum(a * b) over each head: [heads, 1], or a scalar for one head."""
-    products = sum(x * y for x, y in zip(a, b, strict=True))
+    products = a[0] * b[0] + a[1] * b[1]
     return jnp.sum(products, axis=-1, keepdims=products.ndim > 1)
 
 

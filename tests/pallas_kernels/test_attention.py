@@ -198,10 +198,36 @@ def test_kernel_lowers_at_real_shapes(device_kind):
     assert triton_calls(run, *args, args[-1], device_kind=device_kind) == 3
 
 
-def test_none_uses_xla_with_segment_ids_of_keys():
-    """The kernels are picked by name only, until they are measured."""
+def test_none_uses_kernels_for_segments_with_gaps_and_xla_after_a_cache():
+    """With segment ids of keys, None picks the kernels for self-attention only; a turn after a cache is not measured yet."""
     args = shaped(segmented=True)
-    assert triton_calls(gradients(pk.attention), *args, args[-1]) == 0
+    assert triton_calls(gradients(pk.attention), *args, args[-1]) == 3
+    assert triton_calls(gradients(pk.attention, causal=True), *args, args[-1]) == 0
+
+
+def test_segments_with_gaps_match_numpy():
+    """A frame whose windows leave padding between them: its patches see each other across the gap."""
+    ids = np.array([[1] * 30 + [0] * 4 + [1] * 36 + [2] * 20 + [0] * 10, [0] * 20 + [1] * 40 + [0] * 4 + [1] * 36])
+    args = data(batch=2, tokens=100, sources=100)
+    for run in (interpreted, pk.attention):
+        assert_close(gradients(run)(*args, ids, ids), reference(*args, ids, ids))
+
+
+WINDOWS = np.array([[1] * 64, [2] * 32 + [3] * 16 + [4] * 4 + [0] * 12, [5] * 16 + [6] * 4 + [0] * 44, [0] * 64])
+
+
+@pytest.mark.parametrize("dim", [20, 80])
+def test_windows_match_numpy(dim):
+    """Blocks of 64 patches that hold a whole window, several small ones, or nothing: a block of queries and one of keys."""
+    args = data(batch=4, tokens=64, sources=64, heads=2, dim=dim)
+    assert_close(gradients(interpreted)(*args, WINDOWS), reference(*args, WINDOWS))
+
+
+@pytest.mark.parametrize("device_kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200"])
+def test_none_uses_kernels_for_windows(device_kind):
+    """4 x 4096 patches in windows of 64, whose segment ids have no bound on their number."""
+    shapes = [jax.ShapeDtypeStruct((256, 64, 16, 80), jnp.bfloat16)] * 4 + [jax.ShapeDtypeStruct((256, 64), jnp.int32)]
+    assert triton_calls(gradients(pk.attention), *shapes, device_kind=device_kind) == 3
 
 
 def test_large_float16_gradients_stay_finite():
