@@ -219,10 +219,15 @@ def mrope_by_width(q, k, cos, sin, *, implementation=None):
 
 # ---- kernels to tune ----------------------------------------------------------------------------------------------------
 
-_TEXT, _VISION = shapes.TEXT.values(), shapes.VISION
+_TEXT, _VISION = list(shapes.TEXT.values()), shapes.VISION  # Qwen2-VL, measured in most detail
+_ALL_TEXT = [*_TEXT, *shapes.QWEN2_5_VL.values(), *shapes.QWEN3_VL.values()]
+_OTHER_WIDTHS = sorted({text.hidden for text in _ALL_TEXT} - {text.hidden for text in _TEXT})
 _ROWS = (2048, 8192, 32_768)
-_WIDTHS = [(rows, text.hidden) for text in _TEXT for rows in _ROWS]
+_WIDTHS = [(rows, text.hidden) for text in _TEXT for rows in _ROWS] + [(8192, width) for width in _OTHER_WIDTHS]
+# Rows of LayerNorm: patches, and the mergers of Qwen3-VL, of which some normalize four patches at once.
 _PATCHES = [(rows, _VISION.embed) for rows in shapes.VISION_ROWS]
+_PATCHES += [(16_384, vision.embed) for vision in shapes.QWEN3_VISION.values()]
+_PATCHES += [(4096, 4 * vision.embed) for vision in shapes.QWEN3_VISION.values()]
 _GATES = [(8192, text.intermediate) for text in _TEXT] + [(16_384, _VISION.intermediate)]
 _HEADS = [(8192, 128), (16_384, _VISION.head_dim)]
 _VOCABS = sorted({text.vocab for text in _TEXT})
@@ -281,7 +286,7 @@ def _qk_norm_rope_kernels() -> list[Kernel]:
             f"qk_norm_rope_{direction}",
             functools.partial(getattr(module, f"{direction}_kernel"), static),
             operands | vectors,
-            [(8192, text.heads * text.head_dim) for text in shapes.QWEN3_VL.values()],
+            [(8192, width) for width in sorted({text.heads * text.head_dim for text in shapes.QWEN3_VL.values()})],
             sizes,
         )
         for direction, operands in {"forward": heads, "backward": heads | gradients}.items()
@@ -307,13 +312,14 @@ def _decode_kernel(name: str, operands: Mapping[str, str], kernel_shapes: Sequen
     run = functools.partial(getattr(decode, f"{name}_kernel"), decode.StaticArgs(eps, "triton", "triton"))
     arguments = {operand: Argument(axes) for operand, axes in operands.items()}
     sizes = lambda rows, width: {"O": rows, "H": width}  # noqa: E731
-    return Kernel(f"one_row_{name}", run, arguments, kernel_shapes, sizes, uncached="weight")
+    unique_shapes = list(dict.fromkeys(kernel_shapes))  # models share shapes
+    return Kernel(f"one_row_{name}", run, arguments, unique_shapes, sizes, uncached="weight")
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------------
 
 _ROWS_OF_D, _VECTOR = Argument("... D"), Argument("D", "weight")
-_TEXT_WIDTHS = [((4, 2048), text.hidden) for text in _TEXT]
+_TEXT_WIDTHS = [((4, 2048), width) for width in (*(text.hidden for text in _TEXT), *_OTHER_WIDTHS)]
 
 _TABLE = (
     Operation(
@@ -324,8 +330,8 @@ _TABLE = (
         _rms_norm,
         ("x", "weight"),
         variants={"gemma": {"casting": "gemma", "offset": 1.0}},
-        shapes=_TEXT_WIDTHS,
-        kernels=_row_kernels("rms_norm", "rms_norm", (1e-6, 0.0, "llama", "triton"), _WIDTHS),
+        shapes=[*_TEXT_WIDTHS, ((4, 4096), _VISION.embed)],
+        kernels=_row_kernels("rms_norm", "rms_norm", (1e-6, 0.0, "llama", "triton"), [*_WIDTHS, *_PATCHES[:2]]),
     ),
     Operation(
         "add_rms_norm",
@@ -344,7 +350,7 @@ _TABLE = (
         {"x": _ROWS_OF_D, "weight": _VECTOR, "bias": _VECTOR},
         _layer_norm,
         ("x", "weight", "bias"),
-        shapes=[((4, 4096), _VISION.embed)],
+        shapes=[((4, rows // 4), width) for rows, width in _PATCHES[1:]],
         kernels=_row_kernels("layer_norm", "layer_norm", (1e-6, "triton"), _PATCHES),
     ),
     Operation(
@@ -354,7 +360,8 @@ _TABLE = (
         {"gate": _ROWS_OF_D, "up": _ROWS_OF_D},
         _swiglu,
         ("gate", "up"),
-        shapes=[((4, 2048), text.intermediate) for text in _TEXT],
+        shapes=[((4, 2048), text.intermediate) for text in _TEXT]
+        + [((4, 4096), vision.intermediate) for vision in shapes.QWEN2_5_VISION.values()],
         kernels=_row_kernels("gate", "activations", ("silu", "triton"), _GATES),  # used for all activations
     ),
     Operation(
@@ -396,7 +403,7 @@ _TABLE = (
         },
         _rope,
         ("q", "k"),
-        shapes=[((4, 4096), _VISION.head_dim)],
+        shapes=[((4, 4096), dim) for dim in (_VISION.head_dim, *(v.head_dim for v in shapes.QWEN3_VISION.values()))],
         kernels=[_rope_kernel()],
     ),
     Operation(
@@ -497,7 +504,7 @@ _TABLE = (
                 {"x": "1 H", "norm_weight": "H", "weight": "O H"},
                 [
                     (outputs, text.hidden)
-                    for text in _TEXT
+                    for text in _ALL_TEXT
                     for outputs in ((text.heads + 2 * text.kv_heads) * text.head_dim, text.vocab)
                 ],
             )
@@ -513,7 +520,7 @@ _TABLE = (
             _decode_kernel(
                 "norm_swiglu",
                 {"x": "1 H", "norm_weight": "H", "weight": "2 O H"},
-                [(text.intermediate, text.hidden) for text in _TEXT],
+                [(text.intermediate, text.hidden) for text in _ALL_TEXT],
             )
         ],
     ),
@@ -527,7 +534,11 @@ _TABLE = (
             _decode_kernel(
                 "linear_add",
                 {"x": "1 H", "weight": "O H", "residual": "1 O"},
-                [(text.hidden, depth) for text in _TEXT for depth in (text.heads * text.head_dim, text.intermediate)],
+                [
+                    (text.hidden, depth)
+                    for text in _ALL_TEXT
+                    for depth in (text.heads * text.head_dim, text.intermediate)
+                ],
             )
         ],
     ),

@@ -41,7 +41,8 @@ LIGER = [
     (3, 423, 92),
 ]  # the shapes of Liger-Kernel's tests
 SHAPES = {name: [((7,), 80), ((33,), 100), ((1,), 29_568), *(((b, t), d) for b, t, d in LIGER)] for name in OPS}
-SHAPES |= {"mrope": [((2, 131), 128)], "rope": [((2, 131), 128), ((3, 423), 92), ((1, 7), 80)]}
+SHAPES |= {"mrope": [((2, 131), 128)]}
+SHAPES |= {name: [((2, 131), 128), ((3, 423), 92), ((1, 7), 80)] for name in ("rope", "qk_norm_rope")}
 SMALL = ((7,), 80), ((2, 131), 128), ((3, 423), 92)
 
 
@@ -120,10 +121,23 @@ def test_last_rows_of_more_than_two_to_the_31_elements(name):
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("size", [small("2b"), "7b"])
-def test_decoding_kernels_are_as_exact_as_xla(size, dtype, rows):
-    """At the models' shapes, the error is at most 1.5 times that of XLA, and a second run gives the same bits."""
-    text, keys = shapes.TEXT[size], iter(jax.random.split(jax.random.key(rows), 40))
+@pytest.mark.parametrize(
+    "text, has_norm",
+    [
+        small(shapes.TEXT["2b"], False),
+        (shapes.TEXT["7b"], False),
+        (shapes.QWEN2_5_VL["32b"], False),
+        small(shapes.QWEN3_VL["2b"], True),
+        (shapes.QWEN3_VL["8b"], True),
+    ],
+    ids=str,
+)
+def test_decoding_kernels_are_as_exact_as_xla(text, has_norm, dtype, rows):
+    """At the models' shapes, the error is at most 1.5 times that of XLA, and a second run gives the same bits.
+
+    With a norm of the query and key heads, the projection has no bias.
+    """
+    keys = iter(jax.random.split(jax.random.key(rows), 40))
     all_heads = text.heads + 2 * text.kv_heads
 
     def normal(*shape, scale=1.0, dtype=dtype):
@@ -136,11 +150,16 @@ def test_decoding_kernels_are_as_exact_as_xla(size, dtype, rows):
     angles = [normal(rows, text.head_dim // 2, dtype="float32") for _ in range(2)]
     caches = [normal(rows, 300, text.kv_heads, text.head_dim) for _ in range(2)]
     valid = (jax.random.uniform(next(keys), (rows, 300)) < 0.9).astype(jnp.int32)
+    bias = () if has_norm else (normal(all_heads * text.head_dim),)
+    head_norms = [1 + normal(text.head_dim, scale=0.2) for _ in range(2 * has_norm)]
     calls = {
-        pk.norm_linear: (x, norm, weight(all_heads * text.head_dim, text.hidden), normal(all_heads * text.head_dim)),
+        pk.norm_linear: (x, norm, weight(all_heads * text.head_dim, text.hidden), *bias),
         pk.norm_swiglu: (x, norm, weight(2, text.intermediate, text.hidden)),
         pk.linear_add: (normal(rows, text.intermediate), weight(text.hidden, text.intermediate), residual),
-        pk.decode_attention: (normal(rows, all_heads, text.head_dim), *angles, *caches, valid, jnp.int32(277)),
+        pk.decode_attention: (
+            *(normal(rows, all_heads, text.head_dim), *angles, *caches, valid, jnp.int32(277)),
+            *head_norms,
+        ),
     }
     for function, args in calls.items():
         kernel, xla = (jax.jit(functools.partial(function, implementation=name)) for name in ("triton", "xla"))
@@ -181,6 +200,39 @@ def test_attention_is_as_exact_as_xla(heads, key_heads, dim, causal, lengths, dt
     with jax.default_matmul_precision("highest"):
         truth = run("xla")(*(x.astype(jnp.float32) for x in args))
     check_errors(run("triton")(*args), run("triton")(*args), run("xla")(*args), truth)
+
+
+@pytest.mark.parametrize("dim", [64, small(72), small(80)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_attention_in_windows_is_as_exact_as_xla(dim, dtype):
+    """Blocks of 64 patches that hold a whole window, several small ones with padding after them, or nothing."""
+    args = [jax.random.normal(key, (32, 64, 16, dim)).astype(dtype) for key in jax.random.split(jax.random.key(dim), 4)]
+    ids = np.tile(np.arange(1, 33, dtype=np.int32)[:, None], (1, 64))
+    ids[3] = np.repeat([3, 4, 5, 0], [32, 16, 4, 12])
+    ids[4, 16:], ids[5] = 0, 0
+    check_attention("triton", args, [ids], causal=False)
+
+
+@pytest.mark.parametrize("heads, key_heads", [small(16, 8), (32, 8), small(40, 8), (64, 8), (16, 2)])
+def test_causal_attention_at_each_group_size_is_as_exact_as_xla(heads, key_heads):
+    """The numbers of query heads per key head of the models: 2, 4, 5 and 8."""
+    keys = jax.random.split(jax.random.key(heads), 4)
+    args = [
+        jax.random.normal(key, (1, 1100, n, 128)).astype("bfloat16")
+        for key, n in zip(keys, (heads, key_heads, key_heads, heads), strict=True)
+    ]
+    ids = np.repeat([1, 2, 0], [700, 300, 100]).astype(np.int32)[None]
+    check_attention("triton", args, [ids], causal=True)
+
+
+def test_attention_over_segments_with_gaps_is_as_exact_as_xla():
+    """Frames whose windows leave padding between them, as None picks the kernels for them."""
+    args = [
+        jax.random.normal(key, (2, 1024, 16, 80)).astype("bfloat16") for key in jax.random.split(jax.random.key(0), 4)
+    ]
+    ids = np.repeat([1, 2, 3, 0], [300, 300, 300, 124]).astype(np.int32)
+    ids[[*range(100, 112), *range(400, 444), *range(700, 704)]] = 0
+    check_attention(None, args, [np.stack([ids, np.roll(ids, 5)])] * 2, causal=False)
 
 
 SHAPES_WITH_KEY_IDS = [small(12, 2, 128, True, 200, 900), small(16, 16, 80, False, 300, 500)]

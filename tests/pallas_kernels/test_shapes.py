@@ -5,13 +5,30 @@ import pytest
 from liger_jax import Qwen2VLConfig
 from pallas_kernels import shapes
 
+# preset -> its sizes
+TEXT = {
+    f"{family}_{size}": text
+    for family, sizes in (("qwen2_vl", shapes.TEXT), ("qwen2_5_vl", shapes.QWEN2_5_VL), ("qwen3_vl", shapes.QWEN3_VL))
+    for size, text in sizes.items()
+}
+VISION = {preset: shapes.VISION for preset in TEXT if preset.startswith("qwen2_vl")} | {
+    "qwen2_5_vl_3b": shapes.QWEN2_5_VISION["7b"],
+    "qwen2_5_vl_7b": shapes.QWEN2_5_VISION["7b"],
+    "qwen2_5_vl_32b": shapes.QWEN2_5_VISION["32b"],
+    "qwen2_5_vl_72b": shapes.QWEN2_5_VISION["32b"],
+    "qwen3_vl_2b": shapes.QWEN3_VISION["2b"],
+    "qwen3_vl_4b": shapes.QWEN3_VISION["2b"],
+    "qwen3_vl_8b": shapes.QWEN3_VISION["8b"],
+    "qwen3_vl_32b": shapes.QWEN3_VISION["8b"],
+}
 
-@pytest.mark.parametrize("size", shapes.TEXT)
-def test_shapes_equal_the_presets(size):
-    """The sizes of each model equal its preset's, and those of the vision tower equal every preset's."""
-    config = getattr(Qwen2VLConfig, f"qwen2_vl_{size}")()
+
+@pytest.mark.parametrize("preset", TEXT)
+def test_shapes_equal_the_presets(preset):
+    """The sizes of each model and of its vision tower equal those of its preset."""
+    config = getattr(Qwen2VLConfig, preset)()
     text, vision = config.text, config.vision
-    assert shapes.TEXT[size] == shapes.TextSizes(
+    assert TEXT[preset] == shapes.TextSizes(
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         heads=text.num_attention_heads,
@@ -20,12 +37,9 @@ def test_shapes_equal_the_presets(size):
         head_dim=text.head_dim,
         sections=tuple(text.mrope_section),
     )
-    assert (
-        shapes.VisionSizes(
-            embed=vision.embed_dim,
-            intermediate=vision.intermediate_size,
-            heads=vision.num_heads,
-            head_dim=vision.head_dim,
-        )
-        == shapes.VISION
+    assert VISION[preset] == shapes.VisionSizes(
+        embed=vision.embed_dim,
+        intermediate=vision.intermediate_size,
+        heads=vision.num_heads,
+        head_dim=vision.head_dim,
     )
