@@ -59,13 +59,13 @@ class RandomProcessor:
 
     config: Qwen2VLConfig
 
-    def measure(self, conversation: Conversation) -> tuple[int, int, int]:
-        return conversation.text + conversation.patches // self.config.vision.merge_unit, conversation.patches, 1
+    def measure(self, conversation: Conversation) -> tuple[int, list[tuple[int, int, int]]]:
+        return conversation.text + conversation.patches // self.config.vision.merge_unit, [conversation.grid]
 
     def __call__(self, batch: list[Conversation], labels: bool) -> dict[str, np.ndarray]:
         (conversation,), config = batch, self.config
         rng = np.random.default_rng(conversation.seed)
-        tokens, _, _ = self.measure(conversation)
+        tokens, _ = self.measure(conversation)
         ids = rng.integers(*work.PLAIN_IDS, (1, tokens))
         answer = round(conversation.text * ANSWER)
         image = slice(1, 1 + conversation.patches // config.vision.merge_unit)

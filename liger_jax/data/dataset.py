@@ -13,6 +13,7 @@ from liger_jax.config import QwenVLConfig
 from liger_jax.data.packing import join_conversations, pack
 from liger_jax.errors import UserError, warn_skipped
 from liger_jax.inputs.batch import LARGEST_ROW, Batch, bucket, power_of_two, prepare
+from liger_jax.inputs.layout import count_slots
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.options import Batching
@@ -182,6 +183,7 @@ def make_dataset(
     else:
         sizes, problems = measure_conversations(
             processor,
+            config,
             conversations,
             max_tokens=min(length or math.inf, config.text.max_position_embeddings),
             max_patches=batching.patches,
@@ -225,6 +227,7 @@ def check_batching(batching: Batching) -> None:
 
 def measure_conversations(
     processor: Processor,
+    config: QwenVLConfig,
     conversations: Sequence[Conversation],
     *,
     max_tokens: float | None = None,
@@ -234,18 +237,19 @@ def measure_conversations(
     """Measures conversations without decoding their images.
 
     Returns:
-        sizes: int64 [conversations, 3]: tokens, patches, frames. All are 0 for a conversation that cannot be read or exceeds
-            `max_tokens` or `max_patches`.
+        sizes: int64 [conversations, 3]: tokens, patches, frames. For a tower with windows, patches are slots, see
+            `count_slots`. All are 0 for a conversation that cannot be read or exceeds `max_tokens` or `max_patches`.
         problems: a message for each of those.
     """
     sizes, problems = np.zeros((len(conversations), 3), np.int64), []
     for i, conversation in enumerate(progress_bar(conversations, show=progress, desc="measuring: ")):
         try:
-            tokens, patches, frames = processor.measure(conversation)
+            tokens, grids = processor.measure(conversation)
+            patches = count_slots(config.vision, grids)
             for name, count, limit in (("tokens", tokens, max_tokens), ("patches", patches, max_patches)):
                 if limit and count > limit:
                     raise UserError(f"it has {count} {name}; expected at most the {limit} of a sequence")
-            sizes[i] = tokens, patches, frames
+            sizes[i] = tokens, patches, sum(t for t, _, _ in grids)
         except UserError as error:
             problems.append(_describe(i, conversation, error))
     return sizes, problems

@@ -99,7 +99,7 @@ def join_conversations(sequences: Sequence[Sequence[dict[str, np.ndarray]]]) -> 
             joined["input_ids"][i, positions] = arrays["input_ids"]
             joined["labels"][i, positions] = arrays["labels"]
             joined["segment_ids"][i, positions] = segment
-    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
         if parts := [arrays[name] for sequence in sequences for arrays in sequence if name in arrays]:
             joined[name] = np.concatenate(parts)
     return joined

@@ -24,6 +24,7 @@ from liger_jax.errors import LigerWarning, NotFoundError, UserError, list_some, 
 from liger_jax.inputs.messages import (
     KINDS,
     LOSS_KEYS,
+    PART_SETTINGS,
     Conversation,
     Message,
     check_part_settings,
@@ -56,7 +57,6 @@ FOREIGN_MEDIA = {
 }
 # Markers of ms-swift and others that nothing fills here, and Qwen2-VL's own, which stand for an image's tokens.
 LEFT_OVER = re.compile(r"<(?:bbox|ref-object|audio|\|(?:image|video)_pad\|)>")
-LIMITS = {"min_pixels", "max_pixels"}  # keys that a part may set for its image
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 
 
@@ -323,7 +323,7 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
         if value is None and not media[kind.name]:
             raise UserError(f"part is {part!r:.60}, and the record lists no more {kind.argument}; expected one for it")
         source = media[kind.name].pop(0) if value is None else _resolve_media(kind.name, value, folder)
-        return [{**{name: part[name] for name in LIMITS & part.keys()}, "type": kind.name, kind.name: source}]
+        return [{**{name: part[name] for name in PART_SETTINGS if name in part}, "type": kind.name, kind.name: source}]
     raise UserError(f"part is {part!r:.60}; expected one of type 'text', 'image' or 'video'")
 
 

@@ -123,7 +123,7 @@ def clear_output(output: Path) -> None:
 
 def make_processor(digits: Digits) -> Processor:
     """Returns a processor with a tokenizer trained on the demo's texts, and limits for small images."""
-    byte_tokenizer = train_tokenizer([])
+    byte_tokenizer = Processor(train_tokenizer([])).tokenizer
     sample = itertools.islice(conversations(digits, np.random.default_rng(0)), 200)
     texts = [str(byte_tokenizer.apply_chat_template(messages, tokenize=False)) for messages in sample]
     return Processor(train_tokenizer(texts), VisionSettings(min_pixels=28 * 28, max_pixels=16 * 28 * 28))

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from liger_jax.inputs.processor import default_chat_template
-
 # They come last in the vocabulary, in this order, as in Qwen2-VL's.
 SPECIAL_TOKENS = [
     f"<|{name}|>"
@@ -67,5 +65,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
         additional_special_tokens=SPECIAL_TOKENS[1:],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=default_chat_template(),
     )

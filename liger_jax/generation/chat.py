@@ -11,15 +11,14 @@ from liger_jax.generation.loop import extend, first_token_logits, grow, init_cac
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.session import DecodeSession, NonFiniteLogitsError, check_prompts, is_inside_trace
 from liger_jax.inputs.batch import Batch, bucket, prepare
-from liger_jax.inputs.messages import KINDS, Kind, as_list
+from liger_jax.inputs.messages import KINDS, ProcessedMedia, as_list
 from liger_jax.inputs.positions import VisionItem, rope_positions, vision_items
 from liger_jax.inputs.processor import Processor
+from liger_jax.inputs.video import DEFAULT_FPS
 from liger_jax.model import Qwen2VL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch, with_auto_axes
 
 SLOTS = 1024  # the cache grows by this at first, later by a quarter or more: few sizes mean few compilations
-
-Patches = tuple[np.ndarray, np.ndarray]  # of one image or video: its grid (t, h, w), and its patches
 
 
 class Chat:
@@ -65,19 +64,31 @@ class Chat:
         self.messages: list[dict[str, Any]] = (
             [] if self.system is None else [{"role": "system", "content": self.system}]
         )
-        # By kind, in order. Prefilled again if the cache is lost, or if the template renders an earlier turn differently.
-        self._media: dict[str, list[Patches]] = {kind.name: [] for kind in KINDS}
+        # In order. Prefilled again if the cache is lost, or if the template renders an earlier turn differently.
+        self._media: list[ProcessedMedia] = []
         self._session: DecodeSession | None = None  # of the last answer; holds the cache
         # The cache holds the last prompt and its answer so far, except the answer's last token.
         self._prompt: list[int] = []
         self._answer: list[int] = []
 
-    def ask(self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
+    def ask(
+        self,
+        question: str,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        fps: float | Sequence[float] = DEFAULT_FPS,
+    ) -> str:
         """Returns the whole answer to a question; the arguments are those of `stream`."""
-        return "".join(self.stream(question, images=images, videos=videos))
+        return "".join(self.stream(question, images=images, videos=videos, fps=fps))
 
     def stream(
-        self, question: str, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()
+        self,
+        question: str,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        fps: float | Sequence[float] = DEFAULT_FPS,
     ) -> Generator[str, None, None]:
         """Yields the answer to a question in pieces, see `liger_jax.stream`. If the caller stops reading, the answer ends.
 
@@ -85,6 +96,7 @@ class Chat:
             question: the text of the question.
             images: images shown before the text, in any form that `Processor` accepts.
             videos: videos shown before the text.
+            fps: the rate of the videos' frames, in frames per second: one for all, or one for each.
 
         Raises:
             NotFoundError: an image does not exist.
@@ -98,8 +110,7 @@ class Chat:
             {"type": kind.name, kind.name: source} for kind in KINDS for source in sources[kind.name]
         ]
         text = {"type": "text", "text": question}
-        arrays = self.processor([{"role": "user", "content": [*parts, text]}])
-        media = {kind.name: [*self._media[kind.name], *_split_patches(arrays, kind)] for kind in KINDS}
+        media = [*self._media, *self.processor.load_media([{"role": "user", "content": [*parts, text]}], fps=fps)]
         placeholders = [{"type": part["type"]} for part in parts]
         messages = [*self.messages, {"role": "user", "content": [*placeholders, text]}]
 
@@ -111,34 +122,33 @@ class Chat:
         self._media, self._session, self._prompt, self._answer = media, session, ids.tolist(), []
         return self._stream_answer(self.messages[-1], session, self._answer, before)
 
-    def _prepare_turn(self, messages: list[dict], media: dict[str, list[Patches]]) -> tuple[np.ndarray, Batch, int]:
+    def _prepare_turn(self, messages: list[dict], media: list[ProcessedMedia]) -> tuple[np.ndarray, Batch, int]:
         """Returns the prompt's tokens [T], a batch of those to prefill, and the number of cached tokens before them."""
         config = self.model.config
-        grids = {name: [grid for grid, _ in items] for name, items in media.items()}
-        ids = self.processor.prompt_ids(messages, grids)
+        ids = self.processor.prompt_ids(messages, media)
         segment_ids = np.ones((1, len(ids)), np.int64)
-        grid_arrays = (np.array(grids[kind.name]) if grids[kind.name] else None for kind in KINDS)
-        items = vision_items(config, ids[None], segment_ids, *grid_arrays)
-        position_ids = rope_positions(config, segment_ids, items, "max")
-        cached = self._count_cached(ids, items[0])
-        new_media: dict[str, Any] = {}
+        (items,) = vision_items(config, ids[None], segment_ids, **self.processor.media_arrays(media, pixels=False))
+        position_ids = rope_positions(config, segment_ids, [items], "max")
+        cached = self._count_cached(ids, items)
+        new_media: list[ProcessedMedia] = []
         for kind in KINDS:
-            count = sum(KINDS[item.is_video] is kind and item.positions[0] >= cached for item in items[0])
-            if count:
-                new_grids, patches = zip(*media[kind.name][-count:], strict=True)
-                new_media |= dict(zip(kind.arrays, (np.concatenate(patches), np.array(new_grids)), strict=True))
-        batch = prepare(config, input_ids=ids[None, cached:], position_ids=position_ids[:, :, cached:], **new_media)
+            indices = {item.index for item in items if KINDS[item.is_video] is kind and item.positions[0] >= cached}
+            of_kind = [item for item in media if item.kind is kind]
+            new_media += [item for index, item in enumerate(of_kind) if index in indices]
+        arrays: dict[str, Any] = self.processor.media_arrays(new_media)
+        batch = prepare(config, input_ids=ids[None, cached:], position_ids=position_ids[:, :, cached:], **arrays)
         return ids, batch, cached
 
     def _count_cached(self, ids: np.ndarray, items: list[VisionItem]) -> int:
-        """Returns how many leading tokens are in the cache. At least one token remains to prefill; no image is split."""
+        """Returns how many leading tokens are in the cache. At least one token remains to prefill; no media are split."""
         cache_ids = np.array(self._prompt + self._answer[:-1], np.int64)[: len(ids) - 1]
         mismatches = np.flatnonzero(cache_ids != ids[: len(cache_ids)])
         cached = int(mismatches[0]) if len(mismatches) else len(cache_ids)
+        spans: dict[tuple[bool, int], tuple[int, int]] = {}  # first and last token of each image or video
         for item in items:
-            if item.positions[0] < cached <= item.positions[-1]:
-                cached = int(item.positions[0])
-        return cached
+            first, _ = spans.get((item.is_video, item.index), (int(item.positions[0]), 0))
+            spans[item.is_video, item.index] = first, int(item.positions[-1])
+        return next((first for first, last in spans.values() if first < cached <= last), cached)
 
     def _prefill_turn(self, ids: np.ndarray, batch: Batch, cached: int) -> DecodeSession:
         """Prefills the batch after the first `cached` tokens of the cache. Returns the session that decodes the answer."""
@@ -176,11 +186,3 @@ class Chat:
             (self.messages, self._media), self._session = before, None  # the cache may hold NaN
             self._prompt, self._answer = [], []
             raise
-
-
-def _split_patches(arrays: dict[str, np.ndarray], kind: Kind) -> list[Patches]:
-    """Returns the grid and the patches of each image or video in the processor's arrays."""
-    if kind.arrays[0] not in arrays:
-        return []
-    patches, grids = (arrays[name] for name in kind.arrays)
-    return list(zip(grids, np.split(patches, np.cumsum(np.prod(grids, axis=1))[:-1]), strict=True))

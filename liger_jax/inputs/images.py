@@ -27,6 +27,7 @@ LARGEST_LEVEL, SMALLEST_STD = 1e6, 1e-6
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 # The names of the limits here, and in the `size` entry of transformers' JSON.
 LIMIT_KEYS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+FEWEST_FRAMES, MOST_FRAMES = 4, 768  # of a video that is sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,24 @@ class VisionSettings:
                 "pixels"
             )
         return dataclasses.replace(self, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
+        """Returns the (height, width) that an image or each of the frames of a video is resized to."""
+        return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+
+    def sample(self, frames: int, fps: float, target_fps: float) -> np.ndarray:
+        """Returns the frames of a video to keep: evenly spaced from the first one on, and an even number of them.
+
+        The rule is that of transformers for Qwen2-VL: 4 to 768 frames, and not more than there are.
+
+        Example:
+            >>> VisionSettings().sample(100, 25.0, 2.0).tolist()
+            [0, 12, 25, 37, 50, 62, 75, 87]
+        """
+        merge = self.temporal_patch_size
+        count = min(max(frames / fps * target_fps, FEWEST_FRAMES), MOST_FRAMES // merge * merge, frames)
+        count = math.floor(count / merge) * merge or frames
+        return (np.arange(count) * (frames / count)).astype(np.float32).astype(int)  # float32, as in transformers
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **defaults: Any) -> Self:
@@ -185,11 +204,7 @@ def smart_resize(
     """
     if min(height, width) < 1:
         raise UserError(f"image is {width}x{height} (width x height); expected at least one pixel")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise UserError(
-            f"image is {width}x{height} (width x height); expected one side to be at most {MAX_ASPECT_RATIO} times the "
-            "other"
-        )
+    check_aspect_ratio(height, width)
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -200,6 +215,15 @@ def smart_resize(
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width
+
+
+def check_aspect_ratio(height: int, width: int) -> None:
+    """Raises UserError if one side is more than 200 times the other."""
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise UserError(
+            f"image is {width}x{height} (width x height); expected one side to be at most {MAX_ASPECT_RATIO} times the "
+            "other"
+        )
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -429,7 +453,7 @@ def patch_grid(size: tuple[int, int], frames: int, settings: VisionSettings) -> 
         (1, 40, 20)
     """
     width, height = size
-    height, width = smart_resize(height, width, settings.factor, settings.min_pixels, settings.max_pixels)
+    height, width = settings.resized(height, width, frames)
     return -(-frames // settings.temporal_patch_size), height // settings.patch_size, width // settings.patch_size
 
 

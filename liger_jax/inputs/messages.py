@@ -1,5 +1,6 @@
 """Checks chat messages, and extracts their images and videos."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from liger_jax.inputs.images import (
     patch_grid,
     patchify,
 )
+from liger_jax.inputs.video import DEFAULT_FPS, VideoTime, check_fps, sample_video
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -64,11 +66,22 @@ KINDS = (
 
 # Keys of an assistant's message that say whether it is trained.
 LOSS_KEYS = ("loss", "weight", "train", "trainable", "loss_scale")
-# Settings of a message part that qwen-vl-utils supports and this package does not. A video is all of its frames.
+# Settings of a message part, as in qwen-vl-utils; sample_fps is the rate of a video's frames.
+PART_SETTINGS = ("min_pixels", "max_pixels", "sample_fps")
+# Settings of a message part that qwen-vl-utils supports and this package does not.
 UNSUPPORTED_SETTINGS = (
     *("resized_height", "resized_width", "total_pixels", "video_start", "video_end"),
     *("fps", "nframes", "min_frames", "max_frames"),
 )
+
+
+class ProcessedMedia(NamedTuple):
+    """An image or a video as the model sees it."""
+
+    kind: Kind
+    grid: tuple[int, int, int]  # (t, h, w) in patches
+    pixel_values: np.ndarray  # float32 [t * h * w, patch_values]
+    time: VideoTime | None = None  # of a video
 
 
 class MediaItem(NamedTuple):
@@ -77,10 +90,12 @@ class MediaItem(NamedTuple):
     kind: Kind
     source: Any
     settings: VisionSettings
+    time: VideoTime | None = None  # of a video
 
-    def patches(self) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Returns the patches and their grid, see `patchify`."""
-        return patchify(self.kind.load(self.source), self.settings)
+    def process(self) -> ProcessedMedia:
+        """Opens the image or the frames and cuts them into patches, see `patchify`."""
+        pixel_values, grid = patchify(self.kind.load(self.source), self.settings)
+        return ProcessedMedia(self.kind, grid, pixel_values, self.time)
 
     def grid(self) -> tuple[int, int, int]:
         """Returns the grid without decoding pixels. If EXIF rotates the image, its h and w may be swapped."""
@@ -108,16 +123,37 @@ def as_conversations(messages: Any) -> list[Conversation]:
 
 
 class MediaReader:
-    """Extracts the media of conversations. A part without a source takes the next of `images` or `videos`."""
+    """Extracts the media of conversations. A part without a source takes the next of `images` or `videos`.
 
-    def __init__(self, images: Any, videos: Any, settings: Mapping[str, VisionSettings]):
+    Args:
+        images, videos: the sources.
+        settings: by kind.
+        fps: the rate of the frames of all videos, or of each video in order.
+        target_fps: the rate at which videos are sampled; None keeps all frames.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        videos: Any,
+        settings: Mapping[str, VisionSettings],
+        fps: float | Sequence[float] = DEFAULT_FPS,
+        target_fps: float | None = None,
+    ):
         self.settings = settings
         self.arguments = {"image": as_list(images), "video": as_list(videos)}
         self.used = dict.fromkeys(self.arguments, 0)
+        self.fps: float | list[float]
+        if isinstance(fps, list | tuple | np.ndarray):
+            self.fps = [check_fps("fps", rate) for rate in fps]
+        else:
+            self.fps = check_fps("fps", fps)
+        self.videos = 0  # number of videos that have been read
+        self.target_fps = None if target_fps is None else check_fps("target_fps", target_fps)
 
-    def read(self, conversation: Conversation) -> tuple[list[Message], dict[str, list[MediaItem]]]:
-        """Returns the conversation without its media, as a chat template expects it, and the media by kind, in order."""
-        items: dict[str, list[MediaItem]] = {kind.name: [] for kind in KINDS}
+    def read(self, conversation: Conversation) -> tuple[list[Message], list[MediaItem]]:
+        """Returns the conversation without its media, as a chat template expects it, and the media in order."""
+        items: list[MediaItem] = []
         return [self._message(message, items) for message in conversation], items
 
     def check_all_used(self) -> None:
@@ -128,8 +164,10 @@ class MediaReader:
                 raise UserError(
                     f"{kind.argument} has length {count}; expected {used}, one for each placeholder in the messages"
                 )
+        if isinstance(self.fps, list) and len(self.fps) != self.videos:
+            raise UserError(f"fps has length {len(self.fps)}; expected {self.videos}, one rate for each video")
 
-    def _message(self, message: Message, items: dict[str, list[MediaItem]]) -> Message:
+    def _message(self, message: Message, items: list[MediaItem]) -> Message:
         content = message["content"]
         if isinstance(content, str):
             return {**message, "content": self._text(content, items)}
@@ -137,15 +175,16 @@ class MediaReader:
             raise UserError(f"content is {content!r:.100}; expected a string or a list of parts")
         return {**message, "content": [self._part(part, items) for part in content]}
 
-    def _text(self, text: str, items: dict[str, list[MediaItem]]) -> str:
+    def _text(self, text: str, items: list[MediaItem]) -> str:
         """Returns the text unchanged, after assigning an image or video to each placeholder token in it."""
         check_text(text)
-        for kind in KINDS:
-            for _ in range(text.count(kind.token)):
-                items[kind.name].append(MediaItem(kind, self._next(kind), self.settings[kind.name]))
+        kinds = {kind.token: kind for kind in KINDS}
+        for token in re.findall("|".join(map(re.escape, kinds)), text):
+            kind = kinds[token]
+            items.append(self._item(kind, self._next(kind), self.settings[kind.name]))
         return text
 
-    def _part(self, part: Any, items: dict[str, list[MediaItem]]) -> dict[str, Any]:
+    def _part(self, part: Any, items: list[MediaItem]) -> dict[str, Any]:
         if not isinstance(part, Mapping):
             raise UserError(
                 f'part of a message is {part!r:.100}; expected {{"type": "text", "text": ...}} or a media part'
@@ -154,20 +193,33 @@ class MediaReader:
             return {"type": "text", "text": self._text(part["text"], items)}
         for kind in KINDS:
             if kind.matches(part):
-                items[kind.name].append(self._item(kind, part))
+                items.append(self._part_item(kind, part))
                 return {"type": kind.name}
         raise UserError(
             f'part of a message is {part!r:.100}; expected the type "text", "image" or "video", and its value'
         )
 
-    def _item(self, kind: Kind, part: Mapping[str, Any]) -> MediaItem:
+    def _part_item(self, kind: Kind, part: Mapping[str, Any]) -> MediaItem:
         check_part_settings(part)
         values = [part[key] for key in kind.keys if part.get(key) is not None]
         source = values[0] if values else self._next(kind)
         if isinstance(source, Mapping) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
             source = source["url"]
         settings = self.settings[kind.name].with_limits(part.get("min_pixels"), part.get("max_pixels"))
-        return MediaItem(kind, source, settings)
+        return self._item(kind, source, settings, part.get("sample_fps"))
+
+    def _item(self, kind: Kind, source: Any, settings: VisionSettings, part_fps: Any = None) -> MediaItem:
+        if kind.name != "video":
+            return MediaItem(kind, source, settings)
+        fps = self._next_fps() if part_fps is None else check_fps("sample_fps", part_fps)
+        self.videos += 1
+        frames, time = sample_video(check_frames(source), settings, fps, self.target_fps)
+        return MediaItem(kind, frames, settings, time)
+
+    def _next_fps(self) -> float:
+        if not isinstance(self.fps, list):
+            return self.fps
+        return self.fps[self.videos] if self.videos < len(self.fps) else DEFAULT_FPS  # check_all_used reports it
 
     def _next(self, kind: Kind) -> Any:
         entries, used = self.arguments[kind.name], self.used[kind.name]
@@ -216,7 +268,7 @@ def check_part_settings(part: Mapping[str, Any]) -> None:
     """Raises UserError if a media part has settings that would change the image but are not implemented."""
     if unsupported := [name for name in UNSUPPORTED_SETTINGS if part.get(name) is not None]:
         raise UserError(
-            f"part sets {', '.join(unsupported)}, which is not supported; expected min_pixels or max_pixels"
+            f"part sets {', '.join(unsupported)}, which is not supported; expected one of {', '.join(PART_SETTINGS)}"
         )
 
 

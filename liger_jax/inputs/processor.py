@@ -3,8 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,19 +12,27 @@ import numpy as np
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import CONFIG, local_folder, make_folder, read_json_object, write_json
 from liger_jax.inputs.batch import IGNORE
+from liger_jax.inputs.families import FAMILIES, ProcessorFamily
 from liger_jax.inputs.images import VisionSettings
 from liger_jax.inputs.messages import (
     KINDS,
     Conversation,
+    MediaItem,
     MediaReader,
     Message,
+    ProcessedMedia,
     as_conversations,
     check_text,
     is_trained,
 )
+from liger_jax.inputs.video import DEFAULT_FPS, VideoTime
 
-# transformers' size limits for video frames, used if the checkpoint has none
-VIDEO_DEFAULTS: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+VISION_START, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
+# The part of a prompt that the timestamped frames of a video replace, by the version of transformers.
+VIDEO_PROMPTS = {
+    "4.57": re.compile(f"({re.escape(VISION_START + VIDEO_PAD + VISION_END)}|{re.escape(VIDEO_PAD)})"),
+    "hf5": re.compile(re.escape(VIDEO_PAD)),
+}
 # Tokenizers that are loaded by class name. AutoTokenizer imports all models, and PyTorch if installed: that takes seconds.
 TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
@@ -37,11 +44,15 @@ BEGIN, END = "\ue0f0\ue0f1", "\ue0f2\ue0f3"
 class Processor:
     """Turns conversations into model inputs, and generated tokens into text.
 
-    Needs a transformers tokenizer with Qwen2-VL's special tokens. A tokenizer without a chat template gets Qwen2-VL's.
+    Needs a transformers tokenizer with Qwen2-VL's special tokens. Without a chat template, it gets that of the family.
+
+    Args:
+        tokenizer: the transformers tokenizer.
+        image, video: settings of images and of videos; None: those of the family.
+        family: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
 
     Attributes:
-        tokenizer: the transformers tokenizer.
-        image, video: `VisionSettings` of images and of the frames of videos.
+        tokenizer, image, video, family: the arguments.
         token_ids: ids of the placeholders, {"image": ..., "video": ...}.
 
     Example:
@@ -58,19 +69,29 @@ class Processor:
         tokenizer: Any,
         image: VisionSettings | None = None,
         video: VisionSettings | None = None,
+        *,
+        family: str = "qwen2_vl",
     ):
-        self.tokenizer = tokenizer
+        if family not in FAMILIES:
+            raise UserError(f"family is {family!r:.60}; expected one of {list(FAMILIES)}")
+        self.tokenizer, self.family = tokenizer, family
         self._origin = ""  # start of messages about the chat template
-        self.image = image or VisionSettings()
-        self.video = video or VisionSettings(**VIDEO_DEFAULTS)
+        self.image = image or self._member.image
+        self.video = video or self._member.video
         vocabulary = tokenizer.get_vocab()
-        missing = [kind.token for kind in KINDS if kind.token not in vocabulary]
+        tokens = [kind.token for kind in KINDS]
+        tokens += [VISION_START, VISION_END] if self._member.video_time == "text" else []
+        missing = [token for token in tokens if token not in vocabulary]
         if missing or tokenizer.pad_token_id is None:
             missing += ["padding token"] * (tokenizer.pad_token_id is None)
             raise UserError(f"tokenizer has no {' and no '.join(missing)}; expected Qwen2-VL's tokenizer")
         self.token_ids = {kind.name: vocabulary[kind.token] for kind in KINDS}
         if tokenizer.chat_template is None:
-            tokenizer.chat_template = default_chat_template()
+            tokenizer.chat_template = self._member.default_chat_template
+
+    @property
+    def _member(self) -> ProcessorFamily:
+        return FAMILIES[self.family]
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str | Path, revision: str | None = None) -> Self:
@@ -79,7 +100,8 @@ class Processor:
         Supports every layout on the hub: `preprocessor_config.json` (with or without `video_preprocessor_config.json`),
         both nested in `processor_config.json` (transformers 5). The chat template is the one that transformers 5.24 uses:
         that of `processor_config.json`, `chat_template.json`, `chat_template.jinja`, or else of `tokenizer_config.json`.
-        A checkpoint without a template gets Qwen2-VL's.
+        A checkpoint without a template gets that of its family, which follows from `processor_class` in these files, or else
+        from `model_type` in `config.json`.
 
         Args:
             path_or_repo_id: a folder, or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
@@ -118,11 +140,16 @@ class Processor:
         template = nested.get("chat_template") or _read_optional(folder / "chat_template.json").get("chat_template")
         if template is not None:  # the tokenizer itself prefers chat_template.jinja to tokenizer_config.json
             tokenizer.chat_template = _default_template(template, folder)
+        family = _read_family(folder, nested, image, video)
+        defaults = FAMILIES[family].image, FAMILIES[family].video
         try:
-            settings = VisionSettings.from_hf(image), VisionSettings.from_hf(video, **VIDEO_DEFAULTS)
+            settings = [
+                type(default).from_hf(values, **vars(default))
+                for values, default in zip((image, video), defaults, strict=True)
+            ]
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
-        processor = cls(tokenizer, *settings)
+        processor = cls(tokenizer, *settings, family=family)
         processor._origin = f"{folder}: "
         return processor
 
@@ -132,9 +159,9 @@ class Processor:
         self.tokenizer.save_pretrained(directory)
         # an older file would take precedence over the template just written
         (directory / "chat_template.json").unlink(missing_ok=True)
-        names = {"processor_class": "Qwen2VLProcessor"}
+        names = {"processor_class": self._member.processor_class}
         image = names | {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_hf()
-        video = names | {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_hf()
+        video = names | {"video_processor_type": self._member.video_processor_class} | self.video.to_hf()
         # transformers 5 prefers settings nested in processor_config.json: an older file with such settings must be replaced.
         files = {"preprocessor_config": image, "video_preprocessor_config": video, "processor_config": names}
         for name, values in files.items():
@@ -152,6 +179,9 @@ class Processor:
         padding: Literal["left", "right"] = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        fps: float | Sequence[float] = DEFAULT_FPS,
+        target_fps: float | None = None,
+        video_prompt: Literal["4.57", "hf5"] = "4.57",
     ) -> dict[str, Any]:
         """Returns one conversation, or a batch of them, as arrays in Hugging Face's layout.
 
@@ -161,7 +191,9 @@ class Processor:
         encoded bytes.
         A video is its frames: an array [frames, H, W, 3] or a list of images. A part without a source, such as
         `{"type": "image"}`, takes the next of `images` (or `videos`), and so does a placeholder `<|image_pad|>` in the
-        text. A part may set its own `min_pixels` and `max_pixels`.
+        text. A part may set its own `min_pixels` and `max_pixels`, and, for a video, the rate of its frames, `sample_fps`.
+
+        Qwen2.5-VL and Qwen3-VL are told the time of a video's frames: as positions and as text in the prompt.
 
         Args:
             messages: a conversation (list of messages) or a list of conversations.
@@ -171,72 +203,89 @@ class Processor:
             labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere. An answer with
                 `"loss": False` (or weight, train, trainable or loss_scale 0) is not trained.
             padding: side on which shorter rows of a batch are padded. transformers needs "left" for generation.
-            min_pixels, max_pixels: size limits for each image and frame, in place of the checkpoint's. A limit that is not
-                passed is adjusted if it conflicts with the other.
+            min_pixels, max_pixels: size limits for each image and frame (Qwen3-VL: for all frames of a video together), in
+                place of the checkpoint's. A limit that is not passed is adjusted if it conflicts with the other.
+            fps: the rate of the given frames, in frames per second: one for all videos, or one for each.
+            target_fps: sample the given frames at this rate, by the rule of the family; None uses all frames.
+            video_prompt: how Qwen3-VL's prompts have videos. "4.57": the timestamped frames replace the template's
+                `<|vision_start|><|video_pad|><|vision_end|>`, as in transformers 4.57, vLLM and training. "hf5": they
+                replace `<|video_pad|>` alone, as in transformers 5.
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids (0 text, 1 image, 2 video), labels: int64 [B, T];
-            pixel_values, pixel_values_videos: float32 [sum of t * h * w, 1176]; image_grid_thw, video_grid_thw: int64
-            [items, 3]. Arrays of media that do not occur are left out.
+            pixel_values, pixel_values_videos: float32 [sum of t * h * w, patch values]; image_grid_thw, video_grid_thw:
+            int64 [items, 3]; second_per_grid_ts (Qwen2.5-VL): float64 [videos]. Arrays of media that do not occur are left
+            out.
 
         Raises:
             NotFoundError: an image file does not exist.
             UserError: the numbers of placeholders and images or videos differ; an image cannot be decoded, has no pixels, or
-                has an aspect ratio over 200; the limits conflict; a message is malformed; or, with `labels`, there is no
-                answer.
+                has an aspect ratio over 200; the limits conflict; a rate is not positive; a message is malformed; or, with
+                `labels`, there is no answer.
         """
         if padding not in ("left", "right"):
             raise UserError(f"padding is {padding!r}; expected 'left' or 'right'")
         conversations = as_conversations(messages)
         settings = {kind.name: getattr(self, kind.name).with_limits(min_pixels, max_pixels) for kind in KINDS}
-        reader = MediaReader(images, videos, settings)
+        reader = MediaReader(images, videos, settings, fps, target_fps)
         cleaned, items = zip(*(reader.read(conversation) for conversation in conversations), strict=True)
         reader.check_all_used()
 
         options = {"add_generation_prompt": add_generation_prompt, "add_vision_id": add_vision_id}
-        rows = self._tokenize(cleaned, labels, options)
-        self._check_placeholders(rows, items)
-        arrays: dict[str, np.ndarray] = {}
-        counts: dict[str, Iterator[int]] = {}
-        for kind in KINDS:
-            patches = [item.patches() for row in items for item in row[kind.name]]
-            if patches:
-                pixel_values, grids = zip(*patches, strict=True)
-                pixels_name, grids_name = kind.arrays
-                arrays |= {pixels_name: np.concatenate(pixel_values), grids_name: np.array(grids, np.int64)}
-            merge_unit = settings[kind.name].merge_size ** 2
-            counts[kind.name] = iter([t * h * w // merge_unit for _, (t, h, w) in patches])
-        return self._pad([self._expand(row, counts) for row in rows], padding) | arrays
+        rows = self._tokenize(cleaned, items, labels, options, video_prompt)
+        media = [[item.process() for item in row] for row in items]
+        expanded = [self._expand(row, row_media) for row, row_media in zip(rows, media, strict=True)]
+        return self._pad(expanded, padding) | self.media_arrays([item for row in media for item in row])
 
-    def prompt_ids(self, conversation: Conversation, grids: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        """Returns the tokens [T] of a prompt whose images have already been processed, with the opening of the answer.
+    def load_media(
+        self, conversation: Conversation, *, fps: float | Sequence[float] = DEFAULT_FPS
+    ) -> list[ProcessedMedia]:
+        """Returns the images and videos of a conversation, in order, as `__call__` processes them."""
+        return [item.process() for item in self._read(conversation, fps)[1]]
+
+    def media_arrays(self, media: Sequence[ProcessedMedia], *, pixels: bool = True) -> dict[str, np.ndarray]:
+        """Returns the arrays of images and videos that `__call__` returns; without pixels, only their grids and times."""
+        arrays: dict[str, np.ndarray] = {}
+        for kind in KINDS:
+            items = [item for item in media if item.kind is kind]
+            if not items:
+                continue
+            pixels_name, grids_name = kind.arrays
+            if pixels:
+                arrays[pixels_name] = np.concatenate([item.pixel_values for item in items])
+            arrays[grids_name] = np.array([item.grid for item in items], np.int64)
+        if self._member.video_time == "seconds" and (times := [item.time for item in media if item.time]):
+            arrays["second_per_grid_ts"] = np.array([time.second_per_grid for time in times])
+        return arrays
+
+    def prompt_ids(
+        self, conversation: Conversation, media: Sequence[ProcessedMedia], *, video_prompt: str = "4.57"
+    ) -> np.ndarray:
+        """Returns the tokens [T] of a prompt whose media have already been processed, with the opening of the answer.
 
         Args:
             conversation: messages with `{"type": "image"}` or `{"type": "video"}` in place of the media.
-            grids: (t, h, w) of all images and videos in order, {"image": ..., "video": ...}.
+            media: all images and videos in order, from `load_media`.
+            video_prompt: see `__call__`.
         """
-        row, *_ = self._tokenize([conversation], False, {"add_generation_prompt": True})
-        self._check_placeholders([row], [grids])
-        units = {kind.name: getattr(self, kind.name).merge_size ** 2 for kind in KINDS}
-        counts = {name: iter([int(np.prod(grid)) // units[name] for grid in grids[name]]) for name in units}
-        return self._expand(row, counts)["input_ids"]
+        row, *_ = self._tokenize([conversation], [media], False, {"add_generation_prompt": True}, video_prompt)
+        return self._expand(row, media)["input_ids"]
 
-    def measure(self, conversation: Conversation) -> tuple[int, int, int]:
-        """Returns the numbers of tokens, patches and frames of a conversation, without processing it.
+    def measure(self, conversation: Conversation) -> tuple[int, list[tuple[int, int, int]]]:
+        """Returns the number of tokens of a conversation, and the grids of its images and videos in order.
 
-        Reads only the headers of image files, for their sizes.
+        Nothing is processed: only the headers of image files are read, for their sizes.
 
         Raises:
             NotFoundError, UserError: as `__call__`, except for damaged pixels.
         """
-        settings = {kind.name: getattr(self, kind.name) for kind in KINDS}
-        cleaned, items = MediaReader(None, None, settings).read(as_conversations(conversation)[0])
-        rows = self._tokenize([cleaned], False, {})
-        self._check_placeholders(rows, [items])
-        media = [item for kind in KINDS for item in items[kind.name]]
-        grids = [item.grid() for item in media]
-        added = sum(math.prod(grid) // item.settings.merge_size**2 - 1 for grid, item in zip(grids, media, strict=True))
-        return len(rows[0]["input_ids"]) + added, sum(map(math.prod, grids)), sum(t for t, _, _ in grids)
+        cleaned, items = self._read(conversation)
+        rows = self._tokenize([cleaned], [items], False, {})
+        grids = [item.grid() for item in items]
+        tokens = len(rows[0]["input_ids"])
+        for item, grid in zip(items, grids, strict=True):
+            tokens += math.prod(grid) // item.settings.merge_size**2 - self._runs(item)
+        return tokens, grids
 
     def decode(self, tokens: Any, *, skip_special_tokens: bool = True) -> str | list[str]:
         """Returns the text of tokens [T], or a list of texts for tokens [B, T]. Drops negative tokens (ignored labels).
@@ -254,7 +303,23 @@ class Processor:
         texts = [self.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=skip_special_tokens) for row in rows]
         return texts if tokens.ndim == 2 else texts[0]
 
-    def _render(self, conversation: Conversation, options: dict[str, bool]) -> str:
+    def _read(
+        self, conversation: Conversation, fps: float | Sequence[float] = DEFAULT_FPS
+    ) -> tuple[list[Message], list[MediaItem]]:
+        """Returns a conversation with all its media, without them, and the media."""
+        reader = MediaReader(None, None, {kind.name: getattr(self, kind.name) for kind in KINDS}, fps)
+        cleaned, items = reader.read(as_conversations(conversation)[0])
+        reader.check_all_used()
+        return cleaned, items
+
+    def _runs(self, item: MediaItem | ProcessedMedia) -> int:
+        """Returns the number of runs of placeholders that stand for an image or video."""
+        return len(item.time.timestamps) if item.time and self._member.video_time == "text" else 1
+
+    def _render(
+        self, conversation: Conversation, times: Sequence[VideoTime], options: dict[str, bool], video_prompt: str
+    ) -> str:
+        """Returns the prompt of a conversation, with one placeholder for each run of them."""
         try:
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
         except Exception as error:  # of the template: jinja2's, or TypeError, ... if it does not support such messages
@@ -264,20 +329,43 @@ class Processor:
                 "or another template"
             ) from error
         check_text(text)
+        if self._member.video_time == "text":
+            frame = VISION_START + VIDEO_PAD + VISION_END
+            videos = iter("".join(f"<{time:.1f} seconds>{frame}" for time in video.timestamps) for video in times)
+            text = VIDEO_PROMPTS[video_prompt].sub(lambda match: next(videos, match[0]), text)
         return text
 
     def _tokenize(
-        self, conversations: Sequence[Conversation], labels: bool, options: dict[str, bool]
+        self,
+        conversations: Sequence[Conversation],
+        media: Sequence[Sequence[MediaItem | ProcessedMedia]],
+        labels: bool,
+        options: dict[str, bool],
+        video_prompt: str = "4.57",
     ) -> list[dict[str, np.ndarray]]:
-        """Returns the input_ids (and labels) of each conversation, with a single placeholder for each image or video."""
-        texts = [self._render(conversation, options) for conversation in conversations]
+        """Returns the input_ids (and labels) of each conversation, with one placeholder for each run of them."""
+        if video_prompt not in VIDEO_PROMPTS:
+            raise UserError(f"video_prompt is {video_prompt!r:.60}; expected one of {list(VIDEO_PROMPTS)}")
+        renderers = [
+            functools.partial(
+                self._render,
+                times=[item.time for item in items if item.time],
+                options=options,
+                video_prompt=video_prompt,
+            )
+            for items in media
+        ]
+        texts = [render(conversation) for render, conversation in zip(renderers, conversations, strict=True)]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=labels)
         rows = [{"input_ids": np.array(ids, np.int64)} for ids in encoded["input_ids"]]
         if labels:
             offset_mapping = encoded["offset_mapping"]
-            for row, offsets, conversation, text in zip(rows, offset_mapping, conversations, texts, strict=True):
-                spans = self._answer_spans(conversation, text, options)
+            for row, offsets, conversation, text, render in zip(
+                rows, offset_mapping, conversations, texts, renderers, strict=True
+            ):
+                spans = self._answer_spans(conversation, text, render)
                 row["labels"] = self._labels(row["input_ids"], np.array(offsets, np.int64).reshape(-1, 2), spans)
+        self._check_placeholders(rows, media)
         return rows
 
     def _labels(self, input_ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
@@ -290,7 +378,9 @@ class Processor:
         trained &= ~np.isin(input_ids, list(self.token_ids.values()))
         return np.where(trained, input_ids, IGNORE)
 
-    def _answer_spans(self, conversation: Conversation, text: str, options: dict[str, bool]) -> list[tuple[int, int]]:
+    def _answer_spans(
+        self, conversation: Conversation, text: str, render: Callable[[Conversation], str]
+    ) -> list[tuple[int, int]]:
         """Returns the (begin, end) of each of the assistant's answers in the rendered text.
 
         Renders the conversation again, with marks around the answers. This works with any template, even if a user's text
@@ -303,9 +393,8 @@ class Processor:
         trained = [is_trained(message) for message in conversation]
         if not any(trained):
             raise UserError("no assistant message is trained; expected one without loss false or weight 0")
-        marked = self._render(
-            [_mark(message) if train else message for message, train in zip(conversation, trained, strict=True)],
-            options,
+        marked = render(
+            [_mark(message) if train else message for message, train in zip(conversation, trained, strict=True)]
         )
         if marked.replace(BEGIN, "").replace(END, "") != text:
             raise UserError(
@@ -319,25 +408,28 @@ class Processor:
         return spans
 
     def _check_placeholders(
-        self, rows: list[dict[str, np.ndarray]], items: Sequence[Mapping[str, Sequence[Any]]]
+        self, rows: list[dict[str, np.ndarray]], media: Sequence[Sequence[MediaItem | ProcessedMedia]]
     ) -> None:
-        """Raises UserError unless there is one placeholder per image or video, as Qwen2-VL's own template ensures."""
-        for index, (row, media) in enumerate(zip(rows, items, strict=True)):
+        """Raises UserError unless the template wrote one placeholder for each image and video."""
+        for index, (row, items) in enumerate(zip(rows, media, strict=True)):
             for kind in KINDS:
                 placeholders = int(np.sum(row["input_ids"] == self.token_ids[kind.name]))
-                if placeholders != len(media[kind.name]):
+                expected = sum(self._runs(item) for item in items if item.kind is kind)
+                if placeholders != expected:
                     raise UserError(
                         f"conversation {index}: the chat template wrote {placeholders} placeholders {kind.token}; expected "
-                        f"{len(media[kind.name])}, one for each of its {kind.argument}"
+                        f"{expected} for its {kind.argument}"
                     )
 
-    def _expand(self, row: dict[str, np.ndarray], counts: dict[str, Iterator[int]]) -> dict[str, np.ndarray]:
-        """Returns the row with each placeholder repeated for every token of its image or video, and mm_token_type_ids."""
+    def _expand(self, row: dict[str, np.ndarray], media: Sequence[ProcessedMedia]) -> dict[str, np.ndarray]:
+        """Returns the row with each placeholder repeated for every token that it stands for, and mm_token_type_ids."""
         repeats = np.ones(len(row["input_ids"]), np.int64)
         types = np.zeros(len(row["input_ids"]), np.int64)
         for kind in KINDS:
-            placeholders = np.flatnonzero(row["input_ids"] == self.token_ids[kind.name])
-            repeats[placeholders] = [next(counts[kind.name]) for _ in placeholders]
+            unit = getattr(self, kind.name).merge_size ** 2
+            placeholders = row["input_ids"] == self.token_ids[kind.name]
+            runs = [(math.prod(item.grid) // unit, self._runs(item)) for item in media if item.kind is kind]
+            repeats[placeholders] = [tokens // count for tokens, count in runs for _ in range(count)]
             types[placeholders] = kind.type_id
         return {name: np.repeat(values, repeats) for name, values in (row | {"mm_token_type_ids": types}).items()}
 
@@ -359,15 +451,20 @@ class Processor:
         return padded
 
 
-@functools.cache
-def default_chat_template() -> str:
-    """Returns Qwen2-VL's chat template, which renders the same text as the published one."""
-    return resources.files("liger_jax").joinpath("assets/chat_template.jinja").read_text(encoding="utf-8").strip()
-
-
 def _read_optional(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, or an empty dict if the file does not exist."""
     return read_json_object(path) if path.is_file() else {}
+
+
+def _read_family(folder: Path, *settings: Mapping[str, Any]) -> str:
+    """Returns the family of a checkpoint's processor, "qwen2_vl" if none of its files says so."""
+    classes = {member.processor_class: family for family, member in FAMILIES.items()}
+    for values in (*settings, _read_optional(folder / "tokenizer_config.json")):
+        name = values.get("processor_class") if isinstance(values, Mapping) else None
+        if isinstance(name, str) and name in classes:
+            return classes[name]
+    model_type = _read_optional(folder / CONFIG).get("model_type")
+    return model_type if isinstance(model_type, str) and model_type in FAMILIES else "qwen2_vl"
 
 
 def _default_template(template: Any, folder: Path) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from collections import Counter
 
@@ -125,8 +126,8 @@ def check_arrays(processor, conversation, **options) -> None:
         assert np.sum(arrays["input_ids"] == processor.token_ids[kind]) == patches // 4
         assert patches == (len(arrays[pixels]) if pixels in arrays else 0)
         assert patches == 0 or np.isfinite(arrays[pixels]).all()
-    tokens, patches, _ = processor.measure(conversation)
-    assert (tokens, patches) == (
+    tokens, grids = processor.measure(conversation)
+    assert (tokens, sum(map(math.prod, grids))) == (
         arrays["input_ids"].size,
         sum(len(arrays[name]) for name in ("pixel_values", "pixel_values_videos") if name in arrays),
     )
