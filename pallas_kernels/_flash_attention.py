@@ -11,6 +11,9 @@ dv, so that nothing is accumulated through memory and results are reproducible:
     p = exp(scale q k^T - lse),  ds = p * (grad v^T - delta) with delta = sum(grad * out)
     dq = scale ds k,  dk = scale ds^T q,  dv = p^T grad
 
+Where the queries of a row are a single block, and so are its keys, as in the windows of a vision tower, one kernel computes
+the scores once for all three gradients.
+
 Heads are held in parts whose widths are powers of two, 80 as 64 + 16, so that no tensor core multiplies padding.
 """
 
@@ -148,11 +151,19 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns dq, dk, dv."""
     (batch, tokens, heads, dim), (_, sources, key_heads, _) = q.shape, k.shape
-    dtype = _validate.accumulation_dtype(q.dtype)
-    delta = jnp.sum(grad.astype(dtype) * out.astype(dtype), axis=-1).transpose(0, 2, 1)  # [B, N, T]
     blocks = _blocks(BACKWARD_BLOCKS, q, k)
     launch = functools.partial(_pallas.launch, num_warps=blocks.num_warps, num_stages=blocks.loads, interpret=interpret)
     static: dict[str, Any] = {"dim": dim, "scale": scale, "blocks": blocks, "interpret": interpret}
+    if tokens <= blocks.rows and sources <= blocks.columns:
+        dq, dk, dv = launch(
+            functools.partial(_attention_backward_block, **static),
+            (q, k, v, out, grad, lse, *ids, *visible_keys),
+            [(q.shape, q.dtype), (k.shape, k.dtype), (v.shape, v.dtype)],
+            grid=(1, batch * key_heads),
+        )
+        return dq, dk, dv
+    dtype = _validate.accumulation_dtype(q.dtype)
+    delta = jnp.sum(grad.astype(dtype) * out.astype(dtype), axis=-1).transpose(0, 2, 1)  # [B, N, T]
     (dq,) = launch(
         functools.partial(_attention_backward_queries, **static),
         (q, k, v, grad, lse, delta, *ids, *visible_keys),
@@ -274,6 +285,43 @@ def _attention_backward_keys(
             return *_add_products(dk, ds.astype(dtype), q), *_add_products(dv, p.astype(dtype), grad)
 
         return _for_each_block(visible_queries, same_segment, blocks.rows, step, sums)
+
+    sums = jax.lax.fori_loop(0, group, add_query_head, tuple(2 * _zeros(keys.size, parts, acc_dtype)))
+    _store(dk_ref, keys, parts, sums[: len(parts)])
+    _store(dv_ref, keys, parts, sums[len(parts) :])
+
+
+def _attention_backward_block(
+    q_ref, k_ref, v_ref, out_ref, grad_ref, lse_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, dq_ref, dk_ref, dv_ref,
+    *, dim: int, scale: float, blocks: Blocks, interpret: bool,
+):  # fmt: skip
+    """Writes dq, dk and dv of one key head, for a row whose queries fit one block, as do its keys. Grid (1, B K)."""
+    (tokens, heads), (sources, key_heads) = q_ref.shape[1:3], k_ref.shape[1:3]
+    dtype, acc_dtype, group = q_ref.dtype, _validate.accumulation_dtype(q_ref.dtype), heads // key_heads
+    keys, parts = _Tile.of_program(key_heads, blocks.columns, sources), _head_parts(dim)
+    queries = _Tile(keys.row, keys.head * group, keys.start, blocks.rows, jnp.arange(blocks.rows) < tokens)
+    first, end = _load_intervals(first_ref, end_ref, queries, empty_at=sources)
+    position = jnp.arange(blocks.columns)
+    visible = (position[None, :] >= first[:, None]) & (position[None, :] < end[:, None])
+    if (same_segment := _compare_ids(query_ids_ref, queries, key_ids_ref)) is not None:
+        visible &= same_segment(keys.start, blocks.columns, keys.inside)
+    k, v = (_load(ref, keys, parts) for ref in (k_ref, v_ref))
+
+    def add_query_head(i, sums):
+        tile = queries._replace(head=queries.head + i)
+        q, out, grad = (_load(ref, tile, parts) for ref in (q_ref, out_ref, grad_ref))
+        delta = sum(jnp.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=1) for a, b in zip(grad, out, strict=True))
+        lse = _load_scalars(lse_ref, tile)
+        p = _pallas.exp2((_products(q, k) * scale - lse[:, None]) * _pallas.LOG2_E, interpret=interpret)
+        p = jnp.where(visible, p, 0)
+        ds = jnp.where(visible, p * ((_products(grad, v) - delta[:, None]) * scale), 0).astype(dtype)
+        _store(dq_ref, tile, parts, [_pallas.dot(ds, part) for part in k])
+        dk, dv = sums[: len(parts)], sums[len(parts) :]
+        dk = [total + _pallas.dot(ds, part, transposed_a=True) for total, part in zip(dk, q, strict=True)]
+        dv = [
+            total + _pallas.dot(p.astype(dtype), part, transposed_a=True) for total, part in zip(dv, grad, strict=True)
+        ]
+        return *dk, *dv
 
     sums = jax.lax.fori_loop(0, group, add_query_head, tuple(2 * _zeros(keys.size, parts, acc_dtype)))
     _store(dk_ref, keys, parts, sums[: len(parts)])

@@ -124,16 +124,17 @@ def _index(index: tuple) -> tuple:
     return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
 
 
-def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """Computes a [M, K] @ b [K, N], or a @ b.T for b [N, K] if `transposed`, with float32 sums. Every size is at least 16.
+def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False, transposed_a: bool = False) -> jax.Array:
+    """Computes a [M, K] @ b [K, N] with float32 sums. Every size is at least 16.
 
-    float32 operands are multiplied exactly, not rounded to tf32.
+    With `transposed`, b is [N, K] and is transposed first; with `transposed_a`, a is [K, M] and is transposed first. float32
+    operands are multiplied exactly, not rounded to tf32.
     """
     exact = a.dtype in (jnp.float32, jnp.float64)
     return jax.lax.dot_general(
         a,
         b,
-        (((1,), (1 if transposed else 0,)), ((), ())),
+        (((0 if transposed_a else 1,), (1 if transposed else 0,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
     )

@@ -139,8 +139,9 @@ LONG = np.array([[1] * 70 + [2] * 50 + [0] * 30, [0] * 10 + [4] * 5 + [2] * 135]
         ({"batch": 1, "tokens": 70, "sources": 70, "dim": 100, "key_heads": 4}, False, []),
         ({"batch": 1, "tokens": 40, "sources": 90}, True, []),
         ({"batch": 1, "tokens": 90, "sources": 40}, True, []),
+        ({"batch": 1, "tokens": 20, "sources": 30, "dim": 72, "key_heads": 1}, True, []),
     ],
-    ids=["packed", "vision", "packed, one key head", "whole rows", "more keys", "more queries"],
+    ids=["packed", "vision", "packed, one key head", "whole rows", "more keys", "more queries", "one block"],
 )
 def test_kernel_matches_numpy(sizes, causal, ids):
     """Covers several head sizes and numbers of tokens, unmasked and masked blocks, and queries that see no key."""
@@ -225,9 +226,9 @@ def test_windows_match_numpy(dim):
 
 @pytest.mark.parametrize("device_kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200"])
 def test_none_uses_kernels_for_windows(device_kind):
-    """4 x 4096 patches in windows of 64, whose segment ids have no bound on their number."""
+    """4 x 4096 patches in windows of 64, whose segment ids have no bound: one kernel in each direction."""
     shapes = [jax.ShapeDtypeStruct((256, 64, 16, 80), jnp.bfloat16)] * 4 + [jax.ShapeDtypeStruct((256, 64), jnp.int32)]
-    assert triton_calls(gradients(pk.attention), *shapes, device_kind=device_kind) == 3
+    assert triton_calls(gradients(pk.attention), *shapes, device_kind=device_kind) == 2
 
 
 def test_large_float16_gradients_stay_finite():
