@@ -440,20 +440,23 @@ def _for_each_block(
     """Runs state = step(start, exists, visible, state) over the blocks of `size` elements that the intervals reach.
 
     `intervals` are those of a tile. `exists` [size] masks the elements before the end of the last interval, and `visible`
-    [tile, size] those inside each interval and of the `same_segment`. Both are None for blocks that need no mask.
+    [tile, size] those inside each interval and of the `same_segment`. In blocks that lie inside all intervals, `exists` is
+    None, and so is `visible` if no segments are compared.
     """
     first, end = intervals
     start, stop = jnp.min(first), jnp.max(end)
     count = jnp.maximum(stop - start + size - 1, 0) // size
     # The order: blocks in which some intervals begin, blocks inside all intervals, blocks in which some intervals end.
     before = jnp.minimum((jnp.max(first) - start + size - 1) // size, count)
-    unmasked = jnp.clip(jnp.maximum(jnp.min(end) - start, 0) // size - before, 0, count - before)
+    inner = jnp.clip(jnp.maximum(jnp.min(end) - start, 0) // size - before, 0, count - before)
 
-    def unmasked_step(i, state):
-        return step(start + (before + i) * size, None, None, state)
+    def inner_step(i, state):
+        block_start = start + (before + i) * size
+        visible = None if same_segment is None else same_segment(block_start, size, None)
+        return step(block_start, None, visible, state)
 
     def masked_step(i, state):
-        block_start = start + jnp.where(i < before, i, i + unmasked) * size
+        block_start = start + jnp.where(i < before, i, i + inner) * size
         position = block_start + jnp.arange(size)
         exists = position < stop
         visible = (position[None, :] >= first[:, None]) & (position[None, :] < end[:, None])
@@ -461,8 +464,5 @@ def _for_each_block(
             visible &= same_segment(block_start, size, exists)
         return step(block_start, exists, visible, state)
 
-    if same_segment is None:
-        state = jax.lax.fori_loop(0, unmasked, unmasked_step, state)
-    else:
-        unmasked = jnp.zeros_like(unmasked)
-    return jax.lax.fori_loop(0, count - unmasked, masked_step, state)
+    state = jax.lax.fori_loop(0, inner, inner_step, state)
+    return jax.lax.fori_loop(0, count - inner, masked_step, state)

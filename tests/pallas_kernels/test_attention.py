@@ -208,8 +208,8 @@ def test_none_uses_kernels_for_segments_with_gaps_and_xla_after_a_cache():
 
 def test_segments_with_gaps_match_numpy():
     """A frame whose windows leave padding between them: its patches see each other across the gap."""
-    ids = np.array([[1] * 30 + [0] * 4 + [1] * 36 + [2] * 20 + [0] * 10, [0] * 20 + [1] * 40 + [0] * 4 + [1] * 36])
-    args = data(batch=2, tokens=100, sources=100)
+    ids = np.array([[1] * 40 + [0] * 4 + [1] * 86 + [2] * 20, [0] * 20 + [1] * 70 + [0] * 4 + [1] * 46 + [2] * 10])
+    args = data(batch=2, tokens=150, sources=150)
     for run in (interpreted, pk.attention):
         assert_close(gradients(run)(*args, ids, ids), reference(*args, ids, ids))
 
