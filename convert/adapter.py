@@ -5,6 +5,7 @@ PEFT stores A [r, in] as `base_model.model.x.lora_A.weight` and B [out, r] as `b
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 import jax
 
 from convert.reader import find_checkpoint, load_parameters, match_tensors, patch_shape
-from convert.table import TABLE, Row, current_name, hub_tensors, original_name, read_sizes
+from convert.table import Row, current_name, hub_tensors, original_name, read_sizes, table_of
 from convert.weights import list_file
 from convert.writer import staged_folder, write_safetensors
 from liger_jax.checkpoint import float_dtype
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import read_json_object, write_json
-from liger_jax.model import Qwen2VL
-from liger_jax.model.lora import TARGETS, LoraOptions, add_lora, lora_config, lora_leaves
+from liger_jax.model import QwenVL
+from liger_jax.model.lora import TARGETS, LoraOptions, add_lora, find_targets, lora_config, lora_leaves
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import get_mesh
 
@@ -28,10 +29,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Files in which other trainers store the weights that they train in full next to LoRA.
 FULLY_TRAINED = ("non_lora_state_dict.bin", "non_lora_trainables.bin")
 PREFIX = "base_model.model."
-# {path of a linear layer that LoRA can adapt: the row of its weight}
-ADAPTED = {
-    row.path.removesuffix("/kernel"): row for row in TABLE if row.path.removesuffix("/kernel") in TARGETS.values()
-}
 
 # Options of an adapter_config.json, besides rank, alpha and targets, that do not change the outputs of a trained adapter.
 # Any other option must be off: null, false, empty or "none".
@@ -53,6 +50,19 @@ WITHOUT_EFFECT = {
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+@functools.cache
+def adapted_rows(family: str) -> dict[str, Row]:
+    """Returns {path of a linear layer that LoRA can adapt: the row of its weight} for a member of the family."""
+    rows = {row.path.removesuffix("/kernel"): row for row in table_of(family)}
+    return {path: rows[path] for path in TARGETS.values() if path in rows}
+
+
+@functools.cache
+def adapter_table(family: str) -> tuple[Row, ...]:
+    """Returns the rows of the tensors of an adapter."""
+    return tuple(lora_row for row in adapted_rows(family).values() for lora_row in _lora_rows(row))
+
+
 def _lora_rows(row: Row) -> tuple[Row, Row]:
     """Returns the rows of A and B for a weight: `(N D) H` becomes `r H` and `(N D) r`."""
     outputs, inputs = re.findall(r"\([^)]*\)|\w+", row.hub_axes)
@@ -63,10 +73,7 @@ def _lora_rows(row: Row) -> tuple[Row, Row]:
     )
 
 
-ADAPTER = tuple(lora_row for row in ADAPTED.values() for lora_row in _lora_rows(row))
-
-
-def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | None = None) -> None:
+def save_adapter(model: QwenVL, directory: str | Path, *, base_model: str | None = None) -> None:
     """Writes the model's LoRA weights and options to a folder that PEFT loads on top of the base model.
 
     All files appear in the folder together at the end. Other files in it are kept.
@@ -91,6 +98,7 @@ def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | Non
     if options is None:
         raise UserError("model has no LoRA to save; expected one with LoRA (to_hf writes the weights of a model)")
     leaves = lora_leaves(model)
+    table = adapter_table(model.config.family)
     sizes = _read_sizes(model, leaves)
     config = {
         "peft_type": "LORA",
@@ -99,25 +107,25 @@ def save_adapter(model: Qwen2VL, directory: str | Path, *, base_model: str | Non
         "r": options.rank,
         "lora_alpha": options.alpha,
         "use_rslora": options.rslora,
-        "target_modules": list(options.targets),
+        "target_modules": _target_modules(model, [TARGETS[name] for name in options.targets]),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
     with staged_folder(Path(directory)) as folder:
         write_json(folder / CONFIG, config)
-        write_safetensors(folder / WEIGHTS, hub_tensors(leaves, sizes, ADAPTER), leaves, sizes)
+        write_safetensors(folder / WEIGHTS, hub_tensors(leaves, sizes, table), leaves, sizes)
 
 
 def load_adapter(
-    model: Qwen2VL,
+    model: QwenVL,
     path_or_repo_id: str | Path,
     *,
     dtype="float32",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     allow_non_finite: bool = False,
-) -> Qwen2VL:
+) -> QwenVL:
     """Returns the model with an adapter that PEFT or `save_adapter` wrote, from a folder or from the Hugging Face hub.
 
     Supports the module names of all versions of transformers. The weights are shared with `model`, not copied. Dropout in
@@ -154,11 +162,11 @@ def load_adapter(
     if missing:
         files = sorted(path.name for path in folder.iterdir())
         raise NotFoundError(f"{folder} has no {' and no '.join(missing)}, only {files}; expected a PEFT adapter")
-    options, dtype = dataclasses.asdict(read_adapter_config(folder / CONFIG)), float_dtype(dtype)
+    options, dtype = dataclasses.asdict(read_adapter_config(folder / CONFIG, model)), float_dtype(dtype)
     abstract = jax.eval_shape(lambda model: add_lora(model, **options, dtype=dtype), model)
     leaves = lora_leaves(abstract)
     sizes = _read_sizes(model, leaves)
-    expected = {tensor.name: tensor for tensor in hub_tensors(leaves, sizes, ADAPTER)}
+    expected = {tensor.name: tensor for tensor in hub_tensors(leaves, sizes, adapter_table(model.config.family))}
     complaint = f"{folder / WEIGHTS} has tensors that do not fit its {CONFIG} and the model"
     stored = match_tensors(expected, list_file(folder / WEIGHTS), complaint, rename=_current_peft_name)
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
@@ -168,8 +176,8 @@ def load_adapter(
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[path] for path in param_paths(abstract)])
 
 
-def read_adapter_config(file: Path) -> LoraOptions:
-    """Returns the LoRA options in an adapter_config.json.
+def read_adapter_config(file: Path, model: QwenVL) -> LoraOptions:
+    """Returns the LoRA options in an adapter_config.json for a model.
 
     Raises:
         UserError: it is not LoRA, has no rank or alpha, adapts no module, or sets an unsupported option that changes the
@@ -198,15 +206,17 @@ def read_adapter_config(file: Path) -> LoraOptions:
         raise UserError(
             f"{file}: {unsupported!r:.300} is not supported; expected plain LoRA with the same options in all layers"
         )
+    rows = adapted_rows(model.config.family)
+    names = {name: rows[path].hub for name, path in find_targets(model).items()}
     try:
-        targets = [name for name, path in TARGETS.items() if _matches(modules, path) and not _matches(excluded, path)]
+        targets = [name for name, hub in names.items() if _matches(modules, hub) and not _matches(excluded, hub)]
     except re.error as error:
         raise UserError(
             f"{file}: target_modules is {modules!r:.300} and exclude_modules is {excluded!r:.300}; expected valid regular "
             f"expressions ({error})"
         ) from error
     if not targets:
-        raise UserError(f"{file}: target_modules is {modules!r:.300}; expected some of {list(TARGETS)}")
+        raise UserError(f"{file}: target_modules is {modules!r:.300}; expected some of {list(names)}")
     try:
         return LoraOptions(rank=rank, alpha=alpha, targets=targets, rslora=bool(rslora))
     except UserError as error:
@@ -217,15 +227,15 @@ def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ("none", "", [], {})
 
 
-def _matches(modules: str | Collection[str] | None, path: str) -> bool:
-    """Returns whether PEFT would adapt the module at `path`.
+def _matches(modules: str | Collection[str] | None, hub: str) -> bool:
+    """Returns whether PEFT would adapt the module with the weight `hub`.
 
     `modules` is PEFT's target_modules or exclude_modules: a regular expression, or a list of names or of their last parts.
     """
     if modules == "all-linear":
         return True
-    original = ADAPTED[path].hub.removesuffix(".weight").replace("{i}", "0")
-    names = (original, current_name(original))
+    name = hub.removesuffix(".weight").replace("{i}", "0")
+    names = (original_name(name), current_name(name))
     if isinstance(modules, str):
         return any(re.fullmatch(modules, name) for name in names)
     return any(f".{name}".endswith(f".{module}") for name in names for module in modules or ())
@@ -233,9 +243,30 @@ def _matches(modules: str | Collection[str] | None, path: str) -> bool:
 
 def _current_peft_name(name: str) -> str:
     """Returns PEFT's name of a tensor with transformers 4.52 and later, given its name with any version."""
-    return PREFIX + current_name(original_name(name.removeprefix(PREFIX)))
+    return PREFIX + current_name(name.removeprefix(PREFIX))
 
 
-def _read_sizes(model: Qwen2VL, leaves: dict[str, Any]) -> dict[str, int]:
+def _target_modules(model: QwenVL, paths: Collection[str]) -> list[str] | str:
+    """Returns PEFT's target_modules for the linear layers at these paths.
+
+    A list of the shortest ends of their names that no other layer shares; or, where only the start of the name differs, as
+    between the MLPs of Qwen2.5-VL's towers, a regular expression.
+    """
+    rows = adapted_rows(model.config.family)
+    modules = {path: rows[path].hub.removesuffix(".weight").split(".") for path in find_targets(model).values()}
+    others = [module for path, module in modules.items() if path not in paths] + [["visual", "patch_embed", "proj"]]
+
+    def shortest_end(module: list[str]) -> list[str]:
+        lengths = range(1 if module[-1].isidentifier() else 2, len(module))
+        return next((module[-n:] for n in lengths if all(other[-n:] != module[-n:] for other in others)), module)
+
+    ends = [shortest_end(modules[path]) for path in paths]
+    if not any("{i}" in end for end in ends):
+        return list(dict.fromkeys(".".join(end) for end in ends))
+    patterns = [r"\.".join(r"\d+" if part == "{i}" else part for part in modules[path][1:]) for path in paths]
+    return rf".*\.({'|'.join(patterns)})"
+
+
+def _read_sizes(model: QwenVL, leaves: dict[str, Any]) -> dict[str, int]:
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    return read_sizes(shapes, patch_shape(model.config.vision), ADAPTER)
+    return read_sizes(shapes, patch_shape(model.config.vision), adapter_table(model.config.family))

@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.assemble import make_assembler
-from convert.table import EMBEDDING, LM_HEAD, HubTensor, hub_tensors, original_name, read_sizes
+from convert.table import EMBEDDING, LM_HEAD, SPELLING, HubTensor, hub_tensors, read_sizes, table_of
 from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
 from liger_jax.checkpoint import float_dtype
-from liger_jax.config import Qwen2VLConfig, VisionConfig
+from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.errors import UserError, list_some
 from liger_jax.files import CONFIG, local_folder, read_json_object
 from liger_jax.finite import check_finite
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
 
@@ -36,8 +36,8 @@ def from_hf(
     cache_dir: str | Path | None = None,
     allow_pickle: bool = False,
     allow_non_finite: bool = False,
-) -> Qwen2VL:
-    """Loads a Qwen2-VL checkpoint in transformers' format, from a folder or from the Hugging Face hub.
+) -> QwenVL:
+    """Loads a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint in transformers' format, from a folder or the Hugging Face hub.
 
     Supports the original tensor names and those of transformers 4.52 and later, a single file or shards, tied and separate
     heads. Each large tensor is sent to its devices right after it is read, and rearranged there, so the host holds one of
@@ -64,11 +64,12 @@ def from_hf(
     dtype = float_dtype(dtype)
     folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir, allow_pickle=allow_pickle)
     _refuse_quantized_config(folder)
-    config = Qwen2VLConfig.from_hf(folder)
-    abstract = Qwen2VL.abstract(config, dtype=dtype)
+    config = QwenVLConfig.from_hf(folder)
+    abstract = QwenVL.abstract(config, dtype=dtype)
     shapes = {path: leaf.shape for path, leaf in param_paths(abstract).items()}
-    sizes = read_sizes(shapes, patch_shape(config.vision))
-    expected = {tensor.name: tensor for tensor in hub_tensors(shapes, sizes)}
+    table = table_of(config.family)
+    sizes = read_sizes(shapes, patch_shape(config.vision), table)
+    expected = {tensor.name: tensor for tensor in hub_tensors(shapes, sizes, table)}
     optional = [LM_HEAD] if config.tie_word_embeddings else []
     tensors = list_tensors(folder, allow_pickle=allow_pickle)
     _refuse_quantized_tensors(folder, tensors)
@@ -77,9 +78,10 @@ def from_hf(
         complaint += (
             f" (there is no {LM_HEAD}; if the head is the embedding, set tie_word_embeddings to true in config.json)"
         )
-    stored = match_tensors(expected, tensors, complaint, optional=optional)
+    stored = match_tensors(expected, tensors, complaint, rename=SPELLING[config.family], optional=optional)
     if optional and LM_HEAD in stored:
-        _check_tied_head(stored.pop(LM_HEAD), stored[EMBEDDING])
+        (embedding,) = (name for name, tensor in expected.items() if tensor.row.path == EMBEDDING)
+        _check_tied_head(stored.pop(LM_HEAD), stored[embedding])
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
     parameters = load_parameters(param_paths(abstract), mesh, pairs, sizes, allow_non_finite=allow_non_finite)
     return jax.tree.unflatten(jax.tree.structure(abstract), list(parameters.values()))
@@ -143,7 +145,7 @@ def match_tensors(
     tensors: Iterable[StoredTensor],
     complaint: str,
     *,
-    rename: Callable[[str], str] = original_name,
+    rename: Callable[[str], str],
     optional: Collection[str] = (),
 ) -> dict[str, StoredTensor]:
     """Returns {name in `expected`: stored tensor} for all expected tensors, and for the optional ones that are stored.
@@ -189,8 +191,8 @@ def _merge_layers(names: list[str], limit: int = 30) -> list[str]:
         return names
     layers: dict[str, list[str]] = {}
     for name in names:
-        pattern = re.sub(r"(layers|blocks)\.\d+\.", r"\1.{}.", name)
-        layers.setdefault(pattern, []).extend(re.findall(r"(?:layers|blocks)\.(\d+)\.", name))
+        pattern = re.sub(r"(layers|blocks|list)\.\d+\.", r"\1.{}.", name)
+        layers.setdefault(pattern, []).extend(re.findall(r"(?:layers|blocks|list)\.(\d+)\.", name))
     for pattern, numbers in layers.items():
         if len(numbers) > limit:
             layers[pattern] = [*numbers[:2], "...", numbers[-1]]

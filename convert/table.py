@@ -2,7 +2,8 @@
 
 A row says that the hub tensor `hub` has the axes `hub_axes` and holds the parameter at `path`. The parameter's own axes are
 in the table of parameters (`liger_jax.model.params`, which also explains the axis names). `{i}` in a hub name is the number
-of a layer; the tensors of all layers are stacked along the leading axis of the parameter.
+of a layer; the tensors of all layers are stacked along the leading axis of the parameter. `table_of` returns the rows of a
+member of the family, in its own spelling; the structure of a model decides which of them exist.
 
 The two sides together are a layout, `hub axes -> parameter axes`. `(N D) H -> H N D` is a torch Linear weight [out, in]
 whose outputs are N heads of D numbers: split the first dimension and move H to the front. An axis name denotes the same
@@ -10,17 +11,18 @@ size in every row, which `read_sizes` checks against the shapes of a model's par
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from liger_jax.errors import UserError
 from liger_jax.model.params import find_row, split_axes
 
 LM_HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = "language_model/embed_tokens/weight"  # a path: the name depends on the family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Row:
 
 
 # fmt: off
-TABLE = (
+_COMMON = (
     Row("model.embed_tokens.weight",                "V H",       "language_model/embed_tokens/weight"),
     Row("model.layers.{i}.input_layernorm.weight",  "H",         "language_model/layers/input_layernorm/weight"),
     Row("model.layers.{i}.self_attn.q_proj.weight", "(N D) H",   "language_model/layers/self_attn/q_proj/kernel"),
@@ -73,16 +75,52 @@ TABLE = (
     Row("visual.blocks.{i}.attn.proj.bias",         "E",         "visual/blocks/attn/proj/bias"),
     Row("visual.blocks.{i}.norm2.weight",           "E",         "visual/blocks/norm2/weight"),
     Row("visual.blocks.{i}.norm2.bias",             "E",         "visual/blocks/norm2/bias"),
+)
+_QWEN2 = (
     Row("visual.blocks.{i}.mlp.fc1.weight",         "I E",       "visual/blocks/mlp/fc1/kernel"),
     Row("visual.blocks.{i}.mlp.fc1.bias",           "I",         "visual/blocks/mlp/fc1/bias"),
     Row("visual.blocks.{i}.mlp.fc2.weight",         "E I",       "visual/blocks/mlp/fc2/kernel"),
     Row("visual.blocks.{i}.mlp.fc2.bias",           "E",         "visual/blocks/mlp/fc2/bias"),
+    Row("visual.blocks.{i}.mlp.gate_proj.weight",   "I E",       "visual/blocks/mlp/gate_proj/kernel"),
+    Row("visual.blocks.{i}.mlp.gate_proj.bias",     "I",         "visual/blocks/mlp/gate_proj/bias"),
+    Row("visual.blocks.{i}.mlp.up_proj.weight",     "I E",       "visual/blocks/mlp/up_proj/kernel"),
+    Row("visual.blocks.{i}.mlp.up_proj.bias",       "I",         "visual/blocks/mlp/up_proj/bias"),
+    Row("visual.blocks.{i}.mlp.down_proj.weight",   "E I",       "visual/blocks/mlp/down_proj/kernel"),
+    Row("visual.blocks.{i}.mlp.down_proj.bias",     "E",         "visual/blocks/mlp/down_proj/bias"),
     Row("visual.merger.ln_q.weight",                "E",         "visual/merger/ln_q/weight"),
     Row("visual.merger.ln_q.bias",                  "E",         "visual/merger/ln_q/bias"),
     Row("visual.merger.mlp.0.weight",               "m M",       "visual/merger/fc1/kernel"),
     Row("visual.merger.mlp.0.bias",                 "m",         "visual/merger/fc1/bias"),
     Row("visual.merger.mlp.2.weight",               "H m",       "visual/merger/fc2/kernel"),
     Row("visual.merger.mlp.2.bias",                 "H",         "visual/merger/fc2/bias"),
+)
+_QWEN3 = (
+    Row("model.layers.{i}.self_attn.q_norm.weight", "D",         "language_model/layers/self_attn/q_norm/weight"),
+    Row("model.layers.{i}.self_attn.k_norm.weight", "D",         "language_model/layers/self_attn/k_norm/weight"),
+    Row("visual.patch_embed.proj.bias",             "E",         "visual/patch_embed/bias"),
+    Row("visual.pos_embed.weight",                  "R E",       "visual/position_table/weight"),
+    Row("visual.blocks.{i}.mlp.linear_fc1.weight",  "I E",       "visual/blocks/mlp/fc1/kernel"),
+    Row("visual.blocks.{i}.mlp.linear_fc1.bias",    "I",         "visual/blocks/mlp/fc1/bias"),
+    Row("visual.blocks.{i}.mlp.linear_fc2.weight",  "E I",       "visual/blocks/mlp/fc2/kernel"),
+    Row("visual.blocks.{i}.mlp.linear_fc2.bias",    "E",         "visual/blocks/mlp/fc2/bias"),
+    Row("visual.merger.norm.weight",                "E",         "visual/merger/ln_q/weight"),
+    Row("visual.merger.norm.bias",                  "E",         "visual/merger/ln_q/bias"),
+    Row("visual.merger.linear_fc1.weight",          "m M",       "visual/merger/fc1/kernel"),
+    Row("visual.merger.linear_fc1.bias",            "m",         "visual/merger/fc1/bias"),
+    Row("visual.merger.linear_fc2.weight",          "H m",       "visual/merger/fc2/kernel"),
+    Row("visual.merger.linear_fc2.bias",            "H",         "visual/merger/fc2/bias"),
+    Row("visual.deepstack_merger_list.{i}.norm.weight",
+                                                    "M",         "visual/deepstack/norm/weight"),
+    Row("visual.deepstack_merger_list.{i}.norm.bias",
+                                                    "M",         "visual/deepstack/norm/bias"),
+    Row("visual.deepstack_merger_list.{i}.linear_fc1.weight",
+                                                    "m M",       "visual/deepstack/fc1/kernel"),
+    Row("visual.deepstack_merger_list.{i}.linear_fc1.bias",
+                                                    "m",         "visual/deepstack/fc1/bias"),
+    Row("visual.deepstack_merger_list.{i}.linear_fc2.weight",
+                                                    "H m",       "visual/deepstack/fc2/kernel"),
+    Row("visual.deepstack_merger_list.{i}.linear_fc2.bias",
+                                                    "H",         "visual/deepstack/fc2/bias"),
 )
 # fmt: on
 
@@ -98,13 +136,34 @@ def original_name(name: str) -> str:
 
 
 def current_name(name: str) -> str:
-    """Returns the name that transformers 4.52 and later use for a tensor, given the original hub name.
+    """Returns the name that transformers 4.52 and later use for a tensor, given that name or the original hub name.
 
     Example:
         >>> current_name("model.norm.weight"), current_name("visual.merger.ln_q.bias")
         ('model.language_model.norm.weight', 'model.visual.merger.ln_q.bias')
     """
+    name = original_name(name)
     return re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
+
+
+# How the published checkpoints of a member of the family spell the names.
+SPELLING: dict[str, Callable[[str], str]] = {
+    "qwen2_vl": original_name,
+    "qwen2_5_vl": original_name,
+    "qwen3_vl": current_name,
+}
+
+
+@functools.cache
+def table_of(family: str) -> tuple[Row, ...]:
+    """Returns the table of a member of the family.
+
+    Example:
+        >>> [table_of(family)[1].hub for family in ("qwen2_5_vl", "qwen3_vl")]
+        ['model.layers.{i}.input_layernorm.weight', 'model.language_model.layers.{i}.input_layernorm.weight']
+    """
+    rows = _COMMON + (_QWEN3 if family == "qwen3_vl" else _QWEN2)
+    return tuple(dataclasses.replace(row, hub=SPELLING[family](row.hub)) for row in rows)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -162,14 +221,14 @@ def hub_partition(layout: str, spec: Sequence[Any]) -> list[Any]:
 
 
 def read_sizes(
-    shapes: Mapping[str, tuple[int, ...]], patch: tuple[int, int, int], table: Sequence[Row] = TABLE
+    shapes: Mapping[str, tuple[int, ...]], patch: tuple[int, int, int], table: Sequence[Row]
 ) -> dict[str, int]:
     """Returns the size of each axis of the table, including the numbers of layers, read from the shapes of parameters.
 
     Args:
         shapes: {parameter path: shape}, of all parameters or some.
         patch: channels, frames and side length of a patch, which `visual/patch_embed/kernel` has in one dimension.
-        table: the rows to read, `TABLE` or that of an adapter.
+        table: that of the family, or of an adapter.
 
     Raises:
         UserError: a path is not in the table, or shapes contradict each other.
@@ -206,7 +265,7 @@ class HubTensor:
     shape: tuple[int, ...]
 
 
-def hub_tensors(paths: Iterable[str], sizes: Mapping[str, int], table: Sequence[Row] = TABLE) -> list[HubTensor]:
+def hub_tensors(paths: Iterable[str], sizes: Mapping[str, int], table: Sequence[Row]) -> list[HubTensor]:
     """Returns every hub tensor of the parameters at these paths, sorted by layer."""
     paths = set(paths)
     tensors = [

@@ -16,13 +16,13 @@ import numpy as np
 
 from convert.assemble import SMALL_BYTES
 from convert.reader import patch_shape
-from convert.table import LM_HEAD, TABLE, HubTensor, from_stack, hub_tensors, read_sizes
+from convert.table import HubTensor, from_stack, hub_tensors, read_sizes, table_of
 from convert.weights import FLOATS, INDEX, SINGLE
 from liger_jax.checkpoint import HUB_WEIGHTS, LORA, write_config
-from liger_jax.config import Qwen2VLConfig, VisionConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.files import make_folder, write_json
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.lora import lora_leaves
 from liger_jax.model.params import param_paths
 from liger_jax.train.run import is_run
@@ -31,20 +31,20 @@ _DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, np.ndarray]:
+def to_hf_state(tree: Any, *, config: QwenVLConfig | None = None) -> dict[str, np.ndarray]:
     """Returns weights, or anything of the same structure, under the hub's names and in the hub's shapes.
 
     Args:
-        tree: a `Qwen2VL`, its gradients, an `nnx.State` or nested dicts, with JAX or numpy arrays of all parameters or
+        tree: a `QwenVL`, its gradients, an `nnx.State` or nested dicts, with JAX or numpy arrays of all parameters or
             some.
-        config: the model's configuration. Required if `tree` does not carry it and its patches are not those of the
-            published models (3 channels, 2 frames, 14 x 14 pixels).
+        config: the model's configuration. If neither it nor a configuration in `tree` is given, the patches must be those of
+            the published models, and the names are Qwen3-VL's if only Qwen3-VL has all the parameters, else Qwen2-VL's.
 
     Returns:
         {original hub name: array}, in the same dtypes. A tied model has no `lm_head.weight`.
 
     Raises:
-        UserError: the tree has a path that is not a parameter of Qwen2-VL, contradictory shapes, or LoRA.
+        UserError: the tree has a path that is not a parameter of the model, contradictory shapes, or LoRA.
 
     Example:
         >>> from liger_jax import Qwen2VL, Qwen2VLConfig
@@ -54,17 +54,20 @@ def to_hf_state(tree: Any, *, config: Qwen2VLConfig | None = None) -> dict[str, 
     _refuse_lora(tree)
     leaves = param_paths(tree)
     config = config or getattr(tree, "config", None)
-    patch = patch_shape(config.vision if config else VisionConfig())
-    sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch)
+    if config is None:
+        is_qwen3 = not leaves.keys() <= {row.path for row in table_of("qwen2_vl")}
+        config = QwenVLConfig.qwen3_vl_2b() if is_qwen3 else QwenVLConfig.qwen2_vl_2b()
+    table = table_of(config.family)
+    sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch_shape(config.vision), table)
     # one transfer to the host per parameter, not per layer
     values = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     return {
         tensor.name: np.ascontiguousarray(from_stack(tensor.row.layout, values[tensor.row.path], tensor.layer, sizes))
-        for tensor in hub_tensors(leaves, sizes)
+        for tensor in hub_tensors(leaves, sizes, table)
     }
 
 
-def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+def to_hf(model: QwenVL, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Writes a checkpoint in the layout of `save_pretrained`, which transformers loads.
 
     The checkpoint consists of config.json, generation_config.json, and model.safetensors or shards with an index. Each
@@ -72,7 +75,7 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
     write that fails leaves the folder unchanged. Other files in the folder (such as a tokenizer) are kept.
 
     Args:
-        model: all weights of a Qwen2-VL, in float32, bfloat16 or float16.
+        model: all weights of a model, in float32, bfloat16 or float16.
         directory: the folder to write.
         max_shard_size: maximum size of a file: bytes, or a number with KB, MB or GB. A larger tensor gets its own file.
 
@@ -91,16 +94,15 @@ def to_hf(model: Qwen2VL, directory: str | Path, *, max_shard_size: int | str = 
     _refuse_lora(model)
     leaves, config, directory = param_paths(model), model.config, Path(directory)
     shard_bytes = _parse_bytes(max_shard_size)
-    sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch_shape(config.vision))
-    missing = [
-        row.path for row in TABLE if row.path not in leaves and not (row.hub == LM_HEAD and config.tie_word_embeddings)
-    ]
+    table = table_of(config.family)
+    sizes = read_sizes({path: leaf.shape for path, leaf in leaves.items()}, patch_shape(config.vision), table)
+    missing = sorted(param_paths(QwenVL.abstract(config)).keys() - leaves.keys())
     if missing:
         raise UserError(f"model lacks {missing}; expected all parameters of its config")
     dtypes = {path: str(leaf.dtype) for path, leaf in leaves.items() if leaf.dtype not in _DTYPE_NAMES}
     if dtypes:
         raise UserError(f"weights are not floating point: {dtypes}; expected one of {list(_TORCH_NAMES.values())}")
-    shards = _split(hub_tensors(leaves, sizes), leaves, shard_bytes)
+    shards = _split(hub_tensors(leaves, sizes, table), leaves, shard_bytes)
     if is_run(directory):
         raise AlreadyExistsError(f"{directory} holds a training run; expected another folder for the hub's files")
     # weights of an earlier checkpoint that would be loaded instead of these

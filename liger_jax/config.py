@@ -212,8 +212,13 @@ class QwenVLConfig:
             case "qwen3_vl":
                 text |= {"num_hidden_layers": 3, "head_dim": 32, "mrope_section": (6, 5, 5)}
                 vision |= {"depth": 4, "intermediate_size": 72, "deepstack_layers": (0, 2), "position_table_side": 4}
-        special_tokens = {name: vocab_size - offset for name, offset in zip(_SPECIAL_TOKENS, (2, 1, 5, 4), strict=True)}
-        return dataclasses.replace(cls._preset(family, text, vision), **special_tokens)
+        return dataclasses.replace(
+            cls._preset(family, text, vision),
+            image_token_id=vocab_size - 2,
+            video_token_id=vocab_size - 1,
+            vision_start_token_id=vocab_size - 5,
+            vision_end_token_id=vocab_size - 4,
+        )
 
     @classmethod
     def _preset(
@@ -325,17 +330,17 @@ class _Family:
     architecture: str  # its class in transformers
     vision_activation: str  # hidden_act of its vision_config
     vision_keys: Mapping[str, str]  # key in vision_config -> field of VisionConfig, where the names differ
-    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the values of switches
-    vision: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text: dict[str, Any] = dataclasses.field(default_factory=dict)  # the values of switches
+    vision: dict[str, Any] = dataclasses.field(default_factory=dict)
     # values of all published checkpoints
-    published_text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    published_vision: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published_text: dict[str, Any] = dataclasses.field(default_factory=dict)
+    published_vision: dict[str, Any] = dataclasses.field(default_factory=dict)
     # transformers' values for what a config.json may omit, where they are not the published ones; for vision by its keys
-    omitted_text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    omitted_vision: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    omitted_text: dict[str, Any] = dataclasses.field(default_factory=dict)
+    omitted_vision: dict[str, Any] = dataclasses.field(default_factory=dict)
     # keys with a fixed value
-    text_keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rope_keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text_keys: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rope_keys: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _FAMILIES = {
@@ -496,8 +501,10 @@ def _vision_errors(vision: VisionConfig, text: TextConfig) -> list[str]:
 def _family_errors(config: QwenVLConfig) -> list[str]:
     """Returns an error for each value that a config.json of the family cannot express."""
     member, errors = _FAMILIES[config.family], []
-    keys = {"text": (*_TEXT_KEYS, "rope_theta", "mrope_section")}
-    keys["vision"] = (*_VISION_KEYS, "rope_theta", *member.vision_keys.values())
+    keys = {
+        "text": [*_TEXT_KEYS, "rope_theta", "mrope_section"],
+        "vision": [*_VISION_KEYS, "rope_theta", *member.vision_keys.values()],
+    }
     for part, switches in (("text", member.text), ("vision", member.vision)):
         for field in dataclasses.fields(getattr(config, part)):
             value, expected = getattr(getattr(config, part), field.name), switches.get(field.name, field.default)

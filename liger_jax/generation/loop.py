@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.lora import lora_config
 from liger_jax.model.qwen_vl import causal_attention
 from liger_jax.model.sharding import find_abstract_mesh
-from liger_jax.model.text import DecoderLayer
+from liger_jax.model.text import DecoderLayer, Deepstack
 
 NON_FINITE = -1  # recorded in place of a token that was chosen by a logit that is NaN or infinite
 NEW_TOKENS = 64  # smallest bucket of room for new tokens, see `bucket`
@@ -79,7 +80,8 @@ def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, j
     def attend(q, k, v):
         return causal_attention(segments, q, k, v)[0], (k, v)
 
-    return model.language_model(model.embed(batch), batch.position_ids, attend)
+    x, deepstack = model.embed(batch)
+    return model.language_model(x, batch.position_ids, attend, deepstack=deepstack)
 
 
 @jax.jit
@@ -119,7 +121,8 @@ def extend(model: Qwen2VL, cache: KVCache, batch: Batch, slot: jax.Array) -> tup
     def attend(i, q, k, v):
         return cache.attend_chunk(i, slot, segments, q, k, v)
 
-    hidden, keys, values = _run_layers(model, unstack_layers(model), model.embed(batch), batch.position_ids, attend)
+    x, deepstack = model.embed(batch)
+    hidden, keys, values = _run_layers(model, unstack_layers(model), x, batch.position_ids, attend, deepstack)
     return hidden, dataclasses.replace(cache, keys=keys, values=values).mark_valid(slot, segments)
 
 
@@ -217,7 +220,14 @@ def decode_loop(
     return cache, state, (state.generated.tokens, state.step, state.done)
 
 
-def _run_layers(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, position_ids: jax.Array, attend) -> tuple:
+def _run_layers(
+    model: Qwen2VL,
+    layers: list[DecoderLayer],
+    x: jax.Array,
+    position_ids: jax.Array,
+    attend: Callable[..., tuple[jax.Array, Any]],
+    deepstack: Deepstack | None = None,
+) -> tuple:
     """Runs x [B, T, H] through all layers; layer i calls attend(i, q, k, v), which returns output and (keys, values).
 
     Returns:
@@ -227,6 +237,8 @@ def _run_layers(model: Qwen2VL, layers: list[DecoderLayer], x: jax.Array, positi
     keys_values = []
     for i, layer in enumerate(layers):
         x, layer_keys_values = layer(x, cos, sin, functools.partial(attend, i))
+        if deepstack is not None and i < len(deepstack.features):
+            x = deepstack.add(x, deepstack.features[i])
         keys_values.append(layer_keys_values)
     return model.language_model.norm(x), *zip(*keys_values, strict=True)
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,25 @@ import numpy as np
 from flax import nnx
 
 from liger_jax.errors import UserError
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.layers import Linear, LoRA
 from liger_jax.model.params import TABLE, param_group, param_paths
 from liger_jax.model.sharding import get_mesh, param_shardings
 
-# PEFT's name for each `Linear` that LoRA can adapt, and its path. PEFT's "all-linear" means all of them.
+# The name of each `Linear` that LoRA can adapt, and its path. PEFT's "all-linear" means all that a model has. The names are
+# PEFT's for Qwen2-VL.
 TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target}
 TEXT_TARGETS = {row.target: row.path.removesuffix("/kernel") for row in TABLE if row.target and row.part == "text"}
+# PEFT's names for the vision layers of Qwen3-VL, which calls all of them linear_fc1 and linear_fc2.
+ALIASES = {
+    f"{prefix}linear_fc{i}": tuple(name[i - 1] for name in names)
+    for i in (1, 2)
+    for prefix, names in (
+        ("mlp.", [("fc1", "fc2")]),
+        ("merger.", [("mlp.0", "mlp.2")]),
+        ("", [("fc1", "fc2"), ("mlp.0", "mlp.2"), ("deepstack.fc1", "deepstack.fc2")]),
+    )
+}
 
 LARGEST_RANK = 2**20  # far above the size of any layer
 
@@ -47,25 +58,39 @@ class LoraOptions:
     alpha: float = 16
     """Numerator of the scale, alpha / rank."""
     targets: str | Collection[str] = tuple(TEXT_TARGETS)
-    """PEFT's names for the adapted layers, some of `TARGETS`, or "all-linear". Stored as a tuple in that order."""
+    """Names of the adapted layers, some of `TARGETS` or `ALIASES`, or "all-linear". Stored in the order of `TARGETS`."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
 
     def __post_init__(self):
         names = {self.targets} if isinstance(self.targets, str) else set(self.targets)
-        if names == {"all-linear"}:
-            names = set(TARGETS)
-        if not names or names - TARGETS.keys():
+        names = {target for name in names for target in ALIASES.get(name, (name,))}
+        if names != {"all-linear"} and (not names or names - TARGETS.keys()):
             raise UserError(f"targets is {self.targets!r}; expected 'all-linear' or some of {list(TARGETS)}")
         if not 1 <= self.rank <= LARGEST_RANK:
             raise UserError(f"rank is {self.rank}; expected at least 1 and at most {LARGEST_RANK}")
         if not 0 < self.alpha < 1e30:  # also false for NaN
             raise UserError(f"alpha is {self.alpha!s:.60}; expected above 0, within the range of float32")
-        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in names))
+        object.__setattr__(self, "targets", tuple(name for name in ("all-linear", *TARGETS) if name in names))
+
+    def for_model(self, model: QwenVL) -> Self:
+        """Returns the options with the names of all layers of the model in place of "all-linear".
+
+        Raises:
+            UserError: The model has no layer of one of the names.
+        """
+        names = find_targets(model)
+        if self.targets == ("all-linear",):
+            return dataclasses.replace(self, targets=tuple(names))
+        if missing := [name for name in self.targets if name not in names]:
+            raise UserError(
+                f"targets has {missing}, which the model lacks; expected 'all-linear' or some of {list(names)}"
+            )
+        return self
 
 
 def add_lora(
-    model: Qwen2VL,
+    model: QwenVL,
     *,
     rank: int = 8,
     alpha: float = 16,
@@ -73,7 +98,7 @@ def add_lora(
     rslora: bool = False,
     seed: int = 0,
     dtype="float32",
-) -> Qwen2VL:
+) -> QwenVL:
     """Returns the model with LoRA matrices A and B added to some of its layers.
 
     Its outputs do not change until B is trained. A is uniform in +-1 / sqrt(inputs), as in PEFT. The weights are shared with
@@ -84,7 +109,7 @@ def add_lora(
         model: without LoRA. On a mesh, A and B are split as the weights are.
         rank: rank of the update, the number of A's columns and of B's rows.
         alpha: numerator of the scale, alpha / rank.
-        targets: PEFT's names for the layers to adapt, some of `TARGETS`, or "all-linear" for all of them. By default,
+        targets: names of the layers to adapt, some of `TARGETS` or `ALIASES`, or "all-linear" for all of them. By default,
             those of the text tower.
         rslora: scale by alpha / sqrt(rank) instead.
         seed: seed for the random numbers in A.
@@ -95,7 +120,8 @@ def add_lora(
         A new model.
 
     Raises:
-        UserError: No target or an unknown one, a rank or alpha that is not positive, or a model that already has LoRA.
+        UserError: No target, an unknown one, or one that the model lacks; a rank or alpha that is not positive; or a model
+            that already has LoRA.
 
     Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685
 
@@ -105,13 +131,14 @@ def add_lora(
         >>> model.language_model.layers.self_attn.q_proj.lora.a.shape
         (2, 64, 4)
     """
-    options = LoraOptions(rank, alpha, targets, rslora)
+    options = LoraOptions(rank, alpha, targets, rslora).for_model(model)
     if lora_config(model) is not None:
         raise UserError("The model already has LoRA; expected one without, as merge_lora returns it")
     model = jax.tree.map(lambda leaf: leaf, model)  # new modules, the same arrays
 
     def init(seed):
-        keys = dict(zip(TARGETS, jax.random.split(jax.random.key(seed), len(TARGETS)), strict=True))
+        names = find_targets(model)
+        keys = dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
         loras = {}
         for name in options.targets:
             path = TARGETS[name]
@@ -126,7 +153,7 @@ def add_lora(
     return model
 
 
-def merge_lora(model: Qwen2VL) -> Qwen2VL:
+def merge_lora(model: QwenVL) -> QwenVL:
     """Returns the model with W + scale A B, computed in float32, in place of W, and without A and B.
 
     Raises:
@@ -153,7 +180,7 @@ def merge_lora(model: Qwen2VL) -> Qwen2VL:
     return model
 
 
-def lora_config(model: Qwen2VL) -> LoraOptions | None:
+def lora_config(model: QwenVL) -> LoraOptions | None:
     """Returns the options of the model's LoRA, as given to `add_lora`, or None for a model without LoRA.
 
     Example:
@@ -162,14 +189,28 @@ def lora_config(model: Qwen2VL) -> LoraOptions | None:
         >>> lora_config(model).rank, len(lora_config(model).targets)
         (8, 7)
     """
-    loras = {name: lora for name, path in TARGETS.items() if (lora := _get_linear(model, path).lora) is not None}
+    loras = {
+        name: lora for name, path in find_targets(model).items() if (lora := _get_linear(model, path).lora) is not None
+    }
     if not loras:
         return None
     first = next(iter(loras.values()))
     return LoraOptions(first.rank, first.alpha, tuple(loras), first.rslora)
 
 
-def adapted_parts(model: Qwen2VL) -> set[str]:
+def find_targets(model: QwenVL) -> dict[str, str]:
+    """Returns the names and paths of the layers of a model that LoRA can adapt: some of `TARGETS`, in that order.
+
+    Example:
+        >>> from liger_jax import QwenVL, QwenVLConfig
+        >>> list(find_targets(QwenVL.abstract(QwenVLConfig.tiny(family="qwen3_vl"))))[-4:]
+        ['mlp.0', 'mlp.2', 'deepstack.fc1', 'deepstack.fc2']
+    """
+    paths = param_paths(model)
+    return {name: path for name, path in TARGETS.items() if f"{path}/kernel" in paths}
+
+
+def adapted_parts(model: QwenVL) -> set[str]:
     """Returns the parts of the model that have LoRA: some of `liger_jax.model.params.PARTS`."""
     return {param_group(path.partition("/lora/")[0] + "/kernel") for path in lora_leaves(model)}
 

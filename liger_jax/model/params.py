@@ -11,20 +11,22 @@ maps H to N heads of D numbers. An axis name denotes the same size in every row:
 
     text    V vocabulary, H width, N query heads, K key/value heads, D head size, F MLP width, L layers
     vision  E width, n heads, d head size, I MLP width, Lv layers; C channels, T frames and P x Q pixels of a patch;
-            M input width and m hidden width of the merger (M = m)
+            R entries of the position table; M input width and m hidden width of the mergers (M = m); Ls deepstack mergers
     LoRA    r rank
 
 Names that begin with L are stacking axes: the layers of a tower are one module, and its parameters have one entry per layer.
+
+The table has the rows of the whole family. The structure of a model, which follows from its configuration, decides which of
+them exist.
 """
 
 import dataclasses
-import math
 import re
 from typing import Any
 
 import jax
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.options import Part
 
 
@@ -39,8 +41,8 @@ class Parameter:
     decays: bool
     """Whether weight decay applies: to kernels and embeddings, as in transformers, and not to norms and biases."""
     target: str | None = None
-    """PEFT's name for the `Linear` of this kernel if LoRA can adapt it: the shortest unambiguous suffix of the hub's name.
-    ("proj" alone would also match the patch embedding, which PEFT treats as a convolution.)"""
+    """The name of this kernel's `Linear` if LoRA can adapt it: PEFT's for Qwen2-VL, the shortest unambiguous suffix of the
+    hub's name. ("proj" alone would also match the patch embedding, which PEFT treats as a convolution.)"""
 
     @property
     def dimensions(self) -> list[list[str]]:
@@ -73,47 +75,59 @@ class Parameter:
         """Whether a single layer's parameter is one-dimensional: a norm's weight, or a bias without head axes."""
         return len(split_axes(self.layer_axes)) == 1
 
-    def size(self, sizes: dict[str, int]) -> int:
-        """Returns the number of elements, given the size of each axis."""
-        return math.prod(sizes[axis] for dimension in self.dimensions for axis in dimension)
-
 
 # fmt: off
 TABLE = (
-    Parameter("language_model/embed_tokens/weight",                     "V H",                "text",   True),
-    Parameter("language_model/layers/input_layernorm/weight",           "L H",                "text",   False),
-    Parameter("language_model/layers/self_attn/q_proj/kernel",          "L H -> N D",         "text",   True,  "q_proj"),
-    Parameter("language_model/layers/self_attn/q_proj/bias",            "L N D",              "text",   False),
-    Parameter("language_model/layers/self_attn/k_proj/kernel",          "L H -> K D",         "text",   True,  "k_proj"),
-    Parameter("language_model/layers/self_attn/k_proj/bias",            "L K D",              "text",   False),
-    Parameter("language_model/layers/self_attn/v_proj/kernel",          "L H -> K D",         "text",   True,  "v_proj"),
-    Parameter("language_model/layers/self_attn/v_proj/bias",            "L K D",              "text",   False),
-    Parameter("language_model/layers/self_attn/o_proj/kernel",          "L N D -> H",         "text",   True,  "o_proj"),
-    Parameter("language_model/layers/post_attention_layernorm/weight",  "L H",                "text",   False),
-    Parameter("language_model/layers/mlp/gate_proj/kernel",             "L H -> F",           "text",   True,  "gate_proj"),
-    Parameter("language_model/layers/mlp/up_proj/kernel",               "L H -> F",           "text",   True,  "up_proj"),
-    Parameter("language_model/layers/mlp/down_proj/kernel",             "L F -> H",           "text",   True,  "down_proj"),
-    Parameter("language_model/norm/weight",                             "H",                  "text",   False),
-    Parameter("lm_head/weight",                                         "V H",                "text",   True),
-    Parameter("visual/patch_embed/kernel",                              "(C T P Q) -> E",     "vision", True),
-    Parameter("visual/blocks/norm1/weight",                             "Lv E",               "vision", False),
-    Parameter("visual/blocks/norm1/bias",                               "Lv E",               "vision", False),
-    Parameter("visual/blocks/attn/qkv/kernel",                          "Lv E -> 3 n d",      "vision", True,  "qkv"),
-    Parameter("visual/blocks/attn/qkv/bias",                            "Lv 3 n d",           "vision", False),
-    Parameter("visual/blocks/attn/proj/kernel",                         "Lv n d -> E",        "vision", True,  "attn.proj"),
-    Parameter("visual/blocks/attn/proj/bias",                           "Lv E",               "vision", False),
-    Parameter("visual/blocks/norm2/weight",                             "Lv E",               "vision", False),
-    Parameter("visual/blocks/norm2/bias",                               "Lv E",               "vision", False),
-    Parameter("visual/blocks/mlp/fc1/kernel",                           "Lv E -> I",          "vision", True,  "fc1"),
-    Parameter("visual/blocks/mlp/fc1/bias",                             "Lv I",               "vision", False),
-    Parameter("visual/blocks/mlp/fc2/kernel",                           "Lv I -> E",          "vision", True,  "fc2"),
-    Parameter("visual/blocks/mlp/fc2/bias",                             "Lv E",               "vision", False),
-    Parameter("visual/merger/ln_q/weight",                              "E",                  "merger", False),
-    Parameter("visual/merger/ln_q/bias",                                "E",                  "merger", False),
-    Parameter("visual/merger/fc1/kernel",                               "M -> m",             "merger", True,  "mlp.0"),
-    Parameter("visual/merger/fc1/bias",                                 "m",                  "merger", False),
-    Parameter("visual/merger/fc2/kernel",                               "m -> H",             "merger", True,  "mlp.2"),
-    Parameter("visual/merger/fc2/bias",                                 "H",                  "merger", False),
+    Parameter("language_model/embed_tokens/weight",                   "V H",             "text",   True),
+    Parameter("language_model/layers/input_layernorm/weight",         "L H",             "text",   False),
+    Parameter("language_model/layers/self_attn/q_proj/kernel",        "L H -> N D",      "text",   True, "q_proj"),
+    Parameter("language_model/layers/self_attn/q_proj/bias",          "L N D",           "text",   False),
+    Parameter("language_model/layers/self_attn/k_proj/kernel",        "L H -> K D",      "text",   True, "k_proj"),
+    Parameter("language_model/layers/self_attn/k_proj/bias",          "L K D",           "text",   False),
+    Parameter("language_model/layers/self_attn/v_proj/kernel",        "L H -> K D",      "text",   True, "v_proj"),
+    Parameter("language_model/layers/self_attn/v_proj/bias",          "L K D",           "text",   False),
+    Parameter("language_model/layers/self_attn/q_norm/weight",        "L D",             "text",   False),
+    Parameter("language_model/layers/self_attn/k_norm/weight",        "L D",             "text",   False),
+    Parameter("language_model/layers/self_attn/o_proj/kernel",        "L N D -> H",      "text",   True, "o_proj"),
+    Parameter("language_model/layers/post_attention_layernorm/weight", "L H",             "text",   False),
+    Parameter("language_model/layers/mlp/gate_proj/kernel",           "L H -> F",        "text",   True, "gate_proj"),
+    Parameter("language_model/layers/mlp/up_proj/kernel",             "L H -> F",        "text",   True, "up_proj"),
+    Parameter("language_model/layers/mlp/down_proj/kernel",           "L F -> H",        "text",   True, "down_proj"),
+    Parameter("language_model/norm/weight",                           "H",               "text",   False),
+    Parameter("lm_head/weight",                                       "V H",             "text",   True),
+    Parameter("visual/patch_embed/kernel",                            "(C T P Q) -> E",  "vision", True),
+    Parameter("visual/patch_embed/bias",                              "E",               "vision", False),
+    Parameter("visual/position_table/weight",                         "R E",             "vision", True),
+    Parameter("visual/blocks/norm1/weight",                           "Lv E",            "vision", False),
+    Parameter("visual/blocks/norm1/bias",                             "Lv E",            "vision", False),
+    Parameter("visual/blocks/attn/qkv/kernel",                        "Lv E -> 3 n d",   "vision", True, "qkv"),
+    Parameter("visual/blocks/attn/qkv/bias",                          "Lv 3 n d",        "vision", False),
+    Parameter("visual/blocks/attn/proj/kernel",                       "Lv n d -> E",     "vision", True, "attn.proj"),
+    Parameter("visual/blocks/attn/proj/bias",                         "Lv E",            "vision", False),
+    Parameter("visual/blocks/norm2/weight",                           "Lv E",            "vision", False),
+    Parameter("visual/blocks/norm2/bias",                             "Lv E",            "vision", False),
+    Parameter("visual/blocks/mlp/fc1/kernel",                         "Lv E -> I",       "vision", True, "fc1"),
+    Parameter("visual/blocks/mlp/fc1/bias",                           "Lv I",            "vision", False),
+    Parameter("visual/blocks/mlp/fc2/kernel",                         "Lv I -> E",       "vision", True, "fc2"),
+    Parameter("visual/blocks/mlp/fc2/bias",                           "Lv E",            "vision", False),
+    Parameter("visual/blocks/mlp/gate_proj/kernel",                   "Lv E -> I",       "vision", True, "visual.gate_proj"),
+    Parameter("visual/blocks/mlp/gate_proj/bias",                     "Lv I",            "vision", False),
+    Parameter("visual/blocks/mlp/up_proj/kernel",                     "Lv E -> I",       "vision", True, "visual.up_proj"),
+    Parameter("visual/blocks/mlp/up_proj/bias",                       "Lv I",            "vision", False),
+    Parameter("visual/blocks/mlp/down_proj/kernel",                   "Lv I -> E",       "vision", True, "visual.down_proj"),
+    Parameter("visual/blocks/mlp/down_proj/bias",                     "Lv E",            "vision", False),
+    Parameter("visual/merger/ln_q/weight",                            "E",               "merger", False),
+    Parameter("visual/merger/ln_q/bias",                              "E",               "merger", False),
+    Parameter("visual/merger/fc1/kernel",                             "M -> m",          "merger", True, "mlp.0"),
+    Parameter("visual/merger/fc1/bias",                               "m",               "merger", False),
+    Parameter("visual/merger/fc2/kernel",                             "m -> H",          "merger", True, "mlp.2"),
+    Parameter("visual/merger/fc2/bias",                               "H",               "merger", False),
+    Parameter("visual/deepstack/norm/weight",                         "Ls M",            "merger", False),
+    Parameter("visual/deepstack/norm/bias",                           "Ls M",            "merger", False),
+    Parameter("visual/deepstack/fc1/kernel",                          "Ls M -> m",       "merger", True, "deepstack.fc1"),
+    Parameter("visual/deepstack/fc1/bias",                            "Ls m",            "merger", False),
+    Parameter("visual/deepstack/fc2/kernel",                          "Ls m -> H",       "merger", True, "deepstack.fc2"),
+    Parameter("visual/deepstack/fc2/bias",                            "Ls H",            "merger", False),
 )
 # fmt: on
 
@@ -170,11 +184,11 @@ def param_group(path: str) -> str:
     return find_row(path).part
 
 
-def axis_sizes(config: Qwen2VLConfig) -> dict[str, int]:
+def axis_sizes(config: QwenVLConfig) -> dict[str, int]:
     """Returns the size of each axis of the table for a configuration.
 
     Example:
-        >>> axis_sizes(Qwen2VLConfig.qwen2_vl_2b())["F"]
+        >>> axis_sizes(QwenVLConfig.qwen2_vl_2b())["F"]
         8960
     """
     text, vision = config.text, config.vision
@@ -194,6 +208,8 @@ def axis_sizes(config: Qwen2VLConfig) -> dict[str, int]:
         "Lv": vision.depth,
         "M": merged,
         "m": merged,
+        "Ls": len(vision.deepstack_layers),
+        "R": vision.position_table_side**2,
         "C": vision.in_channels,
         "T": vision.temporal_patch_size,
         "P": vision.patch_size,

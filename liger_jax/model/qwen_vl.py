@@ -17,7 +17,7 @@ from liger_jax.inputs.batch import Batch
 from liger_jax.model.layers import Embedding, Initializer
 from liger_jax.model.sharding import constrain_batch, param_shardings, replicate, run_on_auto_axes
 from liger_jax.model.summary import summarize
-from liger_jax.model.text import LanguageModel
+from liger_jax.model.text import Deepstack, LanguageModel
 from liger_jax.model.vision import VisionTower
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
@@ -66,15 +66,21 @@ class QwenVL(nnx.Module):
 
     def embed(
         self, batch: Batch, *, execution: LayerExecution = DEFAULT_EXECUTION, capture: dict | None = None
-    ) -> jax.Array:
-        """Returns the token embeddings [B, T, H], with the vision tower's features in place of placeholders."""
+    ) -> tuple[jax.Array, Deepstack | None]:
+        """Returns the token embeddings [B, T, H], with the vision tower's features in place of placeholders.
+
+        Also returns the features that the first decoder layers add, or None if there are none.
+        """
         x = constrain_batch(replicate(self.language_model.embed_tokens.weight[...])[batch.input_ids])
+        deepstack = None
         if batch.vision is not None:
-            features = self.visual(batch.vision, execution=execution, capture=capture)
-            x = jax.vmap(_scatter_features)(x, batch.vision.token_positions, features)
+            positions = batch.vision.token_positions
+            features, deeper = self.visual(batch.vision, execution=execution, capture=capture)
+            x = jax.vmap(_scatter_features)(x, positions, features)
+            deepstack = None if deeper is None else Deepstack(deeper, positions)
         if capture is not None:
             capture["inputs_embeds"] = x
-        return x
+        return x, deepstack
 
     def hidden_states(
         self, batch: Batch, *, execution: LayerExecution = DEFAULT_EXECUTION, capture: dict | None = None
@@ -88,9 +94,10 @@ class QwenVL(nnx.Module):
         """
 
         def run(model: Self, batch: Batch) -> jax.Array:
-            x = model.embed(batch, execution=execution, capture=capture)
+            x, deepstack = model.embed(batch, execution=execution, capture=capture)
             attend = functools.partial(causal_attention, pk.find_segments(batch.segment_ids, batch.max_segments))
-            return model.language_model(x, batch.position_ids, attend, execution=execution, capture=capture)[0]
+            options: dict[str, Any] = {"execution": execution, "capture": capture}
+            return model.language_model(x, batch.position_ids, attend, deepstack=deepstack, **options)[0]
 
         return run_on_auto_axes(run, self, batch, rows_of=batch.input_ids)
 
@@ -105,8 +112,9 @@ class QwenVL(nnx.Module):
     def activations(self, batch: Batch) -> dict[str, jax.Array]:
         """Returns the output of every layer, for inspection.
 
-        patch_embed [B,P,E], vision_blocks [Lv,B,P,E] and features [B,P/4,H] if the batch has images; inputs_embeds [B,T,H],
-        text_layers [L,B,T,H], final_hidden [B,T,H], logits [B,T,V].
+        patch_embed [B,P,E], vision_blocks [Lv,B,P,E], features [B,P/4,H] and, with deepstack, deepstack [Ls,B,P/4,H] if the
+        batch has images; inputs_embeds [B,T,H], text_layers [L,B,T,H] before deepstack is added, final_hidden [B,T,H],
+        logits [B,T,V].
         """
         capture: dict[str, jax.Array] = {}
         capture["logits"] = self.logits(self.hidden_states(batch, capture=capture))

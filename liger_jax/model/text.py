@@ -5,8 +5,9 @@ callback, so that the same layers serve training (attention within a row), prefi
 decoding (attention to a KV cache).
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +24,43 @@ from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
+class Deepstack(NamedTuple):
+    """Features of the vision tower that are added to the outputs of the first decoder layers, at placeholder tokens."""
+
+    features: jax.Array  # [Ls, B, P/4, H]; the first for the first layer
+    token_positions: jax.Array  # [B, P/4] int32: each feature's position in the sequence; dropped if >= T
+
+    def add(self, x: jax.Array, features: jax.Array) -> jax.Array:
+        """Returns x [B, T, H] with the features [B, P/4, H] of one layer added."""
+
+        def add_to_row(x, positions, features):
+            return x.at[positions].add(features.astype(x.dtype), mode="drop", unique_indices=True)
+
+        return jax.vmap(add_to_row)(x, self.token_positions, features)
+
+
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with RoPE: x [B, T, H] to [B, T, H]."""
+    """Grouped-query attention with RoPE, and perhaps a norm of each query and key head: x [B, T, H] to [B, T, H]."""
 
     def __init__(self, init: Initializer, config: TextConfig, stack):
         width, heads = (config.hidden_size,), (config.num_attention_heads, config.head_dim)
         kv_heads = (config.num_key_value_heads, config.head_dim)
-        self.q_proj = Linear(init, width, heads, stack=stack, bias=True)
-        self.k_proj = Linear(init, width, kv_heads, stack=stack, bias=True)
-        self.v_proj = Linear(init, width, kv_heads, stack=stack, bias=True)
+        self.q_proj = Linear(init, width, heads, stack=stack, bias=config.attention_bias)
+        self.k_proj = Linear(init, width, kv_heads, stack=stack, bias=config.attention_bias)
+        self.v_proj = Linear(init, width, kv_heads, stack=stack, bias=config.attention_bias)
         self.o_proj = Linear(init, heads, width, stack=stack, bias=False)
+        norm = functools.partial(RMSNorm, init, config.head_dim, stack=stack, eps=config.rms_norm_eps)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def __call__(self, x, cos, sin, attend: Attend):
-        q, k = pk.rope(self.q_proj(x), self.k_proj(x), cos, sin)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if self.q_norm is None or self.k_norm is None:
+            q, k = pk.rope(q, k, cos, sin)
+        else:
+            q, k = pk.qk_norm_rope(
+                q, k, self.q_norm.weight[...], self.k_norm.weight[...], cos, sin, eps=self.q_norm.eps
+            )
         out, aux = attend(q, k, self.v_proj(x))
         return self.o_proj(out), aux
 
@@ -83,11 +108,10 @@ class LanguageModel(nnx.Module):
     def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the M-RoPE tables cos and sin [B, T, D/2] for positions (t, h, w) [B, 3, T].
 
-        The first mrope_section[0] frequencies rotate with t, the next with h, the last with w. The three tables are merged
-        into one here, once for all layers.
+        Each frequency rotates with one of t, h and w, see `TextConfig.rotary_axes`. The three tables are merged into one
+        here, once for all layers.
         """
-        sections = self.config.mrope_section
-        axis = np.repeat(np.arange(len(sections)), sections)  # the position axis of each frequency
+        axis = np.array(self.config.rotary_axes)
         position = jnp.take(position_ids.astype(jnp.float32), axis, axis=1)  # [B, D/2, T]
         angle = position.swapaxes(1, 2) * inverse_frequencies(self.config.rope_theta, len(axis))
         return jnp.cos(angle), jnp.sin(angle)
@@ -98,12 +122,14 @@ class LanguageModel(nnx.Module):
         position_ids: jax.Array,
         attend: Attend,
         *,
+        deepstack: Deepstack | None = None,
         execution: LayerExecution = DEFAULT_EXECUTION,
         capture: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         """Returns the normed hidden states [B, T, H] for embeddings x [B, T, H], and attend's further results by layer.
 
-        `capture`, if given, receives the outputs of all layers.
+        `deepstack`, if given, is added to the outputs of the first layers. `capture`, if given, receives the outputs of all
+        layers.
         """
         cos, sin = self.rotary(position_ids)
 
@@ -111,7 +137,8 @@ class LanguageModel(nnx.Module):
             x, aux = weights(x, cos, sin, attend)
             return x, (aux, None if capture is None else x)
 
-        x, (aux, outputs) = scan_layers(layer, x, self.layers, execution, tower="text")
+        after_first = None if deepstack is None else (deepstack.add, deepstack.features)
+        x, (aux, outputs), _ = scan_layers(layer, x, self.layers, execution, tower="text", after_first=after_first)
         hidden = self.norm(x)
         if capture is not None:
             capture |= {"text_layers": outputs, "final_hidden": hidden}

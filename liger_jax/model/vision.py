@@ -1,8 +1,11 @@
 """The vision tower: patches of images and video frames in, one feature vector per 2 x 2 patches out.
 
 Shapes: B rows, P patches per row (of several images and frames, then padding), E width, n heads of size d. A patch attends
-only to patches of its own image or frame, which have the same segment id.
+only to patches of its own image or frame, which have the same segment id, and in some layers only to those of its window.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +14,52 @@ from flax import nnx
 import pallas_kernels as pk
 from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
-from liger_jax.model.layers import Initializer, LayerNorm, Linear, inverse_frequencies
-from liger_jax.model.remat import scan_layers
-from liger_jax.model.sharding import constrain_batch
+from liger_jax.model.layers import Embedding, Initializer, LayerNorm, Linear, RMSNorm, inverse_frequencies
+from liger_jax.model.remat import scan_layers, unstack
+from liger_jax.model.sharding import constrain_batch, replicate
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v [B, P, n, d] -> [B, P, n, d]
 
 
 class VisionAttention(nnx.Module):
-    """Attention within images and frames, with axial RoPE: x [B, P, E] to [B, P, E]."""
+    """Attention within images, frames or windows, with axial RoPE: x [B, P, E] to [B, P, E]."""
 
     def __init__(self, init: Initializer, config: VisionConfig, stack):
         heads, width = (config.num_heads, config.head_dim), (config.embed_dim,)
         self.qkv = Linear(init, width, (3, *heads), stack=stack, bias=True)
         self.proj = Linear(init, heads, width, stack=stack, bias=True)
 
-    def __call__(self, x, cos, sin, segments: pk.Segments):
+    def __call__(self, x, cos, sin, attend: Attend):
         q, k, v = self.qkv.unstacked(x)
         q, k = pk.rope(q, k, cos, sin)
-        return self.proj(pk.attention(q, k, v, segment_ids=segments))
+        return self.proj(attend(q, k, v))
 
 
 class VisionMLP(nnx.Module):
-    """MLP with quick GELU: x [B, P, E] to [B, P, E]."""
+    """MLP with a variant of GELU: x [B, P, E] to [B, P, E]."""
 
     def __init__(self, init: Initializer, config: VisionConfig, stack):
         width, hidden = (config.embed_dim,), (config.intermediate_size,)
         self.fc1 = Linear(init, width, hidden, stack=stack, bias=True)
         self.fc2 = Linear(init, hidden, width, stack=stack, bias=True)
+        self.activation = {"quick_gelu": pk.quick_gelu, "gelu_tanh": pk.gelu_tanh}[config.mlp]
 
     def __call__(self, x):
-        return self.fc2(pk.quick_gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class VisionSwiGLU(nnx.Module):
+    """SwiGLU MLP with biases: x [B, P, E] to [B, P, E]."""
+
+    def __init__(self, init: Initializer, config: VisionConfig, stack):
+        width, hidden = (config.embed_dim,), (config.intermediate_size,)
+        self.gate_proj = Linear(init, width, hidden, stack=stack, bias=True)
+        self.up_proj = Linear(init, width, hidden, stack=stack, bias=True)
+        self.down_proj = Linear(init, hidden, width, stack=stack, bias=True)
+
+    def __call__(self, x):
+        return self.down_proj(pk.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class VisionBlock(nnx.Module):
@@ -48,13 +67,13 @@ class VisionBlock(nnx.Module):
 
     def __init__(self, init: Initializer, config: VisionConfig):
         stack = (config.depth,)
-        self.norm1 = LayerNorm(init, config.embed_dim, stack=stack)
+        self.norm1 = make_norm(init, config, stack=stack)
         self.attn = VisionAttention(init, config, stack)
-        self.norm2 = LayerNorm(init, config.embed_dim, stack=stack)
-        self.mlp = VisionMLP(init, config, stack)
+        self.norm2 = make_norm(init, config, stack=stack)
+        self.mlp = (VisionSwiGLU if config.mlp == "swiglu" else VisionMLP)(init, config, stack)
 
-    def __call__(self, x, cos, sin, segments: pk.Segments):
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
+    def __call__(self, x, cos, sin, attend: Attend):
+        x = x + self.attn(self.norm1(x), cos, sin, attend)
         return x + self.mlp(self.norm2(x))
 
 
@@ -63,7 +82,7 @@ class PatchMerger(nnx.Module):
 
     def __init__(self, init: Initializer, config: VisionConfig):
         merged = (config.embed_dim * config.merge_unit,)
-        self.ln_q = LayerNorm(init, config.embed_dim)
+        self.ln_q = make_norm(init, config)
         self.fc1 = Linear(init, merged, merged, bias=True)
         self.fc2 = Linear(init, merged, (config.hidden_size,), bias=True)
 
@@ -73,14 +92,32 @@ class PatchMerger(nnx.Module):
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
+class DeepstackMergers(nnx.Module):
+    """One merger for each deepstack layer. They merge patches as `PatchMerger` does, and normalize after merging."""
+
+    def __init__(self, init: Initializer, config: VisionConfig):
+        stack, merged = (len(config.deepstack_layers),), (config.embed_dim * config.merge_unit,)
+        self.norm = LayerNorm(init, *merged, stack=stack)
+        self.fc1 = Linear(init, merged, merged, stack=stack, bias=True)
+        self.fc2 = Linear(init, merged, (config.hidden_size,), stack=stack, bias=True)
+
+    def __call__(self, x):
+        """Returns x [B, P, E], merged to [B, P/4, H] by one of the mergers."""
+        x = self.norm(constrain_batch(x.reshape(x.shape[0], -1, self.fc1.kernel.shape[0])))
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
 class VisionTower(nnx.Module):
-    """Patch embedding, transformer blocks and merger: turns patches into features of the text model's width."""
+    """Patch embedding, transformer blocks and mergers: turns patches into features of the text model's width."""
 
     def __init__(self, init: Initializer, config: VisionConfig):
         self.config = config
-        self.patch_embed = Linear(init, (config.patch_values,), (config.embed_dim,), bias=False)
+        self.patch_embed = Linear(init, (config.patch_values,), (config.embed_dim,), bias=config.patch_bias)
+        table_size = config.position_table_side**2
+        self.position_table = Embedding(init, table_size, config.embed_dim) if table_size else None
         self.blocks = VisionBlock(init, config)
         self.merger = PatchMerger(init, config)
+        self.deepstack = DeepstackMergers(init, config) if config.deepstack_layers else None
 
     def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the axial RoPE tables cos and sin [B, P, d/2] for positions (h, w) [B, P, 2].
@@ -98,18 +135,67 @@ class VisionTower(nnx.Module):
         *,
         execution: LayerExecution = DEFAULT_EXECUTION,
         capture: dict[str, jax.Array] | None = None,
-    ) -> jax.Array:
-        """Returns the features [B, P/4, H]. `capture`, if given, receives the outputs of all layers."""
-        patches = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
-        cos, sin = self.rotary(vision.position_ids)
-        segments = pk.find_segments(vision.segment_ids, vision.max_segments)
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the features [B, P/4, H], and those of the deepstack layers [Ls, B, P/4, H], or None without any.
 
-        def layer(x, block: VisionBlock):
-            x = block(x, cos, sin, segments)
+        `capture`, if given, receives the outputs of all layers.
+        """
+        config = self.config
+        patches = x = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
+        if self.position_table is not None:
+            x = x + interpolate(self.position_table.weight[...], vision.table_indices, vision.table_weights).astype(
+                x.dtype
+            )
+        cos, sin = self.rotary(vision.position_ids)
+        attend_to = make_attention(vision, config)
+
+        def layer(x, block: VisionBlock, kind: str):
+            x = block(x, cos, sin, attend_to[kind])
             return x, None if capture is None else x
 
-        x, blocks = scan_layers(layer, patches, self.blocks, execution, tower="vision")
-        features = self.merger(x)
+        windowed = ["frame" if layer in config.full_attention_layers else "window" for layer in range(config.depth)]
+        kinds = windowed if config.window_size else ["frame"] * config.depth
+        x, blocks, tapped = scan_layers(
+            layer, x, self.blocks, execution, tower="vision", kinds=kinds, taps=config.deepstack_layers
+        )
+        features, deepstack = self.merger(x), None
+        if self.deepstack is not None:
+            mergers = unstack(self.deepstack)
+            deepstack = jnp.stack([merger(x) for merger, x in zip(mergers, tapped, strict=True)])
         if capture is not None:
             capture |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}
-        return features
+            capture |= {} if deepstack is None else {"deepstack": deepstack}
+        return features, deepstack
+
+
+def make_norm(init: Initializer, config: VisionConfig, *, stack=()) -> LayerNorm | RMSNorm:
+    """Returns a norm of the tower's width."""
+    if config.norm == "rms_norm":
+        return RMSNorm(init, config.embed_dim, stack=stack, eps=1e-6)
+    return LayerNorm(init, config.embed_dim, stack=stack)
+
+
+def make_attention(vision: Vision, config: VisionConfig) -> dict[str, Attend]:
+    """Returns the attention of each kind of layer: within frames, and within windows.
+
+    A window lies in a block of `window_patches` slots (see `liger_jax.inputs.layout`), so attention within windows is a
+    dense batch of blocks. There are padding slots between the windows of a frame.
+    """
+    if vision.window_ids is None:
+        segments = pk.find_segments(vision.segment_ids, vision.max_segments)
+        return {"frame": functools.partial(pk.attention, segment_ids=segments)}
+    size, window_ids, segment_ids = config.window_patches, vision.window_ids, vision.segment_ids
+
+    def attend_to_window(q, k, v):
+        blocks = (x.reshape(-1, size, *x.shape[2:]) for x in (q, k, v))
+        return pk.attention(*blocks, segment_ids=window_ids.reshape(-1, size)).reshape(q.shape)
+
+    frame = functools.partial(pk.attention, segment_ids=segment_ids, kv_segment_ids=segment_ids)
+    return {"frame": frame, "window": attend_to_window}
+
+
+def interpolate(table: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns sum_c weights[..., c] table[indices[..., c]], [B, P, E] float32, for a table [R, E] and c = 1 to 4."""
+    table = replicate(table).astype(jnp.float32)
+    corners = [weights[..., c, None] * table[indices[..., c]] for c in range(indices.shape[-1])]
+    return functools.reduce(jnp.add, corners)

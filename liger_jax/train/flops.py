@@ -1,14 +1,16 @@
 """Counts the floating-point operations of a training step, and looks up the peak rate of a device."""
 
+import functools
 import re
 from collections.abc import Collection
 
 import jax
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.inputs.batch import IGNORE, Batch
-from liger_jax.model.params import PARTS, TABLE, axis_sizes, find_row
+from liger_jax.model import QwenVL
+from liger_jax.model.params import PARTS, find_row, param_paths
 
 # Device name -> bfloat16 operations per second on its tensor cores, without sparsity. The first match counts.
 PEAKS = (
@@ -26,7 +28,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def step_flops(
-    config: Qwen2VLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
+    config: QwenVLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
 ) -> float:
     """Returns the number of floating-point operations of a training step on a batch.
 
@@ -52,20 +54,19 @@ def step_flops(
         '8.02e+13'
     """
     text, vision = config.text, config.vision
-    tokens, patches = _segment_lengths(batch.segment_ids), np.zeros(0)
+    tokens, patches, windows = _segment_lengths(batch.segment_ids), np.zeros(0), np.zeros(0)
     if batch.vision is not None:
         patches = _segment_lengths(batch.vision.segment_ids)
+        if batch.vision.window_ids is not None:
+            windows = _segment_lengths(batch.vision.window_ids)
+    full_layers = len(vision.full_attention_layers) if vision.window_size else vision.depth
+    patch_pairs = full_layers * np.square(patches).sum() + (vision.depth - full_layers) * np.square(windows).sum()
     trained_tokens = 0 if batch.labels is None else np.count_nonzero(np.asarray(batch.labels) != IGNORE)
 
-    sizes = axis_sizes(config)
-    weights: dict[str, int] = dict.fromkeys(PARTS, 0)
-    for row in TABLE:
-        if row.is_kernel:
-            weights[row.part] += row.size(sizes)
-    head = find_row("lm_head/weight").size(sizes)
+    weights, head = _weights(config), text.vocab_size * text.hidden_size
     # part -> multiply-adds with weights, and query-key pairs x heads x head size; in the order of the data flow
     parts = {
-        "vision": (patches.sum() * weights["vision"], vision.depth * vision.embed_dim * np.square(patches).sum()),
+        "vision": (patches.sum() * weights["vision"], vision.embed_dim * patch_pairs),
         "merger": (patches.sum() / vision.merge_unit * weights["merger"], 0),
         "text": (
             tokens.sum() * weights["text"] + trained_tokens * head,
@@ -78,6 +79,16 @@ def step_flops(
         total += 2 * matmuls * (1 + needs_input_gradient + (part not in frozen))
         total += 4 * attention * (1 + 2 * needs_input_gradient)
     return float(total)
+
+
+@functools.cache
+def _weights(config: QwenVLConfig) -> dict[str, int]:
+    """Returns the number of weights in the kernels of each part of the model."""
+    weights: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for path, leaf in param_paths(QwenVL.abstract(config)).items():
+        if find_row(path).is_kernel:
+            weights[find_row(path).part] += leaf.size
+    return weights
 
 
 def _segment_lengths(segment_ids: np.ndarray) -> np.ndarray:

@@ -11,17 +11,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, load_adapter, save_adapter, to_hf, to_hf_state
-from convert.adapter import ADAPTED, ADAPTER, read_adapter_config
-from convert.table import TABLE
-from liger_jax import loss_fn
+from convert.adapter import adapted_rows, adapter_table, read_adapter_config
+from convert.table import SPELLING, table_of
+from liger_jax import QwenVL, QwenVLConfig, loss_fn
 from liger_jax.errors import UserError
-from liger_jax.model.lora import TARGETS, TEXT_TARGETS, LoraOptions, add_lora, lora_config, lora_leaves, merge_lora
+from liger_jax.model.lora import TEXT_TARGETS, LoraOptions, add_lora, find_targets, lora_config, lora_leaves, merge_lora
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
 from tests._support import parity
 
 PEFT = parity.REFERENCES / "adapter"  # written by PEFT 0.21: make_adapter.py
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ALL_TARGETS = list(find_targets(QwenVL.abstract(QwenVLConfig.tiny())))
 
 # PEFT's names of the modules of the model with 2 + 2 layers, and their (inputs, outputs).
 TEXT = {
@@ -63,14 +64,16 @@ def change_config(folder, **changes):
 
 
 def test_every_adapted_weight_is_in_the_table():
-    assert set(ADAPTED) == set(TARGETS.values()) and len(ADAPTER) == 2 * len(TARGETS)
-    assert {row.path for row in ADAPTED.values()} <= {row.path for row in TABLE}
+    for family in SPELLING:
+        rows, targets = adapted_rows(family), find_targets(QwenVL.abstract(QwenVLConfig.tiny(family=family)))
+        assert set(targets.values()) <= set(rows) and len(adapter_table(family)) == 2 * len(rows)
+        assert {row.path for row in rows.values()} <= {row.path for row in table_of(family)}
 
 
 def test_logits_loss_and_gradients_equal_peft(tmp_path):
     """The adapter covers all linear layers; the input has one image; the tolerance is 2e-4."""
     model = from_peft()
-    assert lora_config(model) == LoraOptions(rank=3, alpha=6, targets="all-linear")
+    assert lora_config(model) == LoraOptions(rank=3, alpha=6, targets=ALL_TARGETS)
     batch, tokens, expected = parity.common(parity.batch("image")), parity.tokens("image"), parity.stored("adapter")
     logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))
     logits = logits[: tokens.shape[0], : tokens.shape[1]]
@@ -96,7 +99,7 @@ def test_saved_adapter_equals_pefts(tmp_path):
     assert {name: a.shape for name, a in saved.items()} == expected
     config, peft_config = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "new", PEFT))
     assert config.pop("base_model_name_or_path") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert config.pop("target_modules") == list(TARGETS)
+    assert config.pop("target_modules") == ALL_TARGETS
     assert config == {name: peft_config[name] for name in config}
 
 
@@ -170,7 +173,7 @@ def test_names_of_older_transformers(folder):
 @pytest.mark.parametrize(
     ("modules", "excluded", "targets"),
     [
-        ("all-linear", None, list(TARGETS)),
+        ("all-linear", None, ALL_TARGETS),
         ("all-linear", ["visual.merger.mlp.0", "2", "qkv", "fc1", "fc2", "attn.proj"], list(TEXT_TARGETS)),
         (r"^model\.language_model(?=\.).*\.(q_proj|v_proj)$", None, ["q_proj", "v_proj"]),  # as ms-swift writes it
         (r"^(?!.*visual).*(?:o_proj|proj).*", r".*mlp.*", ["q_proj", "k_proj", "v_proj", "o_proj"]),
@@ -180,7 +183,7 @@ def test_names_of_older_transformers(folder):
 )
 def test_target_modules(folder, modules, excluded, targets):
     change_config(folder, target_modules=modules, exclude_modules=excluded)
-    assert read_adapter_config(folder / CONFIG).targets == tuple(targets)
+    assert read_adapter_config(folder / CONFIG, parity.model()).targets == tuple(targets)
 
 
 # ---- errors

@@ -11,13 +11,14 @@ import pytest
 from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
 from liger_jax.checkpoint import load_model, restore_state, save_model, save_state
 from liger_jax.model.layers import Initializer, Linear, LoRA
-from liger_jax.model.lora import TARGETS, TEXT_TARGETS, LoraOptions, add_lora, lora_config, lora_leaves, merge_lora
+from liger_jax.model.lora import TEXT_TARGETS, LoraOptions, add_lora, find_targets, lora_config, lora_leaves, merge_lora
 from liger_jax.model.params import PARTS, param_paths
 from liger_jax.model.sharding import param_shardings
 from liger_jax.train.optimizer import make_optimizer
 from tests._support import parity
 
 CONFIG = Qwen2VLConfig.tiny()
+TARGETS = find_targets(Qwen2VL.abstract(CONFIG))
 jitted_logits = jax.jit(lambda model, batch: model(batch))
 
 
@@ -155,6 +156,10 @@ def test_merged_model_generates_the_same_tokens():
 
 def test_invalid_arguments_are_rejected():
     model = Qwen2VL.abstract(CONFIG)
+    with pytest.raises(
+        ValueError, match=r"targets has \['deepstack.fc1'\], which the model lacks; expected 'all-linear' or"
+    ):
+        add_lora(model, targets=["q_proj", "deepstack.fc1"])
     for targets in (["q_proj", "proj"], [], "lm_head"):
         with pytest.raises(ValueError, match=r"targets is .* expected 'all-linear' or some of \['q_proj'"):
             add_lora(model, targets=targets)

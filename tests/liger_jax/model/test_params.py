@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
-from liger_jax.model.lora import TARGETS, TEXT_TARGETS, add_lora
+from liger_jax import Qwen2VL, Qwen2VLConfig, QwenVL, QwenVLConfig, prepare
+from liger_jax.model.lora import TEXT_TARGETS, add_lora, find_targets
 from liger_jax.model.params import PARTS, TABLE, axis_sizes, find_row, param_group, param_paths
 from liger_jax.model.sharding import param_shardings, partition_spec
 from liger_jax.options import Optimization
@@ -20,6 +20,7 @@ from tests._support.parity import REFERENCES
 
 RECORDED = json.loads((REFERENCES / "parameters.json").read_text())
 PRESETS = ("qwen2_vl_2b", "qwen2_vl_7b", "qwen2_vl_72b", "tiny")
+NEWER = ("qwen2_5_vl", "qwen3_vl")
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def trimmed(spec):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_axes_match_every_shape(preset):
-    """Each parameter has one row, whose axes give its shape; no row is left over but the head of a tied model."""
+    """Each parameter has one row, whose axes give its shape."""
     config = getattr(Qwen2VLConfig, preset)()
     sizes = axis_sizes(config) | {"r": 8}
     shapes = {path: leaf.shape for path, leaf in parameters(preset).items()}
@@ -48,8 +49,42 @@ def test_axes_match_every_shape(preset):
     for path, shape in shapes.items():
         dimensions = find_row(path).dimensions
         assert tuple(math.prod(sizes[axis] for axis in axes) for axes in dimensions) == shape, path
-    assert {row.path for row in TABLE} - shapes.keys() == ({"lm_head/weight"} if config.tie_word_embeddings else set())
     assert len({row.path for row in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_axes_match_every_shape_of_newer_families(family):
+    config = QwenVLConfig.tiny(family=family)
+    sizes = axis_sizes(config) | {"r": 8}
+    model = jax.eval_shape(functools.partial(add_lora, rank=8, targets="all-linear"), QwenVL.abstract(config))
+    for path, leaf in param_paths(model).items():
+        assert tuple(math.prod(sizes[axis] for axis in axes) for axes in find_row(path).dimensions) == leaf.shape, path
+
+
+@pytest.mark.parametrize(
+    ("path", "spec"),
+    [
+        ("language_model/layers/self_attn/q_norm/weight", []),
+        ("visual/patch_embed/bias", []),
+        ("visual/position_table/weight", [None, "fsdp"]),
+        ("visual/blocks/mlp/gate_proj/kernel", [None, "fsdp", "tensor"]),
+        ("visual/blocks/mlp/gate_proj/bias", [None, "tensor"]),
+        ("visual/blocks/mlp/down_proj/kernel", [None, "tensor", "fsdp"]),
+        ("visual/blocks/mlp/down_proj/bias", []),
+        ("visual/deepstack/norm/weight", []),
+        ("visual/deepstack/fc1/kernel", [None, "fsdp", "tensor"]),
+        ("visual/deepstack/fc2/kernel", [None, "tensor", "fsdp"]),
+        ("visual/deepstack/fc2/lora/a", [None, "tensor"]),
+    ],
+)
+def test_shardings_of_newer_families(path, spec):
+    """Widths are split over fsdp, heads and MLPs over tensor, and vectors and stacks of layers not at all."""
+    assert trimmed(partition_spec(find_row(path))) == spec
+
+
+def test_every_row_belongs_to_some_member_of_the_family():
+    models = [QwenVL.abstract(QwenVLConfig.tiny(family=family)) for family in ("qwen2_vl", *NEWER)]
+    assert {row.path for row in TABLE} == {path for model in models for path in param_paths(model)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -72,8 +107,9 @@ def test_parts_and_decay_match_the_recording():
 
 def test_lora_targets_match_the_recording():
     """PEFT's names and paths are in the same order, which determines A's random numbers."""
-    assert list(TARGETS.items()) == list(RECORDED["lora_targets"].items())
-    assert list(TEXT_TARGETS) == list(TARGETS)[:7]
+    targets = find_targets(Qwen2VL.abstract(Qwen2VLConfig.tiny()))
+    assert list(targets.items()) == list(RECORDED["lora_targets"].items())
+    assert list(TEXT_TARGETS) == list(targets)[:7]
 
 
 def recorded_batches(config):
@@ -102,7 +138,7 @@ def test_flops_match_the_recording(preset):
         assert step_flops(config, batches[batch], frozen=frozen, adapted=adapted) == flops, case
 
 
-@pytest.mark.parametrize("path", ["language_model/layers/self_attn/q_norm/weight", "audio/blocks/fc1/kernel"])
+@pytest.mark.parametrize("path", ["language_model/layers/self_attn/v_norm/weight", "audio/blocks/fc1/kernel"])
 def test_parameter_without_a_row_raises(path):
     """Sharding, the optimizer and look-ups raise: the parameter is never silently replicated or decayed."""
     tree = {path: jax.ShapeDtypeStruct((4, 8), "float32")}
