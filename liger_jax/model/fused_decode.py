@@ -20,7 +20,7 @@ from liger_jax.model.text import DecoderLayer, LanguageModel
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["input_norm", "qkv", "qkv_bias", "o", "mlp_norm", "gate_up", "down"],
+    data_fields=["input_norm", "qkv", "qkv_bias", "head_norms", "o", "mlp_norm", "gate_up", "down"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,8 @@ class PackedLayer:
 
     input_norm: jax.Array  # [H]
     qkv: jax.Array  # [(N + 2 K) D, H]
-    qkv_bias: jax.Array  # [(N + 2 K) D]
+    qkv_bias: jax.Array | None  # [(N + 2 K) D]
+    head_norms: tuple[jax.Array, ...]  # of the query heads and of the key heads, each [D]; empty without these norms
     o: jax.Array  # [H, N D]
     mlp_norm: jax.Array  # [H]
     gate_up: jax.Array  # [2, F, H]
@@ -41,6 +42,7 @@ class PackedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         width = layer.input_layernorm.weight.shape[0]
+        biases = [p.bias[...].reshape(-1) for p in projections if p.bias is not None]
         packed = (
             jnp.concatenate([p.kernel[...].reshape(width, -1) for p in projections], axis=1),
             jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]]),
@@ -50,7 +52,8 @@ class PackedLayer:
         return cls(
             input_norm=layer.input_layernorm.weight[...],
             qkv=qkv.T,
-            qkv_bias=jnp.concatenate([p.bias[...].reshape(-1) for p in projections]),  # type: ignore[index]
+            qkv_bias=jnp.concatenate(biases) if biases else None,
+            head_norms=tuple(norm.weight[...] for norm in (attention.q_norm, attention.k_norm) if norm is not None),
             o=attention.o_proj.kernel[...].reshape(-1, width).T,
             mlp_norm=layer.post_attention_layernorm.weight[...],
             gate_up=gate_up.transpose(0, 2, 1),
@@ -125,7 +128,8 @@ def _decode_layer(layer: PackedLayer, x, cos, sin, keys, values, valid, slot, ep
     options = {"implementation": implementation}
     qkv = pk.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps, **options)
     qkv = qkv.reshape(len(x), -1, keys.shape[-1])
-    out, keys, values = pk.decode_attention(qkv, cos, sin, keys, values, valid, slot, **options)
+    arrays = qkv, cos, sin, keys, values, valid, slot, *layer.head_norms
+    out, keys, values = pk.decode_attention(*arrays, eps=eps, **options)
     x = pk.linear_add(out.reshape(len(x), -1), layer.o, x, **options)
     gated = pk.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps=eps, **options)
     return pk.linear_add(gated, layer.down, x, **options), keys, values

@@ -19,9 +19,9 @@ SLOTS = 7  # filled by the prompt
 
 
 @pytest.fixture(scope="module")
-def model():
-    """Returns the tiny model, with random norms and biases instead of ones and zeros."""
-    model = LanguageModel(Initializer(0, "float32", 0.1), Qwen2VLConfig.tiny().text)
+def model(request):
+    """Returns a tiny model, with random norms and biases instead of ones and zeros; Qwen3-VL normalizes its heads."""
+    model = LanguageModel(Initializer(0, "float32", 0.1), Qwen2VLConfig.tiny(family=request.param).text)
     keys = iter(jax.random.split(jax.random.key(1), 100))
     return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape, w.dtype), model)
 
@@ -68,7 +68,18 @@ def by_steps(implementation, model, head, xs, positions, cache):
     return logits, cache
 
 
-@pytest.mark.parametrize("implementation, batch", [(None, 1), ("xla", 3), ("interpret", 1), ("interpret", 5)])
+@pytest.mark.parametrize(
+    "model, implementation, batch",
+    [
+        ("qwen2_vl", None, 1),
+        ("qwen2_vl", "xla", 3),
+        ("qwen2_vl", "interpret", 1),
+        ("qwen2_vl", "interpret", 5),
+        ("qwen3_vl", "xla", 3),
+        ("qwen3_vl", "interpret", 2),
+    ],
+    indirect=["model"],
+)
 def test_decode_step_matches_layers(model, implementation, batch):
     """Logits and the whole cache are equal over several steps, for one row and for several."""
     rng = np.random.default_rng(2)
