@@ -116,6 +116,8 @@ class VisionSettings:
         rescale_factor = config.get("rescale_factor", 1 / 255)
         if not isinstance(rescale_factor, float) or not math.isclose(rescale_factor, 1 / 255):
             unsupported.append(f"rescale_factor is {config['rescale_factor']!r:.60} (expected 1/255)")
+        if config.get("cap_pixels_per_frame"):
+            unsupported.append(f"cap_pixels_per_frame is {config['cap_pixels_per_frame']!r:.60} (expected False)")
         if unsupported:
             raise UserError("unsupported preprocessing: " + ", ".join(unsupported))
         names = {field.name for field in dataclasses.fields(cls)}

@@ -1,12 +1,20 @@
-"""Positions of tokens and patches equal transformers', with both rules for the text after a video."""
+"""Positions of tokens and patches equal transformers', for each member of the family and both rules for videos."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from liger_jax.inputs.positions import rope_index, vision_position_ids, vision_segment_ids
+from liger_jax import QwenVLConfig
+from liger_jax.errors import UserError
+from liger_jax.inputs.positions import position_table_lookup, rope_index, vision_position_ids, vision_segment_ids
 from tests._support import parity
+
+FAMILY = {version: np.load(parity.REFERENCES / f"family_inputs{version}.npz") for version in ("", "_v4")}
+CASES = [
+    name.removeprefix("positions/").removesuffix("/position_ids") for name in FAMILY[""] if name[-8:] == "tion_ids"
+]
+QWEN2_5, QWEN3 = (QwenVLConfig.tiny(family=family) for family in ("qwen2_5_vl", "qwen3_vl"))
 
 CONFIG = parity.config()
 IMAGE, VIDEO = CONFIG.image_token_id, CONFIG.video_token_id
@@ -118,3 +126,117 @@ def test_vision_segment_ids():
 def test_no_grids():
     assert vision_position_ids(np.zeros((0, 3), int), 2).shape == (0, 2)
     assert vision_segment_ids(np.zeros((0, 3), int)).shape == (0,)
+
+
+# ---- the family
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_family_equals_transformers(case):
+    """transformers 5 has the rule "hf5", 4.57 the rule "max". 4.57 cuts off fractions of seconds, so it has no such case."""
+    arrays = {name.split("/")[-1]: value for name, value in stored("", f"positions/{case}/").items()}
+    config = QwenVLConfig.tiny(family=case.split("/")[0])
+    expected = arrays.pop("position_ids")
+    np.testing.assert_array_equal(rope_index(config, **arrays, video_positions="hf5"), expected)
+    if f"positions/{case}/position_ids" in FAMILY["_v4"]:
+        tokens = arrays["attention_mask"] > 0
+        expected = FAMILY["_v4"][f"positions/{case}/position_ids"][:, tokens]
+        np.testing.assert_array_equal(rope_index(config, **arrays)[:, tokens], expected)
+
+
+def stored(version, folder):
+    return {name: FAMILY[version][name] for name in FAMILY[version] if name.startswith(folder)}
+
+
+@pytest.mark.parametrize(
+    ("second_per_grid", "times", "continuation"),
+    [(1.0, [2, 4, 6], 7), (0.5, [2, 3, 4], 5), (0.75, [2, 3, 5], 6), (1.5, [2, 5, 8], 9), (None, [2, 4, 6], 7)],
+)
+def test_time_in_seconds(second_per_grid, times, continuation):
+    """Grid [3, 4, 4], two positions a second. Text continues after the last time ("max") or after the rows ("hf5")."""
+    ids = np.array([[10, QWEN2_5.vision_start_token_id, *[QWEN2_5.video_token_id] * 12, 11, 12]])
+    seconds = {} if second_per_grid is None else {"second_per_grid_ts": [second_per_grid]}
+    for rule, expected in (("max", continuation), ("hf5", 4)):
+        grid = np.array([[3, 4, 4]])
+        positions = rope_index(QWEN2_5, ids, video_grid_thw=grid, video_positions=rule, **seconds)[:, 0]
+        assert positions[0].tolist() == [0, 1, *np.repeat(times, 4), expected, expected + 1]
+        assert positions[1, 2:6].tolist() == [2, 2, 3, 3] and positions[2, 2:6].tolist() == [2, 3, 2, 3]
+
+
+@pytest.mark.parametrize("rule", ["max", "hf5"])
+def test_time_in_the_text(rule):
+    """Each frame pair of a video is a block of its own, at one time; the text between the blocks is counted as text."""
+    frame = [QWEN3.vision_start_token_id, *[QWEN3.video_token_id] * 4, QWEN3.vision_end_token_id]
+    ids = np.array([[10, 5, 6, 7, *frame, 5, 6, 7, *frame, 11]])
+    positions = rope_index(QWEN3, ids, video_grid_thw=np.array([[2, 4, 4]]), video_positions=rule)[:, 0]
+    assert positions.tolist() == [
+        [0, 1, 2, 3, 4, 5, 5, 5, 5, 7, 8, 9, 10, 11, 12, 12, 12, 12, 14, 15],
+        [0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12, 13, 13, 14, 15],
+        [0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10, 11, 12, 13, 12, 13, 14, 15],
+    ]
+    assert positions.max() + 1 - ids.size == -4
+
+
+VIDEO3 = QWEN3.video_token_id
+BAD_VIDEOS = {
+    "one run": ([5, *[VIDEO3] * 8, 6], None, r"video 0 has 8 adjacent placeholders .*expected 2 separate runs of 4"),
+    "too few runs": (
+        [5, *[VIDEO3] * 4, 6],
+        None,
+        r"row 0: video 0 has 1 runs .* in one sequence; expected 2, one for each",
+    ),
+    "too many runs": (
+        [5, *[VIDEO3] * 4, 6, *[VIDEO3] * 4, 6, *[VIDEO3] * 4],
+        None,
+        r"video_grid_thw has 1 grids \(2 frames\); expected at least 2",
+    ),
+    "short run": ([5, *[VIDEO3] * 4, 6, *[VIDEO3] * 3, 6], None, r"3 adjacent placeholders .* expected 4 for a frame"),
+    "two sequences": (
+        [*[VIDEO3] * 4, 5, 6, *[VIDEO3] * 4],
+        [1] * 5 + [2] * 5,
+        r"video 0 has 1 runs of placeholders in one sequence; expected 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VIDEOS)
+def test_frames_that_do_not_match_their_video_are_refused(case):
+    ids, segment_ids, message = BAD_VIDEOS[case]
+    segments = {} if segment_ids is None else {"segment_ids": np.array([segment_ids])}
+    with pytest.raises(UserError, match=message):
+        rope_index(QWEN3, np.array([ids]), video_grid_thw=np.array([[2, 4, 4]]), **segments)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ([1.0, 1.0], r"second_per_grid_ts has shape \[2\]; expected \[1\]"),
+        ([], r"second_per_grid_ts has shape \[0\]; expected \[1\]"),
+        ([0.0], r"second_per_grid_ts is \[0.0\]; expected positive, finite numbers"),
+        ([float("nan")], r"expected positive, finite numbers"),
+        ("1", r"second_per_grid_ts has shape \[\]"),
+        (["a"], r"second_per_grid_ts is \['a'\]; expected a list of numbers"),
+    ],
+)
+def test_wrong_seconds_are_refused(seconds, message):
+    ids = np.array([[5, *[QWEN2_5.video_token_id] * 2, 6]])
+    with pytest.raises(UserError, match=message):
+        rope_index(QWEN2_5, ids, video_grid_thw=np.array([[2, 2, 2]]), second_per_grid_ts=seconds)
+
+
+def test_seconds_are_refused_where_they_have_no_effect():
+    ids = np.array([[5, *[VIDEO] * 2, 6]])
+    with pytest.raises(UserError, match="second_per_grid_ts is given; expected none"):
+        rope_index(CONFIG, ids, video_grid_thw=np.array([[2, 2, 2]]), second_per_grid_ts=[1.0])
+
+
+TABLES = sorted({name.rsplit("/", 1)[0] for name in FAMILY[""] if name.startswith("table/")})
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_position_table_lookup_equals_transformers(case):
+    _, side, grid = case.split("/")
+    indices, weights = position_table_lookup(tuple(map(int, grid.split(","))), int(side), 2)
+    np.testing.assert_array_equal(indices, FAMILY[""][f"{case}/indices"])
+    np.testing.assert_array_equal(weights, FAMILY[""][f"{case}/weights"])
+    assert (indices.dtype, weights.dtype) == (np.int32, np.float32)
