@@ -9,7 +9,10 @@ import pytest
 
 from liger_jax import Chat, Processor, QwenVL, QwenVLConfig, generate, prepare, stream
 from liger_jax.demo.tokenizer import train_tokenizer
+from liger_jax.generation import chat as chat_module
+from liger_jax.generation import session
 from liger_jax.inputs.families import FAMILIES
+from liger_jax.model.sharding import param_shardings
 
 MEMBERS = ("qwen2_5_vl", "qwen3_vl")
 NEW = 6  # tokens
@@ -70,7 +73,36 @@ def test_cache_matches_full_forward(family):
 
 
 @pytest.mark.parametrize("family", MEMBERS)
-def test_chat_and_stream_match_fresh_prompts(family):
+def test_model_on_a_mesh_generates_the_same_tokens(family):
+    """Rows, heads and windows are sharded; decoding runs the layers separately instead of the fused step."""
+    model, processor = model_and_processor(family)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices("cpu")[:4])
+    batch = prepare(model.config, **processor([[IMAGES], [VIDEO], [TEXT]], add_generation_prompt=True), **SHAPE)
+    options = {"max_new_tokens": NEW, "eos_token_id": (), "pad_token_id": 0, "logprobs": 0}
+    sharded = jax.device_put(model, param_shardings(model, mesh))
+    (tokens, logprobs, *_), expected = (generate(m, batch, **options) for m in (sharded, model))
+    np.testing.assert_array_equal(tokens, expected.tokens)
+    np.testing.assert_allclose(logprobs, expected.logprobs, atol=2e-5)
+
+
+@pytest.fixture
+def first_logits(monkeypatch):
+    """Returns a list that receives the logits of each answer's first token."""
+    logits = []
+
+    def record(*arguments):
+        first_step = session_function(*arguments)
+        logits.append(np.asarray(first_step.logits))
+        return first_step
+
+    session_function = session.first_token_logits
+    for module in (session, chat_module):
+        monkeypatch.setattr(module, "first_token_logits", record)
+    return logits
+
+
+@pytest.mark.parametrize("family", MEMBERS)
+def test_chat_and_stream_match_fresh_prompts(family, first_logits):
     """A chat's turns, of which the second extends the cache by an image and a video, give the answers of whole prompts."""
     model, processor = model_and_processor(family)
     options = {"max_new_tokens": NEW, "repetition_penalty": 1.5, "eos_token_id": (), "pad_token_id": 0}
@@ -82,4 +114,6 @@ def test_chat_and_stream_match_fresh_prompts(family):
         answer = processor.decode(generate(model, batch, **options)[0])
         assert chat.ask(text, **media) == answer
         messages.append({"role": "assistant", "content": answer})
+        fresh, extended = first_logits[-2:]
+        np.testing.assert_allclose(extended, fresh, atol=2e-5 * np.abs(fresh).max())
     assert "".join(stream(model, batch, processor, **options)) == answer
