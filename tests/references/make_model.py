@@ -79,8 +79,14 @@ def make_model(name: str, seed: int, text=TEXT, vision=VISION) -> Qwen2VLForCond
     )
     config._attn_implementation = "eager"
     model = Qwen2VLForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    return model
+
+
+def randomize(model, seed: int) -> None:
+    """Fills all parameters with random numbers: new models have zero biases and unit norms, which would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # new models have zero biases and unit norms, which would hide mistakes
+    with torch.no_grad():
         for key, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
@@ -90,7 +96,6 @@ def make_model(name: str, seed: int, text=TEXT, vision=VISION) -> Qwen2VLForCond
                 p.copy_(0.7 * noise)
             else:
                 p.copy_(noise / p[0].numel() ** 0.5 * (3.0 if "lm_head" in key else 1.0))
-    return model
 
 
 def save(model, folder: Path):
@@ -234,8 +239,8 @@ def back_to_back(inputs):
 
 
 class Recorder:
-    def __init__(self, model):
-        self.model, self.arrays, self.margins = model, {}, []
+    def __init__(self, model, hub_name=hub_name):
+        self.model, self.hub_name, self.arrays, self.margins = model, hub_name, {}, []
 
     def put(self, scenario, **values):
         for key, value in values.items():
@@ -285,7 +290,7 @@ class Recorder:
         if gradients:
             out.loss.backward()
             for key, p in self.model.named_parameters():
-                self.put(name, **{f"grad/{hub_name(key)}": torch.zeros_like(p) if p.grad is None else p.grad})
+                self.put(name, **{f"grad/{self.hub_name(key)}": torch.zeros_like(p) if p.grad is None else p.grad})
         with torch.no_grad():
             self.put(name, loss_num_items_100=self.forward(inputs, num_items_in_batch=100).loss)
 

@@ -1,0 +1,119 @@
+"""Qwen2.5-VL and Qwen3-VL equal Hugging Face transformers: every layer, logits, loss, and the gradient of every parameter.
+
+Expected values come from tests/references/make_family.py (torch, float32). Qwen2.5-VL: windows that the edge of an image
+cuts off, and the time of videos. Qwen3-VL: the interpolated position table, deepstack next to padding and text-only rows,
+norms of heads, interleaved M-RoPE and a head size other than width / heads.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from convert import to_hf_state
+from liger_jax import QwenVLConfig, loss_fn
+from tests._support import family_parity as parity
+from tests._support.parity import REFERENCES, assert_near
+
+FAMILIES = parity.FAMILIES
+ALL = [(family, scenario) for family in FAMILIES for scenario in parity.SCENARIOS]
+VISION = [(family, scenario) for family in FAMILIES for scenario in parity.VISION]
+# scanned and unrolled layers, with and without recomputation
+EXECUTION = {"batch": {"unroll": "none", "remat": "dots"}, "batch_text": {"unroll": "all", "remat": "none"}}
+
+jitted_activations = jax.jit(lambda model, batch: model.activations(batch))
+
+
+@functools.cache
+def common_batch(family, scenario):
+    return parity.common(family, parity.inputs(family, scenario))
+
+
+@functools.cache
+def activations(family, scenario):
+    return jitted_activations(parity.model(family), common_batch(family, scenario))
+
+
+def own_tokens(array, mask):
+    """Returns the entries [tokens, ...] for the scenario's own tokens from an array [B, T, ...] for the bucketed batch."""
+    return np.asarray(array)[: mask.shape[0], : mask.shape[1]][mask]
+
+
+def tokens(family, scenario):
+    return parity.inputs(family, scenario)["attention_mask"] > 0
+
+
+@pytest.mark.parametrize(("family", "scenario"), ALL)
+def test_logits_and_text_layers(family, scenario):
+    """The embeddings with the features in place, each layer (before deepstack is added), the head's input, and logits."""
+    layers, mask = activations(family, scenario), tokens(family, scenario)
+    outputs = {key: layers[key] for key in ("inputs_embeds", "final_hidden", "logits")}
+    outputs |= {f"text_layer{i}": layer for i, layer in enumerate(np.asarray(layers["text_layers"]))}
+    for key, value in outputs.items():
+        assert_near(own_tokens(value, mask), parity.expected(family, scenario, key)[mask], name=key)
+
+
+@pytest.mark.parametrize(("family", "scenario"), VISION)
+def test_vision_layers(family, scenario):
+    """Each block, the merged features and those of the deepstack layers, patch by patch."""
+    layers, pixels = activations(family, scenario), common_batch(family, scenario).vision.pixel_values
+    slots = {pixels[b, p].tobytes(): (b, p) for b in range(pixels.shape[0]) for p in range(pixels.shape[1])}
+    for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        patches = parity.inputs(family, scenario).get(key)
+        if patches is None:
+            continue
+        row, slot = np.array([slots[patch.tobytes()] for patch in patches]).T
+        assert (slot[::4] % 4 == 0).all() and (slot.reshape(-1, 4) - slot[::4, None] == np.arange(4)).all()
+        for i, block in enumerate(np.asarray(layers["vision_blocks"])):
+            reference = parity.expected(family, scenario, f"{kind}_vision_block{i}")
+            assert_near(block[row, slot], reference, name=f"{kind} block {i}")
+        merged = {"features": layers["features"]}
+        merged |= {f"deepstack{i}": x for i, x in enumerate(layers.get("deepstack", ()))}
+        for name, value in merged.items():
+            reference = parity.expected(family, scenario, f"{kind}_{name}")
+            assert_near(np.asarray(value)[row[::4], slot[::4] // 4], reference, name=f"{kind} {name}")
+
+
+@pytest.mark.parametrize(("family", "scenario"), [(f, s) for f in FAMILIES for s in parity.GRADIENTS])
+def test_loss_and_gradient_of_every_parameter(family, scenario):
+    compute = jax.jit(jax.value_and_grad(functools.partial(loss_fn, **EXECUTION[scenario]), has_aux=True))
+    (loss, _), grads = compute(parity.model(family), common_batch(family, scenario))
+    assert_near(loss, parity.expected(family, scenario, "loss"), name="loss")
+    grads, reference = to_hf_state(grads), parity.expected_gradients(family, scenario)
+    assert grads.keys() == reference.keys()
+    for key, value in reference.items():
+        assert_near(grads[key], value, name=key)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_and_padding_sides(family):
+    """Packed in one row or padded on the right, sequences have the logits of left-padded rows."""
+    arrays = parity.inputs(family, "batch")
+    mask, lengths = tokens(family, "batch"), tokens(family, "batch").sum(1)
+    reference = parity.expected(family, "batch", "logits")[mask]
+    rows = {key: arrays.pop(key) for key in ("input_ids", "labels", "attention_mask")}
+    ids = rows["input_ids"]
+    packed = {"input_ids": ids[mask][None], "segment_ids": np.repeat([1, 2], lengths)[None]}
+    right = np.arange(ids.shape[1]) < lengths[:, None]
+    moved = np.zeros_like(ids)
+    moved[right] = ids[mask]
+    for layout, own in ((packed, packed["segment_ids"] > 0), ({"input_ids": moved, "attention_mask": right}, right)):
+        labels = {"labels": np.full(layout["input_ids"].shape, -100)}
+        logits = jitted_activations(parity.model(family), parity.common(family, arrays | layout | labels))["logits"]
+        assert_near(own_tokens(logits, own), reference, name="logits")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_have_the_hubs_spelling(family):
+    """The reference was written by transformers' save_pretrained; from_hf and to_hf_state keep every name and bit."""
+    from safetensors.numpy import load_file
+
+    stored = load_file(REFERENCES / f"model_{family}" / "model.safetensors")
+    state = to_hf_state(parity.model(family))
+    assert state.keys() == stored.keys()
+    for key, value in stored.items():
+        np.testing.assert_array_equal(state[key], value, err_msg=key)
+    hub = json.loads((REFERENCES / f"model_{family}" / "config.json").read_text())
+    assert QwenVLConfig.from_hf(hub).to_hf()["architectures"] == hub["architectures"]
