@@ -5,42 +5,48 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from liger_jax import Processor, Qwen2VLConfig, prepare
+from liger_jax import Processor, QwenVLConfig, prepare
 from liger_jax.data.dataset import make_dataset
 from liger_jax.data.packing import pack
 from liger_jax.demo.tokenizer import train_tokenizer
-from liger_jax.inputs.images import VisionSettings
+from liger_jax.inputs.families import FAMILIES
+from liger_jax.inputs.video import ClipSettings
 from liger_jax.options import Batching
 from tests._support.fuzzing import ODD_NUMBERS, fuzz, json_values, mostly, only_user_errors, pick
 
-CONFIG = Qwen2VLConfig.tiny()
-IMAGE, VIDEO = CONFIG.image_token_id, CONFIG.video_token_id
+CONFIGS = {family: QwenVLConfig.tiny(family=family) for family in FAMILIES}
+IMAGE, VIDEO = CONFIGS["qwen2_vl"].image_token_id, CONFIGS["qwen2_vl"].video_token_id  # the same for all
 
 
-def valid_arguments() -> list[dict]:
+def valid_arguments(config: QwenVLConfig) -> list[dict]:
     """Returns arguments of `prepare`: text, two images and a video, and packed rows."""
     rng = np.random.default_rng(0)
-    ids = np.array([[5, IMAGE, IMAGE, 6, 7, 8], [IMAGE, 9, VIDEO, VIDEO, 3, 2]])
-    mask = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    ids = np.array([[5, IMAGE, IMAGE, 6, 7, 8, 9], [IMAGE, 9, VIDEO, VIDEO, 3, 2, 4]])
+    mask = np.array([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    segments = mask * [1, 1, 1, 2, 2, 2, 2]
     patches = {
-        "pixel_values": rng.normal(size=(12, 1176)).astype(np.float32),
+        "pixel_values": rng.normal(size=(12, config.vision.patch_values)).astype(np.float32),
         "image_grid_thw": np.array([[1, 2, 4], [1, 2, 2]]),
-        "pixel_values_videos": rng.normal(size=(8, 1176)).astype(np.float32),
+        "pixel_values_videos": rng.normal(size=(8, config.vision.patch_values)).astype(np.float32),
         "video_grid_thw": np.array([[2, 2, 2]]),
     }
+    if config.vision.video_time == "text":  # the frames are apart
+        ids[1], segments[1] = [IMAGE, 9, VIDEO, 3, VIDEO, 2, 4], [1, 1, 2, 2, 2, 2, 2]
+    if config.vision.video_time == "seconds":
+        patches["second_per_grid_ts"] = np.array([0.5])
     types = np.where(ids == IMAGE, 1, np.where(ids == VIDEO, 2, 0))
     labels = np.where((mask == 1) & (types == 0), ids, -100)
-    positions = np.broadcast_to(np.arange(6), (3, 2, 6))
+    positions = np.broadcast_to(np.arange(7), (3, 2, 7))
     return [
         {"input_ids": np.array([[1, 2, 3]])},
         {"input_ids": ids, "attention_mask": mask, "labels": labels, "mm_token_type_ids": types, **patches},
-        {"input_ids": ids, "segment_ids": mask, "position_ids": positions, "length": 64, "patches": 32, **patches},
-        {"input_ids": ids, "segment_ids": mask * [1, 1, 1, 2, 2, 2], "video_positions": "hf5", **patches},
+        {"input_ids": ids, "segment_ids": mask, "position_ids": positions, "length": 64, "patches": 64, **patches},
+        {"input_ids": ids, "segment_ids": segments, "video_positions": "hf5", **patches},
     ]
 
 
-ARGUMENTS = valid_arguments()
-NAMES = st.sampled_from(sorted(set().union(*ARGUMENTS)))
+ARGUMENTS = {family: valid_arguments(config) for family, config in CONFIGS.items()}
+NAMES = st.sampled_from(sorted(set().union(*(arguments for cases in ARGUMENTS.values() for arguments in cases))))
 
 
 @st.composite
@@ -84,25 +90,28 @@ def changed(draw, array):
 
 @st.composite
 def arguments(draw):
-    """Draws valid arguments of `prepare` with up to three changes."""
-    values = dict(draw(pick(ARGUMENTS)))
+    """Draws a family, and valid arguments of `prepare` for it with up to three changes."""
+    family = draw(st.sampled_from(sorted(CONFIGS)))
+    values = dict(draw(pick(ARGUMENTS[family])))
     for _ in range(draw(st.integers(0, 3))):
         name = draw(NAMES)
         change = draw(st.sampled_from(["change", "change", "change", "remove", "take"]))
         if change == "remove":
             values.pop(name, None)
         elif change == "take":
-            values |= {key: value for key, value in draw(pick(ARGUMENTS)).items() if key == name}
+            other = draw(st.sampled_from([family, *CONFIGS]))
+            values |= {key: value for key, value in draw(pick(ARGUMENTS[other])).items() if key == name}
         elif name in values:
             values[name] = draw(changed(values[name]))
-    return {"input_ids": None} | values
+    return family, {"input_ids": None} | values
 
 
-@fuzz(values=arguments())
-def test_prepare(values):
+@fuzz(case=arguments())
+def test_prepare(case):
     """A batch that is accepted has finite pixels, positions in range, and a token for each merged patch."""
+    family, values = case
     with only_user_errors():
-        batch = prepare(CONFIG, **values)
+        batch = prepare(CONFIGS[family], **values)
         rows, length = np.shape(values["input_ids"])
         assert batch.shape[0] == rows and batch.shape[1] >= length
         np.testing.assert_array_equal(batch.input_ids[:, :length], values["input_ids"])
@@ -115,7 +124,23 @@ def test_prepare(values):
         assert np.isfinite(batch.vision.pixel_values).all()
         np.testing.assert_array_equal((batch.vision.segment_ids > 0).sum(axis=1), is_media.sum(axis=1) * 4)
         for row, positions in zip(is_media, batch.vision.token_positions, strict=True):
-            np.testing.assert_array_equal(np.flatnonzero(row), positions[positions < batch.shape[1]])
+            np.testing.assert_array_equal(np.flatnonzero(row), np.sort(positions[positions < batch.shape[1]]))
+        check_patches(CONFIGS[family].vision, batch.vision)
+
+
+def check_patches(config, vision):
+    """Checks the windows and the weights of the position table, for models that have them."""
+    filled = vision.segment_ids > 0
+    assert (vision.window_ids is not None) == (config.window_size > 0)
+    if vision.window_ids is not None:
+        np.testing.assert_array_equal(vision.window_ids > 0, filled)
+        for row in vision.window_ids.reshape(len(filled), -1, config.window_patches):
+            windows = [set(block[block > 0].tolist()) for block in row]
+            assert sum(map(len, windows)) == len(set().union(*windows)), "a window is in two blocks"
+    assert (vision.table_weights is not None) == (config.position_table_side > 0)
+    if vision.table_weights is not None:
+        np.testing.assert_allclose(vision.table_weights.sum(axis=-1), filled, atol=1e-6)
+        assert (vision.table_indices >= 0).all() and (vision.table_indices < config.position_table_side**2).all()
 
 
 SIZES = st.integers(0, 12)
@@ -138,9 +163,15 @@ def test_packing(sizes, length, max_patches, seed):
 
 
 @pytest.fixture(scope="module")
-def processor():
-    limits = VisionSettings(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
-    return Processor(train_tokenizer([]), limits, limits)
+def processors():
+    """Returns processors of the family with limits for small images."""
+    processors = {}
+    for family, member in FAMILIES.items():
+        processor = processors[family] = Processor(train_tokenizer([]), family=family)
+        processor.image = member.image.with_limits(processor.image.factor**2, 4 * processor.image.factor**2)
+        processor.video = member.video.with_limits(processor.image.factor**2, 8 * processor.image.factor**2)
+    assert isinstance(processors["qwen3_vl"].video, ClipSettings)
+    return processors
 
 
 CONVERSATIONS = [
@@ -173,17 +204,17 @@ SMALL = mostly(st.integers(1, 5), st.none() | json_values())
         },
     ),
     shuffle=st.booleans(),
+    family=st.sampled_from(sorted(FAMILIES)),
 )
-def test_datasets(conversations, options, shuffle, processor):
+def test_datasets(conversations, options, shuffle, family, processors):
     """Datasets of good and broken conversations with any options."""
     with only_user_errors():
         batching = Batching(**options)
-        data = make_dataset(processor, CONFIG_270, conversations, batching, shuffle=shuffle)
+        # the ids of the placeholders are those of the tokenizer
+        config = QwenVLConfig.tiny(270, family=family)
+        data = make_dataset(processors[family], config, conversations, batching, shuffle=shuffle)
         for step in range(data.schedule.epoch_batches):
             batch = data(step)
             assert batch.shape[0] == batching.batch_size
             if batching.pack_length or batching.length:
                 assert batch.shape[1] == (batching.pack_length or batching.length)
-
-
-CONFIG_270 = Qwen2VLConfig.tiny(270)  # the ids of the placeholders are those of the tokenizer

@@ -11,6 +11,7 @@ from liger_jax import GenerationOptions, Processor, Qwen2VL, Qwen2VLConfig
 from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.generation.options import UNSUPPORTED
 from liger_jax.inputs.images import VisionSettings
+from liger_jax.inputs.video import ClipSettings
 from tests._support import hub_layout
 from tests._support.fuzzing import ODD_TEXTS, damaged, damaged_bytes, fuzz, json_values, only_user_errors, pick
 from tests._support.parity import REFERENCES
@@ -57,12 +58,16 @@ IMAGE_SETTINGS = [
 VIDEO = st.sampled_from([{}, {"min_pixels": 100352, "max_pixels": 602112}])
 
 
-@fuzz(settings=damaged(pick(IMAGE_SETTINGS), keys_of(*IMAGE_SETTINGS)), defaults=VIDEO)
-def test_image_settings(settings, defaults):
-    """Image settings that are accepted survive writing and reading, and resize an image to whole tokens."""
+@fuzz(
+    settings=damaged(pick(IMAGE_SETTINGS), keys_of(*IMAGE_SETTINGS)),
+    defaults=VIDEO,
+    kind=st.sampled_from([VisionSettings, ClipSettings]),
+)
+def test_image_settings(settings, defaults, kind):
+    """Image and clip settings that are accepted survive writing and reading, and have room for a token."""
     with only_user_errors():
-        values = VisionSettings.from_hf(settings, **defaults)
-        assert VisionSettings.from_hf(json.loads(json.dumps(values.to_hf()))) == values
+        values = kind.from_hf(settings, **defaults)
+        assert kind.from_hf(json.loads(json.dumps(values.to_hf()))) == values
         assert 1 <= values.min_pixels <= values.max_pixels and values.factor**2 <= values.max_pixels
         assert np.isfinite([*values.image_mean, *values.image_std]).all() and np.all(values.image_std)
 

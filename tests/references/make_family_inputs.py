@@ -72,9 +72,9 @@ def make_tokenizer(family):
     return Processor(train_tokenizer(["Look: <0.2 seconds>", " and <1.2 seconds>"] * 8), family=family).tokenizer
 
 
-def position_cases(config):
+def position_cases(config, seed=0):
     """Yields prompts of two rows with random images and videos: arguments of get_rope_index."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for i in range(6):
         rows, grids, seconds = [], {1: [], 2: []}, []
         for _ in range(2):
@@ -104,7 +104,7 @@ def position_cases(config):
         yield case
 
 
-def positions(is_v4):
+def positions(is_v4, seed=0):
     import torch
     from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
 
@@ -118,7 +118,7 @@ def positions(is_v4):
         names = ("image_token_id", "video_token_id", "vision_start_token_id")
         hf_config = SimpleNamespace(vision_config=vision, **{name: getattr(config, name) for name in names})
         model = SimpleNamespace(config=hf_config)
-        for i, case in enumerate(position_cases(config)):
+        for i, case in enumerate(position_cases(config, seed)):
             tensors = {name: torch.tensor(value) for name, value in case.items()}
             if is_v4:
                 if family == "qwen2_5_vl" and i % 2 == 0:
@@ -133,12 +133,12 @@ def positions(is_v4):
     return arrays
 
 
-def patches():
+def patches(grids=GRIDS):
     import torch
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_window_index
 
     arrays = {}
-    for grid in GRIDS:
+    for grid in grids:
         name, tensor = ",".join(map(str, grid)), torch.tensor([grid])
         window_index, lengths = get_vision_window_index(tensor, 2, 112, 14)
         arrays |= {f"windows/{name}/window_index": window_index.numpy()}

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from liger_jax import Processor, QwenVLConfig
 from liger_jax.data.dataset import BatchSchedule, make_dataset
 from liger_jax.demo.data import conversations, load_digits
 from liger_jax.demo.run import make_config, make_processor
+from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.errors import UserError
-from liger_jax.inputs.images import image_size, load_image
+from liger_jax.inputs.images import VisionSettings, image_size, load_image
 from liger_jax.inputs.messages import KINDS
 from liger_jax.options import Batching
 
@@ -98,6 +100,45 @@ def test_image_larger_than_its_share_of_a_packed_sequence(processor, config):
     dataset = make_dataset(processor, config, [large, *texts], Batching(batch_size=2, pack_length=128))
     assert dataset.shape.patches >= (224 // 14) ** 2
     assert dataset(0).vision is not None
+
+
+def test_packed_windows_fit_their_sequences():
+    """Slots are planned conversation by conversation; the batches, whose images share blocks of windows, fit them."""
+    config = QwenVLConfig.tiny(270, family="qwen2_5_vl")  # the ids of the placeholders are those of the tokenizer
+    limits = VisionSettings(min_pixels=28 * 28, max_pixels=128 * 28 * 28)
+    processor = Processor(train_tokenizer([]), limits, limits, family="qwen2_5_vl")
+    rng = np.random.default_rng(0)
+    data = [
+        ask_about(*(Image.new("RGB", tuple(rng.integers(28, 300, 2).tolist())) for _ in range(rng.integers(1, 3))))
+        for _ in range(24)
+    ]
+    video = {"type": "video", "video": np.zeros((5, 60, 90, 3), np.uint8), "sample_fps": 1.0}
+    data += [ask([video, {"type": "text", "text": "How long?"}])] * 2
+    dataset = make_dataset(processor, config, data, Batching(batch_size=4, pack_length=512))
+    assert dataset.shape.patches % config.vision.window_patches == 0
+    filled = slots = 0
+    for step in range(dataset.schedule.epoch_batches):
+        batch = dataset(step)
+        assert batch.vision.window_ids.shape == (4, dataset.shape.patches)
+        filled += np.count_nonzero(batch.vision.segment_ids)
+        slots += np.count_nonzero(batch.vision.segment_ids.reshape(-1, 64).any(axis=1)) * 64
+    expected = sum(int(np.prod(grids)) for data_grids in map(processor.measure, data) for grids in data_grids[1])
+    assert filled == expected and filled > 0.9 * slots
+
+
+def test_seconds_of_packed_videos_reach_their_positions():
+    """Two videos of different rates in one sequence: 2 positions per second, and 2 frames per row of the grid."""
+    config = QwenVLConfig.tiny(270, family="qwen2_5_vl")
+    processor = Processor(train_tokenizer([]), family="qwen2_5_vl")
+    frames = np.zeros((6, 28, 28, 3), np.uint8)
+    data = [ask([{"type": "video", "video": frames, "sample_fps": fps, "max_pixels": 28 * 28}]) for fps in (2.0, 0.5)]
+    batch = make_dataset(processor, config, data, Batching(batch_size=1, pack_length=1024), shuffle=False)(0)
+    is_video = batch.input_ids[0] == config.video_token_id
+    times = {}
+    for segment in (1, 2):
+        time = batch.position_ids[0, 0, is_video & (batch.segment_ids[0] == segment)]
+        times[segment] = (time - time[0]).tolist()
+    assert sorted(times.values()) == [[0, 2, 4], [0, 8, 16]]
 
 
 def run_epoch(processor, config, data, **layout):
