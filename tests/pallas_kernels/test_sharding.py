@@ -21,6 +21,12 @@ def norm(x, weight):
     return pk.rms_norm(x, weight)
 
 
+def qk_norm_rope(x, weight):
+    q, k = x.reshape(*x.shape[:2], 4, 8), x[..., :16].reshape(*x.shape[:2], 2, 8)
+    angles = jnp.sin(x[..., :4])
+    return jnp.concatenate(pk.qk_norm_rope(q, k, weight[:8], weight[8:16], angles, 1 - angles), axis=2)
+
+
 def attention(x, weight):
     q = x.reshape(*x.shape[:2], 4, 8) * weight.reshape(4, 8)
     return pk.attention(q, q, q, causal=True)
@@ -31,7 +37,7 @@ def loss(x, weight):
     return pk.linear_cross_entropy(x, weight.reshape(4, 8).repeat(4, axis=1), labels)
 
 
-@pytest.mark.parametrize("op", [norm, attention, loss])
+@pytest.mark.parametrize("op", [norm, qk_norm_rope, attention, loss])
 def test_values_and_gradients_are_those_of_one_device(op):
     """The backward pass is traced after the context has ended. The odd row count is not divided by the mesh."""
     for rows in (4, 3):
