@@ -2,7 +2,7 @@
 """Writes reference values for Qwen2.5-VL and Qwen3-VL: tiny random models, and the outputs of Hugging Face transformers.
 
     pip install torch==2.13.0 transformers==5.24.0        # the CPU builds suffice
-    python tests/references/make_family.py                # 30 s; writes next to this file
+    python -m tests.references.make_family                # 30 s; writes next to this file
 
 Files, for each family
   model_<family>/   a checkpoint written by save_pretrained, in the hub's spelling
@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from make_model import IM_END, IM_START, IMAGE, KINDS, PAD, TEXT, VIDEO, VISION_END, VISION_START, Recorder, packed, pad
-from make_model import hub_name as original_name
-from make_model import randomize, save
-from transformers.vision_utils import get_vision_window_index
+
+from tests.references import make_model as base
+from tests.references.make_model import IM_END, IM_START, IMAGE, KINDS, TEXT, VIDEO, VISION_END, VISION_START
 
 HERE = Path(__file__).parent
 PATCH = 4  # pixels a side: small files
@@ -62,21 +61,20 @@ GRIDS = {
 def make_model(family: str, seed: int, **changes):
     config = transformers.AutoConfig.for_model(
         family,
-        **CONFIGS[family] | changes,
+        **{"tie_word_embeddings": TIED[family]} | CONFIGS[family] | changes,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
-        tie_word_embeddings=TIED[family],
     )
     config._attn_implementation = "eager"
     model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
-    randomize(model, seed)
+    base.randomize(model, seed)
     return model
 
 
 def hub_name(family: str):
-    return original_name if family == "qwen2_5_vl" else lambda name: name
+    return base.hub_name if family == "qwen2_5_vl" else lambda name: name
 
 
 def make_scenarios(family: str, rng: np.random.Generator) -> tuple[dict, dict]:
@@ -115,8 +113,8 @@ def make_scenarios(family: str, rng: np.random.Generator) -> tuple[dict, dict]:
                 vision[pixels] = torch.from_numpy(rng.normal(size=shape).astype(np.float16)).float()
         if seconds and family == "qwen2_5_vl":
             vision["second_per_grid_ts"] = torch.tensor(seconds)
-        inputs[name] = pad(turns, "left") | vision
-        prompts[name] = pad([(question, []) for question, _ in turns], "left") | vision
+        inputs[name] = base.pad(turns, "left") | vision
+        prompts[name] = base.pad([(question, []) for question, _ in turns], "left") | vision
         del prompts[name]["labels"]
 
     add("text", [7], [12])
@@ -132,7 +130,7 @@ def make_scenarios(family: str, rng: np.random.Generator) -> tuple[dict, dict]:
     return inputs, prompts
 
 
-class FamilyRecorder(Recorder):
+class FamilyRecorder(base.Recorder):
     def vision(self, name, inputs):
         """Records the tower's outputs in the order of the inputs: transformers returns those of blocks by window."""
         visual = self.model.model.visual
@@ -150,6 +148,8 @@ class FamilyRecorder(Recorder):
             for hook in hooks:
                 hook.remove()
             if hasattr(visual.config, "window_size"):
+                from transformers.vision_utils import get_vision_window_index
+
                 index, _ = get_vision_window_index(inputs[grid], 2, visual.config.window_size, visual.config.patch_size)
                 order = torch.argsort(index)
                 layers = {key: x.reshape(len(order), 4, -1)[order].reshape(x.shape) for key, x in layers.items()}
@@ -184,7 +184,7 @@ def main():
     torch.set_num_threads(1)
     for family in CONFIGS:
         model, arrays = record(family)
-        save(model, out / f"model_{family}")
+        base.save(model, out / f"model_{family}")
         np.savez_compressed(out / f"{family}.npz", **arrays)
 
 

@@ -28,7 +28,7 @@ jitted_activations = jax.jit(lambda model, batch: model.activations(batch))
 
 @functools.cache
 def common_batch(family, scenario):
-    return parity.common(family, parity.inputs(family, scenario))
+    return parity.common(parity.config(family), parity.inputs(family, scenario))
 
 
 @functools.cache
@@ -101,7 +101,9 @@ def test_packed_rows_and_padding_sides(family):
     moved[right] = ids[mask]
     for layout, own in ((packed, packed["segment_ids"] > 0), ({"input_ids": moved, "attention_mask": right}, right)):
         labels = {"labels": np.full(layout["input_ids"].shape, -100)}
-        logits = jitted_activations(parity.model(family), parity.common(family, arrays | layout | labels))["logits"]
+        logits = jitted_activations(
+            parity.model(family), parity.common(parity.config(family), arrays | layout | labels)
+        )["logits"]
         assert_near(own_tokens(logits, own), reference, name="logits")
 
 
