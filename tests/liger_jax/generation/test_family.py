@@ -13,8 +13,9 @@ from liger_jax.generation import chat as chat_module
 from liger_jax.generation import session
 from liger_jax.inputs.families import FAMILIES
 from liger_jax.model.sharding import param_shardings
+from tests._support import family_parity as parity
 
-MEMBERS = ("qwen2_5_vl", "qwen3_vl")
+MEMBERS = parity.FAMILIES
 NEW = 6  # tokens
 SHAPE = {"length": 192, "patches": 256}  # of every batch, so that they share compiled programs
 
@@ -48,6 +49,26 @@ def frames(height, width):
 IMAGES = question("These?", image(150, 200), image(64, 90, 1))
 VIDEO = question("And this?", frames(90, 120))
 TEXT = question("Only text, of some length.")
+
+
+@pytest.mark.parametrize("scenario", parity.SCENARIOS)
+@pytest.mark.parametrize("family", MEMBERS)
+def test_greedy_tokens_equal_those_of_transformers(family, scenario):
+    """Without end tokens, with two of them, and with a repetition penalty; for text, images, videos and padding."""
+    model, arrays = parity.model(family), parity.inputs(family, scenario, prompt=True)
+    rows = len(arrays["input_ids"])
+    repeated = np.arange(parity.ROWS) % rows  # in place of rows that pad the batch, which have no prompt
+    batch = jax.tree.map(lambda x: x[repeated], parity.common(model.config, arrays))
+    ends = [int(parity.expected(family, scenario, key)) for key in ("eos_id", "second_eos_id")]
+    for key, options in {
+        "greedy": {"eos_token_id": ()},
+        "greedy_two_eos": {"eos_token_id": ends},
+        "greedy_repetition1.3": {"eos_token_id": (), "repetition_penalty": 1.3},
+    }.items():
+        tokens = generate(model, batch, max_new_tokens=8, pad_token_id=150, **options)[:rows]
+        expected = parity.expected(family, scenario, key)
+        filled = np.pad(expected, ((0, 0), (0, 8 - expected.shape[1])), constant_values=150)
+        np.testing.assert_array_equal(tokens, filled, err_msg=key)
 
 
 @pytest.mark.parametrize("family", MEMBERS)
