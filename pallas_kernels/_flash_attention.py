@@ -29,6 +29,7 @@ from pallas_kernels import _pallas, _validate
 from pallas_kernels._tuning import Blocks
 
 MASKED_SCORE = -1e30  # the running maximum before any score: finite, so that differences stay numbers
+SHORT_ROW = 64  # tokens of a row in which comparing ids is cheaper than finding the runs of equal ids
 MAX_HEAD_BYTES = 512  # the keys and values of larger heads do not fit in the shared memory of an SM
 # Largest number of bytes per head -> queries (rows) and keys (columns) of a block. Those for heads of 80 and 128 elements
 # were measured on an H200.
@@ -54,10 +55,16 @@ class Intervals(NamedTuple):
     end: jax.Array  # [B, T] int32, one past the last
 
 
-def visible_intervals(
-    query_ids: jax.Array | None, key_ids: jax.Array | None, q: jax.Array, k: jax.Array, causal: bool
-) -> tuple[Intervals, Intervals]:
-    """Returns the keys that each query sees, and the queries that see each key.
+class Mask(NamedTuple):
+    """Which keys a query sees: those inside its interval and, if there are ids to compare, with its segment id."""
+
+    visible_keys: Intervals  # of each query
+    visible_queries: Intervals  # of each key
+    ids: Ids
+
+
+def make_mask(query_ids: jax.Array | None, key_ids: jax.Array | None, q: jax.Array, k: jax.Array, causal: bool) -> Mask:
+    """Returns the mask of a call of `attention`.
 
     Args:
         query_ids: segment ids [B, T], or None. Without `key_ids` they are those of the keys as well, so T = S, and equal ids
@@ -67,23 +74,36 @@ def visible_intervals(
     """
     (batch, tokens), sources = q.shape[:2], k.shape[1]
     query, key = jnp.arange(tokens, dtype=jnp.int32), jnp.arange(sources, dtype=jnp.int32)
+    ids: Ids = query_ids, key_ids
     if query_ids is None:
         keys = Intervals(jnp.zeros((batch, tokens), jnp.int32), jnp.full((batch, tokens), sources, jnp.int32))
         queries = Intervals(jnp.zeros((batch, sources), jnp.int32), jnp.full((batch, sources), tokens, jnp.int32))
-    elif key_ids is None:
-        differs = query_ids[:, 1:] != query_ids[:, :-1]
-        starts, ends = (jnp.pad(differs, ((0, 0), pad), constant_values=True) for pad in ((1, 0), (0, 1)))
-        first = jax.lax.cummax(jnp.where(starts, query, 0), axis=1)
-        end = jax.lax.cummin(jnp.where(ends, query + 1, tokens), axis=1, reverse=True)
-        inside = query_ids != 0
-        keys = queries = Intervals(jnp.where(inside, first, tokens), jnp.where(inside, end, 0))
-    else:
+    elif key_ids is not None:
         keys, queries = _enclosing_intervals(query_ids, key_ids), _enclosing_intervals(key_ids, query_ids)
+    elif tokens <= SHORT_ROW:
+        inside = query_ids != 0
+        keys = queries = Intervals(jnp.where(inside, 0, tokens), jnp.where(inside, tokens, 0))
+        ids = query_ids, query_ids
+    else:
+        keys = queries = _runs(query_ids)
+        ids = None, None
     if causal:
         offset = sources - tokens
         keys = keys._replace(end=jnp.minimum(keys.end, query + offset + 1))
         queries = queries._replace(first=jnp.maximum(queries.first, key - offset))
-    return keys, queries
+    return Mask(keys, queries, ids)
+
+
+def _runs(ids: jax.Array) -> Intervals:
+    """Returns the interval of elements around each of `ids` [B, T] that equal it; empty for 0."""
+    tokens = ids.shape[1]
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    differs = ids[:, 1:] != ids[:, :-1]
+    starts, ends = (jnp.pad(differs, ((0, 0), pad), constant_values=True) for pad in ((1, 0), (0, 1)))
+    first = jax.lax.cummax(jnp.where(starts, token, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(ends, token + 1, tokens), axis=1, reverse=True)
+    inside = ids != 0
+    return Intervals(jnp.where(inside, first, tokens), jnp.where(inside, end, 0))
 
 
 def _enclosing_intervals(ids: jax.Array, other_ids: jax.Array) -> Intervals:
@@ -118,14 +138,14 @@ def preferred(q: jax.Array, k: jax.Array, causal: bool, kv_segmented: bool) -> b
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, visible_keys: Intervals, scale: float, *, interpret: bool
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, T, N, D], and the log-sum-exp of the scores [B, N, T], infinite where a query sees no key."""
     batch, tokens, heads, dim = q.shape
     blocks = _blocks(FORWARD_BLOCKS, q, k)
     out, lse = _pallas.launch(
         functools.partial(_attention_forward, dim=dim, scale=scale, blocks=blocks, interpret=interpret),
-        (q, k, v, *ids, *visible_keys),
+        (q, k, v, *mask.ids, *mask.visible_keys),
         [(q.shape, q.dtype), ((batch, heads, tokens), _validate.accumulation_dtype(q.dtype))],
         grid=(_pallas.cdiv(tokens, blocks.rows), batch * heads),
         num_warps=blocks.num_warps,
@@ -142,9 +162,7 @@ def backward(
     out: jax.Array,
     lse: jax.Array,
     grad: jax.Array,
-    ids: Ids,
-    visible_keys: Intervals,
-    visible_queries: Intervals,
+    mask: Mask,
     scale: float,
     *,
     interpret: bool,
@@ -157,7 +175,7 @@ def backward(
     if tokens <= blocks.rows and sources <= blocks.columns:
         dq, dk, dv = launch(
             functools.partial(_attention_backward_block, **static),
-            (q, k, v, out, grad, lse, *ids, *visible_keys),
+            (q, k, v, out, grad, lse, *mask.ids, *mask.visible_keys),
             [(q.shape, q.dtype), (k.shape, k.dtype), (v.shape, v.dtype)],
             grid=(1, batch * key_heads),
         )
@@ -166,13 +184,13 @@ def backward(
     delta = jnp.sum(grad.astype(dtype) * out.astype(dtype), axis=-1).transpose(0, 2, 1)  # [B, N, T]
     (dq,) = launch(
         functools.partial(_attention_backward_queries, **static),
-        (q, k, v, grad, lse, delta, *ids, *visible_keys),
+        (q, k, v, grad, lse, delta, *mask.ids, *mask.visible_keys),
         [(q.shape, q.dtype)],
         grid=(_pallas.cdiv(tokens, blocks.rows), batch * heads),
     )
     dk, dv = launch(
         functools.partial(_attention_backward_keys, **static),
-        (q, k, v, grad, lse, delta, *ids, *visible_queries),
+        (q, k, v, grad, lse, delta, *mask.ids, *mask.visible_queries),
         [(k.shape, k.dtype), (v.shape, v.dtype)],
         grid=(_pallas.cdiv(sources, blocks.columns), batch * key_heads),
     )

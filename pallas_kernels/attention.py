@@ -301,21 +301,14 @@ def _backward_cudnn(static: StaticArgs, q, k, v, out, statistics, grad, query_id
 
 
 def _forward_pallas(static: StaticArgs, q, k, v, query_ids, key_ids, *segments, interpret: bool):
-    visible_keys, _ = _flash_attention.visible_intervals(query_ids, key_ids, q, k, static.causal)
-    ids = _ids_to_compare(query_ids, key_ids)
-    out, lse = _flash_attention.forward(q, k, v, ids, visible_keys, static.scale, interpret=interpret)
+    mask = _flash_attention.make_mask(query_ids, key_ids, q, k, static.causal)
+    out, lse = _flash_attention.forward(q, k, v, mask, static.scale, interpret=interpret)
     return out, lse[:, None]
 
 
 def _backward_pallas(static: StaticArgs, q, k, v, out, lse, grad, query_ids, key_ids, *segments, interpret: bool):
-    intervals = _flash_attention.visible_intervals(query_ids, key_ids, q, k, static.causal)
-    arrays = q, k, v, out, lse[:, 0], grad, _ids_to_compare(query_ids, key_ids)
-    return _flash_attention.backward(*arrays, *intervals, static.scale, interpret=interpret)
-
-
-def _ids_to_compare(query_ids, key_ids) -> _flash_attention.Ids:
-    """Returns the ids that the kernels compare: none where intervals describe the segments."""
-    return (None, None) if key_ids is None else (query_ids, key_ids)
+    mask = _flash_attention.make_mask(query_ids, key_ids, q, k, static.causal)
+    return _flash_attention.backward(q, k, v, out, lse[:, 0], grad, mask, static.scale, interpret=interpret)
 
 
 # ---- gradient and mesh -------------------------------------------------------------------------------------------------
