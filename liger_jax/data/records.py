@@ -6,7 +6,8 @@
 
 A file is a JSON list of such records, or JSON lines. `<image>` and `<video>` in a text are replaced by the record's next
 image or video. Content may also be a list of parts; a part without its own image takes the record's next one.
-A video is the list of its frames.
+A video is the list of its frames. A part may set `min_pixels`, `max_pixels`, and for a video `sample_fps`, the rate of its
+frames per second (otherwise 2), as in qwen-vl-utils.
 
 A turn of the assistant is not trained if it has "loss", "weight", "train", "trainable" or "loss_scale" with false or 0. Keys
 that are known to change a record's meaning, but are not supported, are refused by name. Other unknown keys are reported.

@@ -92,18 +92,22 @@ def _video_steps(config: QwenVLConfig, second_per_grid_ts, videos: int) -> np.nd
         if config.vision.video_time != "seconds":
             raise UserError("second_per_grid_ts is given; expected none, since this model does not use it")
         try:
-            seconds = np.asarray(second_per_grid_ts, np.float64)
-        except (TypeError, ValueError) as error:
+            seconds = np.asarray(second_per_grid_ts)
+        except ValueError:  # lists of different lengths
+            seconds = np.array(None)
+        if seconds.size and seconds.dtype.kind not in "iuf":
             raise UserError(
                 f"second_per_grid_ts is {second_per_grid_ts!r:.60}; expected a list of numbers, one for each video"
-            ) from error
+            )
+        seconds = seconds.astype(np.float64)
         if seconds.shape != (videos,):
             raise UserError(
                 f"second_per_grid_ts has shape {list(seconds.shape)}; expected [{videos}], one number for each video"
             )
         if not (np.isfinite(seconds) & (seconds > 0)).all():
             raise UserError(f"second_per_grid_ts is {seconds.tolist()!s:.60}; expected positive, finite numbers")
-    return seconds * (config.vision.tokens_per_second if config.vision.video_time == "seconds" else 1.0)
+    rate = config.vision.tokens_per_second if config.vision.video_time == "seconds" else 1.0
+    return np.minimum(np.minimum(seconds, LARGEST_TIME) * rate, LARGEST_TIME)
 
 
 class _Grids:

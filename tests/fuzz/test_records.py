@@ -15,7 +15,7 @@ from PIL import Image
 from liger_jax import Processor
 from liger_jax.data.records import FORMATS, MARKER, MEDIA, parse_record, read_conversations
 from liger_jax.demo.tokenizer import train_tokenizer
-from liger_jax.inputs.images import VisionSettings
+from liger_jax.inputs.families import FAMILIES
 from tests._support.fuzzing import ODD_TEXTS, damaged, damaged_bytes, fuzz, json_values, mostly, only_user_errors, pick
 
 
@@ -55,6 +55,7 @@ KEYS = st.sampled_from(
     [
         *("messages", "conversations", "images", "image", "videos", "video", "system", "id", "from", "value", "role"),
         *("content", "type", "text", "image_url", "url", "path", "bytes", "min_pixels", "max_pixels", "fps", "nframes"),
+        "sample_fps",
         *("loss", "weight", "train", "trainable", "loss_scale", "tools", "chosen", "objects", "audio", "img", "note"),
         *ODD_TEXTS,
     ]
@@ -69,9 +70,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def processor():
-    limits = VisionSettings(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
-    return Processor(train_tokenizer([]), limits, limits)
+def processors():
+    """Returns processors of the family with limits of 4 tokens for an image, and for a frame or a clip of a video."""
+    processors = {family: Processor(train_tokenizer([]), family=family) for family in FAMILIES}
+    for processor in processors.values():
+        token = processor.image.factor**2
+        processor.image, processor.video = (
+            settings.with_limits(token, 4 * token) for settings in (processor.image, processor.video)
+        )
+    return processors
+
+
+@pytest.fixture(scope="module")
+def processor(processors):
+    return processors["qwen2_vl"]
 
 
 def parts_of(content):
@@ -95,13 +107,15 @@ def media_of(record, turns, content_key) -> Counter:
         for value in (record[key] for key in keys if record.get(key) not in (None, [])):
             media[kind] += len(value) if isinstance(value, list) else 1
         for part in (part for turn in turns for part in parts_of(turn[content_key])):
+            if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+                continue  # a text, whatever else it has
             own = any(part.get(key) for key in (kind, f"{kind}_url", "url", "path"))
             media[kind] += bool(own and part.get("type", kind) in (kind, f"{kind}_url"))
     return media
 
 
-@fuzz(record=damaged(pick(RECORDS), KEYS), training=st.booleans())
-def test_records(record, training, folder, processor):
+@fuzz(record=damaged(pick(RECORDS), KEYS), training=st.booleans(), family=st.sampled_from(sorted(FAMILIES)))
+def test_records(record, training, family, folder, processors):
     """A record that is read keeps all its texts, images and videos, and the processor accepts or refuses it."""
     with only_user_errors():
         conversation = parse_record(record, folder, training=training)
@@ -111,7 +125,7 @@ def test_records(record, training, folder, processor):
         parts = [part for message in conversation for part in parts_of(message["content"])]
         kinds = Counter(part["type"] for part in parts if part["type"] != "text")
         assert kinds == +media_of(record, turns, content_key)
-        check_arrays(processor, conversation, labels=training)
+        check_arrays(processors[family], conversation, labels=training)
 
 
 def check_arrays(processor, conversation, **options) -> None:
@@ -168,9 +182,10 @@ MESSAGES = (
         {"role": "assistant", "content": [{"type": "text", "text": "A cat."}], "loss": True},
     ],
     [
-        {"role": "user", "content": [{"type": "video", "video": [URL, URL], "max_pixels": 1568}, {"type": "image"}]},
+        {"role": "user", "content": [{"type": "video", "video": [URL, URL], "max_pixels": 4096}, {"type": "image"}]},
         {"role": "assistant", "content": "A video."},
     ],
+    [{"role": "user", "content": [{"type": "video", "video": [URL] * 5, "sample_fps": 0.5}, {"text": "<|video_pad|>"}]}],
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<|image_pad|>"}]}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, {"image": URL}]}],
 )  # fmt: skip
@@ -183,17 +198,24 @@ CALLS = {
     "labels": st.booleans(),
     "add_generation_prompt": st.booleans(),
     "add_vision_id": st.booleans(),
+    "fps": mostly(st.sampled_from([2.0, 1, [1.0], [0.5, 30.0]]), json_values(KEYS)),
+    "target_fps": mostly(st.sampled_from([None, 1.0, 2.0]), json_values(KEYS)),
+    "video_prompt": mostly(st.sampled_from(["4.57", "hf5"]), json_values(KEYS)),
 }
 
 
 @fuzz(
     messages=damaged(mostly(pick(MESSAGES), st.lists(pick(MESSAGES), max_size=3)), KEYS),
     options=st.fixed_dictionaries({}, optional=CALLS),
+    family=st.sampled_from(sorted(FAMILIES)),
 )
-def test_messages(messages, options, processor):
+def test_messages(messages, options, family, processors):
     """A call of the processor gives arrays that fit each other, or a UserError."""
+    processor = processors[family]
     with only_user_errors():
         arrays = processor(messages, **options)
+        seconds = arrays.pop("second_per_grid_ts", None)
+        assert seconds is None or (family == "qwen2_5_vl" and (seconds > 0).all())
         assert {name: array.dtype for name, array in arrays.items() if "pixel" not in name} == {
             name: np.int64 for name in arrays if "pixel" not in name
         }

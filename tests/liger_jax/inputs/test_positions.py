@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from liger_jax import QwenVLConfig
+from liger_jax import QwenVLConfig, prepare
 from liger_jax.errors import UserError
 from liger_jax.inputs.positions import position_table_lookup, rope_index, vision_position_ids, vision_segment_ids
 from tests._support import parity
@@ -214,7 +214,10 @@ def test_frames_that_do_not_match_their_video_are_refused(case):
         ([], r"second_per_grid_ts has shape \[0\]; expected \[1\]"),
         ([0.0], r"second_per_grid_ts is \[0.0\]; expected positive, finite numbers"),
         ([float("nan")], r"expected positive, finite numbers"),
-        ("1", r"second_per_grid_ts has shape \[\]"),
+        (1.0, r"second_per_grid_ts has shape \[\]"),
+        (["1"], r"second_per_grid_ts is \['1'\]; expected a list of numbers"),
+        ([10**400], "expected a list of numbers"),
+        ([[1.0], [1.0, 2.0]], "expected a list of numbers"),
         (["a"], r"second_per_grid_ts is \['a'\]; expected a list of numbers"),
     ],
 )
@@ -228,6 +231,28 @@ def test_seconds_are_refused_where_they_have_no_effect():
     ids = np.array([[5, *[VIDEO] * 2, 6]])
     with pytest.raises(UserError, match="second_per_grid_ts is given; expected none"):
         rope_index(CONFIG, ids, video_grid_thw=np.array([[2, 2, 2]]), second_per_grid_ts=[1.0])
+
+
+def test_times_beyond_all_positions_are_refused():
+    """They overflow no integer."""
+    ids = np.array([[5, *[QWEN2_5.video_token_id] * 2, 6]])
+    pixels = np.zeros((8, QWEN2_5.vision.patch_values), np.float32)
+    arrays = {"input_ids": ids, "video_grid_thw": np.array([[2, 2, 2]]), "pixel_values_videos": pixels}
+    with pytest.raises(UserError, match=r"position 2147483650; expected position_ids in \[0, 4096\)"):
+        prepare(QWEN2_5, **arrays, second_per_grid_ts=[1e300])
+
+
+def test_packed_videos_with_their_time_as_text():
+    """Positions restart in each sequence, whose frames belong to its own video."""
+    first = [5, *[VIDEO3] * 4, 6, *[VIDEO3] * 4, 7]
+    second = [8, 9, *[VIDEO3] * 2, 6, *[VIDEO3] * 2, 6, *[VIDEO3] * 2]
+    grids = np.array([[2, 4, 4], [3, 2, 4]])
+    segment_ids = np.array([[1] * len(first) + [2] * len(second)])
+    packed = rope_index(QWEN3, np.array([first + second]), video_grid_thw=grids, segment_ids=segment_ids)
+    parts = [
+        rope_index(QWEN3, np.array([ids]), video_grid_thw=grids[i : i + 1]) for i, ids in enumerate((first, second))
+    ]
+    np.testing.assert_array_equal(packed, np.concatenate(parts, axis=2))
 
 
 TABLES = sorted({name.rsplit("/", 1)[0] for name in FAMILY[""] if name.startswith("table/")})
