@@ -6,24 +6,33 @@ import json
 
 import pytest
 
-from liger_jax import Qwen2VLConfig
+from liger_jax import Qwen2VLConfig, QwenVLConfig
 from liger_jax.errors import UserError
 from tests._support.parity import REFERENCES
 
 LAYOUTS = json.loads((REFERENCES / "configs.json").read_text())
-PRESETS = {"2b": Qwen2VLConfig.qwen2_vl_2b(), "7b": Qwen2VLConfig.qwen2_vl_7b()}
+PRESETS = {
+    "2b": QwenVLConfig.qwen2_vl_2b(),
+    "7b": QwenVLConfig.qwen2_vl_7b(),
+    "2.5-3b": QwenVLConfig.qwen2_5_vl_3b(),
+    "2.5-32b": QwenVLConfig.qwen2_5_vl_32b(),
+    "3-4b": QwenVLConfig.qwen3_vl_4b(),
+    "3-32b": QwenVLConfig.qwen3_vl_32b(),
+}
+OTHER_PRESETS = ("qwen2_vl_72b", "qwen2_5_vl_7b", "qwen2_5_vl_72b", "qwen3_vl_2b", "qwen3_vl_8b")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-@pytest.mark.parametrize("size", PRESETS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "size"), [(layout, size) for layout, sizes in LAYOUTS.items() for size in sizes])
 def test_layouts(layout, size):
-    """The files were written by transformers 4.41 (hub), 4.49 (defaults omitted), 4.57 (nested), 5.17 (rope_parameters)."""
+    """The files were written by transformers 4.41 (hub), 4.49 (defaults omitted), 4.57 (nested), 5.x (rope_parameters)."""
     expected = dataclasses.replace(PRESETS[size], eos_token_ids=(151645,))
     assert Qwen2VLConfig.from_hf(LAYOUTS[layout][size]) == expected
 
 
-def test_all_four_layouts_are_recorded():
-    assert set(LAYOUTS) == {"hub", "4.49.0", "4.57.6", "5.17.0"}
+def test_all_layouts_are_recorded():
+    assert set(LAYOUTS) == {"hub", "4.49.0", "4.57.6", "5.17.0", "5.24.0"}
+    assert {size for sizes in LAYOUTS.values() for size in sizes} == set(PRESETS)
 
 
 def test_tie_word_embeddings_in_text_config():
@@ -67,10 +76,80 @@ def test_presets(preset, layers, heads, kv_heads, hidden):
     assert (config.image_token_id, config.video_token_id) == (151655, 151656)
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), Qwen2VLConfig.qwen2_vl_72b(), Qwen2VLConfig.tiny()])
+ROUND_TRIPS = [*PRESETS.values(), *(getattr(QwenVLConfig, name)() for name in OTHER_PRESETS)]
+ROUND_TRIPS += [QwenVLConfig.tiny(family=family) for family in FAMILIES]
+
+
+@pytest.mark.parametrize("config", ROUND_TRIPS)
 def test_round_trip(config):
     """from_hf reads the output of to_hf as the same configuration, also after a round trip through JSON."""
-    assert Qwen2VLConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert QwenVLConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_same_configuration(family):
+    """transformers understands the output of to_hf, and from_hf what transformers makes of it."""
+    from transformers import AutoConfig
+
+    config = QwenVLConfig.tiny(family=family)
+    theirs = AutoConfig.for_model(**config.to_hf())
+    assert QwenVLConfig.from_hf(theirs.to_dict()) == config
+
+
+def test_frequencies_follow_blocks_or_interleave():
+    """The axis of each of the 64 frequencies of the published models: T 16, H 24, W 24; and T H W T H W ... T T T T."""
+    assert QwenVLConfig.qwen2_5_vl_7b().text.rotary_axes == (0,) * 16 + (1,) * 24 + (2,) * 24
+    assert QwenVLConfig.qwen3_vl_8b().text.rotary_axes == (0, 1, 2) * 20 + (0,) * 4
+
+
+def test_alias_and_derived_sizes():
+    assert Qwen2VLConfig is QwenVLConfig
+    vision = QwenVLConfig.qwen2_5_vl_3b().vision
+    assert (vision.window_patches, vision.head_dim, QwenVLConfig.qwen2_vl_2b().vision.window_patches) == (64, 80, 0)
+    assert QwenVLConfig.qwen3_vl_32b().vision.head_dim == 72 and QwenVLConfig.qwen3_vl_2b().vision.patch_values == 1536
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen2_5_vl", {"window_size": 100}, "vision.window_size is 100; expected a multiple of 28"),
+        ("qwen2_5_vl", {"window_size": 0, "full_attention_layers": ()}, "vision.window_size is 0; expected at least 1"),
+        (
+            "qwen2_5_vl",
+            {"full_attention_layers": (3, 1)},
+            r"full_attention_layers is \(3, 1\); expected increasing numbers",
+        ),
+        ("qwen2_5_vl", {"full_attention_layers": (1, 4)}, "full_attention_layers .* from 0 to 3"),
+        ("qwen2_5_vl", {"norm": "batch_norm"}, "vision.norm is 'batch_norm'; expected one of"),
+        ("qwen2_5_vl", {"norm": "layer_norm"}, "Not a Qwen2.5-VL .*vision.norm is 'layer_norm'; expected 'rms_norm'"),
+        ("qwen2_5_vl", {"position_table_side": 4}, "vision.position_table_side is 4; expected 0"),
+        ("qwen2_5_vl", {"tokens_per_second": -1.0}, "vision.tokens_per_second is -1.0; expected a number from 0"),
+        (
+            "qwen2_vl",
+            {"intermediate_size": 100},
+            "vision.intermediate_size is 100; expected a multiple of embed_dim 32",
+        ),
+        ("qwen2_vl", {"full_attention_layers": (1,)}, "expected none without windows"),
+        ("qwen3_vl", {"deepstack_layers": (0, 1, 2, 3)}, "deepstack_layers .* no more than there are text layers, 3"),
+        ("qwen3_vl", {"position_table_side": 0}, "vision.position_table_side is 0; expected at least 1"),
+        ("qwen3_vl", {"patch_bias": False}, "vision.patch_bias is False; expected True"),
+        ("qwen3_vl", {"patch_bias": 1}, "vision.patch_bias is 1; expected True or False"),
+    ],
+)
+def test_switches_that_contradict_each_other_are_refused(family, changes, message):
+    """The error names the field. A model that the family's config.json could not describe is refused, too."""
+    config = QwenVLConfig.tiny(family=family)
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
+
+
+def test_unknown_family_is_refused():
+    for build in (lambda: QwenVLConfig.tiny(family="qwen4_vl"), lambda: QwenVLConfig(*parts, family="qwen4_vl")):
+        parts = QwenVLConfig.tiny().text, QwenVLConfig.tiny().vision
+        with pytest.raises(
+            UserError, match=r"family is 'qwen4_vl'; expected one of \['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'\]"
+        ):
+            build()
 
 
 def test_reads_a_folder(tmp_path):
@@ -144,9 +223,9 @@ def test_is_hashable():
     assert hash(Qwen2VLConfig.tiny()) == hash(Qwen2VLConfig.tiny())
 
 
-def hub_config(**values):
-    """Returns the 2B's hub configuration with some values changed, or removed (None)."""
-    hub = copy.deepcopy(LAYOUTS["hub"]["2b"])
+def hub_config(size="2b", **values):
+    """Returns a hub configuration with some values changed, or removed (None)."""
+    hub = copy.deepcopy(LAYOUTS["hub"][size])
     for key, value in values.items():
         *path, last = key.split("__")
         parent = hub
@@ -213,6 +292,44 @@ def test_values_of_the_wrong_type_ended_in_a_type_error(values, message):
     """Found by fuzzing: each was an AttributeError, TypeError or ZeroDivisionError, or was accepted."""
     with pytest.raises(UserError, match=message):
         Qwen2VLConfig.from_hf(hub_config(**values))
+
+
+@pytest.mark.parametrize(
+    ("size", "values", "message"),
+    [
+        ("2.5-3b", {"vision_config__hidden_act": "quick_gelu"}, "vision hidden_act is 'quick_gelu'; expected 'silu'"),
+        ("2.5-3b", {"vision_config__fullatt_block_indexes": 7}, "vision.full_attention_layers is 7; expected a tuple"),
+        ("2.5-3b", {"vision_config__window_size": 8}, "vision.window_size is 8; expected a multiple of 28"),
+        ("2.5-3b", {"vision_config__tokens_per_second": "2"}, "vision.tokens_per_second is '2'; expected a number"),
+        (
+            "3-4b",
+            {"vision_config__num_position_embeddings": 2305},
+            "num_position_embeddings is 2305; expected a square",
+        ),
+        ("3-4b", {"text_config__attention_bias": True}, "text attention_bias is True; expected False"),
+        ("3-4b", {"text_config__rope_scaling__mrope_interleaved": False}, "mrope_interleaved is False; expected True"),
+        ("3-4b", {"text_config__rope_scaling__rope_type": "yarn"}, "YaRN"),
+        ("3-4b", {"vision_config__deepstack_visual_indexes": [5, 30]}, "deepstack_layers .* from 0 to 23"),
+        ("3-4b", {"vision_config": None}, "vision.hidden_size is 3584; expected text.hidden_size 2560"),
+        ("3-4b", {"model_type": "qwen3_vl_moe"}, "model_type is 'qwen3_vl_moe'"),
+    ],
+)
+def test_unsupported_values_of_newer_families_are_refused(size, values, message):
+    with pytest.raises(UserError, match=message):
+        QwenVLConfig.from_hf(hub_config(size, **values))
+
+
+def test_omitted_values_are_those_of_transformers():
+    """Files without a key that equals its default. transformers' default width of Qwen2.5-VL's tower fits no checkpoint."""
+    seconds, width = (hub_config("2.5-3b") for _ in range(2))
+    del seconds["vision_config"]["tokens_per_second"], width["vision_config"]["hidden_size"]
+    assert QwenVLConfig.from_hf(seconds).vision.tokens_per_second == 4.0
+    assert QwenVLConfig.from_hf(width).vision.embed_dim == 1280
+    bare = hub_config("3-4b")
+    for name in ("head_dim", "rope_theta", "max_position_embeddings"):
+        del bare["text_config"][name]
+    text = QwenVLConfig.from_hf(bare).text
+    assert (text.head_dim, text.rope_theta, text.max_position_embeddings) == (128, 500_000.0, 128_000)
 
 
 def test_whole_floats_are_integers():
