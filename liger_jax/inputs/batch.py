@@ -7,7 +7,7 @@ arrays of fixed shape. Batches in the same bucket share one compiled program, ev
 import dataclasses
 import functools
 import math
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -222,8 +222,8 @@ def _vision(
 ) -> Vision | None:
     """Returns the patches of each row, in order of appearance, or None for a batch without images and videos."""
     vision, unit = config.vision, config.vision.merge_unit
-    rows = [_slots(config, row) for row in items]
-    needed = max(slots[-1].stop if slots else 0 for slots, _ in rows)
+    rows = [_place_items(config, row) for row in items]
+    needed = max(row[-1].slots.stop if row else 0 for row in rows)
     if not needed and patches is None:
         return None
     block = vision.window_patches or unit
@@ -242,38 +242,42 @@ def _vision(
     if vision.position_table_side:
         arrays |= {"table_indices": zeros(4), "table_weights": zeros(4, dtype=np.float32)}
     token_positions = _dropped_positions(len(items), length, size // unit)
-    for b, (row, (slots, layouts)) in enumerate(zip(items, rows, strict=True)):
+    for b, row in enumerate(rows):
         last_ids = {"segment_ids": 0, "window_ids": 0}
-        for item, item_slots, layout in zip(row, slots, layouts, strict=True):
+        for item, slots, layout in row:
             values = {"pixel_values": pixels[item.is_video][item.first_patch : item.first_patch + item.patches]}
             values |= _patch_arrays(config, item)
-            merged = slice(item_slots.start // unit, item_slots.stop // unit)
+            merged = slice(slots.start // unit, slots.stop // unit)
             positions = item.positions
             if layout is not None:
                 tokens, windows = layout
                 values = {name: arrange(array, tokens, unit) for name, array in values.items()}
                 values["window_ids"] = np.repeat(windows, unit)
                 positions = np.where(tokens < 0, token_positions[b, merged], positions[tokens])
-            for name, last in last_ids.items():  # numbered over the row
-                if name in values:
-                    ids = values[name] = np.where(values[name] > 0, values[name] + last, 0)
-                    last_ids[name] = int(ids.max())
+            for name in last_ids.keys() & values.keys():  # frames and windows are numbered over the row
+                values[name] = np.where(values[name] > 0, values[name] + last_ids[name], 0)
+                last_ids[name] = int(values[name].max())
             for name, array in values.items():
-                arrays[name][b, item_slots] = array
+                arrays[name][b, slots] = array
             token_positions[b, merged] = positions
     max_segments = power_of_two(arrays["segment_ids"].max(), at_least=4)
     return Vision(token_positions=token_positions, max_segments=max_segments, **arrays)
 
 
-def _slots(config: QwenVLConfig, row: list[VisionItem]) -> tuple[list[slice], list[Layout | None]]:
-    """Returns the slots of each item in its row, and the layout of its patches in them."""
-    slots, layouts, end = [], [], 0
+class _PlacedItem(NamedTuple):
+    item: VisionItem
+    slots: slice  # of the row, in patches
+    layout: Layout | None
+
+
+def _place_items(config: QwenVLConfig, row: list[VisionItem]) -> list[_PlacedItem]:
+    """Returns the items of a row with their slots, one after the other."""
+    placed, end = [], 0
     for item in row:
         layout = item_layout(config.vision, item.grid, end // config.vision.merge_unit)
         start, end = end, end + (item.patches if layout is None else len(layout[0]) * config.vision.merge_unit)
-        slots.append(slice(start, end))
-        layouts.append(layout)
-    return slots, layouts
+        placed.append(_PlacedItem(item, slice(start, end), layout))
+    return placed
 
 
 def _patch_arrays(config: QwenVLConfig, item: VisionItem) -> dict[str, np.ndarray]:

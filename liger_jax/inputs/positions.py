@@ -230,8 +230,8 @@ def rope_positions(
     config: QwenVLConfig, segment_ids: np.ndarray, items: list[list[VisionItem]], video_positions: str
 ) -> np.ndarray:
     """Returns the positions of `rope_index` in int64, given the items from `vision_items`."""
-    if video_positions not in VIDEO_RULES:
-        raise UserError(f"video_positions is {video_positions!r}; expected one of {VIDEO_RULES}")
+    if not isinstance(video_positions, str) or video_positions not in VIDEO_RULES:
+        raise UserError(f"video_positions is {video_positions!r:.60}; expected one of {VIDEO_RULES}")
     merge = config.vision.spatial_merge_size
     rope = np.zeros((3, *segment_ids.shape), np.int64)
     for b, segments in enumerate(segment_ids):

@@ -72,7 +72,7 @@ class Processor:
         *,
         family: str = "qwen2_vl",
     ):
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise UserError(f"family is {family!r:.60}; expected one of {list(FAMILIES)}")
         self.tokenizer, self.family = tokenizer, family
         self._origin = ""  # start of messages about the chat template
@@ -344,7 +344,7 @@ class Processor:
         video_prompt: str = "4.57",
     ) -> list[dict[str, np.ndarray]]:
         """Returns the input_ids (and labels) of each conversation, with one placeholder for each run of them."""
-        if video_prompt not in VIDEO_PROMPTS:
+        if not isinstance(video_prompt, str) or video_prompt not in VIDEO_PROMPTS:
             raise UserError(f"video_prompt is {video_prompt!r:.60}; expected one of {list(VIDEO_PROMPTS)}")
         renderers = [
             functools.partial(
