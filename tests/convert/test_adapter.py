@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -12,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, load_adapter, save_adapter, to_hf, to_hf_state
 from convert.adapter import adapted_rows, adapter_table, read_adapter_config
-from convert.table import SPELLING, table_of
+from convert.table import SPELLING, current_name, table_of
 from liger_jax import QwenVL, QwenVLConfig, loss_fn
 from liger_jax.errors import UserError
 from liger_jax.model.lora import TEXT_TARGETS, LoraOptions, add_lora, find_targets, lora_config, lora_leaves, merge_lora
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
-from tests._support import parity
+from tests._support import family_parity, parity
 
 PEFT = parity.REFERENCES / "adapter"  # written by PEFT 0.21: make_adapter.py
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -297,3 +298,71 @@ def test_adapter_and_checkpoint_share_a_folder(tmp_path):
     before = {file.name for file in tmp_path.iterdir()}
     save_adapter(from_peft(), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == before | {WEIGHTS, CONFIG}
+
+
+# ---- the families
+
+
+def hub_modules(family):
+    """Returns the names of all modules of transformers' model with a matrix, from a checkpoint that transformers wrote."""
+    tensors = load_file(parity.REFERENCES / f"model_{family}" / "model.safetensors")
+    names = [
+        name.removesuffix(".weight") for name, value in tensors.items() if name.endswith(".weight") and value.ndim > 1
+    ]
+    return [current_name(name) for name in names if not name.endswith(("embed_tokens", "lm_head", "pos_embed"))]
+
+
+def peft_adapts(target_modules, module):
+    """PEFT's rule: a regular expression matches the whole name, a list is one of names or of their last parts."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in target_modules)
+
+
+@pytest.mark.parametrize("family", family_parity.FAMILIES)
+def test_families_equal_peft(family, tmp_path):
+    """Logits, loss and gradients of A and B, and the saved tensors. PEFT finds gate_proj in both towers of Qwen2.5-VL."""
+    source, expected = parity.REFERENCES / f"adapter_{family}", parity.stored(f"adapter_{family}")
+    model = load_adapter(family_parity.model(family), source)
+    text_and_vision = ("q_proj", "gate_proj", "visual.gate_proj")
+    assert lora_config(model).targets == (text_and_vision if family == "qwen2_5_vl" else tuple(find_targets(model)))
+    inputs = family_parity.inputs(family, "batch")
+    batch, mask = family_parity.common(model.config, inputs), inputs["attention_mask"] > 0
+    logits = np.asarray(jax.jit(lambda model, batch: model(batch))(model, batch))
+    parity.assert_near(logits[:2, : mask.shape[1]][mask], expected["logits"][mask], name="logits")
+    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, batch)
+    parity.assert_near(loss, expected["loss"], name="loss")
+    save_adapter(grads, tmp_path / "grads")  # gradients have the structure of the model
+    saved = load_file(tmp_path / "grads" / WEIGHTS)
+    assert saved.keys() == {key.removeprefix("grad/") for key in expected if key.startswith("grad/")}
+    for name, value in saved.items():
+        parity.assert_near(value, expected[f"grad/{name}"], name=name)
+    save_adapter(model, tmp_path)
+    written, stored = load_file(tmp_path / WEIGHTS), load_file(source / WEIGHTS)
+    assert {name: value.tobytes() for name, value in written.items()} == {
+        name: value.tobytes() for name, value in stored.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "modules"),
+    [
+        ("qwen2_5_vl", ["q_proj", "o_proj"], ["q_proj", "o_proj"]),
+        ("qwen2_5_vl", ["up_proj", "visual.up_proj", "mlp.0"], ["up_proj", "mlp.0"]),
+        ("qwen2_5_vl", ["gate_proj", "q_proj"], r".*\.(layers\.\d+\.self_attn\.q_proj|layers\.\d+\.mlp\.gate_proj)"),
+        ("qwen2_5_vl", ["visual.down_proj"], r".*\.(blocks\.\d+\.mlp\.down_proj)"),
+        ("qwen3_vl", ["linear_fc1", "v_proj"], ["v_proj", "linear_fc1"]),
+        ("qwen3_vl", ["mlp.linear_fc2", "merger.linear_fc1"], ["mlp.linear_fc2", "merger.linear_fc1"]),
+        ("qwen3_vl", ["deepstack.fc1"], r".*\.(visual\.deepstack_merger_list\.\d+\.linear_fc1)"),
+        ("qwen3_vl", "all-linear", None),
+    ],
+)
+def test_target_modules_of_families(family, targets, modules, tmp_path):
+    """PEFT adapts exactly the modules whose tensors are written, and `read_adapter_config` reads the same layers."""
+    model = add_lora(family_parity.model(family), rank=2, targets=targets)
+    save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
+    assert modules is None or written == modules
+    adapted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in load_file(tmp_path / WEIGHTS)}
+    assert {module for module in hub_modules(family) if peft_adapts(written, module)} == adapted
+    assert read_adapter_config(tmp_path / CONFIG, family_parity.model(family)) == lora_config(model)
