@@ -100,8 +100,8 @@ class Processor:
         Supports every layout on the hub: `preprocessor_config.json` (with or without `video_preprocessor_config.json`),
         both nested in `processor_config.json` (transformers 5). The chat template is the one that transformers 5.24 uses:
         that of `processor_config.json`, `chat_template.json`, `chat_template.jinja`, or else of `tokenizer_config.json`.
-        A checkpoint without a template gets that of its family, which follows from `processor_class` in these files, or else
-        from `model_type` in `config.json`.
+        A checkpoint without a template gets that of its family, which follows from `processor_class` in these files and from
+        `model_type` in `config.json`.
 
         Args:
             path_or_repo_id: a folder, or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
@@ -457,14 +457,17 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_family(folder: Path, *settings: Mapping[str, Any]) -> str:
-    """Returns the family of a checkpoint's processor, "qwen2_vl" if none of its files says so."""
-    classes = {member.processor_class: family for family, member in FAMILIES.items()}
-    for values in (*settings, _read_optional(folder / "tokenizer_config.json")):
-        name = values.get("processor_class") if isinstance(values, Mapping) else None
-        if isinstance(name, str) and name in classes:
-            return classes[name]
+    """Returns the family of a checkpoint's processor: the first that its processor_class or model_type names.
+
+    "qwen2_vl" counts only if nothing else is named: later members may keep files of Qwen2-VL, but not the other way around.
+    """
+    families = {member.processor_class: family for family, member in FAMILIES.items()}
+    sources = [*settings, _read_optional(folder / "tokenizer_config.json")]
+    names = [values.get("processor_class") for values in sources if isinstance(values, Mapping)]
+    named = [families[name] for name in names if isinstance(name, str) and name in families]
     model_type = _read_optional(folder / CONFIG).get("model_type")
-    return model_type if isinstance(model_type, str) and model_type in FAMILIES else "qwen2_vl"
+    named += [model_type] if isinstance(model_type, str) and model_type in FAMILIES else []
+    return next((family for family in named if family != "qwen2_vl"), "qwen2_vl")
 
 
 def _default_template(template: Any, folder: Path) -> str:

@@ -311,9 +311,17 @@ def test_published_files_are_read(family, tokenizer_folder, tmp_path):
         (HUB["qwen2_5_vl"] | {"processor_config.json": {"processor_class": "Qwen3VLProcessor"}}, "qwen3_vl"),
         ({"processor_config.json": {"image_processor": {"processor_class": "Qwen2_5_VLProcessor"}}}, "qwen2_5_vl"),
         (HUB["qwen2_5_vl"] | {"processor_config.json": {"processor_class": "MyProcessor"}}, "qwen2_5_vl"),
+        (
+            {
+                "preprocessor_config.json": {"processor_class": "Qwen2VLProcessor"},
+                "config.json": {"model_type": "qwen2_5_vl"},
+            },
+            "qwen2_5_vl",
+        ),
+        ({**HUB["qwen2_5_vl"], "config.json": {"model_type": "qwen2_vl"}}, "qwen2_5_vl"),
     ],
 )
-def test_the_processor_class_comes_before_the_model_type(files, family, tokenizer_folder, tmp_path):
+def test_the_family_is_that_of_the_processor_class_or_the_model_type(files, family, tokenizer_folder, tmp_path):
     assert Processor.from_pretrained(write(tmp_path, tokenizer_folder, files)).family == family
 
 

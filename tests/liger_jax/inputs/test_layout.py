@@ -142,6 +142,20 @@ def test_transposed_images_share_a_program():
     assert structures[0] == structures[1]
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_rows_that_are_added_have_no_patches(family):
+    config = QwenVLConfig.tiny(family=family)
+    ids = np.array([[5, config.image_token_id, config.image_token_id, 6]])
+    pixels = np.ones((8, config.vision.patch_values), np.float32)
+    batch = prepare(config, input_ids=ids, image_grid_thw=np.array([[1, 2, 4]]), pixel_values=pixels)
+    vision = batch.pad_rows(3).vision
+    for name, array in vars(vision).items():
+        if isinstance(array, np.ndarray):
+            assert array.shape == (3, *getattr(batch.vision, name).shape[1:])
+            np.testing.assert_array_equal(array[:1], getattr(batch.vision, name))
+            assert not array[1:].any() or (name == "token_positions" and array[1:].min() >= batch.shape[1])
+
+
 def test_patches_must_be_whole_blocks():
     with pytest.raises(UserError, match="patches is 100; expected a multiple of 64, the number of patches per window"):
         prepare(CONFIG, **make_arrays([(1, 4, 6)], ["image"]), patches=100)
