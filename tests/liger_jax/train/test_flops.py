@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
+from liger_jax import Qwen2VL, Qwen2VLConfig, QwenVL, QwenVLConfig, prepare
 from liger_jax.train.flops import peak_flops, step_flops
 
 CONFIG = Qwen2VLConfig.qwen2_vl_2b()
@@ -42,6 +42,38 @@ def test_forward_pass_equals_the_compilers_count():
     pairs = text.num_hidden_layers * text.num_attention_heads * text.head_dim * 2 * 64**2 / 2
     flops = step_flops(config, example, frozen=["vision", "merger", "text"]) + 4 * pairs
     assert flops == pytest.approx(cost["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("qwen2_5_vl", {"depth": 2, "full_attention_layers": (1,)}), ("qwen3_vl", {"depth": 1, "deepstack_layers": (0,)})],
+)
+def test_forward_pass_of_newer_families_equals_the_compilers_count(family, layers):
+    """Windows, SwiGLU and deepstack mergers are in both counts; the layers are the body of a loop that runs once."""
+    tiny = QwenVLConfig.tiny(family=family)
+    size = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 768}
+    sections = (12, 10, 10) if family == "qwen3_vl" else (8, 12, 12)
+    text = dataclasses.replace(tiny.text, num_hidden_layers=1, mrope_section=sections, **size)
+    vision = dataclasses.replace(tiny.vision, embed_dim=128, intermediate_size=320, hidden_size=256, **layers)
+    config = dataclasses.replace(tiny, text=text, vision=vision)
+    example = batch(config, 64, 8)
+    compiled = (
+        jax.jit(lambda model, batch: model(batch)).lower(QwenVL.abstract(config, dtype="float32"), example).compile()
+    )
+    masked = 4 * text.num_attention_heads * text.head_dim * 2 * 64**2 / 2
+    flops = step_flops(config, example, frozen=["vision", "merger", "text"]) + masked
+    assert flops == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
+
+
+def test_windows_cost_less_than_whole_frames():
+    """28 of 32 layers attend within windows of 64 patches, 4 within the frame of 1024."""
+    config = QwenVLConfig.qwen2_5_vl_3b()
+    windows = batch(config, 400, 32)
+    unwindowed = dataclasses.replace(
+        windows, vision=dataclasses.replace(windows.vision, window_ids=windows.vision.segment_ids)
+    )
+    saved = step_flops(config, unwindowed) - step_flops(config, windows)
+    assert saved == pytest.approx(12 * 28 * 1280 * 2 * (1024**2 - 16 * 64**2))
 
 
 def test_step_equals_three_forward_passes():
