@@ -1,5 +1,6 @@
 """Turns conversations with images and videos into numpy arrays in Hugging Face's layout, and tokens into text."""
 
+import copy
 import functools
 import math
 import re
@@ -52,7 +53,7 @@ class Processor:
         family: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
 
     Attributes:
-        tokenizer, image, video, family: the arguments.
+        tokenizer, image, video, family: the arguments. A tokenizer without a chat template is copied.
         token_ids: ids of the placeholders, {"image": ..., "video": ...}.
 
     Example:
@@ -74,7 +75,7 @@ class Processor:
     ):
         if not isinstance(family, str) or family not in FAMILIES:
             raise UserError(f"family is {family!r:.60}; expected one of {list(FAMILIES)}")
-        self.tokenizer, self.family = tokenizer, family
+        self.family = family
         self._origin = ""  # start of messages about the chat template
         self.image = image or self._member.image
         self.video = video or self._member.video
@@ -86,8 +87,10 @@ class Processor:
             missing += ["padding token"] * (tokenizer.pad_token_id is None)
             raise UserError(f"tokenizer has no {' and no '.join(missing)}; expected Qwen2-VL's tokenizer")
         self.token_ids = {kind.name: vocabulary[kind.token] for kind in KINDS}
+        self.tokenizer = tokenizer
         if tokenizer.chat_template is None:
-            tokenizer.chat_template = self._member.default_chat_template
+            self.tokenizer = copy.copy(tokenizer)  # the caller's may serve other members of the family
+            self.tokenizer.chat_template = self._member.default_chat_template
 
     @property
     def _member(self) -> ProcessorFamily:

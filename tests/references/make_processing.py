@@ -86,6 +86,7 @@ def main():
     from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen2VLVideoProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+    from liger_jax import Processor
     from liger_jax.demo.tokenizer import train_tokenizer
 
     rng = np.random.default_rng(0)
@@ -120,7 +121,7 @@ def main():
         result = video_processor(videos=[arrays[f"video/{name}/frames"]], return_tensors="pt")
         arrays |= {f"video/{name}/{key}": value.numpy() for key, value in result.items()}
 
-    tokenizer = train_tokenizer([])
+    tokenizer = Processor(train_tokenizer([])).tokenizer
     processor = Qwen2VLProcessor(
         Qwen2VLImageProcessorPil(size=dict(HUB_LIMITS)), tokenizer, video_processor, tokenizer.chat_template
     )

@@ -222,6 +222,14 @@ def test_default_template_of_qwen3_vl(processors):
         processors["qwen3_vl"]([messages[3], messages[0]])
 
 
+def test_a_tokenizer_serves_several_members():
+    tokenizer = train_tokenizer([])
+    processors = {family: Processor(tokenizer, family=family) for family in FAMILIES}
+    for family, processor in processors.items():
+        assert processor.tokenizer.chat_template == FAMILIES[family].default_chat_template
+    assert tokenizer.chat_template is None
+
+
 # ---- files
 
 
