@@ -61,6 +61,9 @@ def test_an_earlier_start_never_ends_later():
     for height, width in itertools.product(range(1, 16), repeat=2):
         ends = [start + len(item_layout(VISION, (1, 2 * height, 2 * width), start)[0]) for start in range(16)]
         assert (np.diff([*ends, 16 + ends[0]]) >= 0).all(), (height, width)
+    assert count_slots(VISION, [(1, 6, 20), (1, 14, 30)]) == count_slots(
+        VISION, [(1, 20, 6), (1, 30, 14)]
+    )  # turned by EXIF
 
 
 def test_planned_slots_are_enough_and_hardly_more_than_the_patches():
