@@ -90,15 +90,21 @@ def scan_layers(
         # prevent_cse keeps the compiler from merging the recomputation with the original; a scan's body does that already
         remat = functools.partial(jax.checkpoint, policy=_POLICIES[execution.remat], prevent_cse=unroll)
         steps = {kind: remat(step) for kind, step in steps.items()}
-    x = constrain_batch(x)
-    if not unroll:
-        return _scan([steps[kind] for kind in patterns], x, layers, taps, after_first)
-    # Unrolling avoids a scan's copies: of each layer's weights out of the stack, and of its gradient and saved activations
-    # into other stacks, which have to be filled with zeros first.
-    steps = {kind: jax.jit(step) for kind, step in steps.items()}  # traced once
+    if unroll:
+        steps = {kind: jax.jit(step) for kind, step in steps.items()}  # traced once
+    run = _unroll if unroll else _scan
+    return run([steps[kind] for kind in patterns], constrain_batch(x), layers, taps, after_first)
+
+
+def _unroll(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int], after_first: Any):
+    """Runs `scan_layers` without a loop.
+
+    This avoids a scan's copies: of each layer's weights out of the stack, and of its gradient and saved activations into
+    other stacks, which have to be filled with zeros first.
+    """
     outputs, tapped = [], []
     for i, weights in enumerate(unstack(layers)):
-        x, aux = steps[patterns[i]](x, weights)
+        x, aux = steps[i](x, weights)
         outputs.append(aux)
         if after_first and i < len(after_first[1]):
             x = after_first[0](x, after_first[1][i])

@@ -143,18 +143,17 @@ class VisionTower(nnx.Module):
         config = self.config
         patches = x = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
         if self.position_table is not None:
-            x = x + interpolate(self.position_table.weight[...], vision.table_indices, vision.table_weights).astype(
-                x.dtype
-            )
+            positions = interpolate(self.position_table.weight[...], vision.table_indices, vision.table_weights)
+            x = x + positions.astype(x.dtype)
         cos, sin = self.rotary(vision.position_ids)
-        attend_to = make_attention(vision, config)
+        attend_within = make_attention(vision, config)
+        full = config.full_attention_layers if config.window_size else range(config.depth)
+        kinds = ["frame" if i in full else "window" for i in range(config.depth)]
 
         def layer(x, block: VisionBlock, kind: str):
-            x = block(x, cos, sin, attend_to[kind])
+            x = block(x, cos, sin, attend_within[kind])
             return x, None if capture is None else x
 
-        windowed = ["frame" if layer in config.full_attention_layers else "window" for layer in range(config.depth)]
-        kinds = windowed if config.window_size else ["frame"] * config.depth
         x, blocks, tapped = scan_layers(
             layer, x, self.blocks, execution, tower="vision", kinds=kinds, taps=config.deepstack_layers
         )
