@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from convert import to_hf_state
-from liger_jax import QwenVLConfig, loss_fn
+from liger_jax import QwenVLConfig, loss_fn, prepare
+from liger_jax.model.params import param_paths
 from tests._support import family_parity as parity
 from tests._support.parity import REFERENCES, assert_near
 
@@ -119,3 +120,26 @@ def test_checkpoints_have_the_hubs_spelling(family):
         np.testing.assert_array_equal(state[key], value, err_msg=key)
     hub = json.loads((REFERENCES / f"model_{family}" / "config.json").read_text())
     assert QwenVLConfig.from_hf(hub).to_hf()["architectures"] == hub["architectures"]
+
+
+@pytest.mark.parametrize(("family", "grid"), [("qwen2_5_vl", [1, 10, 18]), ("qwen3_vl", [1, 6, 10])])
+def test_another_grid_in_the_same_bucket_compiles_nothing(family, grid):
+    """The device sees the same shapes and static fields for a transposed image: windows and table indices are data."""
+    arrays, batches = parity.inputs(family, "image"), []
+    for height, width in (grid[1:], grid[:0:-1]):
+        batches.append(prepare(parity.config(family), **arrays | {"image_grid_thw": np.array([[1, height, width]])}))
+    assert np.any(batches[0].vision.position_ids != batches[1].vision.position_ids)
+    first, second = (jax.tree.map(lambda x: (x.shape, x.dtype), batch) for batch in batches)
+    assert first == second
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_summary(family):
+    """The table lists every parameter with its axes, the total, and the shapes of all activations."""
+    summary = parity.model(family).summary(common_batch(family, "batch"))
+    leaves = param_paths(parity.model(family))
+    assert all(any(line.startswith(f"{path} ") for line in summary.splitlines()) for path in leaves)
+    assert f"{sum(leaf.size for leaf in leaves.values()):,}" in summary
+    rows = {line.split()[0]: line.split()[1:] for line in summary.splitlines() if line}
+    assert rows["features"] == ["2", str(parity.SLOTS // 4), "32", "float32"]
+    assert (rows.get("deepstack") == ["2", "2", str(parity.SLOTS // 4), "32", "float32"]) == (family == "qwen3_vl")
