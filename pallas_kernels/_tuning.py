@@ -52,14 +52,14 @@ def rule(op: str, *, width: int) -> Blocks:
 
 
 # The rule's elements per block, and columns per block in kernels that do not hold rows at full width.
-ELEMENTS = {"one_row": 512, "qk_norm_rope": 1, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
+ELEMENTS = {"one_row": 512, "qk_norm_rope": 2048, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
 COLUMNS = {"one_row": 512, "gate": 1024, "cross_entropy": 4096}
 LOADS = {"one_row": 3}
 PROGRAMS = {"qk_norm_rope_backward": 528}
 # The values that the tuner tries.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "one_row": {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4), "columns": (512, 1024), "loads": (1, 2, 3)},
-    "qk_norm_rope": {"num_warps": (2, 4, 8, 16), "programs": (0, 264, 528, 1056)},
+    "qk_norm_rope": {"rows": (8, 16), "num_warps": (2, 4, 8), "programs": (0, 264, 528, 660, 1056)},
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
     "gate": {"rows": (1, 2, 4), "num_warps": (4, 8), "columns": (512, 1024, 2048)},
     "rope": {"rows": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},

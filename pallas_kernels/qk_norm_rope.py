@@ -104,9 +104,9 @@ def _backward_xla(static: StaticArgs, q, k, d_q, d_k, q_weight, k_weight, cos, s
     return d_q, d_k, d_q_weight, d_k_weight
 
 
-# ---- kernels: a program holds all heads of a token, and takes one token after the other -------------------------------
-# Heads are held as the two halves that RoPE rotates. Refs: q [G T, N, 2, D/2], k [G T, K, 2, D/2], weights [G, 2, D/2],
-# cos and sin [G T, D/2]; T has all tokens of a group.
+# ---- kernels: a program takes tiles of q, then tiles of k; a tile is some heads of one token --------------------------
+# Heads are held as the two halves that RoPE rotates. Refs: q [G T N, 2, D/2], k [G T K, 2, D/2], weights [G, 2, D/2], cos
+# and sin [G T, D/2]; T has all tokens of a group.
 
 Halves = list[jax.Array]  # the halves of several heads [heads, D/2], or of one head or weight [D/2]
 
@@ -149,79 +149,81 @@ def _backward_halves(
     return d_x, [a * b for a, b in zip(d_normed, x_hat, strict=True)]
 
 
-class _Token(NamedTuple):
-    """A token, as an index of refs whose first axis is the tokens."""
+class _Tile(NamedTuple):
+    """Some heads of one token."""
 
-    index: Any
-    exists: jax.Array
-    half: int  # D/2
+    rows: Any  # index of the heads in a ref [heads, 2, D/2]
+    token: Any
+    inside: jax.Array  # [D/2], the mask of elements that exist
+    size: int  # number of heads
 
     def load(self, ref: Any) -> Any:
-        """Loads a vector of a ref [tokens, D/2], or Halves of a ref [tokens, heads, 2, D/2], in its dtype."""
+        """Loads the heads of a ref [heads, 2, D/2], or the token's vector of a ref [tokens, D/2], in the ref's dtype."""
         if len(ref.shape) == 2:
-            return _pallas.load(ref, (self.index, slice(None)), self._in_half(ref))
-        heads, mask = self._heads(ref)
-        return [_pallas.load(ref, (self.index, heads, i, slice(None)), mask) for i in range(2)]
+            return _pallas.load(ref, (self.token, slice(None)), self.inside)
+        return [_pallas.load(ref, (self.rows, i, slice(None)), self._mask) for i in range(2)]
 
     def store(self, ref: Any, halves: Halves) -> None:
-        """Stores Halves in a ref [tokens, heads, 2, D/2]."""
-        heads, mask = self._heads(ref)
+        """Stores the heads in a ref [heads, 2, D/2]."""
         for i, value in enumerate(halves):
-            _pallas.store(ref, (self.index, heads, i, slice(None)), value, mask)
+            _pallas.store(ref, (self.rows, i, slice(None)), value, self._mask)
 
-    def _heads(self, ref: Any) -> tuple[Any, jax.Array]:
-        """Returns the index of all heads, padded to a power of two, and the mask [heads, D/2] of elements that exist."""
-        count = _pallas.next_power_of_2(ref.shape[1])
-        in_heads = jnp.arange(count) < ref.shape[1]
-        heads = _pallas.span(0 * self.index, count)  # JAX rejects a constant span that may reach past the end
-        return heads, in_heads[:, None] & self._in_half(ref)[None, :]
-
-    def _in_half(self, ref: Any) -> jax.Array:
-        return (jnp.arange(ref.shape[-1]) < self.half) & self.exists
+    @property
+    def _mask(self) -> jax.Array:
+        return jnp.broadcast_to(self.inside[None, :], (self.size, self.inside.size))
 
 
-class _TokenPartition(NamedTuple):
-    """Divides the tokens of each group among `programs`, which take `steps` tokens each. Grid (groups, programs)."""
+class _Tiles(NamedTuple):
+    """The tiles of q or of k in each group, which the programs share. Grid (groups, programs)."""
 
-    tokens: int
+    number: int
+    size: int  # heads of a tile: a power of two that divides the heads of a token
+    per_token: int
     half: int  # D/2
     programs: int
-    steps: int
 
-    def for_each_token(self, step: Callable, carry: Any, *refs: Any) -> Any:
-        """Runs carry = step(token, carry, *values) for each of the program's tokens; returns the last carry.
+    def for_each(self, step: Callable, carry: Any, *refs: Any) -> Any:
+        """Runs carry = step(tile, carry, *values) for each of the program's tiles; returns the last carry.
 
-        The values are the token's part of `refs`, in float32. Each step loads the next token before it works on its own.
+        The values are the tile's part of `refs`, in float32. Each step loads the next tile before it works on its own, so
+        that memory is never idle.
         """
         group, program = _pallas.program_id(0), _pallas.program_id(1)
+        steps = _pallas.cdiv(self.number, self.programs)
 
-        def token(i):
+        def tile(i):
             in_group = program + i * self.programs
-            return _Token(group * self.tokens + in_group, in_group < self.tokens, self.half)
+            number = group * self.number + in_group
+            rows, inside = _pallas.span(number * self.size, self.size), self.in_half & (in_group < self.number)
+            return _Tile(rows, number // self.per_token, inside, self.size)
+
+        def load(i):
+            return [tile(i).load(ref) for ref in refs]
 
         def work(i, carry, values):
-            return step(token(i), carry, *jax.tree.map(_widen, values))
+            return step(tile(i), carry, *jax.tree.map(_widen, values))
 
         def load_and_work(i, state):
             carry, values = state
-            next_values = [token(i + 1).load(ref) for ref in refs]
+            next_values = load(i + 1)
             return work(i, carry, values), next_values
 
-        first = carry, [token(0).load(ref) for ref in refs]
-        carry, values = jax.lax.fori_loop(0, self.steps - 1, load_and_work, first)
-        return work(self.steps - 1, carry, values)
+        carry, values = jax.lax.fori_loop(0, steps - 1, load_and_work, (carry, load(0)))
+        return work(steps - 1, carry, values)
 
     def load_weight(self, ref: Any) -> Halves:
         """Loads the group's weight of a ref [groups, 2, D/2], in float32."""
-        in_half = jnp.arange(ref.shape[-1]) < self.half
-        return [_widen(_pallas.load(ref, (_pallas.program_id(0), i, slice(None)), in_half)) for i in range(2)]
+        return [_widen(_pallas.load(ref, (_pallas.program_id(0), i, slice(None)), self.in_half)) for i in range(2)]
 
     def store_sum(self, ref: Any, sums: Halves) -> None:
         """Stores the program's sums over heads in a ref [groups, programs, 2, D/2]."""
-        in_half = jnp.arange(ref.shape[-1]) < self.half
         for i, value in enumerate(sums):
             index = (_pallas.program_id(0), _pallas.program_id(1), i, slice(None))
-            _pallas.store(ref, index, jnp.sum(value, axis=0), in_half)
+            _pallas.store(ref, index, jnp.sum(value, axis=0), self.in_half)
+
+    @property
+    def in_half(self) -> jax.Array:
+        return jnp.arange(_pallas.next_power_of_2(self.half)) < self.half
 
 
 def _widen(x: jax.Array) -> jax.Array:
@@ -230,67 +232,70 @@ def _widen(x: jax.Array) -> jax.Array:
 
 def _qk_norm_rope_forward(
     q_ref, k_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, q_out_ref, k_out_ref,
-    *, static: StaticArgs, partition: _TokenPartition,
+    *, static: StaticArgs, tiles: list[_Tiles],
 ) -> None:  # fmt: skip
-    weights = [partition.load_weight(ref) for ref in (q_weight_ref, k_weight_ref)]
+    def write(tiles, x_ref, weight_ref, out_ref):
+        weight = tiles.load_weight(weight_ref)
 
-    def step(token, carry, q, k, cos, sin):
-        for x, weight, out_ref in zip((q, k), weights, (q_out_ref, k_out_ref), strict=True):
-            normed = norm_halves(x, weight, static.eps, 2 * partition.half, out_ref.dtype)
-            token.store(out_ref, rotate_halves(normed, cos, sin))
-        return carry
+        def step(tile, carry, x, cos, sin):
+            normed = norm_halves(x, weight, static.eps, 2 * tiles.half, out_ref.dtype)
+            tile.store(out_ref, rotate_halves(normed, cos, sin))
+            return carry
 
-    partition.for_each_token(step, None, q_ref, k_ref, cos_ref, sin_ref)
+        tiles.for_each(step, None, x_ref, cos_ref, sin_ref)
+
+    write(tiles[0], q_ref, q_weight_ref, q_out_ref)
+    write(tiles[1], k_ref, k_weight_ref, k_out_ref)
 
 
 def _qk_norm_rope_backward(
     q_ref, k_ref, d_q_out_ref, d_k_out_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref,
-    d_q_ref, d_k_ref, d_q_weight_ref, d_k_weight_ref, *, static: StaticArgs, partition: _TokenPartition,
+    d_q_ref, d_k_ref, d_q_weight_ref, d_k_weight_ref, *, static: StaticArgs, tiles: list[_Tiles],
 ) -> None:  # fmt: skip
-    weights = [partition.load_weight(ref) for ref in (q_weight_ref, k_weight_ref)]
+    def write(tiles, x_ref, d_out_ref, weight_ref, d_x_ref, d_weight_ref):
+        weight = tiles.load_weight(weight_ref)
 
-    def step(token, sums, q, k, d_q_out, d_k_out, cos, sin):
-        new_sums = []
-        for x, d_out, weight, d_x_ref, total in zip(
-            (q, k), (d_q_out, d_k_out), weights, (d_q_ref, d_k_ref), sums, strict=True
-        ):
-            d_x, d_weight = _backward_halves(x, d_out, weight, cos, sin, static.eps, 2 * partition.half)
-            token.store(d_x_ref, d_x)
-            new_sums.append([a + b for a, b in zip(total, d_weight, strict=True)])
-        return new_sums
+        def step(tile, sums, x, d_out, cos, sin):
+            d_x, d_weight = _backward_halves(x, d_out, weight, cos, sin, static.eps, 2 * tiles.half)
+            tile.store(d_x_ref, d_x)
+            return [a + b for a, b in zip(sums, d_weight, strict=True)]
 
-    def zeros(ref, weight):
-        return [jnp.zeros((_pallas.next_power_of_2(ref.shape[1]), half.size), half.dtype) for half in weight]
+        zeros = [jnp.zeros((tiles.size, half.size), half.dtype) for half in weight]
+        tiles.store_sum(d_weight_ref, tiles.for_each(step, zeros, x_ref, d_out_ref, cos_ref, sin_ref))
 
-    sums = [zeros(ref, weight) for ref, weight in zip((q_ref, k_ref), weights, strict=True)]
-    sums = partition.for_each_token(step, sums, q_ref, k_ref, d_q_out_ref, d_k_out_ref, cos_ref, sin_ref)
-    for ref, total in zip((d_q_weight_ref, d_k_weight_ref), sums, strict=True):
-        partition.store_sum(ref, total)
+    write(tiles[0], q_ref, d_q_out_ref, q_weight_ref, d_q_ref, d_q_weight_ref)
+    write(tiles[1], k_ref, d_k_out_ref, k_weight_ref, d_k_ref, d_k_weight_ref)
 
 
-def _partition(q: jax.Array, kernel: str, blocks: Blocks | None) -> tuple[_TokenPartition, Blocks]:
-    groups, *leading, heads, dim = q.shape
-    tokens = math.prod(leading)
-    blocks = blocks or _tuning.blocks(kernel, rows=groups * tokens, width=heads * dim)
-    programs = min(_pallas.cdiv(blocks.programs, groups) or tokens, tokens)
-    return _TokenPartition(tokens, dim // 2, programs, _pallas.cdiv(tokens, programs)), blocks
+def _make_tiles(q: jax.Array, k: jax.Array, blocks: Blocks) -> list[_Tiles]:
+    """Returns the tiles of q and of k."""
+    groups, *leading, _, dim = q.shape
+    sizes = [(heads, min(blocks.rows, heads & -heads)) for heads in (q.shape[-2], k.shape[-2])]
+    numbers = [math.prod(leading) * heads // size for heads, size in sizes]
+    programs = min(_pallas.cdiv(blocks.programs, groups) or max(numbers), max(numbers))
+    return [
+        _Tiles(number, size, heads // size, dim // 2, programs)
+        for number, (heads, size) in zip(numbers, sizes, strict=True)
+    ]
 
 
 def _launch(kernel: Callable, static: StaticArgs, heads, weights, tables, partial_sums: int, interpret: bool, blocks):
     """Runs a kernel with refs (*heads, *weights, *tables, *results).
 
     The results have the shapes of q and k, which come first in `heads`. They are followed by `partial_sums` gradients of
-    weights, which each program sums over its tokens.
+    weights, which each program sums over its tiles.
     """
     q, k, *_ = heads
-    partition, blocks = _partition(q, kernel.__name__.strip("_"), blocks)
-    groups, half, wide = q.shape[0], partition.half, _validate.accumulation_dtype(q.dtype)
-    by_token = [x.reshape(-1, x.shape[-2], 2, half) for x in heads]
+    groups, dim = q.shape[0], q.shape[-1]
+    blocks = blocks or _tuning.blocks(kernel.__name__.strip("_"), rows=q.size // dim, width=dim)
+    tiles = _make_tiles(q, k, blocks)
+    half, programs, wide = dim // 2, tiles[0].programs, _validate.accumulation_dtype(q.dtype)
+    rows = [x.reshape(-1, 2, half) for x in heads]
     results = _pallas.launch(
-        functools.partial(kernel, static=static, partition=partition),
-        [*by_token, *(x.reshape(groups, 2, half) for x in weights), *(x.reshape(-1, half) for x in tables)],
-        [(x.shape, x.dtype) for x in by_token[:2]] + partial_sums * [((groups, partition.programs, 2, half), wide)],
-        grid=(groups, partition.programs),
+        functools.partial(kernel, static=static, tiles=tiles),
+        [*rows, *(x.reshape(groups, 2, half) for x in weights), *(x.reshape(-1, half) for x in tables)],
+        [(x.shape, x.dtype) for x in rows[:2]] + partial_sums * [((groups, programs, 2, half), wide)],
+        grid=(groups, programs),
         num_warps=blocks.num_warps,
         interpret=interpret,
     )

@@ -273,20 +273,20 @@ def _rope_kernel() -> Kernel:
 
 
 def _qk_norm_rope_kernels() -> list[Kernel]:
-    """Returns the forward and the backward kernel; `width` is that of all query heads of a token."""
+    """Returns the forward and the backward kernel; the rows are query heads."""
     module = _module("qk_norm_rope")
     heads = {"q": Argument("1 1 T N D"), "k": Argument("1 1 T K D")}
     gradients = {"d_q": heads["q"], "d_k": heads["k"]}
     vectors = {"q_weight": Argument("1 D"), "k_weight": Argument("1 D")}
     vectors |= {"cos": Argument("1 1 T D/2", "table"), "sin": Argument("1 1 T D/2", "table")}
     static = module.StaticArgs(1e-6, "triton")
-    sizes = lambda rows, width: {"T": rows, "N": width // 128, "K": 8, "D": 128}  # noqa: E731
+    sizes = lambda rows, width: {"T": rows // 16, "N": 16, "K": 8, "D": width}  # noqa: E731
     return [
         Kernel(
             f"qk_norm_rope_{direction}",
             functools.partial(getattr(module, f"{direction}_kernel"), static),
             operands | vectors,
-            [(8192, width) for width in sorted({text.heads * text.head_dim for text in shapes.QWEN3_VL.values()})],
+            [(8192 * shapes.QWEN3_VL[size].heads, 128) for size in ("2b", "8b")],
             sizes,
         )
         for direction, operands in {"forward": heads, "backward": heads | gradients}.items()

@@ -47,9 +47,9 @@ def test_rounds_as_the_separate_operations(implementation):
         assert (got == expected).all()
 
 
-def test_program_takes_several_tokens():
-    """With few programs, each takes several tokens of its group, and some take one token less."""
-    static, blocks = module.StaticArgs(1e-6, "interpret"), Blocks(rows=1, num_warps=4, programs=6)
+def test_program_takes_several_tiles():
+    """With few programs, each takes several tiles of q and of k of its group, and some take one tile less."""
+    static, blocks = module.StaticArgs(1e-6, "interpret"), Blocks(rows=2, num_warps=4, programs=6)
     args = [jnp.stack(pair) for pair in zip(arguments(1, 7, 4, 2, 16), arguments(1, 7, 4, 2, 16), strict=True)]
     args[0] = args[0].at[1].multiply(2.0)
     q, k, *constants = args
