@@ -141,13 +141,16 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, T, N, D], and the log-sum-exp of the scores [B, N, T], infinite where a query sees no key."""
-    batch, tokens, heads, dim = q.shape
+    (batch, tokens, heads, dim), (_, sources, key_heads, _) = q.shape, k.shape
     blocks = _blocks(FORWARD_BLOCKS, q, k)
+    kernel, grid = _attention_forward, (_pallas.cdiv(tokens, blocks.rows), batch * heads)
+    if tokens <= blocks.rows and sources <= blocks.columns:
+        kernel, grid = _attention_forward_block, (1, batch * key_heads)
     out, lse = _pallas.launch(
-        functools.partial(_attention_forward, dim=dim, scale=scale, blocks=blocks, interpret=interpret),
+        functools.partial(kernel, dim=dim, scale=scale, blocks=blocks, interpret=interpret),
         (q, k, v, *mask.ids, *mask.visible_keys),
         [(q.shape, q.dtype), ((batch, heads, tokens), _validate.accumulation_dtype(q.dtype))],
-        grid=(_pallas.cdiv(tokens, blocks.rows), batch * heads),
+        grid=grid,
         num_warps=blocks.num_warps,
         num_stages=blocks.loads,
         interpret=interpret,
@@ -309,20 +312,42 @@ def _attention_backward_keys(
     _store(dv_ref, keys, parts, sums[len(parts) :])
 
 
+# Where the queries of a row fit one block, as do its keys, a program takes a key head, and computes its scores once.
+
+
+def _attention_forward_block(
+    q_ref, k_ref, v_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, out_ref, lse_ref,
+    *, dim: int, scale: float, blocks: Blocks, interpret: bool,
+):  # fmt: skip
+    """Writes out and lse of the query heads of a key head, for a row of a single block. Grid (1, B K)."""
+    keys, queries, visible = _single_block(q_ref, k_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, blocks)
+    parts, scale = _head_parts(dim), scale * _pallas.LOG2_E  # so that scores are exponents of 2
+    k, v = (_load(ref, keys, parts) for ref in (k_ref, v_ref))
+
+    def write_query_head(i, _):
+        tile = queries._replace(head=queries.head + i)
+        scores = jnp.where(visible, _products(_load(q_ref, tile, parts), k) * scale, -jnp.inf)
+        largest = jnp.maximum(jnp.max(scores, axis=1), MASKED_SCORE)
+        p = _pallas.exp2(scores - largest[:, None], interpret=interpret)
+        total = jnp.sum(p, axis=1)
+        sees_keys = total > 0
+        total = jnp.where(sees_keys, total, 1)
+        p = (p / total[:, None]).astype(q_ref.dtype)
+        _store(out_ref, tile, parts, [_pallas.dot(p, part) for part in v])
+        lse = jnp.where(sees_keys, (largest + jnp.log2(total)) / _pallas.LOG2_E, jnp.inf)
+        _pallas.store(lse_ref, (tile.row, tile.head, tile.tokens), lse, tile.inside)
+        return _
+
+    jax.lax.fori_loop(0, q_ref.shape[2] // k_ref.shape[2], write_query_head, None)
+
+
 def _attention_backward_block(
     q_ref, k_ref, v_ref, out_ref, grad_ref, lse_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, dq_ref, dk_ref, dv_ref,
     *, dim: int, scale: float, blocks: Blocks, interpret: bool,
 ):  # fmt: skip
-    """Writes dq, dk and dv of one key head, for a row whose queries fit one block, as do its keys. Grid (1, B K)."""
-    (tokens, heads), (sources, key_heads) = q_ref.shape[1:3], k_ref.shape[1:3]
-    dtype, acc_dtype, group = q_ref.dtype, _validate.accumulation_dtype(q_ref.dtype), heads // key_heads
-    keys, parts = _Tile.of_program(key_heads, blocks.columns, sources), _head_parts(dim)
-    queries = _Tile(keys.row, keys.head * group, keys.start, blocks.rows, jnp.arange(blocks.rows) < tokens)
-    first, end = _load_intervals(first_ref, end_ref, queries, empty_at=sources)
-    position = jnp.arange(blocks.columns)
-    visible = (position[None, :] >= first[:, None]) & (position[None, :] < end[:, None])
-    if (same_segment := _compare_ids(query_ids_ref, queries, key_ids_ref)) is not None:
-        visible &= same_segment(keys.start, blocks.columns, keys.inside)
+    """Writes dq, dk and dv of a key head, for a row of a single block. Grid (1, B K)."""
+    dtype, acc_dtype, parts = q_ref.dtype, _validate.accumulation_dtype(q_ref.dtype), _head_parts(dim)
+    keys, queries, visible = _single_block(q_ref, k_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, blocks)
     k, v = (_load(ref, keys, parts) for ref in (k_ref, v_ref))
 
     def add_query_head(i, sums):
@@ -336,12 +361,12 @@ def _attention_backward_block(
         _store(dq_ref, tile, parts, [_pallas.dot(ds, part) for part in k])
         dk, dv = sums[: len(parts)], sums[len(parts) :]
         dk = [total + _pallas.dot(ds, part, transposed_a=True) for total, part in zip(dk, q, strict=True)]
-        dv = [
-            total + _pallas.dot(p.astype(dtype), part, transposed_a=True) for total, part in zip(dv, grad, strict=True)
-        ]
+        p = p.astype(dtype)
+        dv = [total + _pallas.dot(p, part, transposed_a=True) for total, part in zip(dv, grad, strict=True)]
         return *dk, *dv
 
-    sums = jax.lax.fori_loop(0, group, add_query_head, tuple(2 * _zeros(keys.size, parts, acc_dtype)))
+    zeros = tuple(2 * _zeros(keys.size, parts, acc_dtype))
+    sums = jax.lax.fori_loop(0, q_ref.shape[2] // k_ref.shape[2], add_query_head, zeros)
     _store(dk_ref, keys, parts, sums[: len(parts)])
     _store(dv_ref, keys, parts, sums[len(parts) :])
 
@@ -428,6 +453,21 @@ def _add_products(sums: Sequence[jax.Array], weights: jax.Array, parts: list[jax
 
 def _zeros(size: int, parts: list[_HeadPart], dtype: Any) -> list[jax.Array]:
     return [jnp.zeros((size, part.width), dtype) for part in parts]
+
+
+def _single_block(q_ref, k_ref, query_ids_ref, key_ids_ref, first_ref, end_ref, blocks: Blocks):
+    """Returns the keys of this program, the queries of its first query head, and the mask of visible keys."""
+    (tokens, heads), (sources, key_heads) = q_ref.shape[1:3], k_ref.shape[1:3]
+    keys = _Tile.of_program(key_heads, blocks.columns, sources)
+    first_head, in_row = keys.head * (heads // key_heads), jnp.arange(blocks.rows) < tokens
+    queries = _Tile(keys.row, first_head, keys.start, blocks.rows, in_row)
+    first, end = _load_intervals(first_ref, end_ref, queries, empty_at=sources)
+    position = jnp.arange(blocks.columns)
+    visible = (position[None, :] >= first[:, None]) & (position[None, :] < end[:, None])
+    same_segment = _compare_ids(query_ids_ref, queries, key_ids_ref)
+    if same_segment is not None:
+        visible &= same_segment(keys.start, blocks.columns, keys.inside)
+    return keys, queries, visible
 
 
 def _load_intervals(first_ref, end_ref, tile: _Tile, *, empty_at: int) -> Intervals:
