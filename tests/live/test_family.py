@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert import from_hf, to_hf, to_hf_state
-from liger_jax import QwenVLConfig, loss_fn
+from liger_jax import QwenVLConfig, generate, loss_fn
 from liger_jax.model.params import param_paths
 from tests._support import family_parity as parity
 from tests._support.parity import assert_near
@@ -45,7 +45,8 @@ def models(request, tmp_path_factory):
 
 @functools.cache
 def scenarios(family):
-    return reference.make_scenarios(family, np.random.default_rng(4321))[0]
+    """Returns the inputs of each scenario, and its prompts."""
+    return reference.make_scenarios(family, np.random.default_rng(4321))
 
 
 loss_and_gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -55,7 +56,7 @@ compute_logits = jax.jit(lambda model, batch: model(batch))
 @pytest.mark.parametrize("scenario", ["batch", "videos"])
 def test_logits_loss_and_gradients(models, scenario):
     family, hf, model = models
-    inputs = scenarios(family)[scenario]
+    inputs = scenarios(family)[0][scenario]
     recorder = reference.FamilyRecorder(hf, reference.hub_name(family))
     recorder.training(scenario, inputs, layers=False)
     expected = {key.removeprefix(f"{scenario}/"): value for key, value in recorder.arrays.items()}
@@ -69,6 +70,21 @@ def test_logits_loss_and_gradients(models, scenario):
     assert grads.keys() == {key.removeprefix("grad/") for key in expected if key.startswith("grad/")}
     for key, value in grads.items():
         assert_near(value, expected[f"grad/{key}"], name=key)
+
+
+def test_greedy_tokens(models):
+    family, hf, model = models
+    scenario = "batch"
+    prompt = scenarios(family)[1][scenario]
+    recorder = reference.FamilyRecorder(hf, reference.hub_name(family))
+    recorder.generation(scenario, prompt)
+    assert min(recorder.margins) > 1e-3
+    batch = parity.common(model.config, {key: value.numpy() for key, value in prompt.items()})
+    rows = np.arange(parity.ROWS) % len(prompt["input_ids"])  # in place of rows that pad the batch
+    batch = jax.tree.map(lambda x: x[rows], batch)
+    expected = recorder.arrays[f"{scenario}/greedy"]
+    tokens = generate(model, batch, max_new_tokens=expected.shape[1], eos_token_id=(), pad_token_id=0)
+    np.testing.assert_array_equal(tokens[: len(expected)], expected)
 
 
 def test_written_checkpoints_load_in_transformers(models, tmp_path):
