@@ -47,6 +47,14 @@ def test_rounds_as_the_separate_operations(implementation):
         assert (got == expected).all()
 
 
+def test_backward_saves_the_arguments_only():
+    """In bfloat16, nothing of the size of q is saved in float32."""
+    args = arguments(1, 6, 4, 2, 64, "bfloat16")
+    pullback = jax.eval_shape(lambda *first: jax.vjp(lambda *x: pk.qk_norm_rope(*x, *args[4:]), *first)[1], *args[:4])
+    saved = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size >= args[0].size]
+    assert [(leaf.shape[-3:], leaf.dtype) for leaf in saved] == [(args[0].shape[-3:], jnp.bfloat16)]
+
+
 def test_program_takes_several_tiles():
     """With few programs, each takes several tiles of q and of k of its group, and some take one tile less."""
     static, blocks = module.StaticArgs(1e-6, "interpret"), Blocks(rows=2, num_warps=4, programs=6)
