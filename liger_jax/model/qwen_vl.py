@@ -77,7 +77,7 @@ class QwenVL(nnx.Module):
             positions = batch.vision.token_positions
             features, deeper = self.visual(batch.vision, execution=execution, capture=capture)
             x = jax.vmap(_scatter_features)(x, positions, features)
-            deepstack = None if deeper is None else Deepstack(deeper, positions)
+            deepstack = Deepstack(deeper, positions) if deeper else None
         if capture is not None:
             capture["inputs_embeds"] = x
         return x, deepstack

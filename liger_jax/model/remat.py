@@ -54,7 +54,7 @@ def scan_layers(
     tower: Literal["vision", "text"],
     kinds: Sequence[Hashable] = (),
     taps: Sequence[int] = (),
-    after_first: tuple[Callable[[jax.Array, Any], jax.Array], Any] | None = None,
+    after_first: tuple[Callable[[jax.Array, jax.Array], jax.Array], list[jax.Array]] | None = None,
 ) -> tuple[jax.Array, Any, list[jax.Array]]:
     """Applies x, aux_i = layer(x, layers[i]) for each i.
 
@@ -126,6 +126,7 @@ def _scan(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int],
     tapped: Any = None
     if after_first:
         numbers = jnp.arange(count).reshape(-1, period)
+        update, extras = after_first[0], jnp.stack(after_first[1])
     if taps:
         slots = jnp.array([taps.index(i) if i in taps else len(taps) for i in range(count)]).reshape(-1, period)
         tapped = jnp.zeros((len(x), len(taps) + 1, *x.shape[1:]), x.dtype)
@@ -137,7 +138,6 @@ def _scan(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int],
             x, aux = steps[j](x, layer)
             outputs.append(aux)
             if after_first:
-                update, extras = after_first
                 extra = jnp.where(numbers[j] < len(extras), extras[jnp.minimum(numbers[j], len(extras) - 1)], 0)
                 x = update(x, extra)
             if taps:

@@ -27,7 +27,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 class Deepstack(NamedTuple):
     """Features of the vision tower that are added to the outputs of the first decoder layers, at placeholder tokens."""
 
-    features: jax.Array  # [Ls, B, P/4, H]; the first for the first layer
+    features: list[jax.Array]  # one array [B, P/4, H] for each of the first layers
     token_positions: jax.Array  # [B, P/4] int32: each feature's position in the sequence; dropped if >= T
 
     def add(self, x: jax.Array, features: jax.Array) -> jax.Array:

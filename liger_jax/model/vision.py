@@ -135,8 +135,8 @@ class VisionTower(nnx.Module):
         *,
         execution: LayerExecution = DEFAULT_EXECUTION,
         capture: dict[str, jax.Array] | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the features [B, P/4, H], and those of the deepstack layers [Ls, B, P/4, H], or None without any.
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns the features [B, P/4, H], and those of each deepstack layer, of the same shape.
 
         `capture`, if given, receives the outputs of all layers.
         """
@@ -157,13 +157,11 @@ class VisionTower(nnx.Module):
         x, blocks, tapped = scan_layers(
             layer, x, self.blocks, execution, tower="vision", kinds=kinds, taps=config.deepstack_layers
         )
-        features, deepstack = self.merger(x), None
-        if self.deepstack is not None:
-            mergers = unstack(self.deepstack)
-            deepstack = jnp.stack([merger(x) for merger, x in zip(mergers, tapped, strict=True)])
+        features, mergers = self.merger(x), () if self.deepstack is None else unstack(self.deepstack)
+        deepstack = [merger(x) for merger, x in zip(mergers, tapped, strict=True)]
         if capture is not None:
             capture |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}
-            capture |= {} if deepstack is None else {"deepstack": deepstack}
+            capture |= {"deepstack": jnp.stack(deepstack)} if deepstack else {}
         return features, deepstack
 
 

@@ -37,7 +37,7 @@ def run(execution, kinds, x, weights, extras, seeds, traces=None):
         tower="text",
         kinds=kinds,
         taps=(1, 4),
-        after_first=(lambda x, extra: x + 2 * extra, extras),
+        after_first=(lambda x, extra: x + 2 * extra, list(extras)),
     )
     return (x * seeds[0]).sum() + (outputs**2).sum() + sum((tap * seeds[1]).sum() for tap in tapped)
 
