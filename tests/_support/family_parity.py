@@ -41,10 +41,10 @@ def batch(family: str, scenario: str, *, prompt: bool = False, video_positions: 
     )
 
 
-def common(config: QwenVLConfig, arrays: dict[str, np.ndarray]) -> Batch:
+def common(config: QwenVLConfig, arrays: dict[str, np.ndarray], video_positions: str = "hf5") -> Batch:
     """Returns a batch in the shapes that all scenarios share."""
     patches = {"patches": SLOTS} if any("pixel" in key for key in arrays) else {}
-    batch = prepare(config, **arrays, video_positions="hf5", length=LENGTH, **patches).pad_rows(ROWS)
+    batch = prepare(config, **arrays, video_positions=video_positions, length=LENGTH, **patches).pad_rows(ROWS)
     vision = batch.vision and dataclasses.replace(batch.vision, max_segments=8)
     return dataclasses.replace(batch, max_segments=2, vision=vision)
 

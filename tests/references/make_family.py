@@ -8,7 +8,8 @@ Files, for each family
   model_<family>/   a checkpoint written by save_pretrained, in the hub's spelling
   <family>.npz      <scenario>/<model input>, with pixels as float16, exactly; prompt/<scenario>/<model input>: the rows cut
                     before the answer, left-padded; <scenario>/<output>: layers, logits, loss, gradients under hub names, and
-                    tokens of greedy generation
+                    tokens of greedy generation; logits_max: with the positions of transformers 4 (see make_model.py).
+                    back_to_back has the pixels and grids of two_images
 
 The inputs follow make_model.py. Qwen2.5-VL: windows that the edge of an image cuts off, a frame narrower than a window, and
 videos of 1.0, 0.5 and 1.5 seconds per grid row. Qwen3-VL: videos as one block per frame with text between, a position table
@@ -127,7 +128,19 @@ def make_scenarios(family: str, rng: np.random.Generator) -> tuple[dict, dict]:
     )
     add("batch_text", [9], [1, (IMAGE, "large"), 2])
     add("videos", [(VIDEO, "long"), 2, (VIDEO, "video"), 1, (VIDEO, "long"), 3], seconds=[0.5, 1.5, 1.0])
+    add("two_images", [(IMAGE, "window"), 2, (IMAGE, "small"), 3])
     return inputs, prompts
+
+
+def max_rule(family: str, values: dict) -> torch.Tensor:
+    """Returns the positions in which text after a video starts above all of its positions."""
+    if family == "qwen3_vl" and "video_grid_thw" in values:  # each frame has a grid of its own
+        grid = values["video_grid_thw"]
+        values = values | {"video_grid_thw": torch.repeat_interleave(grid, grid[:, 0], dim=0).clone()}
+        values["video_grid_thw"][:, 0] = 1
+    return base.max_rule(**values, time_steps=[2 * float(seconds) for seconds in values.get("second_per_grid_ts", [])])[
+        0
+    ]
 
 
 class FamilyRecorder(base.Recorder):
@@ -165,13 +178,23 @@ def record(family: str) -> tuple[object, dict[str, np.ndarray]]:
     for scenario, values in inputs.items():
         recorder.vision(scenario, values)
         recorder.training(scenario, values, gradients=scenario in GRADIENTS)
-        recorder.generation(scenario, prompts[scenario])
+        if scenario != "two_images":
+            recorder.generation(scenario, prompts[scenario])
         for folder, arrays in ((scenario, values), (f"prompt/{scenario}", prompts[scenario])):
             for key, value in arrays.items():
                 if "pixel" not in key:
                     recorder.arrays[f"{folder}/{key}"] = value.numpy()
                 elif folder == scenario:
                     recorder.arrays[f"{folder}/{key}"] = value.numpy().astype(np.float16)
+    adjacent = base.back_to_back(inputs["two_images"])
+    recorder.arrays |= {
+        f"back_to_back/{key}": adjacent[key].numpy() for key in ("input_ids", "labels", "attention_mask")
+    }
+    with torch.no_grad():
+        out = recorder.forward(adjacent, position_ids=max_rule(family, adjacent))
+        recorder.put("back_to_back", logits=out.logits, loss=out.loss)
+        videos = inputs["videos"]
+        recorder.put("videos", logits_max=recorder.forward(videos, position_ids=max_rule(family, videos)).logits)
     print(f"{family}: {len(recorder.arrays)} arrays, closest greedy choice {min(recorder.margins):.3f}")
     assert min(recorder.margins) > 0.03, "too close a choice for float32: take another seed"
     return model, recorder.arrays

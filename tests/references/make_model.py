@@ -181,8 +181,12 @@ def token_types(ids):
     return torch.where(ids == IMAGE, 1, torch.where(ids == VIDEO, 2, 0)).to(torch.int32)
 
 
-def max_rule(input_ids, attention_mask, image_grid_thw=None, video_grid_thw=None, **_):
-    """Text after an image or video starts at the largest of its t, h, w indices + 1 (the paper, transformers 4.x)."""
+def max_rule(input_ids, attention_mask, image_grid_thw=None, video_grid_thw=None, time_steps=(), **_):
+    """Text after an image or video starts at the largest of its t, h, w indices + 1 (the paper, transformers 4.x).
+
+    `time_steps` has the distance between the frames of each video, 1 by default. Their positions are rounded down.
+    """
+    steps = iter(time_steps)
     grids = {
         kind: iter([] if grid is None else grid.tolist())
         for kind, grid in ((IMAGE, image_grid_thw), (VIDEO, video_grid_thw))
@@ -196,7 +200,10 @@ def max_rule(input_ids, attention_mask, image_grid_thw=None, video_grid_thw=None
             if ids[tokens[i]] in grids:
                 t, h, w = next(grids[ids[tokens[i]]])
                 axes = np.meshgrid(np.arange(t), np.arange(h // MERGE), np.arange(w // MERGE), indexing="ij")
-                block = np.stack(axes).reshape(3, -1) + start
+                block = np.stack(axes).reshape(3, -1)
+                if ids[tokens[i]] == VIDEO:
+                    block[0] = np.floor(block[0] * next(steps, 1.0))
+                block += start
             else:
                 block = np.full((3, 1), start)
             blocks.append(block)

@@ -19,7 +19,7 @@ from tests._support import family_parity as parity
 from tests._support.parity import REFERENCES, assert_near
 
 FAMILIES = parity.FAMILIES
-ALL = [(family, scenario) for family in FAMILIES for scenario in parity.SCENARIOS]
+ALL = [(family, scenario) for family in FAMILIES for scenario in (*parity.SCENARIOS, "two_images")]
 VISION = [(family, scenario) for family in FAMILIES for scenario in parity.VISION]
 # scanned and unrolled layers, with and without recomputation
 EXECUTION = {"batch": {"unroll": "none", "remat": "dots"}, "batch_text": {"unroll": "all", "remat": "none"}}
@@ -86,6 +86,28 @@ def test_loss_and_gradient_of_every_parameter(family, scenario):
     assert grads.keys() == reference.keys()
     for key, value in reference.items():
         assert_near(grads[key], value, name=key)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_video_positions_max(family):
+    """Text after a video starts above all of its positions: the logits of transformers with such positions."""
+    arrays = parity.inputs(family, "videos")
+    batch, mask = parity.common(parity.config(family), arrays, video_positions="max"), tokens(family, "videos")
+    logits = own_tokens(jitted_activations(parity.model(family), batch)["logits"], mask)
+    reference, other_rule = (parity.expected(family, "videos", key)[mask] for key in ("logits_max", "logits"))
+    assert_near(logits, reference, name="logits")
+    difference = np.abs(reference - other_rule).max() / np.abs(reference).max()
+    assert difference > 0.01 if family == "qwen2_5_vl" else difference == 0  # Qwen3-VL's frames are one grid row each
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_back_to_back_images(family):
+    """Two images with no token between them, which transformers 5.x cannot index."""
+    keys = ("input_ids", "labels", "attention_mask")
+    arrays = parity.inputs(family, "two_images") | {key: parity.expected(family, "back_to_back", key) for key in keys}
+    batch = parity.common(parity.config(family), arrays)
+    logits = own_tokens(jitted_activations(parity.model(family), batch)["logits"], arrays["attention_mask"] > 0)
+    assert_near(logits, parity.expected(family, "back_to_back", "logits")[0], name="logits")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
