@@ -35,6 +35,7 @@ SYSTEM_ERRORS = (*DISK_ERRORS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.E
 INTERRUPTED, TERMINATED = 130, 143  # exit status of a process that SIGINT or SIGTERM ends, as shells report it
 BUG_HINT = "This looks like a bug in liger-jax. Please report it with this traceback and the output of `liger-jax env`."
 
+Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 app = tyro.extras.SubcommandApp()
@@ -65,8 +66,9 @@ def demo(
     learning_rate: float = 3e-3,
     seed: int = 0,
     held_out: int = 256,
+    family: Family = "qwen2_vl",
 ) -> None:
-    """Train a small Qwen2-VL on images of handwritten digits, then ask it about digits that it has not seen.
+    """Train a small Qwen-VL model on images of handwritten digits, then ask it about digits that it has not seen.
 
     Takes two minutes on two CPU cores. Writes a checkpoint, plots of the loss and of answers, and metrics.jsonl.
 
@@ -77,6 +79,7 @@ def demo(
         learning_rate: Peak learning rate, reached after warmup and followed by a cosine decay.
         seed: Seed for the weights and the order of the images.
         held_out: Number of questions about unseen digits, for the accuracy.
+        family: Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
     """
     # Autotuning matmuls takes a third of the demo's time on a GPU and gains nothing for a model this small.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
@@ -85,7 +88,13 @@ def demo(
     runtime.enable_compilation_cache()
     runtime.warn_if_gpu_is_unused()
     report = run_demo(
-        output, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, held_out=held_out
+        output,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        held_out=held_out,
+        family=family,
     )
     print(f"{report.accuracy:.1%} of {held_out} questions about unseen digits answered exactly, {report.seconds:.0f} s")
     for name in ("answers", "loss", "metrics", "checkpoint"):
@@ -473,7 +482,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
             app.cli(
                 args=arguments,
                 prog=prog,
-                description="Qwen2-VL for JAX: fine-tune, ask questions, convert checkpoints.",
+                description="Qwen2-VL, Qwen2.5-VL and Qwen3-VL for JAX: fine-tune, ask questions, convert checkpoints.",
                 config=(tyro.conf.OmitArgPrefixes,),
             )
         except KeyboardInterrupt:

@@ -1,1 +1,1 @@
-"""`liger-jax demo`: fine-tunes a small Qwen2-VL on handwritten digits and asks it about digits it has not seen."""
+"""`liger-jax demo`: trains a small Qwen-VL model on handwritten digits and asks it about digits it has not seen."""

@@ -10,7 +10,7 @@ from PIL import Image
 from liger_jax import Processor
 from liger_jax.checkpoint import load_model
 from liger_jax.demo.data import conversations, load_digits
-from liger_jax.demo.run import RESULTS, make_processor, run_demo
+from liger_jax.demo.run import LENGTH, PATCHES, RESULTS, SIZES, make_config, make_processor, run_demo, training_batch
 from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.files import lock_folder
 
@@ -84,3 +84,32 @@ def test_conversations_vary_in_images_and_sizes():
     answers = [answer for *_, answer in first]
     assert answers == [answer for *_, answer in second]
     assert all(answer["role"] == "assistant" and set(answer["content"]) <= set("0123456789, ") for answer in answers)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_demo_of_other_families_writes_a_usable_checkpoint(tmp_path, family):
+    report = run_demo(tmp_path, **(SHORT | {"steps": 1, "held_out": 1, "family": family}))
+    model, processor = load_model(report.checkpoint), Processor.from_pretrained(report.checkpoint)
+    assert model.config.family == processor.family == family
+    assert 0 <= report.accuracy <= 1 and len(report.metrics.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_cell_is_one_token_of_every_family_and_batches_have_one_shape(family):
+    train, _ = load_digits()
+    processor = make_processor(train, family)
+    config = make_config(processor)
+    batches = [training_batch(processor, config, train, 0, 48, index) for index in range(3)]
+    for batch in batches:
+        assert batch.shape == (48, LENGTH) and batch.vision.pixel_values.shape[1] == PATCHES
+    stream = conversations(train, np.random.default_rng(2), cell=processor.image.factor)
+    (image,) = next(messages for messages in stream if len(messages[1]["content"]) == 2)[1]["content"][:1]
+    inputs = processor([{"role": "user", "content": [image]}])
+    cells = image["image"].width * image["image"].height // processor.image.factor**2
+    assert (inputs["input_ids"] == config.image_token_id).sum() == cells
+
+
+def test_unknown_family_is_refused(tmp_path):
+    with pytest.raises(UserError, match="family is 'qwen3_5'; expected one of"):
+        run_demo(tmp_path / "out", **SHORT, family="qwen3_5")
+    assert not (tmp_path / "out").exists()
