@@ -329,7 +329,7 @@ class _Family:
     name: str
     architecture: str  # its class in transformers
     vision_activation: str  # hidden_act of its vision_config
-    vision_keys: Mapping[str, str]  # key in vision_config -> field of VisionConfig, where the names differ
+    vision_keys: Mapping[str, str]  # key in vision_config -> field of VisionConfig, in addition to _VISION_KEYS
     text: dict[str, Any] = dataclasses.field(default_factory=dict)  # the values of switches
     vision: dict[str, Any] = dataclasses.field(default_factory=dict)
     # values of all published checkpoints
@@ -372,6 +372,7 @@ _FAMILIES = {
             "full_attention_layers": (7, 15, 23, 31),
             "tokens_per_second": 2.0,
         },
+        omitted_text={"rms_norm_eps": 1e-5},
         # also a hidden_size of 3584, which no published checkpoint has: 1280 is far more likely
         omitted_vision={"tokens_per_second": 4},
         rope_keys={"type": "mrope"},
@@ -419,11 +420,18 @@ _UNSUPPORTED = {
     "qwen_vl": "the first Qwen-VL",
 }
 
-_QWEN2_7B = {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944} | {
+# Text models that Qwen2-VL and Qwen2.5-VL share.
+_QWEN2_7B = {
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
-_QWEN2_72B = {"vocab_size": 152_064, "hidden_size": 8192, "intermediate_size": 29_568} | {
+_QWEN2_72B = {
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
@@ -543,11 +551,10 @@ def _read_numbers(source: Mapping[str, Any], names: tuple[str, ...]) -> dict[str
 def _from_dict(cls, hub: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
     family = hub.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
-        *most, last = map(repr, _FAMILIES)
-        name = (
-            f" ({_UNSUPPORTED[family]} is not supported)" if isinstance(family, str) and family in _UNSUPPORTED else ""
-        )
-        raise UserError(f"model_type is {family!r:.60}; expected {', '.join(most)} or {last}{name}")
+        *others, last = map(repr, _FAMILIES)
+        unsupported = _UNSUPPORTED.get(family) if isinstance(family, str) else None
+        hint = f" ({unsupported} is not supported)" if unsupported else ""
+        raise UserError(f"model_type is {family!r:.60}; expected {', '.join(others)} or {last}{hint}")
     member = _FAMILIES[family]
     # nested since transformers 4.52, at the top level before
     text = _read_object("text_config", hub.get("text_config"), hub)
@@ -602,6 +609,11 @@ def _read_vision(vision: Mapping[str, Any], member: _Family) -> VisionConfig:
     hub = {**member.omitted_vision, **_read_numbers(vision, tuple(member.vision_keys))}
     for key in filter(hub.__contains__, member.vision_keys):  # mlp_ratio after embed_dim
         values[member.vision_keys[key]] = _READ.get(key, lambda value, _: value)(hub[key], values)
+    full, depth = values.get("full_attention_layers"), values.get("depth", VisionConfig.depth)
+    if isinstance(full, tuple) and all(
+        map(_is_integer, (depth, *full))
+    ):  # other numbers have no effect in transformers
+        values["full_attention_layers"] = tuple(sorted({layer for layer in full if 0 <= layer < depth}))
     rope = _read_object("rope_parameters of vision_config", vision.get("rope_parameters"))
     return VisionConfig(**values, rope_theta=_read_theta(rope, {"rope_theta": 10_000.0}))
 

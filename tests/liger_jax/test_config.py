@@ -330,6 +330,13 @@ def test_omitted_values_are_those_of_transformers():
         del bare["text_config"][name]
     text = QwenVLConfig.from_hf(bare).text
     assert (text.head_dim, text.rope_theta, text.max_position_embeddings) == (128, 500_000.0, 128_000)
+    assert "rms_norm_eps" in width and QwenVLConfig.from_hf(width | {"rms_norm_eps": None}).text.rms_norm_eps == 1e-5
+
+
+def test_full_attention_layers_in_any_order():
+    """transformers ignores the order, and numbers of layers that do not exist."""
+    shallow = hub_config("2.5-3b", vision_config__depth=10, vision_config__fullatt_block_indexes=[9, 3, 3, 31])
+    assert QwenVLConfig.from_hf(shallow).vision.full_attention_layers == (3, 9)
 
 
 def test_whole_floats_are_integers():
