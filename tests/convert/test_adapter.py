@@ -366,3 +366,13 @@ def test_target_modules_of_families(family, targets, modules, tmp_path):
     adapted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in load_file(tmp_path / WEIGHTS)}
     assert {module for module in hub_modules(family) if peft_adapts(written, module)} == adapted
     assert read_adapter_config(tmp_path / CONFIG, family_parity.model(family)) == lora_config(model)
+
+
+@pytest.mark.parametrize(("family", "layer"), [("qwen2_5_vl", "blocks/mlp/gate_proj"), ("qwen3_vl", "deepstack/fc2")])
+def test_merging_into_stacks_of_the_tower(family, layer):
+    """Each merged kernel is W + alpha / r * A B, computed in float64, for every layer or merger of the stack."""
+    model = load_adapter(family_parity.model(family), parity.REFERENCES / f"adapter_{family}")
+    before, after = param_paths(model), param_paths(merge_lora(model))
+    a, b = (np.asarray(before[f"visual/{layer}/lora/{half}"], np.float64) for half in "ab")
+    expected = np.asarray(before[f"visual/{layer}/kernel"], np.float64) + 6 / 3 * a @ b
+    parity.assert_near(after[f"visual/{layer}/kernel"], expected, tolerance=1e-6)
