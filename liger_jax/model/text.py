@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as pk
 from liger_jax.config import TextConfig
 from liger_jax.model.layers import Embedding, Initializer, Linear, RMSNorm, inverse_frequencies
-from liger_jax.model.remat import scan_layers
+from liger_jax.model.remat import apply_to_tokens, scan_layers
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 # attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], any further results for the caller)
@@ -36,7 +37,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, cos, sin, attend: Attend):
         q, k = pk.rope(self.q_proj(x), self.k_proj(x), cos, sin)
-        out, aux = attend(q, k, self.v_proj(x))
+        q, k, v = (checkpoint_name(operand, "operand") for operand in (q, k, self.v_proj(x)))
+        out, aux = attend(q, k, v)
         return self.o_proj(out), aux
 
 
@@ -63,12 +65,12 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
         self.mlp = MLP(init, config, stack)
 
-    def __call__(self, x, cos, sin, attend: Attend):
+    def __call__(self, x, cos, sin, attend: Attend, execution: LayerExecution = DEFAULT_EXECUTION):
         attended, aux = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = pk.add_rms_norm(
             attended, x, self.post_attention_layernorm.weight[...], eps=self.post_attention_layernorm.eps
         )
-        return x + self.mlp(normed), aux
+        return x + apply_to_tokens(MLP.__call__, self.mlp, normed, execution), aux
 
 
 class LanguageModel(nnx.Module):
@@ -108,7 +110,7 @@ class LanguageModel(nnx.Module):
         cos, sin = self.rotary(position_ids)
 
         def layer(x, weights: DecoderLayer):
-            x, aux = weights(x, cos, sin, attend)
+            x, aux = weights(x, cos, sin, attend, execution)
             return x, (aux, None if capture is None else x)
 
         x, (aux, outputs) = scan_layers(layer, x, self.layers, execution, tower="text")

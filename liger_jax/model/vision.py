@@ -7,12 +7,13 @@ only to patches of its own image or frame, which have the same segment id.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as pk
 from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
 from liger_jax.model.layers import Initializer, LayerNorm, Linear, inverse_frequencies
-from liger_jax.model.remat import scan_layers
+from liger_jax.model.remat import apply_to_tokens, scan_layers
 from liger_jax.model.sharding import constrain_batch
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
@@ -28,6 +29,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x, cos, sin, segments: pk.Segments):
         q, k, v = self.qkv.unstacked(x)
         q, k = pk.rope(q, k, cos, sin)
+        q, k, v = (checkpoint_name(operand, "operand") for operand in (q, k, v))
         return self.proj(pk.attention(q, k, v, segment_ids=segments))
 
 
@@ -53,9 +55,9 @@ class VisionBlock(nnx.Module):
         self.norm2 = LayerNorm(init, config.embed_dim, stack=stack)
         self.mlp = VisionMLP(init, config, stack)
 
-    def __call__(self, x, cos, sin, segments: pk.Segments):
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x, cos, sin, segments: pk.Segments, execution: LayerExecution = DEFAULT_EXECUTION):
+        x = checkpoint_name(x + self.attn(self.norm1(x), cos, sin, segments), "residual")
+        return x + apply_to_tokens(VisionMLP.__call__, self.mlp, self.norm2(x), execution)
 
 
 class PatchMerger(nnx.Module):
@@ -105,7 +107,7 @@ class VisionTower(nnx.Module):
         segments = pk.find_segments(vision.segment_ids, vision.max_segments)
 
         def layer(x, block: VisionBlock):
-            x = block(x, cos, sin, segments)
+            x = block(x, cos, sin, segments, execution)
             return x, None if capture is None else x
 
         x, blocks = scan_layers(layer, patches, self.blocks, execution, tower="vision")
