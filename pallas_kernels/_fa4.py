@@ -79,7 +79,8 @@ def forward(
 
     config, data = _describe(ids, segments, scale, causal, q.shape[1])
     if segments is None:
-        return fa4_fwd_p.bind(q, k, v, *data, cfg=config, need_lse=True)
+        out, lse = fa4_fwd_p.bind(q, k, v, *data, cfg=config, need_lse=True)
+        return out, lse
     out, lse = fa4_fwd_p.bind(*map(_join_rows, (q, k, v)), *data, cfg=config, need_lse=True)
     return clear_outside(out.reshape(q.shape), segments), lse.reshape(-1, *q.shape[:2]).swapaxes(0, 1)
 
@@ -100,8 +101,12 @@ def backward(
     from fa4_jax.attention import fa4_vjp_p
 
     config, data = _describe(ids, segments, scale, causal, q.shape[1])
+    # A kernel of the backward pass accumulates into operands that its results alias. If another operand is a slice, such as
+    # that of a scan's layer, XLA (of jax 0.11) fuses the slice into the call and loses the aliases: gradients become wrong.
+    q, k, v, out, grad = jax.lax.optimization_barrier((q, k, v, out, grad))
     if segments is None:
-        return fa4_vjp_p.bind(q, k, v, out, lse, grad, *data, cfg=config, has_d_lse=False)
+        dq, dk, dv = fa4_vjp_p.bind(q, k, v, out, lse, grad, *data, cfg=config, has_d_lse=False)
+        return dq, dk, dv
     flat_lse = lse.swapaxes(0, 1).reshape(lse.shape[1], -1)
     q_rows, k_rows, v_rows, out_rows, grad_rows = map(_join_rows, (q, k, v, out, grad))
     grads = fa4_vjp_p.bind(

@@ -88,7 +88,7 @@ def attention(
         "pallas": _flash_attention.unsupported_reason(q, scale),
         "xla": None,
     }
-    kernels_preferred = _flash_attention.preferred(q, k, causal, kv_segment_ids is not None)
+    kernels_preferred = _flash_attention.preferred(q, kv_segment_ids is not None)
     backend = _choose_backend(op, implementation, q, k, unsupported, kernels_preferred)
     if backend == "pallas" or kv_segment_ids is not None:
         segments = None  # the kernels work on ids

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from liger_jax.errors import UserError
@@ -25,9 +26,10 @@ def _narrow_matmuls(primitive: Any, *operands: Any, **params: Any) -> bool:
 
 # The activations that are saved for the backward pass instead of being recomputed, from the most memory to the least:
 #   none: everything that the operations save.
-#   dots: the results of matmuls and attention, which are expensive to recompute. Norms, activations and RoPE are cheap.
-#         Memory traffic is lower than with "none", so this is usually the fastest as well. For a matmul with LoRA, the
-#         sum is saved instead of its two terms.
+#   dots: the results of matmuls and attention, which are expensive to recompute. Norms and activations are cheap. Memory
+#         traffic is lower than with "none", so this is usually the fastest as well. Where the result of a matmul is only
+#         needed for a sum or a rotation that takes no more memory, that is saved instead: "operand" (of attention),
+#         "residual" and, with LoRA, "adapted".
 #   narrow: like dots, without the matmuls whose result is wider than their input (those into an MLP's hidden size). Takes
 #         67 to 80 % of the memory of dots and 3 to 12 % more time.
 #   attention: each layer's input and the result of attention.
@@ -36,9 +38,11 @@ _policies = jax.checkpoint_policies
 _POLICIES = {
     "none": None,
     "dots": _policies.save_from_both_policies(
-        _policies.dots_saveable, _policies.save_only_these_names("attention", "adapted")
+        _policies.dots_saveable, _policies.save_only_these_names("attention", "operand", "residual", "adapted")
     ),
-    "narrow": _policies.save_from_both_policies(_narrow_matmuls, _policies.save_only_these_names("attention")),
+    "narrow": _policies.save_from_both_policies(
+        _narrow_matmuls, _policies.save_only_these_names("attention", "operand", "residual")
+    ),
     "attention": _policies.save_only_these_names("attention"),
     "full": _policies.nothing_saveable,
 }
@@ -83,9 +87,13 @@ def scan_layers(
         x, aux = layer(x, weights, *kind)
         return constrain_batch(x), aux
 
+    def layer_of_stack(kind: tuple[Hashable, ...], x, i, stack, port):
+        return constrained_layer(kind, x, _take_layer(stack, i, port))
+
     count = len(jax.tree.leaves(layers)[0])
     patterns: list[tuple[Hashable, ...]] = [(kind,) for kind in kinds] if kinds else [()] * count
-    steps: dict[Any, Callable] = {kind: functools.partial(constrained_layer, kind) for kind in patterns}
+    function = layer_of_stack if unroll else constrained_layer
+    steps: dict[Any, Callable] = {kind: functools.partial(function, kind) for kind in patterns}
     if execution.remat != "none":
         # prevent_cse keeps the compiler from merging the recomputation with the original; a scan's body does that already
         remat = functools.partial(jax.checkpoint, policy=_POLICIES[execution.remat], prevent_cse=unroll)
@@ -97,14 +105,16 @@ def scan_layers(
 
 
 def _unroll(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int], after_first: Any):
-    """Runs `scan_layers` without a loop.
+    """Runs `scan_layers` without a loop. This avoids a scan's copies of saved activations into stacks of zeros.
 
-    This avoids a scan's copies: of each layer's weights out of the stack, and of its gradient and saved activations into
-    other stacks, which have to be filled with zeros first.
+    A layer takes its weights out of the stack inside of what is rematerialized. So the backward pass takes them out again,
+    and XLA lets the matmuls of both passes read the stack itself. Slices taken outside would be copies that live from the
+    forward pass to the backward pass: for the Qwen2-VL-2B, 3.6 GiB. The gradients take another way, through ports, because
+    the derivative of a slice is an array of zeros as large as the stack.
     """
-    outputs, tapped = [], []
-    for i, weights in enumerate(unstack(layers)):
-        x, aux = steps[i](x, weights)
+    stack, outputs, tapped = jax.lax.stop_gradient(layers), [], []
+    for i, port in enumerate(unstack(layers)):
+        x, aux = steps[i](x, np.uint32(i), stack, port)
         outputs.append(aux)
         if after_first and i < len(after_first[1]):
             x = after_first[0](x, after_first[1][i])
@@ -152,17 +162,104 @@ def _scan(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int],
     return x, aux, [tapped[:, k] for k in range(len(taps))]
 
 
+# ---- blocks of tokens ------------------------------------------------------------------------------------------------
+
+MIN_BLOCK = 8192  # tokens of a block, in all rows: fewer make matmuls slower
+MAX_BLOCKS = 4
+
+
+def apply_to_tokens(
+    function: Callable[[Any, jax.Array], jax.Array], weights: Any, x: jax.Array, execution: LayerExecution
+):
+    """Returns function(weights, x) for a function that treats every token of x [B, T, ...] alike, such as an MLP.
+
+    With remat "full", which is for the least memory, the function runs on a block of tokens at a time, in the backward pass
+    too. The gradient of the weights is summed over the blocks in float32.
+    """
+    batch, tokens = x.shape[:2]
+    blocks = min(MAX_BLOCKS, batch * tokens // MIN_BLOCK)
+    if execution.remat != "full" or blocks < 2 or tokens % blocks:
+        return function(weights, x)
+    return _in_blocks(function, blocks, weights, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_blocks(function: Callable, blocks: int, weights: Any, x: jax.Array) -> jax.Array:
+    return _join_tokens(jax.lax.map(functools.partial(function, weights), _split_tokens(blocks, x)))
+
+
+def _in_blocks_forward(function: Callable, blocks: int, weights: Any, x: jax.Array):
+    return _in_blocks(function, blocks, weights, x), (weights, x)
+
+
+def _in_blocks_backward(function: Callable, blocks: int, residuals: tuple, grad: jax.Array):
+    weights, x = residuals
+
+    def step(sums, block):
+        x, grad = block
+        _, pullback = jax.vjp(function, weights, x)
+        d_weights, d_x = pullback(grad)
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, d_weights), d_x
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), weights)
+    sums, d_x = jax.lax.scan(step, zeros, (_split_tokens(blocks, x), _split_tokens(blocks, grad)))
+    return jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights), _join_tokens(d_x)
+
+
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
+
+
+def _split_tokens(blocks: int, x: jax.Array) -> jax.Array:
+    """Reshapes [B, T, ...] to [blocks, B, T / blocks, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
+
+
+def _join_tokens(x: jax.Array) -> jax.Array:
+    """Reverses `_split_tokens`."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+# ---- layers of a stack -----------------------------------------------------------------------------------------------
+
+
+def _take_layer(stack: Any, i: jax.Array, port: Any) -> Any:
+    """Returns the weights of layer i, whose gradient goes to the port."""
+
+    def take(leaf, port):
+        return _with_gradient_port(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), port)
+
+    return jax.tree.map(take, stack, port)
+
+
+@jax.custom_vjp
+def _with_gradient_port(x: jax.Array, port: jax.Array) -> jax.Array:
+    """Returns x. Its gradient becomes that of the port, whose value is not used."""
+    return x
+
+
+_with_gradient_port.defvjp(lambda x, port: (x, None), lambda _, grad: (None, grad))
+
+
 def _stack(*trees: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 @jax.custom_vjp
 def unstack(layers: Any) -> tuple:
-    """Returns one tree per layer.
-
-    The backward pass stacks their gradients; the derivative of indexing would add up arrays of zeros instead.
-    """
+    """Returns one tree per layer. The derivative of indexing would add up arrays of zeros; this one fills a single stack."""
     return tuple(jax.tree.map(lambda leaf: leaf[i], layers) for i in range(len(jax.tree.leaves(layers)[0])))
 
 
-unstack.defvjp(lambda layers: (unstack(layers), None), lambda _, grads: (_stack(*grads),))
+def _fill_stack(*grads: jax.Array) -> jax.Array:
+    """Stacks the gradients of all layers, each as soon as it exists.
+
+    Without the barriers, XLA keeps all of them until the last one exists, and fuses the stacking into the loops that read
+    the stack: the gradient norm and the optimizer, which then run at half their speed or less.
+    """
+    stack = jnp.zeros((len(grads), *grads[0].shape), grads[0].dtype)
+    for i in reversed(range(len(grads))):  # the backward pass begins with the last layer
+        stack = jax.lax.optimization_barrier(stack.at[i].set(grads[i]))
+    return stack
+
+
+unstack.defvjp(lambda layers: (unstack(layers), None), lambda _, grads: (jax.tree.map(_fill_stack, *grads),))

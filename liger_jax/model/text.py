@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as pk
 from liger_jax.config import TextConfig
 from liger_jax.model.layers import Embedding, Initializer, Linear, RMSNorm, inverse_frequencies
-from liger_jax.model.remat import scan_layers
+from liger_jax.model.remat import apply_to_tokens, scan_layers
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 # attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], any further results for the caller)
@@ -54,14 +55,14 @@ class SelfAttention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
 
     def __call__(self, x, cos, sin, attend: Attend):
-        q, k = self.q_proj(x), self.k_proj(x)
+        q, k, v = self.q_proj(x), self.k_proj(x), checkpoint_name(self.v_proj(x), "operand")
         if self.q_norm is None or self.k_norm is None:
-            q, k = pk.rope(q, k, cos, sin)
-        else:
+            q, k = (checkpoint_name(operand, "operand") for operand in pk.rope(q, k, cos, sin))
+        else:  # the norms' backward pass needs q and k as they were before
             q, k = pk.qk_norm_rope(
                 q, k, self.q_norm.weight[...], self.k_norm.weight[...], cos, sin, eps=self.q_norm.eps
             )
-        out, aux = attend(q, k, self.v_proj(x))
+        out, aux = attend(q, k, v)
         return self.o_proj(out), aux
 
 
@@ -88,12 +89,12 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
         self.mlp = MLP(init, config, stack)
 
-    def __call__(self, x, cos, sin, attend: Attend):
+    def __call__(self, x, cos, sin, attend: Attend, execution: LayerExecution = DEFAULT_EXECUTION):
         attended, aux = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = pk.add_rms_norm(
             attended, x, self.post_attention_layernorm.weight[...], eps=self.post_attention_layernorm.eps
         )
-        return x + self.mlp(normed), aux
+        return x + apply_to_tokens(MLP.__call__, self.mlp, normed, execution), aux
 
 
 class LanguageModel(nnx.Module):
@@ -134,7 +135,7 @@ class LanguageModel(nnx.Module):
         cos, sin = self.rotary(position_ids)
 
         def layer(x, weights: DecoderLayer):
-            x, aux = weights(x, cos, sin, attend)
+            x, aux = weights(x, cos, sin, attend, execution)
             return x, (aux, None if capture is None else x)
 
         after_first = None if deepstack is None else (deepstack.add, deepstack.features)

@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as pk
 from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
 from liger_jax.model.layers import Embedding, Initializer, LayerNorm, Linear, RMSNorm, inverse_frequencies
-from liger_jax.model.remat import scan_layers, unstack
+from liger_jax.model.remat import apply_to_tokens, scan_layers, unstack
 from liger_jax.model.sharding import constrain_batch, replicate
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
@@ -33,6 +34,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x, cos, sin, attend: Attend):
         q, k, v = self.qkv.unstacked(x)
         q, k = pk.rope(q, k, cos, sin)
+        q, k, v = (checkpoint_name(operand, "operand") for operand in (q, k, v))
         return self.proj(attend(q, k, v))
 
 
@@ -72,9 +74,9 @@ class VisionBlock(nnx.Module):
         self.norm2 = make_norm(init, config, stack=stack)
         self.mlp = (VisionSwiGLU if config.mlp == "swiglu" else VisionMLP)(init, config, stack)
 
-    def __call__(self, x, cos, sin, attend: Attend):
-        x = x + self.attn(self.norm1(x), cos, sin, attend)
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x, cos, sin, attend: Attend, execution: LayerExecution = DEFAULT_EXECUTION):
+        x = checkpoint_name(x + self.attn(self.norm1(x), cos, sin, attend), "residual")
+        return x + apply_to_tokens(type(self.mlp).__call__, self.mlp, self.norm2(x), execution)
 
 
 class PatchMerger(nnx.Module):
@@ -151,7 +153,7 @@ class VisionTower(nnx.Module):
         kinds = ["frame" if i in full else "window" for i in range(config.depth)]
 
         def layer(x, block: VisionBlock, kind: str):
-            x = block(x, cos, sin, attend_within[kind])
+            x = block(x, cos, sin, attend_within[kind], execution)
             return x, None if capture is None else x
 
         x, blocks, tapped = scan_layers(

@@ -278,6 +278,40 @@ def test_fa4_is_as_exact_as_xla(heads, key_heads, dim, causal, packed, dtype):
     check_attention("fa4", args, [ids] if packed else [], causal=causal, max_segments=4 if packed else None)
 
 
+def test_fa4_reads_slices_of_a_scan():
+    """XLA fused the slices into the call and lost the zeros that the backward kernel accumulates to."""
+    skip_without_fa4("fa4")
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes_of_layers = [(3, 2, 512, n, 128) for n in (8, 2, 2, 8)]
+    args = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes_of_layers, strict=True)]
+
+    def run(implementation, args):
+        @jax.jit
+        def value_and_gradients(q, k, v, grad):
+            def attend(q, k, v):
+                options = {"segment_ids": jnp.ones((2, 512), jnp.int32), "max_segments": 2, "causal": True}
+                return jax.lax.scan(
+                    lambda carry, x: (carry, pk.attention(*x, implementation=implementation, **options)), 0, (q, k, v)
+                )[1]
+
+            out, pullback = jax.vjp(attend, q, k, v)
+            return out, *pullback(grad)
+
+        return value_and_gradients(*args)
+
+    for result, want in zip(run("fa4", args), run("xla", in_float32(args)), strict=True):
+        assert root_mean_square(result.astype(jnp.float32) - want) <= 0.01 * root_mean_square(want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fa4_is_picked_without_segments(causal):
+    """None compiles a switch between platforms, whose branches have to return the same structure."""
+    skip_without_fa4("fa4")
+    keys = jax.random.split(jax.random.key(1), 4)
+    args = [jax.random.normal(key, (1, 256, 4, 64), jnp.bfloat16) for key in keys]
+    check_attention(None, args, [], causal=causal)
+
+
 def skip_without_fa4(implementation):
     if implementation == "fa4":
         pytest.importorskip("fa4_jax")
