@@ -51,8 +51,8 @@ def attention(
             supports the call and was measured to be faster: "fa4" (FlashAttention-4: the package fa4-jax, Hopper or newer,
             bfloat16 or float16, D a multiple of 8 up to 128, at least 128 queries); "cudnn" (bfloat16 or float16, D a
             multiple of 8, no kv_segment_ids; packed segments from Hopper on); "triton", a Pallas kernel (bfloat16 and
-            float16, Ampere or newer, heads of up to 512 bytes, positive scales; with kv_segment_ids, only if not causal and
-            T = S); else XLA. XLA is also picked for a single query.
+            float16, Ampere or newer, heads of up to 512 bytes, positive scales; with kv_segment_ids, at least 128 queries);
+            else XLA. XLA is also picked for a single query.
 
     Returns:
         [B, T, N, D] in q's dtype. The softmax is float32 (float64 for float64). The backward pass saves q, k, v, the output
