@@ -35,9 +35,14 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
+    from pallas_kernels import cache_kernels
+
     config: Any = jax.config  # its attributes have no type annotations
-    if config.jax_compilation_cache_dir is None and config.jax_enable_compilation_cache:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if not config.jax_enable_compilation_cache:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache_kernels(Path(config.jax_compilation_cache_dir or caches / "liger-jax") / "kernels")
+    if config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "liger-jax"))
         # JAX's default of 1 s would leave out many small programs, which add up
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

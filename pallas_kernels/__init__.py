@@ -3,15 +3,18 @@
 The operations take arrays, know nothing about models, and depend only on JAX. Every operation takes `implementation`:
 
   None         the kernel on a GPU, XLA elsewhere, as decided by the platform that the program is lowered for (activations
-               and RoPE: XLA everywhere; attention: cuDNN where it supports the call)
+               and RoPE: XLA everywhere; attention: FlashAttention-4 where it is installed, then cuDNN, for calls that they
+               support)
   "triton"     the Pallas kernel, lowered to Triton
   "xla"        plain JAX
   "interpret"  the same kernel in Pallas's interpreter: on any platform, slow, for tests
   "cudnn"      cuDNN, only for `attention`
+  "fa4"        FlashAttention-4 of the package fa4-jax, only for `attention`
 
 An implementation that does not support a call raises.
 """
 
+from pallas_kernels._fa4 import cache_kernels
 from pallas_kernels._sharding import split_rows_over
 from pallas_kernels.activations import geglu, gelu_tanh, quick_gelu, swiglu
 from pallas_kernels.add_rms_norm import add_rms_norm
@@ -30,6 +33,7 @@ __all__ = [
     "Segments",
     "add_rms_norm",
     "attention",
+    "cache_kernels",
     "cross_entropy",
     "decode_attention",
     "find_segments",

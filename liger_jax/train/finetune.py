@@ -94,9 +94,8 @@ def finetune(
     validate(options, conversations=len(conversations), held_out=len(held_out))
     if optimization:
         optimizer = build_optimizer(optimization, steps, seed=batching.seed)
-    train_step = make_train_step(
-        remat=execution.remat, accumulate=batching.accumulate, unroll=choose_unroll(execution, steps, batching)
-    )
+    unroll = choose_unroll(execution, steps, batching)
+    train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=unroll)
 
     with lock_folder(Path(output)):
         run = open_run(Path(output), make_record(options, model, processor, conversations))
@@ -121,6 +120,9 @@ def finetune(
             checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
             RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
         ):
+            train_step.report = log.note
+            if unroll != execution.unroll:
+                log.note(f"unrolling all layers: faster from {LONG_RUN} steps on, if all batches have one shape")
             if evaluator and evaluate_first:
                 log.write(run.start, evaluator(state.model, run.start))
             return fit(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -146,6 +147,11 @@ class RunLog:
         if self.writer:
             for name, value in finite.items():
                 self.writer.add_scalar(name, value, step)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
 
     def write_step(self, step: int, values: dict[str, float]) -> None:
         """Logs a training step and advances the progress bar."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Self, get_args
 
@@ -144,9 +145,7 @@ def _init_state(model: Qwen2VL, *, optimizer: optax.GradientTransformation) -> t
     return jnp.zeros((), jnp.int32), optimizer.init(model)
 
 
-def make_train_step(
-    *, remat: Remat = "auto", accumulate: int = 1, unroll: Unroll = "auto"
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(*, remat: Remat = "auto", accumulate: int = 1, unroll: Unroll = "auto") -> "TrainStep":
     """Returns a compiled training step: `state, metrics = step(state, batch)`.
 
     The old state is donated: its memory is reused for the new one. The step compiles once per bucket of batch shapes.
@@ -195,6 +194,7 @@ class TrainStep:
         self.accumulate = accumulate
         self.chosen_remat: str | None = None  # in the latest compilation
         self.compiled: dict[Any, Any] = {}
+        self.report: Callable[[str], None] = logger.info  # receives a line about each compilation
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_labels(batch)
@@ -217,6 +217,7 @@ class TrainStep:
     def _compile(self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch):
         """Returns an executable that maps (leaves of a state, batch) to (leaves of the next state, metrics)."""
         shardings = mesh and ([leaf.sharding for leaf in leaves], None)
+        start = time.perf_counter()
         policies = AUTO_REMAT if self.execution.remat == "auto" else (self.execution.remat,)
         for remat in policies:
             execution = dataclasses.replace(self.execution, remat=remat)
@@ -229,7 +230,13 @@ class TrainStep:
             if remat == policies[-1] or _fits_memory(compiled):
                 break
         self.chosen_remat = remat
-        logger.info("train step compiled for %s, remat=%s, unroll=%s", batch.shape, remat, self.execution.unroll)
+        rows, length = batch.shape
+        reason = " (the fastest that fits in memory)" if self.execution.remat == "auto" else ""
+        towers = [tower for tower in ("vision", "text") if self.execution.unrolls(tower)]
+        self.report(
+            f"compiled the training step for {rows} x {length} tokens in {time.perf_counter() - start:.0f} s: "
+            f"remat {remat}{reason}, unrolled towers: {', '.join(towers) or 'none'}"
+        )
         return compiled
 
 

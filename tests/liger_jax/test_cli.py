@@ -284,7 +284,7 @@ def test_compilation_cache(tmp_path):
     """The cache is in the user's cache folder by default. The environment can choose another folder or disable it."""
     code = (
         "import jax; from liger_jax import runtime; runtime.enable_compilation_cache(); "
-        "print(jax.config.jax_compilation_cache_dir)"
+        "from pallas_kernels import _fa4; print(jax.config.jax_compilation_cache_dir, _fa4._kernel_folder)"
     )
 
     def cache_folder(**variables):
@@ -293,9 +293,9 @@ def test_compilation_cache(tmp_path):
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         return result.stdout.strip() or result.stderr
 
-    assert cache_folder() == str(tmp_path / "liger-jax")
-    assert cache_folder(JAX_COMPILATION_CACHE_DIR="mine") == "mine"
-    assert cache_folder(JAX_ENABLE_COMPILATION_CACHE="false") == "None"
+    assert cache_folder() == f"{tmp_path}/liger-jax {tmp_path}/liger-jax/kernels"
+    assert cache_folder(JAX_COMPILATION_CACHE_DIR="mine") == "mine mine/kernels"
+    assert cache_folder(JAX_ENABLE_COMPILATION_CACHE="false") == "None None"
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

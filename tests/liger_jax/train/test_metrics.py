@@ -74,3 +74,10 @@ def test_resumed_log_drops_later_steps(tmp_path):
     file.write_bytes(file.read_bytes() + b"[1]\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 5 is b'\[1\]'; expected JSON with a step"):
         truncate_after(file, 3)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_notes_are_printed_with_the_progress_bar(progress, tmp_path, capsys):
+    with RunLog(tmp_path / "metrics.jsonl", begin=0, steps=1, progress=progress) as log:
+        log.note("compiled the training step")
+    assert ("compiled the training step\n" in capsys.readouterr().err) == progress

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,21 @@ def test_overfits_one_batch():
     assert losses[-1] < 0.1 * losses[0]
     assert float(metrics["accuracy"]) == 1
     assert int(state.step) == 20
+
+
+def test_compilations_are_reported():
+    """Each compilation is one line, which names the choices; a second batch of the same shape compiles nothing."""
+    step, lines = make_train_step(), []
+    step.report = lines.append
+    state, _ = step(fresh_state(), batch())
+    step(state, batch())
+    (line,) = lines
+    rows, length = batch().shape
+    assert re.fullmatch(
+        rf"compiled the training step for {rows} x {length} tokens in \d+ s: remat dots \(the fastest that fits in memory\), "
+        "unrolled towers: vision",
+        line,
+    )
 
 
 def test_state_is_donated():
