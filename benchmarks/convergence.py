@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.environment import RESULTS, file_name
-from benchmarks.record import OURS
+from benchmarks.peer_model import model_class
+from benchmarks.record import FAMILY_NAMES, OURS
 from convert import from_hf, to_hf
-from liger_jax import Processor, Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
-from liger_jax.config import TextConfig, VisionConfig
+from liger_jax import Processor, QwenVL, QwenVLConfig, TrainState, make_train_step, prepare
 from liger_jax.demo.data import Digits, conversations, load_digits
 from liger_jax.demo.run import LENGTH, PATCHES, make_config, make_processor
 from liger_jax.errors import UserError
@@ -53,7 +53,7 @@ DTYPES = ("float32", "bfloat16")
 class Convergence:
     """Compares loss curves with transformers in float32 and bfloat16. Needs torch and transformers.
 
-    Writes convergence_<device>_<learning rate>.json and .png.
+    Writes convergence_<device>_<learning rate>.json and .png, for other families than Qwen2-VL with their name.
     """
 
     steps: int = 300
@@ -62,6 +62,8 @@ class Convergence:
     """Conversations per step."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
+    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] = "qwen2_vl"
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
     results: Path = RESULTS
     """Folder of the result files."""
 
@@ -71,12 +73,13 @@ class Convergence:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch uses the same GPU's memory
         torch.backends.cuda.matmul.allow_tf32 = False
         jax.config.update("jax_default_matmul_precision", "highest")
-        runs = train_all(self.steps, self.rows, self.learning_rate)
+        runs = train_all(self.steps, self.rows, self.learning_rate, self.family)
         curves = {package: {dtype: run.losses for dtype, run in by_dtype.items()} for package, by_dtype in runs.items()}
         findings = compare(curves) | compare_rounding(runs)
         print(json.dumps(findings, indent=1))
         device = jax.devices()[0].device_kind
         report = {
+            "family": self.family,
             "device": device,
             "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "date": datetime.date.today().isoformat(),
@@ -86,9 +89,15 @@ class Convergence:
         }
         self.results.mkdir(parents=True, exist_ok=True)
         rate = np.format_float_scientific(self.learning_rate, trim="-", exp_digits=1)
-        file = self.results / f"{file_name('convergence', device)}_{rate}.json"
+        prefix = "convergence" if self.family == "qwen2_vl" else f"convergence_{self.family}"
+        file = self.results / f"{file_name(prefix, device)}_{rate}.json"
         file.write_text(json.dumps(report) + "\n")
-        plot(file.with_suffix(".png"), curves, f"{device}, {self.rows} conversations a step, AdamW, peak rate {rate}")
+        name = FAMILY_NAMES[self.family]
+        plot(
+            file.with_suffix(".png"),
+            curves,
+            f"{name}, {device}, {self.rows} conversations a step, AdamW, peak rate {rate}",
+        )
         return file
 
 
@@ -104,44 +113,54 @@ class TrainingRun(NamedTuple):
     """The same, accumulated in float32 from the same gradients."""
 
 
-def train_all(steps: int, rows: int, learning_rate: float) -> dict[str, dict[str, TrainingRun]]:
+def train_all(steps: int, rows: int, learning_rate: float, family: str) -> dict[str, dict[str, TrainingRun]]:
     """Returns the runs of both packages in both dtypes, from the same checkpoint and on the same batches."""
     digits, _ = load_digits()
-    processor = make_processor(digits)
+    processor = make_processor(digits, family)
     batches = list(make_batches(processor, digits, steps, rows))
     schedule = warmup_cosine(learning_rate, steps, WARMUP)
     runs: dict[str, dict[str, TrainingRun]] = {OURS: {}, PEER: {}}
     with tempfile.TemporaryDirectory() as checkpoint:
-        to_hf(Qwen2VL.init(make_model_config(processor), dtype="float32"), checkpoint)
+        to_hf(QwenVL.init(make_model_config(processor), dtype="float32"), checkpoint)
         for dtype in DTYPES:
             runs[OURS][dtype] = train_liger_jax(checkpoint, dtype, batches, schedule)
             runs[PEER][dtype] = train_transformers(checkpoint, dtype, batches, schedule)
     return runs
 
 
-def make_model_config(processor: Processor) -> Qwen2VLConfig:
-    """Returns the demo's configuration with four wider layers per tower and the 2B's vocabulary."""
+def make_model_config(processor: Processor) -> QwenVLConfig:
+    """Returns the demo's configuration with four wider layers per tower and the vocabulary of the published models.
+
+    With windows, every second vision layer attends to whole images; with deepstack, half of the layers are tapped.
+    """
     demo = make_config(processor)
-    text = TextConfig(
+    time, height, width = demo.text.mrope_section
+    text = dataclasses.replace(
+        demo.text,
         vocab_size=151936,
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
-        mrope_section=(8, 12, 12),
-        max_position_embeddings=4096,
+        mrope_section=(2 * time, 2 * height, 2 * width),
         initializer_range=0.06,
     )
-    vision = VisionConfig(depth=4, embed_dim=128, num_heads=4, intermediate_size=512, hidden_size=text.hidden_size)
+    vision = dataclasses.replace(
+        demo.vision,
+        depth=4,
+        embed_dim=128,
+        intermediate_size=512,
+        hidden_size=text.hidden_size,
+        full_attention_layers=(1, 3) if demo.vision.window_size else (),
+        deepstack_layers=(0, 2) if demo.vision.deepstack_layers else (),
+    )
     return dataclasses.replace(demo, text=text, vision=vision)
 
 
 def make_batches(processor: Processor, digits: Digits, steps: int, rows: int) -> Iterator[dict]:
     """Yields one batch per step in Hugging Face's layout."""
     for index in range(steps):
-        endless = conversations(digits, np.random.default_rng((0, index)))
+        endless = conversations(digits, np.random.default_rng((0, index)), cell=processor.image.factor)
         yield processor(list(itertools.islice(endless, rows)), labels=True)
 
 
@@ -184,7 +203,7 @@ def share_of_true(arrays: list[np.ndarray]) -> float:
 
 def train_transformers(checkpoint: str, dtype: str, batches: list[dict], schedule: optax.Schedule) -> TrainingRun:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    model = model_class(checkpoint).from_pretrained(checkpoint, dtype=getattr(torch, dtype))
     model = model.to(device).train()
     start = [weight.detach().clone() for weight in model.parameters()]
     options = {"betas": (ADAMW["b1"], ADAMW["b2"])} | {name: ADAMW[name] for name in ("eps", "weight_decay")}

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import work
 from benchmarks.environment import RESULTS
 from benchmarks.model import ModelCase, Size, device_peak, place_batch
-from liger_jax import Qwen2VL, generate, prepare
+from liger_jax import QwenVL, generate, prepare
 from liger_jax.errors import UserError
 
 
@@ -25,14 +25,15 @@ class Generate:
     """
 
     size: Size = "2b"
-    """Size of the model. Its weights are random."""
+    """The model: 2b and 7b are Qwen2-VL. Its weights are random."""
     rows: tuple[int, ...] = (1, 16)
     """Batch sizes. Each is one measurement."""
     peers: bool = True
     """Also measure transformers with a dynamic and a static cache on the same weights and prompts, if torch is installed.
     Ignored with --length."""
     length: int | None = None
-    """Tokens of prompt and answer together, at most the model's 32768 positions; by default, the prompt has 2048 tokens."""
+    """Tokens of prompt and answer together, at most the model's number of positions (32768 for Qwen2-VL); by default, the
+    prompt has 2048 tokens."""
     results: Path = RESULTS
     """Folder of the result files."""
 
@@ -48,11 +49,11 @@ class Generate:
     def prompt_tokens(self) -> int:
         return work.LENGTH if self.length is None else self.length - work.NEW_TOKENS
 
-    def _measure(self, model: Qwen2VL, batch_size: int) -> dict:
-        return time_generation(model, work.sequences(vars(model.config), batch_size, self.prompt_tokens))
+    def _measure(self, model: QwenVL, batch_size: int) -> dict:
+        return time_generation(model, work.sequences(model.config, batch_size, self.prompt_tokens))
 
 
-def time_generation(model: Qwen2VL, arrays: dict) -> dict:
+def time_generation(model: QwenVL, arrays: dict) -> dict:
     """Times prefill and new tokens on prompts in Hugging Face's layout."""
     arrays = {name: value for name, value in arrays.items() if name != "labels"}
     batch = place_batch(model, prepare(model.config, **arrays))

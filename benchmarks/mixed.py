@@ -11,10 +11,11 @@ import dataclasses
 import numpy as np
 
 from benchmarks import work
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.data.dataset import make_dataset
 from liger_jax.inputs.batch import IGNORE, Batch
 from liger_jax.inputs.images import smart_resize
+from liger_jax.inputs.layout import count_slots
 from liger_jax.options import Batching
 
 CONVERSATIONS = 1000
@@ -36,28 +37,36 @@ class Conversation:
         return int(np.prod(self.grid))
 
 
-def make_conversations(config: Qwen2VLConfig) -> list[Conversation]:
+def make_conversations(config: QwenVLConfig) -> list[Conversation]:
     """Returns the conversations. Images larger than those in benchmarks/work.py are scaled down, as `--max-pixels` does."""
-    vision, rng = config.vision, np.random.default_rng(0)
-    factor = vision.patch_size * vision.spatial_merge_size
-    max_pixels = int(np.prod(work.GRID)) * vision.patch_size**2
+    rng = np.random.default_rng(0)
     conversations = []
     for number in range(CONVERSATIONS):
-        sides = np.exp(rng.uniform(*np.log(SIDES), 2)).astype(int)
-        height, width = (
-            side // vision.patch_size for side in smart_resize(*sides.tolist(), factor, factor**2, max_pixels)
-        )
-        merged = height * width // vision.merge_unit
+        grid = fit_grid(config.vision, *np.exp(rng.uniform(*np.log(SIDES), 2)).astype(int).tolist())
+        merged = int(np.prod(grid)) // config.vision.merge_unit
         text = min(max(round(merged * rng.uniform(*TEXT)), 4), work.LENGTH - merged)
-        conversations.append(Conversation(number, (1, height, width), text))
+        conversations.append(Conversation(number, grid, text))
     return conversations
+
+
+def fit_grid(vision: VisionConfig, height: int, width: int) -> tuple[int, int, int]:
+    """Returns the grid of an image, scaled down until it fits in the slots of a sequence."""
+    factor, slots = vision.patch_size * vision.spatial_merge_size, int(np.prod(work.GRID))
+    max_pixels = slots * vision.patch_size**2
+    while True:
+        rows, columns = (
+            side // vision.patch_size for side in smart_resize(height, width, factor, factor**2, max_pixels)
+        )
+        if count_slots(vision, [(1, rows, columns)]) <= slots:
+            return 1, rows, columns
+        max_pixels -= factor**2  # windows at the edges leave slots empty
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomProcessor:
     """A substitute for `Processor` that returns random tokens and pixels."""
 
-    config: Qwen2VLConfig
+    config: QwenVLConfig
 
     def measure(self, conversation: Conversation) -> tuple[int, list[tuple[int, int, int]]]:
         return conversation.text + conversation.patches // self.config.vision.merge_unit, [conversation.grid]
@@ -79,7 +88,7 @@ class RandomProcessor:
         }
 
 
-def mixed_batches(config: Qwen2VLConfig, batch_size: int, count: int) -> list[Batch]:
+def mixed_batches(config: QwenVLConfig, batch_size: int, count: int) -> list[Batch]:
     """Returns `count` different batches of the same shape."""
     batching = Batching(batch_size=batch_size, pack_length=work.LENGTH, patches=int(np.prod(work.GRID)))
     dataset = make_dataset(RandomProcessor(config), config, make_conversations(config), batching)

@@ -24,11 +24,11 @@ import jax
 from benchmarks.environment import GIB, check_for_gpu, device_kind, first_line, versions_of
 from benchmarks.record import OURS, record_result, summary
 from convert import from_hf
-from liger_jax import Batch, Qwen2VL, Qwen2VLConfig
+from liger_jax import Batch, QwenVL, QwenVLConfig
 from liger_jax.model.sharding import get_mesh, shard_batch
 from pallas_kernels import _fa4, _pallas
 
-Size = Literal["2b", "7b"]
+Size = Literal["2b", "7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b"]
 PACKAGES = ("jax", "flax", "optax")
 LARGE_LOSS_DIFFERENCE = 1e-2
 PEER_OPTIONS = {
@@ -55,12 +55,12 @@ class ModelCase:
     consumes_model: bool = False
     """Whether a measurement donates the model's arrays, so that the next one needs a new model."""
 
-    def run(self, measure: Callable[[Qwen2VL, int], dict]) -> Path:
+    def run(self, measure: Callable[[QwenVL, int], dict]) -> Path:
         """Measures the peers, then measure(model, batch size) in ascending order. Returns the file of results."""
         file = self.directory / "model.json"
         common = {
             "package": OURS,
-            "model": f"qwen2-vl-{self.size}",
+            "model": model_name(self.size),
             "devices": self.fsdp or 1,
             "versions": versions_of(PACKAGES),
             **({"attention": "fa4"} if fa4_is_used() else {}),
@@ -68,16 +68,17 @@ class ModelCase:
         with peer_checkpoint(self.size, self.peers) as checkpoint:
             # The peers run first, while JAX has not yet reserved the GPU's memory.
             losses = _run_peers(self.benchmark, checkpoint, self.batch_sizes, file) if checkpoint else {}
+            batch_sizes = sorted({*self.batch_sizes, *losses})
             common["device"] = device_kind()
             mesh = jax.make_mesh((self.fsdp,), ("fsdp",)) if self.fsdp else None
             model = None
-            for batch_size in sorted(self.batch_sizes):  # peak memory is that of the process, so the largest comes last
+            for batch_size in batch_sizes:  # peak memory is that of the process, so the largest comes last
                 if model is None and checkpoint:
                     model, conversion = load(checkpoint, mesh)
-                    if batch_size == min(self.batch_sizes):
+                    if batch_size == batch_sizes[0]:
                         record_result(file, {**common, "what": "convert", **conversion})
                 elif model is None:
-                    model = Qwen2VL.init(getattr(Qwen2VLConfig, f"qwen2_vl_{self.size}")(), mesh=mesh)
+                    model = QwenVL.init(load_preset(self.size), mesh=mesh)
                 case = {**common, "what": self.benchmark, **self.labels, "rows": batch_size}
                 try:
                     result = measure(model, batch_size)
@@ -89,6 +90,30 @@ class ModelCase:
                 if self.consumes_model:
                     model = None
         return file
+
+
+def preset_name(size: str) -> str:
+    """Returns the name of the preset of `QwenVLConfig`; a bare size is Qwen2-VL's.
+
+    Example:
+        >>> preset_name("2b"), preset_name("qwen3_vl_4b")
+        ('qwen2_vl_2b', 'qwen3_vl_4b')
+    """
+    return size if "_" in size else f"qwen2_vl_{size}"
+
+
+def load_preset(size: str) -> QwenVLConfig:
+    return getattr(QwenVLConfig, preset_name(size))()
+
+
+def model_name(size: str) -> str:
+    """Returns the name of a model in the results.
+
+    Example:
+        >>> model_name("2b"), model_name("qwen2_5_vl_3b")
+        ('qwen2-vl-2b', 'qwen2.5-vl-3b')
+    """
+    return preset_name(size).replace("2_5", "2.5").replace("_", "-")
 
 
 def fa4_is_used() -> bool:
@@ -138,7 +163,7 @@ def device_peak() -> float:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / GIB
 
 
-def load(checkpoint: Path, mesh) -> tuple[Qwen2VL, dict]:
+def load(checkpoint: Path, mesh) -> tuple[QwenVL, dict]:
     """Returns the converted checkpoint, and the time and host memory of the conversion."""
     # The first program sets up the device, which takes gigabytes of host memory that do not belong to the conversion.
     jax.block_until_ready(jax.jit(lambda: 0)())
@@ -148,7 +173,7 @@ def load(checkpoint: Path, mesh) -> tuple[Qwen2VL, dict]:
     return model, {"seconds": time.perf_counter() - start, "host_gib_above_start": host.above_start / GIB}
 
 
-def place_batch(model: Qwen2VL, batch: Batch) -> Batch:
+def place_batch(model: QwenVL, batch: Batch) -> Batch:
     """Returns the batch on the model's devices, so that its transfer is not timed."""
     return jax.device_put(shard_batch(batch, get_mesh(model)))
 
@@ -164,22 +189,38 @@ def peer_checkpoint(size: str, peers: bool) -> Iterator[Path | None]:
         return
     check_for_gpu()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / f"qwen2-vl-{size}"
+        checkpoint = Path(folder) / model_name(size)
         subprocess.run([sys.executable, "-m", "benchmarks.peer_model", "write", size, checkpoint], check=True)
         yield checkpoint
 
 
 def _run_peers(benchmark: str, checkpoint: Path, batch_sizes: Sequence[int], file: Path) -> dict[int, list[float]]:
-    """Measures transformers in separate processes, so that each has all GPU memory. Returns the losses by batch size."""
+    """Measures transformers at each batch size, or at half of it, and so on, where it runs out of memory.
+
+    Returns the losses by batch size, for every batch size that was tried.
+    """
     losses: dict[int, list[float]] = {}
-    for options in PEER_OPTIONS[benchmark]:
-        for batch_size in batch_sizes:
-            command = [sys.executable, "-m", "benchmarks.peer_model", benchmark, checkpoint, str(batch_size), *options]
-            environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-            for text in process.stdout.splitlines():
-                if text.startswith('{"package"'):  # other lines are printed by other packages
-                    result = json.loads(text)
-                    record_result(file, result)
-                    losses.setdefault(batch_size, result.get("losses", []))
+    remaining = list(batch_sizes)
+    while remaining:
+        batch_size = remaining.pop(0)
+        results = [
+            result
+            for options in PEER_OPTIONS[benchmark]
+            for result in _run_peer(benchmark, checkpoint, batch_size, options)
+        ]
+        for result in results:
+            record_result(file, result)
+        losses[batch_size] = next((result["losses"] for result in results if "losses" in result), [])
+        half = batch_size // 2
+        if half and results and all("error" in result for result in results) and half not in (*losses, *remaining):
+            remaining.append(half)
     return losses
+
+
+def _run_peer(benchmark: str, checkpoint: Path, batch_size: int, options: Sequence[str]) -> list[dict]:
+    """Measures transformers in a separate process, so that it has all GPU memory. Returns its result, if there is one."""
+    command = [sys.executable, "-m", "benchmarks.peer_model", benchmark, checkpoint, str(batch_size), *options]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    # other lines are printed by other packages
+    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"package"')]

@@ -6,15 +6,18 @@ python -m benchmarks.peer_model generate FOLDER 1 16 --cache static
 """
 
 import argparse
+import importlib
 import json
 import sys
 import time
+import typing
 from importlib import metadata
 from pathlib import Path
 
 from benchmarks import work
 from benchmarks.environment import GIB
-from liger_jax import Qwen2VLConfig
+from benchmarks.model import Size, load_preset
+from liger_jax import QwenVLConfig
 
 try:
     import torch
@@ -23,37 +26,66 @@ except ModuleNotFoundError:  # the tests also import this module without torch
     torch = None
 
 
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model_class(folder: str | Path):
+    """Returns transformers' class for a checkpoint."""
+    (architecture,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
+    return getattr(transformers, architecture)
+
+
 def write(size: str, directory: str) -> None:
-    """Writes a Qwen2-VL of real size with random weights, in sharded safetensors."""
-    preset = getattr(Qwen2VLConfig, f"qwen2_vl_{size}")()
-    config = transformers.Qwen2VLConfig.from_dict(preset.to_hf())
+    """Writes a model of real size with random weights, in sharded safetensors."""
+    hub = load_preset(size).to_hf()
+    model_class = getattr(transformers, hub["architectures"][0])
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    with torch.device(device()):
+        model = model_class._from_config(model_class.config_class.from_dict(hub), dtype=torch.bfloat16)
     ends = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
     model.generation_config = transformers.GenerationConfig(**ends)
     model.save_pretrained(directory, max_shard_size="4GB")
 
 
-def make_inputs(config: dict, batch_size: int) -> dict:
-    arrays = {name: torch.from_numpy(value).cuda() for name, value in work.sequences(config, batch_size).items()}
+def load(checkpoint: Path, *, checkpointing: bool = False):
+    placement = {"device_map": "cuda"} if device() == "cuda" else {}  # accelerate is needed only for this
+    model = model_class(checkpoint).from_pretrained(checkpoint, dtype=torch.bfloat16, **placement)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def use_liger(family: str) -> None:
+    """Replaces operations of transformers' models of a family by Liger's kernels, for models that are loaded afterwards."""
+    getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{family}")()
+
+
+def make_inputs(config: QwenVLConfig, batch_size: int) -> dict:
+    arrays = {name: torch.from_numpy(value).to(device()) for name, value in work.sequences(config, batch_size).items()}
     arrays["pixel_values"] = arrays["pixel_values"].bfloat16()
-    arrays["mm_token_type_ids"] = (arrays["input_ids"] == config["image_token_id"]).int()
+    arrays["mm_token_type_ids"] = (arrays["input_ids"] == config.image_token_id).int()
     return arrays
+
+
+def synchronize() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def time_steps(model, arrays) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.LEARNING_RATE, weight_decay=1e-4, fused=True)
     model.train()
     seconds, losses = [], []
-    torch.cuda.reset_peak_memory_stats()
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(work.WARMUP_STEPS + work.TIMED_STEPS):
         start = time.perf_counter()
         loss = model(**arrays).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     step_s = sorted(seconds[work.WARMUP_STEPS :])[work.TIMED_STEPS // 2]
@@ -74,7 +106,7 @@ def time_generation(model, arrays, cache: str) -> dict:
         start = time.perf_counter()
         with torch.no_grad():
             model.generate(**arrays, **options, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-        torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - start
 
     for _ in range(2):
@@ -87,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("write")
-    command.add_argument("size", choices=("2b", "7b"))
+    command.add_argument("size", choices=typing.get_args(Size))
     command.add_argument("checkpoint")
     for name in ("train", "generate"):
         command = commands.add_parser(name)
@@ -102,25 +134,21 @@ def main() -> None:
     if args.command == "write":
         return write(args.size, args.checkpoint)
 
-    config = json.loads((Path(args.checkpoint) / "config.json").read_text())
+    checkpoint = Path(args.checkpoint)
+    config = QwenVLConfig.from_hf(checkpoint)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if args.liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl
-
-        apply_liger_kernel_to_qwen2_vl()
+        use_liger(config.family)
         versions["liger-kernel"] = metadata.version("liger-kernel")
     common = {
         "package": "transformers + Liger" if args.liger else "transformers",
-        "model": Path(args.checkpoint).name,
+        "model": checkpoint.name,
         "device": torch.cuda.get_device_name(),
         "versions": versions,
         "what": args.command,
     }
     options = {"remat": "full" if args.checkpointing else "none"} if args.command == "train" else {"cache": args.cache}
-    load_options = {"dtype": torch.bfloat16, "device_map": "cuda"}
-    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.checkpoint, **load_options)
-    if args.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = load(checkpoint, checkpointing=args.checkpointing)
     for batch_size in args.batch_sizes:
         arrays = make_inputs(config, batch_size)
         try:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 OURS = "liger-jax"
+FAMILY_NAMES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 # The fields that identify a case. A newer result replaces an older one with the same values.
 CASE_FIELDS = (
     *(

@@ -19,10 +19,10 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, check_for_gpu, versions_of
-from benchmarks.model import Size
+from benchmarks.model import Size, model_name, preset_name
 from benchmarks.record import OURS, record_result
 
-IMAGE = (896, 896)  # 64 x 64 patches
+IMAGE = (896, 896)  # 64 x 64 patches of 14 pixels, or 56 x 56 of 16
 QUESTION = "What is in this image?"
 NEW_TOKENS = 64  # the first comes from prefill, the others from the decoding loop, which is a separate program
 PACKAGES = ("jax", "flax", "orbax-checkpoint")
@@ -45,18 +45,18 @@ class Start:
     """
 
     size: Size = "2b"
-    """Size of the model. Its weights are random."""
+    """The model: 2b and 7b are Qwen2-VL. Its weights are random."""
     results: Path = RESULTS
     """Folder of the result files."""
 
     def run(self) -> Path:
         check_for_gpu()
         with tempfile.TemporaryDirectory() as temporary:
-            return measure(f"qwen2_vl_{self.size}", self.results / "model.json", Path(temporary))
+            return measure(preset_name(self.size), self.results / "model.json", Path(temporary))
 
 
 def measure(name: str, file: Path, temporary: Path) -> Path:
-    """Measures all four cases. `name`: the preset of `Qwen2VLConfig`. Returns the file of results."""
+    """Measures all four cases. `name`: the preset of `QwenVLConfig`. Returns the file of results."""
     # The processes run one after the other, so that each has all GPU memory.
     folders = {"Orbax": temporary / "orbax", "Hugging Face's files": temporary / "hf"}
     orbax, hf = folders.values()
@@ -65,7 +65,7 @@ def measure(name: str, file: Path, temporary: Path) -> Path:
     for weights, folder in folders.items():
         for programs in ("cold", "warm"):
             result = answer_in_new_process(folder, temporary / f"cache_{folder.name}")
-            case = {"package": OURS, "model": name.replace("_", "-"), "devices": 1, "what": "start"}
+            case = {"package": OURS, "model": model_name(name), "devices": 1, "what": "start"}
             record_result(file, {**case, "weights": weights, "programs": programs, **result})
     return file
 
@@ -82,16 +82,16 @@ def answer_in_new_process(folder: Path, cache: Path) -> dict:
 
 def write(name: str, folder: Path) -> None:
     """Writes a model of real size with random weights, and the demo's tokenizer, whose vocabulary is smaller."""
-    from liger_jax import Processor, Qwen2VL, Qwen2VLConfig
+    from liger_jax import Processor, QwenVL, QwenVLConfig
     from liger_jax.checkpoint import save_model
     from liger_jax.demo.tokenizer import train_tokenizer
 
-    processor = Processor(train_tokenizer([]))
+    config = getattr(QwenVLConfig, name)()
+    processor = Processor(train_tokenizer([]), family=config.family)
     ids = {f"{kind}_token_id": number for kind, number in processor.token_ids.items()}
     for end in ("start", "end"):
         ids[f"vision_{end}_token_id"] = processor.tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>")
-    config = dataclasses.replace(getattr(Qwen2VLConfig, name)(), **ids)
-    save_model(Qwen2VL.init(config), folder)
+    save_model(QwenVL.init(dataclasses.replace(config, **ids)), folder)
     processor.save_pretrained(folder)
 
 

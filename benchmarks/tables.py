@@ -5,6 +5,7 @@ Tables are never edited by hand. A table is the text between `<!-- table: NAME -
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from benchmarks import start
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.programs import LARGE_ERROR
-from benchmarks.record import OURS
+from benchmarks.record import FAMILY_NAMES, OURS
 from benchmarks.soak import growth
 
 
@@ -61,7 +62,8 @@ def _read(results: Path, prefix: str) -> list[list[dict]]:
 def _measured_on(results: list[dict]) -> str:
     versions = dict(pair for r in results for pair in r["versions"].items())
     dates = sorted({r["date"] for r in results})
-    return f"{results[0]['device']}, bfloat16, {', '.join(f'{n} {v}' for n, v in versions.items())}, {dates[-1]}."
+    devices = ", ".join(dict.fromkeys(r["device"] for r in results))
+    return f"{devices}, bfloat16, {', '.join(f'{n} {v}' for n, v in versions.items())}, {dates[-1]}."
 
 
 # ---- training, generation, conversion -----------------------------------------------------------------------------------
@@ -87,25 +89,28 @@ CELLS: dict[str, Callable[[dict], str]] = {
 
 
 def model_table(results: list[dict]) -> str:
-    """Returns one row per case, with the best result of transformers in the same case."""
+    """Returns one row per case, with the best result of transformers in the same case on the same kind of GPU."""
     lines = ["| | liger-jax | transformers |", "|---|---|---|"]
     order = list(TITLES)
     results = sorted(results, key=lambda r: (r["model"], order.index(r["what"]), r.get("rows", 0), r.get("devices", 1)))
+    several_devices = len({r.get("device") for r in results}) > 1
     for result in (r for r in results if r["package"] == OURS):
         title = TITLES[result["what"]].format(**{"prompt_tokens": 2048} | result | {"model": _model(result)})
         peer = _best_peer(result, results)
-        lines.append(f"| {title}{_options(result)} | {_cell(result)} | {_cell(peer, package=True)} |")
+        device = f", on an {result['device']}" if several_devices else ""
+        lines.append(f"| {title}{_options(result)}{device} | {_cell(result)} | {_cell(peer, package=True)} |")
     return "\n".join([*lines, "", _measured_on(results)])
 
 
 def _best_peer(result: dict, results: list[dict]) -> dict | None:
-    peers = [r for r in results if r["package"] != OURS and _work(r) == _work(result) and "error" not in r]
-    return min(peers, key=lambda r: r.get("step_ms", r.get("ms_per_token")), default=None)
+    """Returns the fastest peer; if all ran out of memory, one of them."""
+    peers = [r for r in results if r["package"] != OURS and _work(r) == _work(result)]
+    return min(peers, key=lambda r: r.get("step_ms", r.get("ms_per_token", math.inf)), default=None)
 
 
 def _work(result: dict) -> tuple:
     """Returns the fields in which a result and its peers must agree."""
-    names = ("what", "rows", "model", "prompt_tokens", "lora", "master_weights")
+    names = ("what", "rows", "model", "device", "prompt_tokens", "lora", "master_weights")
     return *(result.get(name) for name in names), result.get("devices", 1)
 
 
@@ -150,7 +155,9 @@ def _compilation(result: dict) -> str:
 
 
 def _model(result: dict) -> str:
-    return result["model"].replace("qwen2-vl-", "").upper()
+    """Returns the name of a model: "Qwen2.5-VL 3B" for "qwen2.5-vl-3b"."""
+    family, _, size = result["model"].rpartition("-")
+    return f"{family.replace('qwen', 'Qwen').replace('vl', 'VL')} {size.upper()}"
 
 
 # ---- operations ---------------------------------------------------------------------------------------------------------
@@ -211,42 +218,70 @@ def _digits(value: float) -> str:
 # ---- headline -----------------------------------------------------------------------------------------------------------
 
 HEADLINE_LOSS = "linear_cross_entropy 8192 x 1536 x 151936"
+HEADLINE_MODELS = ("qwen2.5-vl-7b", "qwen3-vl-8b")  # besides Qwen2-VL 2B; the rows of those that are measured
+
+
+TRAINING_STEP = "training step, {rows} sequences of 2048 tokens with an image each"
+NEW_TOKEN = "new token, after a prompt of 2048 tokens"
 
 
 def headline_table(model: list[dict], ops: list[dict]) -> str:
-    """Returns three measurements: a training step, a new token, and the loss with its memory."""
+    """Returns a training step and a new token of several models, and the loss with its memory."""
     options = {"model": "qwen2-vl-2b", "package": OURS, "devices": 1}
     train = _find(model, {**options, "what": "train", "rows": 4, "remat": "dots", "unroll": "none", "attention": None})
     decode = _find(model, {**options, "what": "generate", "rows": 1, "attention": None})
     lines = ["| | liger-jax | peer |", "|---|---|---|"]
     for title, result, cell in (
-        ("2B: training step, 4 sequences of 2048 tokens with an image each, layers scanned", train, _step_cell),
-        ("2B: new token, after a prompt of 2048 tokens", decode, lambda r: f"{r['ms_per_token']:.2f} ms"),
+        (f"{TRAINING_STEP}, layers scanned", train, _step_cell),
+        (NEW_TOKEN, decode, _token_cell),
+        *((TRAINING_STEP, result, _step_cell) for result in _fastest(model, "train", "step_ms")),
+        *((NEW_TOKEN, result, _token_cell) for result in _fastest(model, "generate", "ms_per_token")),
     ):
         peer = _best_peer(result, model)
         cache = f", {peer.get('cache')} cache" if peer and "cache" in peer else ""
-        peer_cell = f"{peer['package']}{cache}: {cell(peer)}" if peer else ""
-        lines.append(f"| {title} | {cell(result)} | {peer_cell} |")
+        peer_cell = f"{peer['package']}{cache}: {peer['error'] if 'error' in peer else cell(peer)}" if peer else ""
+        lines.append(f"| {_model(result)}: {title.format(rows=result['rows'])} | {cell(result)} | {peer_cell} |")
     (loss,) = (entry["results"] for entry in ops if entry["case"] == HEADLINE_LOSS)
     peers = [
         f"{name}: {_loss_cell(loss[key])}" for name, key in (("Liger", "liger"), ("torch.compile", "torch.compile"))
     ]
-    title = "2B: `linear_cross_entropy` and its gradients, 8192 tokens"
+    title = "Qwen2-VL 2B: `linear_cross_entropy` and its gradients, 8192 tokens"
     lines.append(f"| {title} | {_loss_cell(loss['ours'])} | {'; '.join(peers)} |")
     return "\n".join(
         [*lines, "", f"One {train['device']}, bfloat16, random weights; see [benchmarks](docs/benchmarks.md)."]
     )
 
 
+def _plain(results: list[dict]) -> list[dict]:
+    """Returns the results without LoRA, master weights or another prompt length."""
+    return [r for r in results if not {"lora", "master_weights", "prompt_tokens"} & r.keys()]
+
+
 def _find(results: list[dict], fields: dict) -> dict:
     """Returns the only result with these fields and without LoRA, master weights or another prompt length."""
-    plain = [r for r in results if not {"lora", "master_weights", "prompt_tokens"} & r.keys()]
-    (result,) = (r for r in plain if all(r.get(name) == value for name, value in fields.items()))
+    (result,) = (r for r in _plain(results) if all(r.get(name) == value for name, value in fields.items()))
     return result
+
+
+def _fastest(results: list[dict], benchmark: str, measure: str) -> list[dict]:
+    """Returns the best result of each of HEADLINE_MODELS: with 4 rows in training, or fewer if only that has a peer."""
+    best = []
+    for name in HEADLINE_MODELS:
+        ours = [r for r in _plain(results) if (r["package"], r["model"], r["what"]) == (OURS, name, benchmark)]
+        ours = [r for r in ours if r.get("devices", 1) == 1 and r["rows"] <= (4 if benchmark == "train" else 1)]
+        compared = [r for r in ours if "error" not in (_best_peer(r, results) or {"error": "no peer"})]
+        if candidates := compared or ours:
+            most = max(r["rows"] for r in candidates)
+            best.append(min((r for r in candidates if r["rows"] == most), key=lambda r: r[measure]))
+    return best
 
 
 def _step_cell(result: dict) -> str:
     return f"{result['step_ms']:.0f} ms, {result['peak_gib']:.1f} GiB"
+
+
+def _token_cell(result: dict) -> str:
+    return f"{result['ms_per_token']:.2f} ms"
 
 
 def _loss_cell(result: dict) -> str:
@@ -257,15 +292,20 @@ def _loss_cell(result: dict) -> str:
 
 
 def convergence_table(reports: list[dict]) -> str:
-    """Returns how training in bfloat16 compares with float32 and with transformers, one column per peak learning rate."""
-    reports = sorted(reports, key=lambda report: report["peak"])
+    """Returns how training in bfloat16 compares with float32 and with transformers, per family and peak learning rate."""
+    if not reports:
+        return NOT_MEASURED
+    order = list(FAMILY_NAMES)
+    reports = sorted(reports, key=lambda report: (order.index(report.get("family", "qwen2_vl")), report["peak"]))
+    families = [FAMILY_NAMES[report.get("family", "qwen2_vl")] for report in reports]
     rates = [f"{report['peak']:.0e}".replace("e-0", "e-") for report in reports]
+    columns = [f"{family}, peak rate {rate}" for family, rate in zip(families, rates, strict=True)]
 
     def row(title: str, finding: str) -> str:
         shares = [f"{report['findings'][finding]:.2%}" for report in reports]
         return f"| {title} | {' | '.join(shares)} |"
 
-    lines = [f"| | {' | '.join(f'peak rate {rate}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for package in (OURS, "transformers"):
         lines += [
             row(
@@ -284,9 +324,14 @@ def convergence_table(reports: list[dict]) -> str:
             "second moments, mean of a tensor: largest relative distance to float32 sums of the same gradients",
         ),
     ]
-    first = reports[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    return "\n".join([*lines, "", f"{first['device']}, {first['steps']} steps, {versions}, {first['date']}."])
+    notes: dict[str, list[str]] = {}  # the families of each
+    for family, report in zip(families, reports, strict=True):
+        versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        note = f"{report['device']}, {report['steps']} steps, {versions}, {report['date']}."
+        notes.setdefault(note, []).append(family)
+    several = len(notes) > 1
+    footer = [f"{', '.join(dict.fromkeys(of))}: {note}" if several else note for note, of in notes.items()]
+    return "\n".join([*lines, "", " ".join(footer)])
 
 
 # ---- soak ------------------------------------------------------------------------------------------------------------
@@ -325,7 +370,7 @@ NOT_MEASURED = "not measured yet"
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": lambda results: "\n\n".join(map(model_table, _read(results, "model"))) or NOT_MEASURED,
     "ops": lambda results: "\n\n".join(map(ops_table, _read(results, "ops"))) or NOT_MEASURED,
-    "convergence": lambda results: convergence_table(_read(results, "convergence")) or NOT_MEASURED,
+    "convergence": lambda results: convergence_table(_read(results, "convergence")),
     "soak": lambda results: "\n\n".join(map(soak_table, _read(results, "soak"))) or NOT_MEASURED,
     "faults": lambda results: "\n\n".join(map(faults_table, _read(results, "faults"))) or NOT_MEASURED,
     "headline": lambda results: headline_table(*_read(results, "model"), *_read(results, "ops")),

@@ -22,7 +22,7 @@ from benchmarks import work
 from benchmarks.environment import RESULTS
 from benchmarks.mixed import mixed_batches
 from benchmarks.model import ModelCase, Size, device_peak, place_batch
-from liger_jax import Batch, Qwen2VL, Qwen2VLConfig, TrainState, make_train_step, prepare
+from liger_jax import Batch, QwenVL, QwenVLConfig, TrainState, make_train_step, prepare
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
 from liger_jax.model.lora import adapted_parts, add_lora
@@ -42,7 +42,7 @@ class Train:
     """
 
     size: Size = "2b"
-    """Size of the model. Its weights are random."""
+    """The model: 2b and 7b are Qwen2-VL. Its weights are random."""
     rows: tuple[int, ...] = (4,)
     """Batch sizes. Each is one measurement."""
     peers: bool = True
@@ -84,7 +84,7 @@ class Train:
         )
         return case.run(self._measure)
 
-    def _measure(self, model: Qwen2VL, batch_size: int) -> dict:
+    def _measure(self, model: QwenVL, batch_size: int) -> dict:
         optimizer, frozen = stochastic_adamw(work.LEARNING_RATE, weight_decay=1e-4), ()
         if self.master_weights:
             optimizer = with_master_weights(optax.adamw(work.LEARNING_RATE))
@@ -107,12 +107,12 @@ class Train:
         return self.results / f"profile_{'_'.join([self.size, *options])}_x{batch_size}.md"
 
 
-def uniform_batch(config: Qwen2VLConfig, batch_size: int) -> Batch:
-    return prepare(config, **work.sequences(vars(config), batch_size))
+def uniform_batch(config: QwenVLConfig, batch_size: int) -> Batch:
+    return prepare(config, **work.sequences(config, batch_size))
 
 
 def time_steps(
-    model: Qwen2VL,
+    model: QwenVL,
     batches: Sequence[Batch],
     *,
     optimizer: optax.GradientTransformation,

@@ -17,7 +17,7 @@ from benchmarks.generate import Generate
 from benchmarks.implementations import jax_implementations
 from benchmarks.record import OURS, record_result
 from benchmarks.train import Train
-from liger_jax import Qwen2VLConfig
+from liger_jax import QwenVLConfig
 from liger_jax.errors import UserError
 from pallas_kernels.registry import OPERATIONS
 
@@ -228,15 +228,18 @@ def test_ops_table_is_built_from_the_results(tmp_path):
 def small_sequences(config, count, length=8):
     """Returns sequences of two or more text tokens around an image of 4 x 4 patches."""
     ids = np.full((count, length), 7)
-    ids[:, 1:7] = [config["vision_start_token_id"], *[config["image_token_id"]] * 4, config["vision_end_token_id"]]
-    pixels = np.zeros((16 * count, 1176), np.float32)
+    ids[:, 1:7] = [config.vision_start_token_id, *[config.image_token_id] * 4, config.vision_end_token_id]
+    pixels = np.zeros((16 * count, config.vision.patch_values), np.float32)
     return {"input_ids": ids, "labels": ids, "pixel_values": pixels, "image_grid_thw": np.array([[1, 4, 4]] * count)}
 
 
 @pytest.fixture
-def tiny_2b(monkeypatch):
-    """Replaces the 2B by a tiny model with short sequences."""
-    monkeypatch.setattr(Qwen2VLConfig, "qwen2_vl_2b", Qwen2VLConfig.tiny)
+def tiny_models(monkeypatch):
+    """Replaces Qwen2-VL 2B, Qwen2.5-VL 3B and Qwen3-VL 4B by tiny models with short sequences."""
+    monkeypatch.setattr(QwenVLConfig, "qwen2_vl_2b", QwenVLConfig.tiny)
+    for name in ("qwen2_5_vl_3b", "qwen3_vl_4b"):
+        tiny = QwenVLConfig.tiny(family=name.rpartition("_")[0])
+        monkeypatch.setattr(QwenVLConfig, name, functools.partial(lambda config: config, tiny))
     monkeypatch.setattr(work, "sequences", small_sequences)
     sizes = {"NEW_TOKENS": 3, "WARMUP_STEPS": 1, "TIMED_STEPS": 2, "LENGTH": 32, "GRID": (1, 8, 8), "IMAGE_TOKENS": 4}
     for name, value in (sizes | {"MIXED_BATCHES": 3, "PLAIN_IDS": (1, 300)}).items():
@@ -246,7 +249,7 @@ def tiny_2b(monkeypatch):
     monkeypatch.setattr(model, "device_kind", lambda: "Pretended GPU")
 
 
-def test_model_results_are_stored_by_case(tiny_2b, tmp_path, capsys):
+def test_model_results_are_stored_by_case(tiny_models, tmp_path, capsys):
     """Training and generation: one entry per case, replaced when it is measured again."""
     common = {"peers": False, "results": tmp_path}
     file = Train(rows=(1,), remat="dots", profile=True, **common).run()
@@ -274,7 +277,7 @@ def test_model_results_are_stored_by_case(tiny_2b, tmp_path, capsys):
         Generate(length=26, **common).run()
 
 
-def test_variants_of_training_are_separate_cases(tiny_2b, tmp_path):
+def test_variants_of_training_are_separate_cases(tiny_models, tmp_path):
     """Mixed images, LoRA and master weights are not compared with a peer."""
     common = {"rows": (2,), "results": tmp_path, "remat": "none"}
     for variant in ({"mixed": True}, {"lora": 4}, {"master_weights": True}):
@@ -290,9 +293,75 @@ def test_variants_of_training_are_separate_cases(tiny_2b, tmp_path):
         Train(**common, lora=4, master_weights=True).run()
 
 
+@pytest.mark.parametrize(
+    "size, name, title",
+    [("qwen2_5_vl_3b", "qwen2.5-vl-3b", "Qwen2.5-VL 3B"), ("qwen3_vl_4b", "qwen3-vl-4b", "Qwen3-VL 4B")],
+)
+def test_other_families_are_measured_under_their_names(tiny_models, tmp_path, size, name, title):
+    file = Generate(size=size, rows=(1,), peers=False, results=tmp_path).run()
+    (result,) = json.loads(file.read_text())
+    assert (result["model"], result["new_tokens"]) == (name, 3)
+    peer = {name: value for name, value in result.items() if not name.startswith("ms_")}
+    table = tables.model_table([result, peer | {"package": "transformers", "error": "out of memory"}])
+    assert f"| {title}: generation, 1 x 2048 tokens" in table and "| out of memory |" in table
+
+
+def test_peers_that_run_out_of_memory_are_measured_on_fewer_rows(monkeypatch, tmp_path):
+    """Half the rows, and so on; every batch size that was tried is then measured with liger-jax."""
+    tried = []
+
+    def run_peer(benchmark, checkpoint, rows, options):
+        tried.append((rows, "--checkpointing" in options))
+        case = {"package": "transformers", "what": benchmark, "model": "qwen3-vl-8b", "rows": rows}
+        case["remat"] = "full" if "--checkpointing" in options else "none"
+        return [
+            case
+            | ({"error": "out of memory"} if rows > 2 or (rows == 2 and case["remat"] == "none") else {"losses": [1.0]})
+        ]
+
+    monkeypatch.setattr(model, "_run_peer", run_peer)
+    losses = model._run_peers("train", tmp_path, (8, 1), tmp_path / "model.json")
+    assert losses == {8: [], 1: [1.0], 4: [], 2: [1.0]}
+    assert tried == [(rows, full) for rows in (8, 1, 4, 2) for full in (False, True)]
+    assert len(json.loads((tmp_path / "model.json").read_text())) == 8
+
+
+def test_headline_has_the_other_families_that_are_measured():
+    """With as many rows as have a peer; the fastest of several options."""
+    common = {"what": "train", "model": "qwen3-vl-8b", "device": "Pretended GPU", "peak_gib": 9.0}
+    ours = [common | {"package": OURS, "rows": rows, "step_ms": 100.0 * rows} for rows in (2, 4)]
+    ours.append(ours[0] | {"step_ms": 150.0})
+    peer = common | {"package": "transformers", "rows": 2, "step_ms": 400.0}
+    assert tables._fastest([*ours, peer, peer | {"rows": 4, "error": "no"}], "train", "step_ms") == [ours[2]]
+    assert tables._fastest(ours, "train", "step_ms") == [ours[1]]
+    assert tables._fastest(ours, "generate", "ms_per_token") == []
+
+
+def test_convergence_table_has_a_column_per_family_and_rate():
+    findings = {
+        f"{package}: {finding}": 0.5
+        for package in (OURS, "transformers")
+        for finding in ("loss drop in bfloat16, share of float32's", "share of bfloat16 weights changed from the start")
+    }
+    findings["float32: largest relative distance"] = 0.01
+    moments = "second moments, mean of a tensor: largest relative distance to float32 sums of the same gradients"
+    report = {
+        "peak": 2e-4,
+        "findings": findings | {moments: 0.25},
+        "device": "GPU",
+        "steps": 3,
+        "versions": {"jax": "1"},
+        "date": "x",
+    }
+    lines = tables.convergence_table([report | {"family": "qwen3_vl", "date": "y"}, report]).splitlines()
+    assert lines[0] == "| | Qwen2-VL, peak rate 2e-4 | Qwen3-VL, peak rate 2e-4 |" and "| 25.00% | 25.00% |" in lines[7]
+    assert lines[-1] == "Qwen2-VL: GPU, 3 steps, jax 1, x. Qwen3-VL: GPU, 3 steps, jax 1, y."
+    assert tables.convergence_table([]) == "not measured yet"
+
+
 def test_mixed_batches_are_comparable_with_uniform_ones():
     """For the 2B: the same shapes, as many patches per text token, 30 % of the tokens trained, hardly any padding."""
-    config = Qwen2VLConfig.qwen2_vl_2b()
+    config = QwenVLConfig.qwen2_vl_2b()
     made = mixed.make_conversations(config)
     patches, text = sum(item.patches for item in made), sum(item.text for item in made)
     assert patches / text == pytest.approx(4, rel=0.05) and len({item.grid for item in made}) > 100
