@@ -92,9 +92,13 @@ def _keep_kernels() -> None:
         cutejax.configure_cache(**options, spool_dir=str(_kernel_folder))
 
 
-def preferred(q: jax.Array) -> bool:
-    """Returns whether None may pick FlashAttention-4: where it was measured to be faster than cuDNN."""
-    return q.shape[1] >= MIN_QUERIES
+def preferred(q: jax.Array, kv_segmented: bool) -> bool:
+    """Returns whether None may pick FlashAttention-4: where it was measured to be faster than cuDNN.
+
+    With segment ids of the keys, our kernels skip what a query cannot see and this one does not: 3.5 ms on an H200, forward
+    and backward, for 4 rows of 4096 patches, whether a row is one image or four; ours take 5.0 and 1.5 ms.
+    """
+    return q.shape[1] >= MIN_QUERIES and not kv_segmented
 
 
 def forward(

@@ -88,8 +88,9 @@ def attention(
         "pallas": _flash_attention.unsupported_reason(q, scale),
         "xla": None,
     }
-    kernels_preferred = _flash_attention.preferred(q, kv_segment_ids is not None)
-    backend = _choose_backend(op, implementation, q, k, unsupported, kernels_preferred)
+    kv_segmented = kv_segment_ids is not None
+    preferred = {"fa4": _fa4.preferred(q, kv_segmented), "pallas": _flash_attention.preferred(q, kv_segmented)}
+    backend = _choose_backend(op, implementation, q, k, unsupported, preferred)
     if backend == "pallas" or kv_segment_ids is not None:
         segments = None  # the kernels work on ids
     elif backend in ("fa4", "cudnn") and ids is not None and slots is not None and segments is None:
@@ -105,7 +106,7 @@ def _choose_backend(
     q: jax.Array,
     k: jax.Array,
     unsupported: dict[str, str | None],
-    kernels_preferred: bool,
+    preferred: dict[str, bool],
 ) -> str:
     """Returns the backend for a call. `unsupported` has the reason why a backend does not support the call, or None.
 
@@ -120,11 +121,11 @@ def _choose_backend(
         return requested
     if q.shape[1] == 1:
         return "xla"  # decoding: a few small matmuls
-    if _fa4.preferred(q) and not unsupported["fa4"]:
+    if preferred["fa4"] and not unsupported["fa4"]:
         return "fa4"
     if not unsupported["cudnn"]:
         return "cudnn"
-    return "pallas" if kernels_preferred and not unsupported["pallas"] else "xla"
+    return "pallas" if preferred["pallas"] and not unsupported["pallas"] else "xla"
 
 
 def _check(op, q, k, v, segment_ids, kv_segment_ids, max_segments):

@@ -138,16 +138,21 @@ def test_slots_reach_to_the_next_start():
         (256, {"dim": 100}, 9.0, None, "pallas"),
         (256, {"dtype": jnp.float32}, 9.0, None, "xla"),
         (1, {}, 9.0, None, "xla"),
+        (256, {"key_ids": True}, 9.0, None, "pallas"),
     ],
 )
 def test_none_picks_fa4_where_it_is_faster(tokens, options, capability, problem, backend, monkeypatch):
-    """From 128 queries on, on Hopper and newer, with the package."""
+    """From 128 queries on, on Hopper and newer, with the package, and without segment ids of the keys."""
     monkeypatch.setattr(_fa4._pallas, "compute_capability", lambda: capability)
     monkeypatch.setattr(_fa4, "import_problem", lambda: problem)
     picked = []
     monkeypatch.setattr(module, "_OPERATION", lambda static, q, *_: picked.append(static.backend) or (q,))
-    q, k, v, _ = (jnp.zeros_like(x) for x in data(tokens=tokens, **{"dtype": jnp.bfloat16} | options))
-    pk.attention(q, k, v)
+    sizes = {"dtype": jnp.bfloat16} | {name: value for name, value in options.items() if name != "key_ids"}
+    q, k, v, _ = (jnp.zeros_like(x) for x in data(tokens=tokens, **sizes))
+    ids = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
+    pk.attention(
+        q, k, v, **dict(zip(("segment_ids", "kv_segment_ids"), ids, strict=True)) if "key_ids" in options else {}
+    )
     assert picked == [backend]
 
 
