@@ -29,7 +29,7 @@ INPUTS = {
     "test_prepare": 800,
     "test_packing": 200,
     "test_datasets": 200,
-    "test_model_configs": 400,
+    "test_model_configs": 600,
     "test_image_settings": 300,
     "test_generation_configs": 200,
     "test_processor_folders": 150,

@@ -51,7 +51,7 @@ def read_flags(command: str) -> dict[str, st.SearchStrategy]:
         cli.main([command, "--help"])
     flags = {}
     for flag, off, kind in re.findall(r"(--[a-z][a-z-]+)(, --no-[a-z-]+)?(?: (\S+))?", output.getvalue()):
-        words = re.findall(r"[A-Z]+|[a-z0-9]{2,}", kind)
+        words = re.findall(r"[A-Z]+|[a-z0-9_]{2,}", kind)
         values = BY_TYPE.get(words[-1], pick(words)) if words and not off else st.nothing()
         flags[flag] = st.lists(mostly(values, ANYTHING), min_size=1, max_size=1) if words and not off else st.just([])
     return flags

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from liger_jax import GenerationOptions, Processor, Qwen2VL, Qwen2VLConfig
+from liger_jax import GenerationOptions, Processor, QwenVL, QwenVLConfig
 from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.generation.options import UNSUPPORTED
+from liger_jax.inputs.families import FAMILIES
 from liger_jax.inputs.images import VisionSettings
 from liger_jax.inputs.video import ClipSettings
 from tests._support import hub_layout
@@ -17,7 +18,12 @@ from tests._support.fuzzing import ODD_TEXTS, damaged, damaged_bytes, fuzz, json
 from tests._support.parity import REFERENCES
 
 LAYOUTS = json.loads((REFERENCES / "configs.json").read_text())
-HUB_CONFIGS = [layout["2b"] for layout in LAYOUTS.values()] + [Qwen2VLConfig.tiny().to_hf(), hub_layout.CONFIG]
+SIZES = ("2b", "2.5-3b", "3-4b")
+HUB_CONFIGS = [
+    *(layout[size] for layout in LAYOUTS.values() for size in SIZES if size in layout),
+    *(QwenVLConfig.tiny(family=family).to_hf() for family in FAMILIES),
+    hub_layout.CONFIG,
+]
 
 
 def keys_of(*trees) -> st.SearchStrategy:
@@ -41,13 +47,13 @@ def test_model_configs(hub, tmp_path_factory):
     source = tmp_path_factory.getbasetemp() / "config.json"
     source.write_text(json.dumps(hub))
     with only_user_errors():
-        config = Qwen2VLConfig.from_hf(hub if isinstance(hub, dict) else source)
-        assert Qwen2VLConfig.from_hf(config.to_hf()) == config
+        config = QwenVLConfig.from_hf(hub if isinstance(hub, dict) else source)
+        assert QwenVLConfig.from_hf(config.to_hf()) == config
         hash(config)
         json.dumps(config.to_hf())
         sizes = [value for part in (config.text, config.vision) for value in vars(part).values()]
         if all(value < 2**24 for value in sizes if isinstance(value, int)):
-            Qwen2VL.abstract(config, dtype="bfloat16")
+            QwenVL.abstract(config, dtype="bfloat16")
 
 
 IMAGE_SETTINGS = [
@@ -100,7 +106,7 @@ def test_generation_configs(stored, overrides, tmp_path_factory):
     (folder / "generation_config.json").write_text(json.dumps(stored))
     with only_user_errors():
         options = GenerationOptions.from_hf(folder, **overrides)
-        config = Qwen2VLConfig.qwen2_vl_2b()
+        config = QwenVLConfig.qwen2_vl_2b()
         options.check_against(config, prompts=1)
         assert all(isinstance(token, int) for token in options.resolve_end_tokens(config))
         assert isinstance(options.resolve_pad_token(config), int)
@@ -111,10 +117,11 @@ def test_generation_configs(stored, overrides, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Returns the files of a processor's folder."""
-    folder = tmp_path_factory.mktemp("saved")
-    Processor(train_tokenizer([])).save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Returns the files of a processor's folder by family."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in folders.items():
+        Processor(train_tokenizer([]), family=family).save_pretrained(folder)
+    return {family: {path.name: path.read_bytes() for path in folder.iterdir()} for family, folder in folders.items()}
 
 
 NAMES = (
@@ -124,14 +131,14 @@ NAMES = (
 CONVERSATION = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello."}]
 
 
-@fuzz(name=pick(NAMES), data=st.data(), as_json=st.booleans())
-def test_processor_folders(name, data, as_json, files, tmp_path_factory):
+@fuzz(name=pick(NAMES), family=pick(list(FAMILIES)), data=st.data(), as_json=st.booleans())
+def test_processor_folders(name, family, data, as_json, files, tmp_path_factory):
     """A folder with one damaged file is refused by name, or gives a processor that works."""
     folder = tmp_path_factory.getbasetemp() / "processor"
     folder.mkdir(exist_ok=True)
-    for other, content in files.items():
+    for other, content in files[family].items():
         (folder / other).write_bytes(content)
-    content = files.get(name, b'{"chat_template": "{{ messages }}"}')
+    content = files[family].get(name, b'{"chat_template": "{{ messages }}"}')
     if as_json and name.endswith(".json"):
         tree = json.loads(content)
         content = json.dumps(data.draw(damaged(st.just(tree), keys_of(tree)))).encode()
