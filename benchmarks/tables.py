@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import start
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.profile import groups_table
 from benchmarks.programs import LARGE_ERROR
 from benchmarks.record import FAMILY_NAMES, OURS
 from benchmarks.soak import growth
@@ -373,5 +374,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "convergence": lambda results: convergence_table(_read(results, "convergence")),
     "soak": lambda results: "\n\n".join(map(soak_table, _read(results, "soak"))) or NOT_MEASURED,
     "faults": lambda results: "\n\n".join(map(faults_table, _read(results, "faults"))) or NOT_MEASURED,
+    "profile": lambda results: "\n\n".join(map(groups_table, _read(results, "profile_2b_x4"))) or NOT_MEASURED,
     "headline": lambda results: headline_table(*_read(results, "model"), *_read(results, "ops")),
 }

@@ -4,12 +4,8 @@ A step is timed from the call until its results are ready.
 """
 
 import dataclasses
-import gzip
-import json
-import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,6 +18,7 @@ from benchmarks import work
 from benchmarks.environment import RESULTS
 from benchmarks.mixed import mixed_batches
 from benchmarks.model import ModelCase, Size, device_peak, place_batch
+from benchmarks.profile import write_profile
 from liger_jax import Batch, QwenVL, QwenVLConfig, TrainState, make_train_step, prepare
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
@@ -61,7 +58,7 @@ class Train:
     fsdp: int | None = None
     """Number of GPUs to shard weights and batches over."""
     profile: bool = False
-    """Also list the kernels of a step with their times in profile_<size>_<options>_x<batch size>.md."""
+    """Also write what a step spends its time on to profile_<size>_<options>_x<batch size>.json and .md."""
     results: Path = RESULTS
     """Folder of the result files."""
 
@@ -104,7 +101,7 @@ class Train:
         options += ["master_weights"] * self.master_weights
         options += [self.remat] * (self.remat != "auto") + [f"unroll_{self.unroll}"] * (self.unroll != "auto")
         options += [f"fsdp{self.fsdp}"] * (self.fsdp is not None)
-        return self.results / f"profile_{'_'.join([self.size, *options])}_x{batch_size}.md"
+        return self.results / f"profile_{'_'.join([self.size, *options])}_x{batch_size}"
 
 
 def uniform_batch(config: QwenVLConfig, batch_size: int) -> Batch:
@@ -138,7 +135,8 @@ def time_steps(
         with tempfile.TemporaryDirectory() as trace:
             with jax.profiler.trace(trace):
                 state, _ = jax.block_until_ready(step(state, placed[0]))
-            profile.write_text(kernel_table(Path(trace)))
+            program = next(iter(step.compiled.values()))  # the first batch's
+            write_profile(profile, Path(trace), program.as_text(), jax.devices()[0].device_kind)
     timed = range(work.WARMUP_STEPS, len(seconds))
     by_batch = [[seconds[i] for i in timed if i % len(placed) == number] for number in range(len(placed))]
     step_s = float(np.mean([np.median(times) for times in by_batch if times]))
@@ -158,22 +156,3 @@ def time_steps(
         "compilations": len(step.compiled),
         "losses": losses[:3],
     }
-
-
-def kernel_table(trace: Path) -> str:
-    """Returns the kernels of a trace by name with their summed time, longest first, as a Markdown table."""
-    (file,) = trace.rglob("*.trace.json.gz")
-    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    named = [event for event in events if event.get("ph") == "M" and "name" in event.get("args", {})]
-    processes = {event["pid"]: event["args"]["name"] for event in named if event["name"] == "process_name"}
-    threads = {(e["pid"], e.get("tid")): e["args"]["name"] for e in named if e["name"] == "thread_name"}
-    total, count = Counter[str](), Counter[str]()
-    for event in events:
-        thread = event.get("pid"), event.get("tid")
-        if event.get("ph") == "X" and "GPU" in processes.get(thread[0], "") and "Stream" in threads.get(thread, ""):
-            name = re.sub(r"\(.*", "", event["name"])
-            total[name] += event["dur"]
-            count[name] += 1
-    lines = ["| ms | calls | us each | kernel |", "|---|---|---|---|"]
-    lines += [f"| {us / 1e3:.2f} | {count[n]} | {us / count[n]:.1f} | `{n}` |" for n, us in total.most_common(60)]
-    return f"{total.total() / 1e3:.1f} ms in {count.total()} kernels.\n\n" + "\n".join(lines) + "\n"
