@@ -1,4 +1,4 @@
-"""Qwen2-VL for JAX on NVIDIA GPUs."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL for JAX on NVIDIA GPUs."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -382,9 +382,16 @@ def open_for_answers(
 
 
 def open_processor(model: str, max_pixels: int | None) -> "Processor":
-    """Returns the processor of a checkpoint, with a limit on the size of images."""
-    from liger_jax import Processor
+    """Returns the processor of a checkpoint, with a limit on the size of images.
 
+    Raises UserError for models that are not supported, by name, before any file of theirs is read.
+    """
+    from liger_jax import Processor, QwenVLConfig
+    from liger_jax.files import CONFIG, local_folder
+
+    config_file = local_folder(model, [CONFIG]) / CONFIG
+    if config_file.is_file():
+        QwenVLConfig.from_hf(config_file)
     processor = Processor.from_pretrained(model)
     processor.image = processor.image.with_limits(None, max_pixels)
     return processor

@@ -1,11 +1,11 @@
-"""A small tokenizer like Qwen2-VL's, which trains in an instant."""
+"""A small tokenizer like that of the Qwen-VL models, which trains in an instant."""
 
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# They come last in the vocabulary, in this order, as in Qwen2-VL's.
+# They come last in the vocabulary, in this order, as in Qwen2-VL's and its successors'.
 SPECIAL_TOKENS = [
     f"<|{name}|>"
     for name in (
@@ -32,7 +32,7 @@ SPLIT = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer with Qwen2-VL's text splitting, special tokens and chat template.
+    """Trains a byte-level BPE tokenizer with the text splitting and the special tokens of the Qwen-VL models.
 
     It encodes any text: the vocabulary has the 256 bytes, then merges learnt from `texts`, then the 14 special tokens, up
     to `vocab_size` tokens in total. The same texts give the same tokenizer.

@@ -347,6 +347,19 @@ def test_contradictory_lora_flags(monkeypatch, flags):
         call(monkeypatch, "finetune", "m", "data.json", *flags)
 
 
+@pytest.mark.parametrize("command", [["chat"], ["generate", "Hello"], ["finetune", "data.json"], ["convert", "new"]])
+def test_unsupported_model_is_named_before_its_files_are_read(monkeypatch, tmp_path, command):
+    """A folder without tokenizer and weights."""
+    monkeypatch.chdir(tmp_path)
+    record = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello."}]}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SystemExit) as error:
+        call(monkeypatch, command[0], ".", *command[1:])
+    assert re.search(r"^liger-jax: .*model_type is 'qwen3_5'; .* \(Qwen3\.5 is not supported\)$", str(error.value))
+
+
 def failing_env(monkeypatch, error):
     """Runs `liger-jax env`, which raises an error."""
 
