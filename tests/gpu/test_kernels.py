@@ -29,7 +29,11 @@ def has_gpu():
         return False
 
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # fa4-jax calls deprecated functions of its compiler
+]
 
 LIGER = [
     (2, 128, 512),
