@@ -31,6 +31,7 @@ from pallas_kernels import _fa4, _pallas
 Size = Literal["2b", "7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b"]
 PACKAGES = ("jax", "flax", "optax")
 LARGE_LOSS_DIFFERENCE = 1e-2
+TORCH_ALONE = {"JAX_PLATFORMS": "cpu"}  # environment of a process in which torch has the GPU to itself
 PEER_OPTIONS = {
     "train": (["--liger"], ["--liger", "--checkpointing"]),
     "generate": (["--cache", "dynamic"], ["--cache", "static"]),
@@ -190,7 +191,8 @@ def peer_checkpoint(size: str, peers: bool) -> Iterator[Path | None]:
     check_for_gpu()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / model_name(size)
-        subprocess.run([sys.executable, "-m", "benchmarks.peer_model", "write", size, checkpoint], check=True)
+        command = [sys.executable, "-m", "benchmarks.peer_model", "write", size, checkpoint]
+        subprocess.run(command, check=True, env=os.environ | TORCH_ALONE)
         yield checkpoint
 
 
@@ -220,7 +222,6 @@ def _run_peers(benchmark: str, checkpoint: Path, batch_sizes: Sequence[int], fil
 def _run_peer(benchmark: str, checkpoint: Path, batch_size: int, options: Sequence[str]) -> list[dict]:
     """Measures transformers in a separate process, so that it has all GPU memory. Returns its result, if there is one."""
     command = [sys.executable, "-m", "benchmarks.peer_model", benchmark, checkpoint, str(batch_size), *options]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | TORCH_ALONE)
     # other lines are printed by other packages
     return [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"package"')]

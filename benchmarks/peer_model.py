@@ -143,7 +143,7 @@ def main() -> None:
     common = {
         "package": "transformers + Liger" if args.liger else "transformers",
         "model": checkpoint.name,
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
         "versions": versions,
         "what": args.command,
     }

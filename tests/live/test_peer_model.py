@@ -42,5 +42,5 @@ def test_peer_has_the_weights_inputs_and_losses_of_the_benchmarked_model(tmp_pat
     assert generated["prefill_ms"] > 0
     peer_losses = peer_model.time_steps(peer, arrays)["losses"]
     optimizer = stochastic_adamw(work.LEARNING_RATE, weight_decay=1e-4)
-    losses = time_steps(model, [uniform_batch(expected, 2)], optimizer=optimizer)["losses"]
+    losses = time_steps(model, [uniform_batch(expected, 2)], optimizer=optimizer, remat="none", unroll="none")["losses"]
     np.testing.assert_allclose(losses, peer_losses, atol=1e-2)
