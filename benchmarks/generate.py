@@ -34,6 +34,8 @@ class Generate:
     length: int | None = None
     """Tokens of prompt and answer together, at most the model's number of positions (32768 for Qwen2-VL); by default, the
     prompt has 2048 tokens."""
+    checkpoints: Path | None = None
+    """Folder that keeps the checkpoint with random weights for other measurements of the same size."""
     results: Path = RESULTS
     """Folder of the result files."""
 
@@ -43,7 +45,9 @@ class Generate:
             raise UserError(f"length is {self.length}; expected at least {shortest}, for the image and the new tokens")
         labels = {} if self.length is None else {"prompt_tokens": self.prompt_tokens}
         peers = self.peers and self.length is None
-        return ModelCase("generate", self.size, self.rows, self.results, labels, peers=peers).run(self._measure)
+        return ModelCase(
+            "generate", self.size, self.rows, self.results, labels, peers=peers, checkpoints=self.checkpoints
+        ).run(self._measure)
 
     @property
     def prompt_tokens(self) -> int:

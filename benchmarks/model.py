@@ -53,6 +53,8 @@ class ModelCase:
     peers: bool = False
     fsdp: int | None = None
     """Number of GPUs to shard over; None for one GPU without a mesh."""
+    checkpoints: Path | None = None
+    """Folder that keeps the checkpoint for other benchmarks; None: the checkpoint is deleted."""
     consumes_model: bool = False
     """Whether a measurement donates the model's arrays, so that the next one needs a new model."""
 
@@ -66,7 +68,7 @@ class ModelCase:
             "versions": versions_of(PACKAGES),
             **({"attention": "fa4"} if fa4_is_used() else {}),
         }
-        with peer_checkpoint(self.size, self.peers) as checkpoint:
+        with peer_checkpoint(self.size, self.peers, self.checkpoints) as checkpoint:
             # The peers run first, while JAX has not yet reserved the GPU's memory.
             losses = _run_peers(self.benchmark, checkpoint, self.batch_sizes, file) if checkpoint else {}
             batch_sizes = sorted({*self.batch_sizes, *losses})
@@ -183,16 +185,22 @@ def place_batch(model: QwenVL, batch: Batch) -> Batch:
 
 
 @contextlib.contextmanager
-def peer_checkpoint(size: str, peers: bool) -> Iterator[Path | None]:
-    """Yields a folder with random weights written by transformers; None without peers or without torch."""
+def peer_checkpoint(size: str, peers: bool, kept: Path | None = None) -> Iterator[Path | None]:
+    """Yields a folder with random weights written by transformers; None without peers or without torch.
+
+    The folder is in `kept`, or deleted at the end.
+    """
     if not peers or importlib.util.find_spec("torch") is None:
         yield None
         return
     check_for_gpu()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / model_name(size)
-        command = [sys.executable, "-m", "benchmarks.peer_model", "write", size, checkpoint]
-        subprocess.run(command, check=True, env=os.environ | TORCH_ALONE)
+        checkpoint = (kept or Path(folder)) / model_name(size)
+        if not checkpoint.exists():
+            unfinished = checkpoint.with_name(checkpoint.name + ".unfinished")
+            command = [sys.executable, "-m", "benchmarks.peer_model", "write", size, unfinished]
+            subprocess.run(command, check=True, env=os.environ | TORCH_ALONE)
+            unfinished.rename(checkpoint)
         yield checkpoint
 
 

@@ -59,6 +59,8 @@ class Train:
     """Number of GPUs to shard weights and batches over."""
     profile: bool = False
     """Also write what a step spends its time on to profile_<size>_<options>_x<batch size>.json and .md."""
+    checkpoints: Path | None = None
+    """Folder that keeps the checkpoint with random weights for other measurements of the same size."""
     results: Path = RESULTS
     """Folder of the result files."""
 
@@ -77,6 +79,7 @@ class Train:
             labels,
             peers=self.peers and not labels and not self.mixed,
             fsdp=self.fsdp,
+            checkpoints=self.checkpoints,
             consumes_model=True,
         )
         return case.run(self._measure)

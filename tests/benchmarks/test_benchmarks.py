@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks_cli
-from benchmarks import cases, mixed, model, ops, peers, programs, start, tables, timing, work
+from benchmarks import cases, convergence, mixed, model, ops, peers, programs, start, tables, timing, work
 from benchmarks.formulas import FORMULAS
 from benchmarks.generate import Generate
 from benchmarks.implementations import jax_implementations
-from benchmarks.record import OURS, record_result
+from benchmarks.record import FAMILY_NAMES, OURS, record_result
 from benchmarks.train import Train
 from liger_jax import QwenVLConfig
+from liger_jax.demo.data import load_digits
+from liger_jax.demo.run import make_processor
 from liger_jax.errors import UserError
 from pallas_kernels.registry import OPERATIONS
 
@@ -335,6 +337,17 @@ def test_headline_has_the_other_families_that_are_measured():
     assert tables._fastest([*ours, peer, peer | {"rows": 4, "error": "no"}], "train", "step_ms") == [ours[2]]
     assert tables._fastest(ours, "train", "step_ms") == [ours[1]]
     assert tables._fastest(ours, "generate", "ms_per_token") == []
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_convergence_trains_every_switch_of_a_family(family):
+    """Four layers per tower, with windows in half of the vision layers, or two of them tapped; the real vocabulary."""
+    config = convergence.make_model_config(make_processor(load_digits()[0], family))
+    vision, published = config.vision, QwenVLConfig.tiny(family=family).vision
+    assert (config.family, config.text.vocab_size, vision.depth) == (family, 151_936, 4)
+    assert vision.full_attention_layers == published.full_attention_layers
+    assert vision.deepstack_layers == published.deepstack_layers
+    assert bool(vision.window_size) == bool(published.window_size)
 
 
 def test_convergence_table_has_a_column_per_family_and_rate():
