@@ -35,6 +35,7 @@ INPUTS = {
     "test_processor_folders": 150,
     "test_checkpoint_configs": 100,
     "test_checkpoint_tensors": 100,
+    "test_checkpoints_of_newer_families": 100,
     "test_weight_files": 150,
     "test_indexes": 100,
     "test_adapters": 150,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example
 from hypothesis import strategies as st
-from safetensors.numpy import save, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from convert import from_hf, load_adapter
 from tests._support import hub_layout, parity
@@ -84,6 +84,25 @@ def test_checkpoint_tensors(tensors, tied, folder):
 def test_weight_files(content, folder):
     """A weight file with damaged bytes, most of them in its header."""
     (folder / WEIGHTS).write_bytes(content)
+    check_model(folder)
+
+
+FAMILIES = {family: parity.REFERENCES / f"model_{family}" for family in ("qwen2_5_vl", "qwen3_vl")}
+FAMILY_CONFIGS = {family: json.loads((source / CONFIG).read_text()) for family, source in FAMILIES.items()}
+FAMILY_TENSORS = {family: load_file(source / WEIGHTS) for family, source in FAMILIES.items()}
+
+
+@fuzz(data=st.data(), family=pick(list(FAMILIES)), damage=st.sampled_from(["config", "tensors"]))
+def test_checkpoints_of_newer_families(data, family, damage, folder):
+    """A valid checkpoint with a damaged config.json, or with other tensors; names may be those of another family."""
+    config, tensors = FAMILY_CONFIGS[family], FAMILY_TENSORS[family]
+    if damage == "config":
+        config = data.draw(damaged(st.just(config), keys_of(*FAMILY_CONFIGS.values())))
+    else:
+        names = [*(name for tensors in FAMILY_TENSORS.values() for name in tensors), *NAMES[-3:]]
+        tensors = data.draw(changed_tensors(tensors, names))
+    (folder / CONFIG).write_text(json.dumps(config))
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / WEIGHTS)
     check_model(folder)
 
 
