@@ -158,14 +158,14 @@ Trial = Callable[[Lab, random.Random], str]
 
 def write_model_and_data(folder: Path) -> None:
     """Writes the demo's model with random weights, and conversations about images of digits."""
-    from liger_jax import Qwen2VL
+    from liger_jax import QwenVL
     from liger_jax.checkpoint import save_model
     from liger_jax.demo.data import conversations, load_digits
     from liger_jax.demo.run import make_config, make_processor
 
     digits, _ = load_digits()
     processor = make_processor(digits)
-    save_model(Qwen2VL.init(make_config(processor)), folder / "model")
+    save_model(QwenVL.init(make_config(processor)), folder / "model")
     processor.save_pretrained(folder / "model")
     (folder / "images").mkdir()
     records = []

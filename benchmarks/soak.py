@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.environment import RESULTS, file_name, versions_of
-from liger_jax import Processor, Qwen2VL, Qwen2VLConfig, TrainState, generate, make_train_step, prepare
+from liger_jax import Processor, QwenVL, QwenVLConfig, TrainState, generate, make_train_step, prepare
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
 from liger_jax.errors import UserError
@@ -155,7 +155,7 @@ def training() -> tuple[Callable[[int], Any], int]:
     """Returns the training step of a tiny model in bfloat16, with the optimizer that finetune uses."""
     processor, config = _tiny()
     step = make_train_step()
-    states = [TrainState.create(Qwen2VL.init(config), make_optimizer(1e-4))]
+    states = [TrainState.create(QwenVL.init(config), make_optimizer(1e-4))]
 
     def call(i: int) -> Any:
         batch = _batch(processor, config, KINDS[i % len(KINDS)], seed=i, answered=True)
@@ -168,7 +168,7 @@ def training() -> tuple[Callable[[int], Any], int]:
 def generation() -> tuple[Callable[[int], Any], int]:
     """Returns generate for a tiny model in bfloat16, with all options for every kind of batch."""
     processor, config = _tiny()
-    model = Qwen2VL.init(config)
+    model = QwenVL.init(config)
 
     def call(i: int) -> Any:
         batch = _batch(processor, config, KINDS[i % len(KINDS)], seed=i, answered=False)
@@ -208,13 +208,13 @@ def _with_gradients(operation: Operation, options: Mapping[str, Any], *arguments
 
 
 @functools.cache
-def _tiny() -> tuple[Processor, Qwen2VLConfig]:
+def _tiny() -> tuple[Processor, QwenVLConfig]:
     """Returns the processor and the configuration of the demo's model."""
     processor = make_processor(load_digits()[0])
     return processor, make_config(processor)
 
 
-def _batch(processor: Processor, config: Qwen2VLConfig, kind: tuple, *, seed: int, answered: bool) -> Any:
+def _batch(processor: Processor, config: QwenVLConfig, kind: tuple, *, seed: int, answered: bool) -> Any:
     """Returns a batch of one kind with random images."""
     rows, sizes, words = kind
     rng = np.random.default_rng(seed)

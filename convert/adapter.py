@@ -88,9 +88,9 @@ def save_adapter(model: QwenVL, directory: str | Path, *, base_model: str | None
 
     Example:
         >>> import tempfile
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
+        >>> from liger_jax import QwenVL, QwenVLConfig
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_adapter(add_lora(Qwen2VL.init(Qwen2VLConfig.tiny())), folder)
+        ...     save_adapter(add_lora(QwenVL.init(QwenVLConfig.tiny())), folder)
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """

@@ -13,7 +13,7 @@ from convert.writer import to_hf
 from liger_jax.checkpoint import is_model, load_model, save_model
 from liger_jax.errors import UserError
 from liger_jax.files import GENERATION_CONFIG, check_new_folder, read_json_object, write_json
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.lora import lora_config, merge_lora
 
 # Files of a checkpoint that are copied unchanged: generation settings, tokenizer, chat template, image processor.
@@ -35,7 +35,7 @@ COMPANIONS = (
 
 def open_model(
     path_or_repo_id: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, allow_non_finite: bool = False
-) -> Qwen2VL:
+) -> QwenVL:
     """Returns the model in an Orbax folder, a Hugging Face folder or a hub repository.
 
     Args:
@@ -50,10 +50,10 @@ def open_model(
 
     Example:
         >>> import tempfile
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, save_model
+        >>> from liger_jax import QwenVL, QwenVLConfig, save_model
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_model(Qwen2VL.init(Qwen2VLConfig.tiny()), folder)
-        ...     open_model(folder).config == Qwen2VLConfig.tiny()
+        ...     save_model(QwenVL.init(QwenVLConfig.tiny()), folder)
+        ...     open_model(folder).config == QwenVLConfig.tiny()
         True
     """
     if is_model(path_or_repo_id):

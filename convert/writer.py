@@ -47,8 +47,8 @@ def to_hf_state(tree: Any, *, config: QwenVLConfig | None = None) -> dict[str, n
         UserError: the tree has a path that is not a parameter of the model, contradictory shapes, or LoRA.
 
     Example:
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
-        >>> to_hf_state(Qwen2VL.init(Qwen2VLConfig.tiny()))["model.layers.0.self_attn.q_proj.weight"].shape
+        >>> from liger_jax import QwenVL, QwenVLConfig
+        >>> to_hf_state(QwenVL.init(QwenVLConfig.tiny()))["model.layers.0.self_attn.q_proj.weight"].shape
         (64, 64)
     """
     _refuse_lora(tree)
@@ -85,9 +85,9 @@ def to_hf(model: QwenVL, directory: str | Path, *, max_shard_size: int | str = "
 
     Example:
         >>> import tempfile
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
+        >>> from liger_jax import QwenVL, QwenVLConfig
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     to_hf(Qwen2VL.init(Qwen2VLConfig.tiny()), folder)
+        ...     to_hf(QwenVL.init(QwenVLConfig.tiny()), folder)
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['config.json', 'model.safetensors']
     """

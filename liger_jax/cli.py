@@ -26,7 +26,7 @@ from liger_jax.generation.options import AnswerOptions
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 
 if TYPE_CHECKING:
-    from liger_jax import Chat, GenerationOptions, Processor, Qwen2VL
+    from liger_jax import Chat, GenerationOptions, Processor, QwenVL
     from liger_jax.model.lora import LoraOptions
 
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
@@ -369,7 +369,7 @@ def print_stream(pieces: Generator[str, None, None]) -> None:
 
 def open_for_answers(
     model: str, answers: AnswerOptions, max_pixels: int | None
-) -> tuple["Qwen2VL", "Processor", "GenerationOptions"]:
+) -> tuple["QwenVL", "Processor", "GenerationOptions"]:
     """Returns the model, its processor, and the generation options of the flags and the checkpoint."""
     from convert import open_model
     from liger_jax.files import GENERATION_CONFIG, local_folder

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from liger_jax.checkpoint.arrays import check_arrays, check_finite_arrays, make_handler, nest, read_arrays, read_shapes
 from liger_jax.checkpoint.steps import complete_steps, find_items, saved_steps
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import AlreadyExistsError, LigerWarning, NotFoundError, UserError
 from liger_jax.files import CONFIG, GENERATION_CONFIG, check_new_folder, make_folder, read_json_object, write_json
 from liger_jax.finite import check_finite, non_finite
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.lora import add_lora, lora_config
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import param_shardings
@@ -26,7 +26,7 @@ LORA = "lora.json"
 HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
-def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False, allow_non_finite: bool = False) -> None:
+def save_model(model: QwenVL, path: str | Path, *, overwrite: bool = False, allow_non_finite: bool = False) -> None:
     """Writes the weights and configuration of a model to a folder.
 
     Args:
@@ -42,10 +42,10 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False, all
 
     Example:
         >>> import tempfile
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
+        >>> from liger_jax import QwenVL, QwenVLConfig
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_model(Qwen2VL.init(Qwen2VLConfig.tiny()), folder)
-        ...     load_model(folder).config == Qwen2VLConfig.tiny()
+        ...     save_model(QwenVL.init(QwenVLConfig.tiny()), folder)
+        ...     load_model(folder).config == QwenVLConfig.tiny()
         True
     """
     import orbax.checkpoint as ocp
@@ -66,7 +66,7 @@ def save_model(model: Qwen2VL, path: str | Path, *, overwrite: bool = False, all
         file.unlink()  # transformers would load these weights of an earlier model instead
 
 
-def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None, allow_non_finite: bool = False) -> Qwen2VL:
+def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None, allow_non_finite: bool = False) -> QwenVL:
     """Loads a model that `save_model` or `python -m convert` wrote, or the latest weights of a training run.
 
     Args:
@@ -83,9 +83,9 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None, allow_
 
     Example:
         >>> import tempfile
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
+        >>> from liger_jax import QwenVL, QwenVLConfig
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_model(Qwen2VL.init(Qwen2VLConfig.tiny()), folder)
+        ...     save_model(QwenVL.init(QwenVLConfig.tiny()), folder)
         ...     str(load_model(folder, dtype="float32").head.dtype)
         'float32'
     """
@@ -94,9 +94,9 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None, allow_
     if prefix and (incomplete := [step for step in saved_steps(folder) if step > int(items.parent.name)]):
         message = f"{folder}: steps {incomplete} are incomplete; loading step {items.parent.name}"
         warnings.warn(message, LigerWarning, stacklevel=2)
-    config = Qwen2VLConfig.from_hf(folder)
+    config = QwenVLConfig.from_hf(folder)
     dtype = None if dtype is None else float_dtype(dtype)
-    abstract = _with_stored_lora(Qwen2VL.abstract(config), folder)
+    abstract = _with_stored_lora(QwenVL.abstract(config), folder)
     leaves = {prefix + name: leaf for name, leaf in param_paths(abstract).items()}
     stored = {name: leaf for name, leaf in read_shapes(items).items() if name.startswith(prefix)}
     check_arrays(items, {n: leaf.shape for n, leaf in leaves.items()}, {n: leaf.shape for n, leaf in stored.items()})
@@ -150,7 +150,7 @@ def float_dtype(dtype: Any) -> np.dtype:
     return resolved
 
 
-def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, preserve_existing: bool = False) -> None:
+def write_config(folder: Path, config: QwenVLConfig, dtype: str, *, preserve_existing: bool = False) -> None:
     """Writes config.json, and generation_config.json if the configuration has EOS or padding token ids.
 
     Args:
@@ -169,7 +169,7 @@ def write_config(folder: Path, config: Qwen2VLConfig, dtype: str, *, preserve_ex
         write_json(folder / GENERATION_CONFIG, generation)
 
 
-def write_lora(folder: Path, model: Qwen2VL) -> None:
+def write_lora(folder: Path, model: QwenVL) -> None:
     options = lora_config(model)
     if options is None:
         (folder / LORA).unlink(missing_ok=True)  # left by an earlier model
@@ -177,7 +177,7 @@ def write_lora(folder: Path, model: Qwen2VL) -> None:
         write_json(folder / LORA, dataclasses.asdict(options))
 
 
-def _with_stored_lora(abstract: Qwen2VL, folder: Path) -> Qwen2VL:
+def _with_stored_lora(abstract: QwenVL, folder: Path) -> QwenVL:
     """Returns an abstract model with LoRA, as described by the folder's lora.json, or unchanged if there is none."""
     file = folder / LORA
     if not file.is_file():

@@ -113,8 +113,8 @@ def restore_state(
 
     Example:
         >>> import tempfile
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_optimizer
-        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), make_optimizer(1e-5))
+        >>> from liger_jax import QwenVL, QwenVLConfig, TrainState, make_optimizer
+        >>> state = TrainState.create(QwenVL.init(QwenVLConfig.tiny()), make_optimizer(1e-5))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save_state(folder, state)
         ...     int(restore_state(folder, state).step)

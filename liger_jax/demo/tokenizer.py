@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# They come last in the vocabulary, in this order, as in Qwen2-VL's and its successors'.
+# They come last in the vocabulary, in this order, as in the Qwen-VL models.
 SPECIAL_TOKENS = [
     f"<|{name}|>"
     for name in (
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = [
         "video_pad",
     )
 ]
-# The pattern by which Qwen2-VL splits text before byte-pair encoding.
+# The pattern by which Qwen-VL splits text before byte-pair encoding.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

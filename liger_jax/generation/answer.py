@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 from liger_jax.generation.generate import generate_with
 from liger_jax.generation.options import GenerationOptions
@@ -14,11 +14,11 @@ from liger_jax.generation.session import NonFiniteLogitsError, check_prompts
 from liger_jax.inputs.batch import Batch, prepare
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 
 
 def prepare_prompt(
-    processor: Processor, config: Qwen2VLConfig, conversation: Conversation, max_new_tokens: int
+    processor: Processor, config: QwenVLConfig, conversation: Conversation, max_new_tokens: int
 ) -> Batch:
     """Returns a conversation that ends with a question, as a batch of one row.
 
@@ -31,7 +31,7 @@ def prepare_prompt(
 
 
 def answer_conversations(
-    model: Qwen2VL,
+    model: QwenVL,
     processor: Processor,
     conversations: Sequence[Conversation],
     options: GenerationOptions,
@@ -69,7 +69,7 @@ def answer_conversations(
 
 
 def answer_batch(
-    model: Qwen2VL,
+    model: QwenVL,
     processor: Processor,
     batch: Batch,
     options: GenerationOptions,

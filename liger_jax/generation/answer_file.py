@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.data.records import parse_record, read_records
 from liger_jax.errors import UserError, warn_skipped
 from liger_jax.files import atomic_write, disk_errors, fingerprint, make_folder
@@ -17,7 +17,7 @@ from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.progress import progress_bar
 
 MAX_WAITING = 8  # batches' worth of prompts that may wait for others of their shape
@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
 
 
 def answer_file(
-    model: Qwen2VL,
+    model: QwenVL,
     processor: Processor,
     data: str | Path,
     output: str | Path,
@@ -176,7 +176,7 @@ def _remove_answers(conversation: Conversation) -> Conversation:
 def _prepare_prompts(
     questions: Sequence[tuple[Record, Conversation]],
     processor: Processor,
-    config: Qwen2VLConfig,
+    config: QwenVLConfig,
     max_new_tokens: int,
     broken: _BrokenRecords,
 ) -> Iterator[Prompt]:

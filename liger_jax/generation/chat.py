@@ -15,7 +15,7 @@ from liger_jax.inputs.messages import KINDS, ProcessedMedia, as_list
 from liger_jax.inputs.positions import VisionItem, rope_positions, vision_items
 from liger_jax.inputs.processor import Processor
 from liger_jax.inputs.video import DEFAULT_FPS
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch, with_auto_axes
 
 SLOTS = 1024  # the cache grows by this at first, later by a quarter or more: few sizes mean few compilations
@@ -48,7 +48,7 @@ class Chat:
         ...     print(piece, end="", flush=True)
     """
 
-    def __init__(self, model: Qwen2VL, processor: Processor, *, system: str | None = None, **options: Any):
+    def __init__(self, model: QwenVL, processor: Processor, *, system: str | None = None, **options: Any):
         if is_inside_trace(model):
             raise UserError(
                 "Chat is created inside a function that JAX traces; expected it outside, or generate inside"

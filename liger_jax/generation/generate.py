@@ -14,11 +14,11 @@ from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.session import DecodeSession, is_inside_trace, is_traced
 from liger_jax.generation.traced import generate_traced
 from liger_jax.inputs.batch import Batch
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 
 
 def generate(
-    model: Qwen2VL,
+    model: QwenVL,
     batch: Batch,
     *,
     max_new_tokens: int,
@@ -65,8 +65,8 @@ def generate(
 
     Example:
         >>> import numpy as np
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, generate, prepare
-        >>> model = Qwen2VL.init(Qwen2VLConfig.tiny())
+        >>> from liger_jax import QwenVL, QwenVLConfig, generate, prepare
+        >>> model = QwenVL.init(QwenVLConfig.tiny())
         >>> generate(model, prepare(model.config, input_ids=np.array([[5, 6, 7]])), max_new_tokens=4).shape
         (1, 4)
     """
@@ -76,7 +76,7 @@ def generate(
     return generate_with(model, batch, GenerationOptions(**options), tokenizer)
 
 
-def _generate_traced(model: Qwen2VL, batch: Batch, options: dict[str, Any]) -> jax.Array | Generated:
+def _generate_traced(model: QwenVL, batch: Batch, options: dict[str, Any]) -> jax.Array | Generated:
     """Generates as `generate` does, inside a function that JAX traces."""
     seed = None
     if is_traced(options["seed"]):
@@ -99,7 +99,7 @@ def _generate_traced(model: Qwen2VL, batch: Batch, options: dict[str, Any]) -> j
 
 
 def generate_with(
-    model: Qwen2VL, batch: Batch, options: GenerationOptions, tokenizer: Any = None
+    model: QwenVL, batch: Batch, options: GenerationOptions, tokenizer: Any = None
 ) -> np.ndarray | Generated:
     """Generates as `generate` does, with the options as one value."""
     strings = options.all_stop_strings
@@ -128,7 +128,7 @@ def _stop_at_strings(session: DecodeSession, strings: Sequence[str], tokenizer: 
         length += chunk.shape[1]
 
 
-def stream(model: Qwen2VL, batch: Batch, tokenizer: Any, **options: Any) -> Iterator[str]:
+def stream(model: QwenVL, batch: Batch, tokenizer: Any, **options: Any) -> Iterator[str]:
     """Yields the text of one prompt's continuation in pieces while it is generated.
 
     Joined, the pieces are the text of the tokens that `generate` returns. A character whose bytes are spread over several

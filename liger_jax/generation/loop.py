@@ -12,7 +12,7 @@ import pallas_kernels as pk
 from liger_jax import runtime
 from liger_jax.generation.sampling import History, Sampling, constrain_logits, next_token, token_logprobs
 from liger_jax.inputs.batch import Batch
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.fused_decode import PackedModel, decode_step
 from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.lora import lora_config
@@ -65,7 +65,7 @@ class DecodeState:
 
 
 @functools.partial(jax.jit, compiler_options=runtime.COMPILER_OPTIONS)
-def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def prefill(model: QwenVL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Runs the vision tower and the language model on the prompts.
 
     `first_token_logits` and `init_cache` are separate programs: this one takes the longest to compile and does not depend
@@ -86,7 +86,7 @@ def prefill(model: Qwen2VL, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, j
 
 @jax.jit
 def first_token_logits(
-    model: Qwen2VL, hidden: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, slot: jax.Array
+    model: QwenVL, hidden: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, slot: jax.Array
 ) -> FirstStep:
     """Returns the first step after prompts with hidden states [B, T, H] that occupy the cache from `slot` on."""
     valid = segment_ids > 0
@@ -104,7 +104,7 @@ def init_cache(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, ro
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def extend(model: Qwen2VL, cache: KVCache, batch: Batch, slot: jax.Array) -> tuple[jax.Array, KVCache]:
+def extend(model: QwenVL, cache: KVCache, batch: Batch, slot: jax.Array) -> tuple[jax.Array, KVCache]:
     """Prefills the next tokens of prompts whose first `slot` slots are cached; later slots of the cache are discarded.
 
     Args:
@@ -155,13 +155,13 @@ def init_decode_state(
 
 
 @jax.jit
-def unstack_layers(model: Qwen2VL) -> list[DecoderLayer]:
+def unstack_layers(model: QwenVL) -> list[DecoderLayer]:
     """Returns separate arrays for each layer's weights: a loop over the stack would copy a slice of it in every step."""
     layers = model.language_model.layers
     return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
 
 
-def decode_weights(model: Qwen2VL) -> PackedModel | list[DecoderLayer]:
+def decode_weights(model: QwenVL) -> PackedModel | list[DecoderLayer]:
     """Returns the weights that `decode_loop` reads: packed, or, with a mesh or LoRA, separate layers with their sharding."""
     if find_abstract_mesh(model) is None and lora_config(model) is None:
         return PackedModel.from_model(model.language_model, model.head)
@@ -170,7 +170,7 @@ def decode_weights(model: Qwen2VL) -> PackedModel | list[DecoderLayer]:
 
 @functools.partial(jax.jit, donate_argnames=("cache", "state"))
 def decode_loop(
-    model: Qwen2VL,
+    model: QwenVL,
     weights: PackedModel | list[DecoderLayer],
     cache: KVCache,
     state: DecodeState,
@@ -221,7 +221,7 @@ def decode_loop(
 
 
 def _run_layers(
-    model: Qwen2VL,
+    model: QwenVL,
     layers: list[DecoderLayer],
     x: jax.Array,
     position_ids: jax.Array,

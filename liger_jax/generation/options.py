@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from liger_jax.errors import LigerWarning, UserError
 
 if TYPE_CHECKING:
-    from liger_jax.config import Qwen2VLConfig
+    from liger_jax.config import QwenVLConfig
 
 SAMPLING_FILTERS = ("temperature", "top_k", "top_p", "min_p")
 # Entries of generation_config.json that only transformers implements, each with the value that disables it.
@@ -201,7 +201,7 @@ class GenerationOptions:
             values.setdefault("top_k", 50)
         return cls(**values)
 
-    def resolve_end_tokens(self, config: "Qwen2VLConfig") -> tuple[int, ...]:
+    def resolve_end_tokens(self, config: "QwenVLConfig") -> tuple[int, ...]:
         """Returns the end tokens: those of the options, or else the checkpoint's."""
         import numpy as np
 
@@ -209,12 +209,12 @@ class GenerationOptions:
             return config.eos_token_ids
         return tuple(int(token) for token in np.atleast_1d(np.asarray(self.eos_token_id, np.int64)))
 
-    def resolve_pad_token(self, config: "Qwen2VLConfig") -> int:
+    def resolve_pad_token(self, config: "QwenVLConfig") -> int:
         """Returns the padding token: that of the options, or else the checkpoint's, the first end token, or 0."""
         pad_token = config.pad_token_id if self.pad_token_id is None else self.pad_token_id
         return next(iter(self.resolve_end_tokens(config)), 0) if pad_token is None else pad_token
 
-    def check_against(self, config: "Qwen2VLConfig", prompts: int) -> None:
+    def check_against(self, config: "QwenVLConfig", prompts: int) -> None:
         """Raises UserError if a token is outside the vocabulary, or if there are several seeds but not one per prompt."""
         import numpy as np
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.generation.options import GenerationOptions
 
 Scalar = float | np.number | jax.Array
@@ -57,7 +57,7 @@ class Sampling:
 
     @classmethod
     def from_options(
-        cls, options: GenerationOptions, config: Qwen2VLConfig, prompts: int, rows: int, *, seed: Any = None
+        cls, options: GenerationOptions, config: QwenVLConfig, prompts: int, rows: int, *, seed: Any = None
     ) -> Self:
         """Returns the options as arrays for `rows` rows, of which the first ones continue `prompts` prompts.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 from liger_jax.generation.loop import (
     NEW_TOKENS,
@@ -26,7 +26,7 @@ from liger_jax.generation.loop import (
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.sampling import History, Sampling
 from liger_jax.inputs.batch import Batch, bucket
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch, with_auto_axes
 
@@ -54,7 +54,7 @@ class NonFiniteLogitsError(UserError):
         )
 
 
-def check_prompts(config: Qwen2VLConfig, batch: Batch, max_new_tokens: int) -> None:
+def check_prompts(config: QwenVLConfig, batch: Batch, max_new_tokens: int) -> None:
     """Raises UserError unless each row holds one prompt, and prompt and answer fit the model's positions.
 
     Traced arrays have no values to check.
@@ -103,7 +103,7 @@ class DecodeSession:
 
     def __init__(
         self,
-        model: Qwen2VL,
+        model: QwenVL,
         cache: KVCache,
         first_step: "FirstStep",
         options: GenerationOptions,
@@ -139,7 +139,7 @@ class DecodeSession:
                 self._weights = decode_weights(model)
 
     @classmethod
-    def start(cls, model: Qwen2VL, batch: Batch, options: GenerationOptions) -> Self:
+    def start(cls, model: QwenVL, batch: Batch, options: GenerationOptions) -> Self:
         """Runs the prefill of a batch of prompts and chooses each row's first token."""
         check_prompts(model.config, batch, options.max_new_tokens)
         model, prompts = with_auto_axes(model), (np.asarray(batch.input_ids), np.asarray(batch.segment_ids))

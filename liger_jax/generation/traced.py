@@ -25,11 +25,11 @@ from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.sampling import History, Sampling
 from liger_jax.generation.session import check_prompts
 from liger_jax.inputs.batch import Batch, bucket
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.sharding import find_abstract_mesh, mesh_context, run_on_auto_axes
 
 
-def generate_traced(model: Qwen2VL, batch: Batch, options: GenerationOptions, seed: Any = None) -> Generated:
+def generate_traced(model: QwenVL, batch: Batch, options: GenerationOptions, seed: Any = None) -> Generated:
     """Generates as a `DecodeSession` does, as part of a program that the caller traces, such as a function under `jax.jit`.
 
     A row whose logits are not finite ends with padding, since a program cannot raise an error.
@@ -52,12 +52,12 @@ def generate_traced(model: Qwen2VL, batch: Batch, options: GenerationOptions, se
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "limit"))
-def _traced_program(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
+def _traced_program(model: QwenVL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
     run = functools.partial(_prefill_and_decode, samples=samples, limit=limit)
     return run_on_auto_axes(run, model, batch, sampling, rows_of=batch.input_ids)
 
 
-def _prefill_and_decode(model: Qwen2VL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
+def _prefill_and_decode(model: QwenVL, batch: Batch, sampling: Sampling, *, samples: int, limit: int) -> Generated:
     """Returns `limit` new tokens for each of `samples` rows per prompt. Runs the compiled functions in their order."""
     rows, room = batch.shape[0] * samples, bucket(limit, NEW_TOKENS)
     has_context = not jax.sharding.get_abstract_mesh().empty

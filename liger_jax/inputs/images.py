@@ -81,7 +81,7 @@ class VisionSettings:
     def sample(self, frames: int, fps: float, target_fps: float) -> np.ndarray:
         """Returns the frames of a video to keep: evenly spaced from the first one on, and an even number of them.
 
-        The rule is that of transformers for Qwen2-VL: 4 to 768 frames, and not more than there are.
+        The rule is that of transformers for Qwen2-VL and Qwen2.5-VL: 4 to 768 frames, and not more than there are.
 
         Example:
             >>> VisionSettings().sample(100, 25.0, 2.0).tolist()

@@ -45,7 +45,7 @@ BEGIN, END = "\ue0f0\ue0f1", "\ue0f2\ue0f3"
 class Processor:
     """Turns conversations into model inputs, and generated tokens into text.
 
-    Needs a transformers tokenizer with Qwen2-VL's special tokens. Without a chat template, it gets that of the family.
+    Needs a transformers tokenizer with Qwen-VL's special tokens. Without a chat template, it gets that of the family.
 
     Args:
         tokenizer: the transformers tokenizer.
@@ -85,7 +85,7 @@ class Processor:
         missing = [token for token in tokens if token not in vocabulary]
         if missing or tokenizer.pad_token_id is None:
             missing += ["padding token"] * (tokenizer.pad_token_id is None)
-            raise UserError(f"tokenizer has no {' and no '.join(missing)}; expected Qwen2-VL's tokenizer")
+            raise UserError(f"tokenizer has no {' and no '.join(missing)}; expected Qwen-VL's tokenizer")
         self.token_ids = {kind.name: vocabulary[kind.token] for kind in KINDS}
         self.tokenizer = tokenizer
         if tokenizer.chat_template is None:
@@ -113,7 +113,7 @@ class Processor:
         Raises:
             NotFoundError: there is no such folder, and no such repository on the hub (or, offline, in the cache), or it has
                 no image settings.
-            UserError: a file is damaged, the tokenizer lacks Qwen2-VL's placeholders, or the settings ask for preprocessing
+            UserError: a file is damaged, the tokenizer lacks Qwen-VL's placeholders, or the settings ask for preprocessing
                 that is not implemented.
         """
         import transformers
@@ -138,7 +138,7 @@ class Processor:
         except Exception as error:  # tokenizers raises bare Exceptions for damaged files, transformers many other kinds
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{folder}: the tokenizer cannot be loaded ({reason:.300}); expected Qwen2-VL's tokenizer files"
+                f"{folder}: the tokenizer cannot be loaded ({reason:.300}); expected Qwen-VL's tokenizer files"
             ) from error
         template = nested.get("chat_template") or _read_optional(folder / "chat_template.json").get("chat_template")
         if template is not None:  # the tokenizer itself prefers chat_template.jinja to tokenizer_config.json

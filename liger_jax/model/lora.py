@@ -126,8 +126,8 @@ def add_lora(
     Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685
 
     Example:
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
-        >>> model = add_lora(Qwen2VL.init(Qwen2VLConfig.tiny()), rank=4, targets=["q_proj", "v_proj"])
+        >>> from liger_jax import QwenVL, QwenVLConfig
+        >>> model = add_lora(QwenVL.init(QwenVLConfig.tiny()), rank=4, targets=["q_proj", "v_proj"])
         >>> model.language_model.layers.self_attn.q_proj.lora.a.shape
         (2, 64, 4)
     """
@@ -160,8 +160,8 @@ def merge_lora(model: QwenVL) -> QwenVL:
         UserError: The model has no LoRA.
 
     Example:
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
-        >>> model = Qwen2VL.init(Qwen2VLConfig.tiny())
+        >>> from liger_jax import QwenVL, QwenVLConfig
+        >>> model = QwenVL.init(QwenVLConfig.tiny())
         >>> jax.tree.structure(merge_lora(add_lora(model))) == jax.tree.structure(model)
         True
     """
@@ -184,8 +184,8 @@ def lora_config(model: QwenVL) -> LoraOptions | None:
     """Returns the options of the model's LoRA, as given to `add_lora`, or None for a model without LoRA.
 
     Example:
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig
-        >>> model = jax.eval_shape(add_lora, Qwen2VL.abstract(Qwen2VLConfig.tiny()))  # shapes without memory
+        >>> from liger_jax import QwenVL, QwenVLConfig
+        >>> model = jax.eval_shape(add_lora, QwenVL.abstract(QwenVLConfig.tiny()))  # shapes without memory
         >>> lora_config(model).rank, len(lora_config(model).targets)
         (8, 7)
     """

@@ -10,7 +10,7 @@ from liger_jax.model.params import find_row, param_paths
 
 
 def summarize(model: Any, batch: Batch | None) -> str:
-    """Returns the tables of `Qwen2VL.summary`. Nothing is computed: JAX only traces the shapes."""
+    """Returns the tables of `QwenVL.summary`. Nothing is computed: JAX only traces the shapes."""
     rows = [("parameter", "axes", "shape", "dtype", "elements")]
     totals: dict[str, tuple[int, int]] = {}  # of a part: elements and bytes
     for path, weight in param_paths(model).items():

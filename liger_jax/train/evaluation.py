@@ -11,12 +11,12 @@ from liger_jax.generation.options import GenerationOptions
 from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation, is_trained
 from liger_jax.inputs.processor import Processor
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
 from liger_jax.train.step import loss_fn
 
 
-def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(model: QwenVL, batches: Iterable[Batch]) -> dict[str, float]:
     """Returns the loss and accuracy over all batches.
 
     Returns:
@@ -27,9 +27,9 @@ def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
 
     Example:
         >>> import numpy as np
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, prepare
+        >>> from liger_jax import QwenVL, QwenVLConfig, prepare
         >>> from liger_jax.train.evaluation import evaluate
-        >>> model, ids = Qwen2VL.init(Qwen2VLConfig.tiny(), dtype="float32"), np.array([[5, 6, 7]])
+        >>> model, ids = QwenVL.init(QwenVLConfig.tiny(), dtype="float32"), np.array([[5, 6, 7]])
         >>> evaluate(model, [prepare(model.config, input_ids=ids, labels=ids)])["num_tokens"]
         2
     """
@@ -47,12 +47,12 @@ def evaluate(model: Qwen2VL, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 @jax.jit
-def _compute_metrics(model: Qwen2VL, batch: Batch) -> dict[str, jax.Array]:
+def _compute_metrics(model: QwenVL, batch: Batch) -> dict[str, jax.Array]:
     return loss_fn(model, batch)[1]
 
 
 def compare_answers(
-    model: Qwen2VL,
+    model: QwenVL,
     processor: Processor,
     conversations: Sequence[Conversation],
     *,

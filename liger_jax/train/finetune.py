@@ -19,7 +19,7 @@ from liger_jax.files import lock_folder
 from liger_jax.generation.answer import prepare_prompt
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving, Unroll
 from liger_jax.train.evaluation import compare_answers, evaluate, split_last_answer
 from liger_jax.train.loop import Checkpoints, catch_signals, fit
@@ -33,7 +33,7 @@ LONG_RUN = 5000  # steps
 
 
 def finetune(
-    model: Qwen2VL,
+    model: QwenVL,
     processor: Processor,
     conversations: Sequence[Conversation],
     output: str | Path,
@@ -165,7 +165,7 @@ def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
         )
 
 
-def open_state(model: Qwen2VL, optimizer: optax.GradientTransformation, run: Run) -> tuple[TrainState, Run]:
+def open_state(model: QwenVL, optimizer: optax.GradientTransformation, run: Run) -> tuple[TrainState, Run]:
     """Returns the initial state of a new run, or the latest intact state of a run to resume, after freeing `model`.
 
     The returned run starts at the step of the state.
@@ -211,7 +211,7 @@ class HeldOutEvaluator:
                 questions.append(index)
         return cls(dataset, questions, evaluation.max_new_tokens, answers_file)
 
-    def __call__(self, model: Qwen2VL, step: int) -> dict[str, float]:
+    def __call__(self, model: QwenVL, step: int) -> dict[str, float]:
         """Returns the metrics for the log, named held_out_loss and so on."""
         batches = range(self.dataset.schedule.epoch_batches)
         with _named_held_out():
@@ -220,7 +220,7 @@ class HeldOutEvaluator:
             metrics["exact_match"] = self._answer_questions(model, step)
         return {f"{HELD_OUT}{name}": value for name, value in metrics.items()}
 
-    def _answer_questions(self, model: Qwen2VL, step: int) -> float:
+    def _answer_questions(self, model: QwenVL, step: int) -> float:
         """Appends the model's answers to the file and returns the fraction that equals the expected ones."""
         answers = compare_answers(
             model,

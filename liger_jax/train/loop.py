@@ -13,7 +13,7 @@ import jax
 from liger_jax.checkpoint import checkpoint_manager, complete_steps, save_state
 from liger_jax.errors import LigerWarning, UserError, list_some
 from liger_jax.inputs.batch import Batch
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.lora import adapted_parts
 from liger_jax.train.metrics import RunLog, batch_work, step_rates
 from liger_jax.train.step import Metrics, TrainState
@@ -21,7 +21,7 @@ from liger_jax.train.step import Metrics, TrainState
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
-Evaluator = Callable[[Qwen2VL, int], dict[str, float]]
+Evaluator = Callable[[QwenVL, int], dict[str, float]]
 
 
 class Checkpoints(NamedTuple):

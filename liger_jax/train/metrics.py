@@ -12,7 +12,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from liger_jax.config import Qwen2VLConfig
+from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 from liger_jax.files import atomic_write
 from liger_jax.inputs.batch import Batch
@@ -23,7 +23,7 @@ HELD_OUT = "held_out_"  # prefix of the metrics measured on held-out data
 
 
 def batch_work(
-    config: Qwen2VLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
+    config: QwenVLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
 ) -> dict[str, float]:
     """Returns the amount of work in a batch, counted in host memory before the step is dispatched.
 

@@ -92,10 +92,10 @@ def make_optimizer(
     Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101
 
     Example:
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState
+        >>> from liger_jax import QwenVL, QwenVLConfig, TrainState
         >>> from liger_jax.train.optimizer import make_optimizer
         >>> optimizer = make_optimizer(1e-5, merger=2e-5, freeze=["vision"], weight_decay=0.1)
-        >>> int(TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), optimizer).step)
+        >>> int(TrainState.create(QwenVL.init(QwenVLConfig.tiny()), optimizer).step)
         0
     """
     parts = (*PARTS, "lora")

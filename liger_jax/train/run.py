@@ -21,7 +21,7 @@ from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.files import GENERATION_CONFIG, atomic_write, fingerprint, is_empty_folder, read_json_object
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.lora import lora_config
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 from liger_jax.train.metrics import truncate_after, was_evaluated
@@ -51,7 +51,7 @@ class RunOptions:
 
 
 def make_record(
-    options: RunOptions, model: Qwen2VL, processor: Processor, conversations: Sequence[Conversation]
+    options: RunOptions, model: QwenVL, processor: Processor, conversations: Sequence[Conversation]
 ) -> dict[str, Any]:
     """Returns the content of run.json."""
     vocabulary = processor.tokenizer.get_vocab()

@@ -16,7 +16,7 @@ import pallas_kernels as pk
 from liger_jax import runtime
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE, Batch
-from liger_jax.model import Qwen2VL
+from liger_jax.model import QwenVL
 from liger_jax.model.remat import REMAT
 from liger_jax.model.sharding import (
     constrain_batch,
@@ -59,7 +59,7 @@ def check_labels(batch: Batch) -> None:
 
 
 def loss_fn(
-    model: Qwen2VL,
+    model: QwenVL,
     batch: Batch,
     num_items: jax.Array | float | None = None,
     *,
@@ -87,15 +87,15 @@ def loss_fn(
 
     Example:
         >>> import jax, numpy as np
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, loss_fn, prepare
-        >>> model = Qwen2VL.init(Qwen2VLConfig.tiny(), dtype="float32")
+        >>> from liger_jax import QwenVL, QwenVLConfig, loss_fn, prepare
+        >>> model = QwenVL.init(QwenVLConfig.tiny(), dtype="float32")
         >>> ids = np.array([[5, 6, 7]])
         >>> loss, metrics = jax.jit(loss_fn)(model, prepare(model.config, input_ids=ids, labels=ids))
         >>> int(metrics["num_tokens"])
         2
     """
 
-    def run(model: Qwen2VL, batch: Batch, num_items: jax.Array | float | None) -> tuple[jax.Array, Metrics]:
+    def run(model: QwenVL, batch: Batch, num_items: jax.Array | float | None) -> tuple[jax.Array, Metrics]:
         targets = next_token_labels(batch)
         hidden = constrain_batch_and_seq(
             constrain_batch(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
@@ -114,19 +114,19 @@ class TrainState:
     """The state of a training run: a pytree that can be jitted, donated, sharded and saved.
 
     Example:
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_optimizer
-        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), make_optimizer(1e-5))
+        >>> from liger_jax import QwenVL, QwenVLConfig, TrainState, make_optimizer
+        >>> state = TrainState.create(QwenVL.init(QwenVLConfig.tiny()), make_optimizer(1e-5))
         >>> int(state.step)
         0
     """
 
     step: jax.Array  # int32 scalar: number of batches so far
-    model: Qwen2VL
+    model: QwenVL
     opt_state: optax.OptState
     optimizer: optax.GradientTransformation
 
     @classmethod
-    def create(cls, model: Qwen2VL, optimizer: optax.GradientTransformation) -> Self:
+    def create(cls, model: QwenVL, optimizer: optax.GradientTransformation) -> Self:
         """Returns the state before the first step. The optimizer's arrays are sharded like the weights.
 
         Warns about bfloat16 weights with an optimizer that loses small updates.
@@ -141,7 +141,7 @@ class TrainState:
         return cls(step, model, opt_state, optimizer)
 
 
-def _init_state(model: Qwen2VL, *, optimizer: optax.GradientTransformation) -> tuple[jax.Array, optax.OptState]:
+def _init_state(model: QwenVL, *, optimizer: optax.GradientTransformation) -> tuple[jax.Array, optax.OptState]:
     return jnp.zeros((), jnp.int32), optimizer.init(model)
 
 
@@ -170,8 +170,8 @@ def make_train_step(*, remat: Remat = "auto", accumulate: int = 1, unroll: Unrol
 
     Example:
         >>> import numpy as np
-        >>> from liger_jax import Qwen2VL, Qwen2VLConfig, TrainState, make_optimizer, make_train_step, prepare
-        >>> state = TrainState.create(Qwen2VL.init(Qwen2VLConfig.tiny()), make_optimizer(1e-5))
+        >>> from liger_jax import QwenVL, QwenVLConfig, TrainState, make_optimizer, make_train_step, prepare
+        >>> state = TrainState.create(QwenVL.init(QwenVLConfig.tiny()), make_optimizer(1e-5))
         >>> ids = np.array([[5, 6, 7]])
         >>> state, metrics = make_train_step()(state, prepare(state.model.config, input_ids=ids, labels=ids))
         >>> sorted(metrics)
@@ -286,7 +286,7 @@ def train_step(
     return state, metrics | stats
 
 
-def used_gradients(state: TrainState, grads: Qwen2VL) -> list[jax.Array]:
+def used_gradients(state: TrainState, grads: QwenVL) -> list[jax.Array]:
     """Returns the gradients that the optimizer reads. Those of frozen parts need not be computed."""
     update = jax.make_jaxpr(state.optimizer.update)(grads, state.opt_state, state.model).jaxpr
     used = {id(variable) for equation in update.eqns for variable in equation.invars} | set(map(id, update.outvars))
@@ -310,8 +310,8 @@ def _select(finite: jax.Array, new: Any, old: Any) -> Any:
 
 
 def gradients(
-    model: Qwen2VL, batch: Batch, num_items: jax.Array | None, *, execution: LayerExecution
-) -> tuple[Qwen2VL, Metrics]:
+    model: QwenVL, batch: Batch, num_items: jax.Array | None, *, execution: LayerExecution
+) -> tuple[QwenVL, Metrics]:
     """Returns the gradient of `loss_fn` with respect to every weight, as a pytree like the model, and the metrics."""
     loss = functools.partial(loss_fn, remat=execution.remat, unroll=execution.unroll)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, num_items)
@@ -319,8 +319,8 @@ def gradients(
 
 
 def _accumulated_gradients(
-    model: Qwen2VL, batch: Batch, parts: int, *, execution: LayerExecution
-) -> tuple[Qwen2VL, Metrics]:
+    model: QwenVL, batch: Batch, parts: int, *, execution: LayerExecution
+) -> tuple[QwenVL, Metrics]:
     """Returns `gradients` for the whole batch, computed in parts and summed in float32."""
     num_items = jnp.sum(next_token_labels(batch) != IGNORE)
     # part i takes sequences i, i + parts, ...: on a mesh, each device splits the sequences that it holds
