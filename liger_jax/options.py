@@ -28,7 +28,7 @@ class Batching:
     length: int | None = None
     """Tokens per sequence; by default, each batch uses its own bucket."""
     patches: int | None = None
-    """Image patches per sequence; by default, each batch uses its own bucket."""
+    """Image patches per sequence, a multiple of 4, or 64 for Qwen2.5-VL; by default, each batch uses its own bucket."""
     skip_broken: bool = False
     """Skip broken and oversized conversations with a warning instead of stopping."""
     workers: int | None = None

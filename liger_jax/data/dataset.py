@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from liger_jax.config import QwenVLConfig
+from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.data.packing import join_conversations, pack
 from liger_jax.errors import UserError, warn_skipped
-from liger_jax.inputs.batch import LARGEST_ROW, Batch, bucket, power_of_two, prepare
+from liger_jax.inputs.batch import LARGEST_ROW, Batch, bucket, check_patches, patch_bucket, power_of_two, prepare
 from liger_jax.inputs.layout import count_slots
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
@@ -173,7 +173,7 @@ def make_dataset(
         >>> data(0).shape  # doctest: +SKIP
         (8, 2048)
     """
-    check_batching(batching)
+    check_batching(batching, config.vision)
     if not len(conversations):
         raise UserError("conversations is empty; expected at least one")
     length, seed = batching.pack_length or batching.length, batching.seed if shuffle else None
@@ -196,9 +196,7 @@ def make_dataset(
                 f"None of {len(conversations)} conversations can be used: {'; '.join(problems[:3])}; expected at least one"
             )
         if batching.pack_length:
-            schedule, shape = _schedule_packed(
-                sizes[usable], batching, batching.pack_length, config.vision.merge_unit, seed
-            )
+            schedule, shape = _schedule_packed(sizes[usable], batching, batching.pack_length, config.vision, seed)
         else:
             schedule, shape = _schedule_unpacked(sizes[usable], batching, seed)
         sequences = [tuple(int(usable[i]) for i in sequence) for sequence in schedule.sequences]
@@ -206,8 +204,8 @@ def make_dataset(
     return Dataset(processor, config, list(conversations), schedule, shape, batching.skip_broken)
 
 
-def check_batching(batching: Batching) -> None:
-    """Raises UserError for a value out of range or contradictory options."""
+def check_batching(batching: Batching, vision: VisionConfig) -> None:
+    """Raises UserError for a value out of range, for contradictory options, or for patches that do not suit the tower."""
     for name, smallest in SMALLEST.items():
         value = getattr(batching, name)
         if value is None and name not in ("batch_size", "accumulate", "seed"):
@@ -218,6 +216,8 @@ def check_batching(batching: Batching) -> None:
             raise UserError(f"{name} is {value}; expected at least {smallest}")
         if value > (largest := LARGEST_SEED if name == "seed" else LARGEST_ROW):
             raise UserError(f"{name} is {value!s:.60}; expected at most {largest}")
+    if batching.patches:
+        check_patches(vision, batching.patches)
     if batching.pack_length and (batching.length or batching.group_by_length):
         raise UserError(
             f"pack_length is {batching.pack_length}, which fixes the length of all sequences; "
@@ -256,14 +256,14 @@ def measure_conversations(
 
 
 def _schedule_packed(
-    sizes: np.ndarray, batching: Batching, length: int, merge_unit: int, seed: int | None
+    sizes: np.ndarray, batching: Batching, length: int, vision: VisionConfig, seed: int | None
 ) -> tuple[BatchSchedule, BatchShape]:
     """Schedules sequences of several conversations; all batches have one shape."""
     tokens, patches, frames = sizes.T
     max_patches = batching.patches
     if max_patches is None:
         share = PATCH_SLACK * length * patches.sum() / tokens.sum()
-        max_patches = bucket(max(patches.max(), math.ceil(share)), 16 * merge_unit) if patches.any() else 0
+        max_patches = patch_bucket(vision, max(patches.max(), math.ceil(share))) if patches.any() else 0
     sequences = pack(tokens, patches, length=length, max_patches=max_patches, seed=seed or 0)
     capacities = [(tokens, length), (patches, max_patches)]
     used = [f"{counts.sum() / (len(sequences) * capacity):.1%}" for counts, capacity in capacities if capacity]

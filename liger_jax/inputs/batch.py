@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from liger_jax.config import QwenVLConfig
+from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.errors import UserError
 from liger_jax.inputs.layout import Layout, arrange, item_layout
 from liger_jax.inputs.positions import (
@@ -121,6 +121,18 @@ def bucket(count: int, smallest: int) -> int:
     return -(-units // step) * step * smallest
 
 
+def patch_bucket(config: VisionConfig, count: int) -> int:
+    """Returns the bucket of a number of patches per row; it satisfies `check_patches`."""
+    return bucket(count, math.lcm(config.window_patches or 1, 16 * config.merge_unit))
+
+
+def check_patches(config: VisionConfig, patches: int) -> None:
+    """Raises UserError for a number of patches per row that ends within a merged token, or within a block of windows."""
+    block, name = (config.window_patches, "window") if config.window_size else (config.merge_unit, "merged token")
+    if patches % block:
+        raise UserError(f"patches is {patches}; expected a multiple of {block}, the number of patches per {name}")
+
+
 def power_of_two(count: int, *, at_least: int) -> int:
     """Returns a number of segments rounded up to a power of two that is at least `at_least`.
 
@@ -161,7 +173,8 @@ def prepare(
         second_per_grid_ts: [videos], the seconds between the frames of each video's grid (Qwen2.5-VL); None: 1.
         segment_ids: [B, T] for packed rows: 1, 2, ... for the sequences of a row, each contiguous, 0 for padding.
         position_ids: [3, B, T], used instead of the computed ones.
-        mm_token_type_ids: [B, T], from Hugging Face's processor. They are only checked, since the ids imply them.
+        mm_token_type_ids: [B, T], from Hugging Face's processor. They are only checked, since the ids imply them. Videos may
+            be marked as text, as in transformers 4.
         length: tokens per row, for batches that must have the same shape; None: the next bucket.
         patches: patches per row, likewise. For a tower with windows, slots (see `liger_jax.inputs.layout.count_slots`).
 
@@ -226,11 +239,8 @@ def _vision(
     needed = max(row[-1].slots.stop if row else 0 for row in rows)
     if not needed and patches is None:
         return None
-    block = vision.window_patches or unit
-    size = _bucket_size("patches", patches, needed, bucket(needed, math.lcm(block, 16 * unit)))
-    if size % block:
-        reason = "window" if vision.window_patches else "merged token"
-        raise UserError(f"patches is {size}; expected a multiple of {block}, the number of patches per {reason}")
+    size = _bucket_size("patches", patches, needed, patch_bucket(vision, needed))
+    check_patches(vision, size)
 
     def zeros(*shape, dtype=np.int32):
         return np.zeros((len(items), size, *shape), dtype)
@@ -426,6 +436,9 @@ def _pixels(name: str, pixels, grid_name: str, grid: np.ndarray | None, config: 
 def _check_token_types(config: QwenVLConfig, input_ids, segment_ids, types) -> None:
     expected = np.where(input_ids == config.image_token_id, 1, np.where(input_ids == config.video_token_id, 2, 0))
     wrong = (types != expected) & (segment_ids > 0)
+    videos = expected == 2
+    if not types[videos].any():  # transformers 4 marks images only
+        wrong &= ~videos
     if wrong.any():
         b, t = np.argwhere(wrong)[0]
         raise UserError(

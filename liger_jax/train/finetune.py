@@ -12,6 +12,7 @@ import jax
 import optax
 
 from liger_jax.checkpoint import check_space, checkpoint_manager, restore_intact_state
+from liger_jax.config import QwenVLConfig
 from liger_jax.data.dataset import Dataset, check_batching, make_dataset
 from liger_jax.data.loader import load_batches
 from liger_jax.errors import UserError
@@ -91,7 +92,7 @@ def finetune(
     """
     optimization = optimizer if isinstance(optimizer, Optimization) else None
     options = RunOptions(steps, optimization, batching, execution, saving, evaluation)
-    validate(options, conversations=len(conversations), held_out=len(held_out))
+    validate(options, model.config, conversations=len(conversations), held_out=len(held_out))
     if optimization:
         optimizer = build_optimizer(optimization, steps, seed=batching.seed)
     unroll = choose_unroll(execution, steps, batching)
@@ -146,9 +147,9 @@ def choose_unroll(execution: LayerExecution, steps: int, batching: Batching) -> 
     return execution.unroll
 
 
-def validate(options: RunOptions, *, conversations: int, held_out: int) -> None:
+def validate(options: RunOptions, config: QwenVLConfig, *, conversations: int, held_out: int) -> None:
     """Raises UserError if an option is out of range, before anything is read or written."""
-    check_batching(options.batching)
+    check_batching(options.batching, config.vision)
     saving, evaluation = options.saving, options.evaluation
     for name, value in {
         "steps": options.steps,

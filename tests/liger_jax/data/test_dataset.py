@@ -263,7 +263,7 @@ def test_problems_found_before_training(processor, config, data, tmp_path):
 def test_no_usable_conversation(processor, config, data):
     message = "None of 1 conversations can be used: conversation 0: it has .* patches"
     with pytest.raises(UserError, match=message), pytest.warns(UserWarning, match="left out 1"):
-        make_dataset(processor, config, data[:1], Batching(batch_size=4, patches=3, length=64, skip_broken=True))
+        make_dataset(processor, config, data[:1], Batching(batch_size=4, patches=4, length=64, skip_broken=True))
 
 
 def test_conversation_longer_than_the_model_allows(processor, config, data):
@@ -289,6 +289,10 @@ def test_invalid_options(processor, config, data):
             make_dataset(processor, config, data, Batching(**{name: value}))
     with pytest.raises(UserError, match="conversations is empty; expected at least one"):
         make_dataset(processor, config, [], Batching())
+    windows = QwenVLConfig.tiny(family="qwen2_5_vl")
+    for model, patches, message in ((config, 62, "4, .* per merged token"), (windows, 96, "64, .* per window")):
+        with pytest.raises(UserError, match=f"patches is {patches}; expected a multiple of {message}"):
+            make_dataset(processor, model, data, Batching(batch_size=4, patches=patches))
     for other in ({"group_by_length": True}, {"length": 64}):
         with pytest.raises(UserError, match="pack_length is 64, which fixes the length of all sequences"):
             make_dataset(processor, config, data, Batching(pack_length=64, **other))

@@ -212,6 +212,15 @@ def test_token_types_are_checked():
         prepare(CONFIG, **arrays, mm_token_type_ids=2 * types)
 
 
+def test_token_types_may_mark_videos_as_text():
+    """As in transformers 4. A video is not half text, or an image, and text is not a video."""
+    for types in ([0, 2, 2, 0], [0, 0, 0, 0]):
+        prepare(CONFIG, **one_video(), mm_token_type_ids=[types])
+    for types, place in (([0, 2, 0, 0], 2), ([0, 1, 1, 0], 1), ([2, 0, 0, 0], 0), ([0, 0, 0, 1], 3)):
+        with pytest.raises(UserError, match=rf"mm_token_type_ids\[0, {place}\] is {types[place]}; expected"):
+            prepare(CONFIG, **one_video(), mm_token_type_ids=[types])
+
+
 # ---- invalid batches
 
 TEXT = {"input_ids": np.array([[5, 6, 7]])}

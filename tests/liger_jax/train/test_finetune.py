@@ -495,6 +495,7 @@ REJECTED = {
     "remat": ({"remat": "some"}, "remat is 'some'; expected one of"),
     "learning rate": ({"optimizer": Optimization(learning_rate=-1.0)}, "learning_rate is -1.0; expected 0 or more"),
     "accumulate": ({"accumulate": 0}, "accumulate is 0; expected at least 1"),
+    "patches": ({"patches": 62}, "patches is 62; expected a multiple of 4"),
     "seed": ({"seed": -1}, "seed is -1; expected at least 0"),
     "workers": ({"workers": -1}, "workers is -1; expected at least 0"),
     "question without text": (
