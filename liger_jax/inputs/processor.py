@@ -34,6 +34,11 @@ VIDEO_PROMPTS = {
     "4.57": re.compile(f"({re.escape(VISION_START + VIDEO_PAD + VISION_END)}|{re.escape(VIDEO_PAD)})"),
     "hf5": re.compile(re.escape(VIDEO_PAD)),
 }
+TIMED_FRAME = f"<{{:.1f}} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}"
+# A video in a prompt with timestamps, in both forms.
+TIMED_VIDEO = re.compile(
+    "({0})?(<[0-9.]+ seconds>{0}{1}{2})+({2})?".format(*map(re.escape, (VISION_START, VIDEO_PAD, VISION_END)))
+)
 # Tokenizers that are loaded by class name. AutoTokenizer imports all models, and PyTorch if installed: that takes seconds.
 TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
@@ -333,8 +338,7 @@ class Processor:
             ) from error
         check_text(text)
         if self._member.video_time == "text":
-            frame = VISION_START + VIDEO_PAD + VISION_END
-            videos = iter("".join(f"<{time:.1f} seconds>{frame}" for time in video.timestamps) for video in times)
+            videos = iter("".join(map(TIMED_FRAME.format, video.timestamps)) for video in times)
             text = VIDEO_PROMPTS[video_prompt].sub(lambda match: next(videos, match[0]), text)
         return text
 
@@ -367,17 +371,34 @@ class Processor:
                 rows, offset_mapping, conversations, texts, renderers, strict=True
             ):
                 spans = self._answer_spans(conversation, text, render)
-                row["labels"] = self._labels(row["input_ids"], np.array(offsets, np.int64).reshape(-1, 2), spans)
+                videos = [match.span() for match in TIMED_VIDEO.finditer(text)]
+                offsets = np.array(offsets, np.int64).reshape(-1, 2)
+                row["labels"] = self._labels(row["input_ids"], offsets, spans, videos)
         self._check_placeholders(rows, media)
         return rows
 
-    def _labels(self, input_ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
-        """Returns the tokens in these spans of the text and the special token after each span; -100 elsewhere."""
+    def _labels(
+        self,
+        input_ids: np.ndarray,
+        offsets: np.ndarray,
+        answers: list[tuple[int, int]],
+        timed_videos: list[tuple[int, int]],
+    ) -> np.ndarray:
+        """Returns the tokens in these answers and the special token after each; -100 elsewhere.
+
+        Args:
+            input_ids: [T].
+            offsets: [T, 2], the (begin, end) of each token in the text.
+            answers: the (begin, end) of each answer.
+            timed_videos: likewise of videos with timestamps. They are not trained; of others, only the placeholders are not.
+        """
         starts, ends = offsets.T
         special = np.isin(input_ids, self.tokenizer.all_special_ids)
         trained = np.zeros(len(input_ids), bool)
-        for begin, end in spans:
+        for begin, end in answers:
             trained |= (starts >= begin) & (ends <= end) | special & (starts == end)
+        for begin, end in timed_videos:
+            trained &= (ends <= begin) | (starts >= end)
         trained &= ~np.isin(input_ids, list(self.token_ids.values()))
         return np.where(trained, input_ids, IGNORE)
 

@@ -150,6 +150,29 @@ def test_labels_of_a_conversation_with_a_video(processors):
         assert text == "Two <0.2 seconds> frames.<|im_end|>"
 
 
+@pytest.mark.parametrize(("form", "before"), [("4.57", "See:"), ("hf5", "See: ")])
+def test_labels_exclude_a_video_in_an_answer(processors, form, before):
+    """Also its times, and a space that is one token with a time; but not a time that the answer itself mentions."""
+    video = "<|vision_start|><|video_pad|><|vision_end|>"
+    after = "Two <0.2 seconds> frames."
+    for answer, expected in ((f"See: {video}{after}", before + after), (f"See: {video}", before)):
+        messages = [
+            user("?"),
+            {"role": "assistant", "content": answer},
+            user("!"),
+            {"role": "assistant", "content": "b"},
+        ]
+        outputs = processors["qwen3_vl"](messages, videos=[[FRAME] * 5], labels=True, video_prompt=form)
+        text = processors["qwen3_vl"].decode(outputs["labels"][0], skip_special_tokens=False)
+        assert text == f"{expected}<|im_end|>b<|im_end|>"
+
+
+def test_default_template_of_qwen3_vl_refuses_a_video_in_an_answer(processors):
+    messages = [user("?"), {"role": "assistant", "content": [{"type": "video", "video": [FRAME] * 5}]}]
+    with pytest.raises(UserError, match=r"chat template refuses .*in a message of the assistant"):
+        processors["qwen3_vl"](messages, labels=True)
+
+
 def test_a_written_placeholder_becomes_a_video(processors):
     """With or without the tokens around it; media are taken in the order of the text."""
     frames, image = [FRAME] * 4, np.zeros((320, 256, 3), np.uint8)
