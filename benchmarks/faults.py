@@ -32,7 +32,9 @@ STEPS, SAVE_EVERY = 100, 5
 KILLS = 5  # in a run
 CONVERSATIONS = 64
 TIMEOUT = 300  # seconds after which a process counts as hanging
-PROGRESS = re.compile(r"(measuring: )?\d+% \d+/\d+ \[.*\]")
+PROGRESS = re.compile(
+    r"(measuring: )?\d+% \d+/\d+ \[.*\]|compiled the training step for .* tokens in .*|unrolling all layers: .*"
+)
 MEASURED = ("per_second", "utilisation", "peak_memory_gib")  # metrics that differ between equal runs
 CHECKPOINT_FILES = ("default/_METADATA", "default/manifest.ocdbt", "default/ocdbt.process_0/d/*")
 
@@ -125,7 +127,7 @@ class Lab:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
     def finish(self, process: subprocess.Popen, *, succeeds: bool = True) -> list[str]:
-        """Waits for a process. Returns the lines that it printed on stderr, without progress bars."""
+        """Waits for a process. Returns the lines that it printed on stderr, without those about its progress."""
         try:
             _, errors = process.communicate(timeout=TIMEOUT)
         finally:

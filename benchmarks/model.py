@@ -79,7 +79,8 @@ class ModelCase:
                 if model is None and checkpoint:
                     model, conversion = load(checkpoint, mesh)
                     if batch_size == batch_sizes[0]:
-                        record_result(file, {**common, "what": "convert", **conversion})
+                        without_attention = {name: value for name, value in common.items() if name != "attention"}
+                        record_result(file, {**without_attention, "what": "convert", **conversion})
                 elif model is None:
                     model = QwenVL.init(load_preset(self.size), mesh=mesh)
                 case = {**common, "what": self.benchmark, **self.labels, "rows": batch_size}

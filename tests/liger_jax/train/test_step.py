@@ -138,8 +138,8 @@ def test_compilations_are_reported():
     (line,) = lines
     rows, length = batch().shape
     assert re.fullmatch(
-        rf"compiled the training step for {rows} x {length} tokens in \d+ s: remat dots \(the fastest that fits in memory\), "
-        "unrolled towers: vision",
+        rf"compiled the training step for {rows} x {length} tokens in \d+ s: "
+        r"remat dots \(the fastest that fits in memory\), unrolled towers: vision",
         line,
     )
 
