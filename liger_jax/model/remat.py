@@ -127,7 +127,8 @@ def _scan(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int],
     """Runs `scan_layers` as a loop, whose body is one period of the steps.
 
     The outputs to return are carried in an array with one entry per tap, and a last one that all other layers overwrite, so
-    that each layer runs the same program.
+    that each layer runs the same program. For the same reason, every layer adds an extra or zeros and, in the backward pass,
+    adds to the gradient of all extras: an estimated 0.2 to 0.4 % of a training step of Qwen3-VL.
     """
     count = len(steps)
     period = next(p for p in range(1, count + 1) if count % p == 0 and steps == steps[:p] * (count // p))
