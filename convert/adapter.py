@@ -254,11 +254,13 @@ def _target_modules(model: QwenVL, paths: Collection[str]) -> list[str] | str:
     """
     rows = adapted_rows(model.config.family)
     modules = {path: rows[path].hub.removesuffix(".weight").split(".") for path in find_targets(model).values()}
-    others = [module for path, module in modules.items() if path not in paths] + [["visual", "patch_embed", "proj"]]
+    other_modules = [module for path, module in modules.items() if path not in paths] + [
+        ["visual", "patch_embed", "proj"]
+    ]
 
     def shortest_end(module: list[str]) -> list[str]:
         lengths = range(1 if module[-1].isidentifier() else 2, len(module))
-        return next((module[-n:] for n in lengths if all(other[-n:] != module[-n:] for other in others)), module)
+        return next((module[-n:] for n in lengths if all(other[-n:] != module[-n:] for other in other_modules)), module)
 
     ends = [shortest_end(modules[path]) for path in paths]
     if not any("{i}" in end for end in ends):

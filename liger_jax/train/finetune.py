@@ -27,7 +27,7 @@ from liger_jax.train.loop import Checkpoints, catch_signals, fit
 from liger_jax.train.metrics import HELD_OUT, RunLog
 from liger_jax.train.optimizer import build_optimizer
 from liger_jax.train.run import Run, RunOptions, make_record, open_run
-from liger_jax.train.step import TrainState, make_train_step
+from liger_jax.train.step import TrainState, TrainStep, make_train_step
 
 # Unrolling all layers saves the 2B 4 ms a step, and takes 10 s longer to compile (H200).
 LONG_RUN = 5000  # steps
@@ -95,8 +95,9 @@ def finetune(
     validate(options, model.config, conversations=len(conversations), held_out=len(held_out))
     if optimization:
         optimizer = build_optimizer(optimization, steps, seed=batching.seed)
-    unroll = choose_unroll(execution, steps, batching)
-    train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=unroll)
+    train_step = make_train_step(
+        remat=execution.remat, accumulate=batching.accumulate, unroll=choose_unroll(execution, steps, batching)
+    )
 
     with lock_folder(Path(output)):
         run = open_run(Path(output), make_record(options, model, processor, conversations))
@@ -121,9 +122,7 @@ def finetune(
             checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
             RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
         ):
-            train_step.report = log.note
-            if unroll != execution.unroll:
-                log.note(f"unrolling all layers: faster from {LONG_RUN} steps on, if all batches have one shape")
+            report_compilations(train_step, execution, log)
             if evaluator and evaluate_first:
                 log.write(run.start, evaluator(state.model, run.start))
             return fit(
@@ -145,6 +144,13 @@ def choose_unroll(execution: LayerExecution, steps: int, batching: Batching) -> 
     if execution.unroll == "auto" and compiles_once and steps >= LONG_RUN:
         return "all"
     return execution.unroll
+
+
+def report_compilations(train_step: TrainStep, requested: LayerExecution, log: RunLog) -> None:
+    """Prints what the step compiles, and whether `choose_unroll` changed the requested execution."""
+    train_step.report = log.note
+    if train_step.execution.unroll != requested.unroll:
+        log.note(f"unrolling all layers: faster from {LONG_RUN} steps on, if all batches have one shape")
 
 
 def validate(options: RunOptions, config: QwenVLConfig, *, conversations: int, held_out: int) -> None:
