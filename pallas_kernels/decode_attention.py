@@ -5,7 +5,8 @@ kernel combines the results of the splits. The operation has no gradient.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -253,18 +254,9 @@ def _attend_split(
 
     scale = _pallas.LOG2_E * dim**-0.5  # so that scores are exponents of 2
     exp2 = functools.partial(_pallas.exp2, interpret=interpret)
-    # In split 0, the softmax starts with the new token, for which p = 1; in the other splits, it starts empty.
-    new_score = scale * sum(
-        jnp.sum(q_half.astype(acc_dtype) * k_half.astype(acc_dtype)[None, :], axis=1)
-        for q_half, k_half in zip(q, new_k, strict=True)
-    )
-    first_p = (split == 0).astype(acc_dtype)
-    largest = jnp.where(split == 0, new_score, MASKED_SCORE)
-    total = jnp.zeros(height, acc_dtype) + first_p
-    sums = [jnp.zeros((height, half), acc_dtype) + (first_p * v.astype(acc_dtype))[None, :] for v in new_v]
+    state = _start_softmax(q, new_k, new_v, split, scale)
 
     def step(block, state):
-        largest, total, *sums = state
         start = block * blocks.rows
         slots, in_filled = _pallas.span(start, blocks.rows), start + jnp.arange(blocks.rows) < filled
         mask = _row_mask(in_filled, in_half, half)
@@ -275,21 +267,41 @@ def _attend_split(
         )
         scores = scale * sum(_pallas.dot(a, b, transposed=True) for a, b in zip(q, k, strict=True))
         scores = jnp.where(visible[None, :], scores, -jnp.inf)
-        new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-        p = exp2(scores - new_largest[:, None])
-        rescale = exp2(largest - new_largest)
-        total = total * rescale + jnp.sum(p, axis=1)
-        sums = [s * rescale[:, None] + _pallas.dot(p.astype(dtype), v_half) for s, v_half in zip(sums, v, strict=True)]
-        return new_largest, total, *sums
+        return _add_to_softmax(state, scores, v, dtype, exp2)
 
     num_blocks = (filled + blocks.rows - 1) // blocks.rows
     blocks_per_split = (num_blocks + splits - 1) // splits
     stop = jnp.minimum((split + 1) * blocks_per_split, num_blocks)
-    largest, total, *sums = jax.lax.fori_loop(split * blocks_per_split, stop, step, (largest, total, *sums))
+    largest, total, *sums = jax.lax.fori_loop(split * blocks_per_split, stop, step, state)
     _pallas.store(largest_ref, (row, split, group_heads), largest, in_group)
     _pallas.store(total_ref, (row, split, group_heads), total, in_group)
     for columns, half_sums in zip(halves, sums, strict=True):
         _pallas.store(sums_ref, (row, split, group_heads, columns), half_sums, in_queries)
+
+
+def _start_softmax(q, k, v, split: jax.Array, scale: float) -> tuple[jax.Array, ...]:
+    """Returns (largest, total, *sums) of the new token, for which p = 1, in split 0, and of nothing in other splits."""
+    dtype = _validate.accumulation_dtype(q[0].dtype)
+    height, half = q[0].shape
+    new_score = scale * sum(
+        jnp.sum(q_half.astype(dtype) * k_half.astype(dtype)[None, :], axis=1)
+        for q_half, k_half in zip(q, k, strict=True)
+    )
+    first_p = (split == 0).astype(dtype)
+    largest = jnp.where(split == 0, new_score, MASKED_SCORE)
+    total = jnp.zeros(height, dtype) + first_p
+    return largest, total, *(jnp.zeros((height, half), dtype) + (first_p * x.astype(dtype))[None, :] for x in v)
+
+
+def _add_to_softmax(state, scores: jax.Array, v, dtype: Any, exp2: Callable) -> tuple[jax.Array, ...]:
+    """Returns (largest, total, *sums) after a block of scores [heads, slots] and values [slots, half]."""
+    largest, total, *sums = state
+    new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
+    p = exp2(scores - new_largest[:, None])
+    rescale = exp2(largest - new_largest)
+    total = total * rescale + jnp.sum(p, axis=1)
+    sums = [s * rescale[:, None] + _pallas.dot(p.astype(dtype), v_half) for s, v_half in zip(sums, v, strict=True)]
+    return new_largest, total, *sums
 
 
 def _combine_splits(sums_ref, largest_ref, total_ref, out_ref, *, dim: int, interpret: bool):
