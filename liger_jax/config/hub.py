@@ -23,10 +23,10 @@ def read_config(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[s
     """
     family = hub.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        *others, last = map(repr, FAMILIES)
+        *names, last = map(repr, FAMILIES)
         unsupported = UNSUPPORTED.get(family) if isinstance(family, str) else None
         hint = f" ({unsupported} is not supported)" if unsupported else ""
-        raise UserError(f"model_type is {family!r:.60}; expected {', '.join(others)} or {last}{hint}")
+        raise UserError(f"model_type is {family!r:.60}; expected {', '.join(names)} or {last}{hint}")
     member = FAMILIES[family]
     # nested since transformers 4.52, at the top level before
     text = _read_object("text_config", hub.get("text_config"), hub)

@@ -291,7 +291,7 @@ def _place_items(config: QwenVLConfig, row: list[VisionItem]) -> list[_PlacedIte
 
 
 def _patch_arrays(config: QwenVLConfig, item: VisionItem) -> dict[str, np.ndarray]:
-    """Returns what `Vision` has for each patch of an item, except its pixels, in the processor's order."""
+    """Returns the arrays of `Vision` that have a value per patch, except the pixels, in the processor's order."""
     vision, grid = config.vision, np.array([item.grid])
     arrays = {
         "position_ids": vision_position_ids(grid, vision.spatial_merge_size),

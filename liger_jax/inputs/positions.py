@@ -6,6 +6,7 @@ whose frames are separate in the prompt (Qwen3-VL). A frame here is a row of the
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -140,7 +141,7 @@ class _Grids:
             self.taken, self.frame = self.taken + 1, 0
         return index, (frames, h, w), first_patch
 
-    def check_run(self, row: int, length: int, count: int, token: int):
+    def check_run(self, row: int, length: int, count: int, token: int) -> None:
         """Raises UserError unless the item last taken has `count` adjacent placeholders, given the length of their run."""
         index = self.taken - (self.frame == 0)
         name, (t, h, w) = f"{self.kind} {index}", self.grids[index]
@@ -155,7 +156,8 @@ class _Grids:
                 f"one for each frame of its grid {(t, h, w)}"
             )
 
-    def check_all_taken(self):
+    def check_all_taken(self) -> None:
+        """Raises UserError if a grid, or a frame of the last video taken, has no placeholders."""
         if self.frame:
             self._raise_missing_frames()
         if self.taken < len(self.grids):
@@ -164,7 +166,7 @@ class _Grids:
                 "input_ids has placeholders for"
             )
 
-    def _raise_missing_frames(self):
+    def _raise_missing_frames(self) -> NoReturn:
         raise UserError(
             f"row {self.place[0]}: {self.kind} {self.taken} has {self.frame} runs of placeholders in one sequence; expected "
             f"{self.grids[self.taken][0]}, one for each frame of its grid {self.grids[self.taken]}"

@@ -201,7 +201,7 @@ class Processor:
         `{"type": "image"}`, takes the next of `images` (or `videos`), and so does a placeholder `<|image_pad|>` in the
         text. A part may set its own `min_pixels` and `max_pixels`, and, for a video, the rate of its frames, `sample_fps`.
 
-        Qwen2.5-VL and Qwen3-VL are told the time of a video's frames: as positions and as text in the prompt.
+        The times of a video's frames enter Qwen2.5-VL as positions, and Qwen3-VL as text in the prompt.
 
         Args:
             messages: a conversation (list of messages) or a list of conversations.
@@ -314,7 +314,7 @@ class Processor:
     def _read(
         self, conversation: Conversation, fps: float | Sequence[float] = DEFAULT_FPS
     ) -> tuple[list[Message], list[MediaItem]]:
-        """Returns a conversation with all its media, without them, and the media."""
+        """Separates a conversation that has all its media: returns the messages without them, and the media in order."""
         reader = MediaReader(None, None, {kind.name: getattr(self, kind.name) for kind in KINDS}, fps)
         cleaned, items = reader.read(as_conversations(conversation)[0])
         reader.check_all_used()

@@ -95,9 +95,8 @@ def finetune(
     validate(options, model.config, conversations=len(conversations), held_out=len(held_out))
     if optimization:
         optimizer = build_optimizer(optimization, steps, seed=batching.seed)
-    train_step = make_train_step(
-        remat=execution.remat, accumulate=batching.accumulate, unroll=choose_unroll(execution, steps, batching)
-    )
+    unroll = choose_unroll(execution, steps, batching)
+    train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=unroll)
 
     with lock_folder(Path(output)):
         run = open_run(Path(output), make_record(options, model, processor, conversations))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -137,6 +138,17 @@ def test_bad_options_are_refused(processors, options, message):
 
 
 # ---- prompts and labels
+
+
+def test_timestamps_need_the_tokens_around_a_video():
+    """A tokenizer of Qwen2-VL may lack them; Qwen3-VL's prompts have them around every frame."""
+    vocabulary = {"<|image_pad|>": 0, "<|video_pad|>": 1}
+    tokenizer = types.SimpleNamespace(get_vocab=lambda: vocabulary, pad_token_id=0, chat_template="")
+    Processor(tokenizer)
+    with pytest.raises(
+        UserError, match=r"tokenizer has no <\|vision_start\|> and no <\|vision_end\|>; expected Qwen-VL's"
+    ):
+        Processor(tokenizer, family="qwen3_vl")
 
 
 def test_labels_of_a_conversation_with_a_video(processors):
