@@ -108,9 +108,10 @@ def _choose_backend(
     unsupported: dict[str, str | None],
     preferred: dict[str, bool],
 ) -> str:
-    """Returns the backend for a call. `unsupported` has the reason why a backend does not support the call, or None.
+    """Returns the backend for a call.
 
-    For implementation=None, this is the choice on NVIDIA GPUs; other platforms always use XLA.
+    `unsupported` has the reason why a backend does not support the call, or None; `preferred` says whether
+    implementation=None may pick it. For None, this is the choice on NVIDIA GPUs; other platforms always use XLA.
     """
     requested = None if implementation is None else BACKENDS[implementation]
     if requested and (reason := unsupported[requested]):
