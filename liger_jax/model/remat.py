@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from liger_jax.errors import UserError
-from liger_jax.model.sharding import constrain_batch
+from liger_jax.model.sharding import constrain_batch, on_mesh
 from liger_jax.options import LayerExecution
 
 
@@ -166,22 +166,22 @@ def _scan(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int],
 # ---- blocks of tokens ------------------------------------------------------------------------------------------------
 
 MIN_BLOCK = 8192  # tokens of a block, in all rows: fewer make matmuls slower
-MAX_BLOCKS = 4
+BLOCKS = 4, 2  # into which a row is divided, if it has enough tokens
 
 
 def apply_to_tokens(
     function: Callable[[Any, jax.Array], jax.Array], weights: Any, x: jax.Array, execution: LayerExecution
-):
+) -> jax.Array:
     """Returns function(weights, x) for a function that treats every token of x [B, T, ...] alike, such as an MLP.
 
     With remat "full", which is for the least memory, the function runs on a block of tokens at a time, in the backward pass
-    too. The gradient of the weights is summed over the blocks in float32.
+    too. The gradient of the weights is summed over the blocks in float32. Not on a mesh, where every block would gather the
+    weights again.
     """
     batch, tokens = x.shape[:2]
-    blocks = min(MAX_BLOCKS, batch * tokens // MIN_BLOCK)
-    if execution.remat != "full" or blocks < 2 or tokens % blocks:
-        return function(weights, x)
-    return _in_blocks(function, blocks, weights, x)
+    possible = (n for n in BLOCKS if tokens % n == 0 and batch * tokens >= n * MIN_BLOCK)
+    blocks = next(possible, None) if execution.remat == "full" and not on_mesh() else None
+    return _in_blocks(function, blocks, weights, x) if blocks else function(weights, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -244,6 +244,11 @@ def replicate(weight: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(weight, P()) if AxisType.Auto in mesh.axis_types else weight
 
 
+def on_mesh() -> bool:
+    """Returns whether there is a current mesh, over which weights may be sharded."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
 def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of `names` that are Auto axes of the current mesh, over which the partitioner may split arrays."""
     mesh = jax.sharding.get_abstract_mesh()
