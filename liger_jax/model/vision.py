@@ -159,7 +159,8 @@ class VisionTower(nnx.Module):
         x, blocks, tapped = scan_layers(
             layer, x, self.blocks, execution, tower="vision", kinds=kinds, taps=config.deepstack_layers
         )
-        features, mergers = self.merger(x), () if self.deepstack is None else unstack(self.deepstack)
+        features = self.merger(x)
+        mergers = () if self.deepstack is None else unstack(self.deepstack)
         deepstack = [merger(x) for merger, x in zip(mergers, tapped, strict=True)]
         if capture is not None:
             capture |= {"patch_embed": patches, "vision_blocks": blocks, "features": features}
