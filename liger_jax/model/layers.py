@@ -98,6 +98,18 @@ class Linear(nnx.Module):
         return tuple(outputs)
 
 
+class SwiGLU(nnx.Module):
+    """MLP down(silu(gate(x)) * up(x)): x [..., width] to [..., width]."""
+
+    def __init__(self, init: Initializer, width: int, hidden: int, *, stack=(), bias: bool):
+        self.gate_proj = Linear(init, (width,), (hidden,), stack=stack, bias=bias)
+        self.up_proj = Linear(init, (width,), (hidden,), stack=stack, bias=bias)
+        self.down_proj = Linear(init, (hidden,), (width,), stack=stack, bias=bias)
+
+    def __call__(self, x):
+        return self.down_proj(pk.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
 class RMSNorm(nnx.Module):
     """RMSNorm over the last axis; weight [*stack, features]."""
 

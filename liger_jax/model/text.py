@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as pk
 from liger_jax.config import TextConfig
-from liger_jax.model.layers import Embedding, Initializer, Linear, RMSNorm, inverse_frequencies
+from liger_jax.model.layers import Embedding, Initializer, Linear, RMSNorm, SwiGLU, inverse_frequencies
 from liger_jax.model.remat import apply_to_tokens, scan_layers
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
@@ -66,19 +66,6 @@ class SelfAttention(nnx.Module):
         return self.o_proj(out), aux
 
 
-class MLP(nnx.Module):
-    """SwiGLU MLP: x [B, T, H] to [B, T, H]."""
-
-    def __init__(self, init: Initializer, config: TextConfig, stack):
-        width, hidden = (config.hidden_size,), (config.intermediate_size,)
-        self.gate_proj = Linear(init, width, hidden, stack=stack, bias=False)
-        self.up_proj = Linear(init, width, hidden, stack=stack, bias=False)
-        self.down_proj = Linear(init, hidden, width, stack=stack, bias=False)
-
-    def __call__(self, x):
-        return self.down_proj(pk.swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
 class DecoderLayer(nnx.Module):
     """A pre-norm transformer layer: x [B, T, H] to [B, T, H]."""
 
@@ -87,14 +74,14 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
         self.self_attn = SelfAttention(init, config, stack)
         self.post_attention_layernorm = RMSNorm(init, config.hidden_size, stack=stack, eps=config.rms_norm_eps)
-        self.mlp = MLP(init, config, stack)
+        self.mlp = SwiGLU(init, config.hidden_size, config.intermediate_size, stack=stack, bias=False)
 
     def __call__(self, x, cos, sin, attend: Attend, execution: LayerExecution = DEFAULT_EXECUTION):
         attended, aux = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = pk.add_rms_norm(
             attended, x, self.post_attention_layernorm.weight[...], eps=self.post_attention_layernorm.eps
         )
-        return x + apply_to_tokens(MLP.__call__, self.mlp, normed, execution), aux
+        return x + apply_to_tokens(SwiGLU.__call__, self.mlp, normed, execution), aux
 
 
 class LanguageModel(nnx.Module):

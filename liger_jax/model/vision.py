@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels as pk
 from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
-from liger_jax.model.layers import Embedding, Initializer, LayerNorm, Linear, RMSNorm, inverse_frequencies
+from liger_jax.model.layers import Embedding, Initializer, LayerNorm, Linear, RMSNorm, SwiGLU, inverse_frequencies
 from liger_jax.model.remat import apply_to_tokens, scan_layers, unstack
 from liger_jax.model.sharding import constrain_batch, replicate
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
@@ -51,19 +51,6 @@ class VisionMLP(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-class VisionSwiGLU(nnx.Module):
-    """SwiGLU MLP with biases: x [B, P, E] to [B, P, E]."""
-
-    def __init__(self, init: Initializer, config: VisionConfig, stack):
-        width, hidden = (config.embed_dim,), (config.intermediate_size,)
-        self.gate_proj = Linear(init, width, hidden, stack=stack, bias=True)
-        self.up_proj = Linear(init, width, hidden, stack=stack, bias=True)
-        self.down_proj = Linear(init, hidden, width, stack=stack, bias=True)
-
-    def __call__(self, x):
-        return self.down_proj(pk.swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
 class VisionBlock(nnx.Module):
     """A pre-norm transformer layer: x [B, P, E] to [B, P, E]."""
 
@@ -72,7 +59,7 @@ class VisionBlock(nnx.Module):
         self.norm1 = make_norm(init, config, stack=stack)
         self.attn = VisionAttention(init, config, stack)
         self.norm2 = make_norm(init, config, stack=stack)
-        self.mlp = (VisionSwiGLU if config.mlp == "swiglu" else VisionMLP)(init, config, stack)
+        self.mlp = make_mlp(init, config, stack)
 
     def __call__(self, x, cos, sin, attend: Attend, execution: LayerExecution = DEFAULT_EXECUTION):
         x = checkpoint_name(x + self.attn(self.norm1(x), cos, sin, attend), "residual")
@@ -173,6 +160,13 @@ def make_norm(init: Initializer, config: VisionConfig, *, stack=()) -> LayerNorm
     if config.norm == "rms_norm":
         return RMSNorm(init, config.embed_dim, stack=stack, eps=1e-6)
     return LayerNorm(init, config.embed_dim, stack=stack)
+
+
+def make_mlp(init: Initializer, config: VisionConfig, stack) -> SwiGLU | VisionMLP:
+    """Returns the MLP of a block."""
+    if config.mlp == "swiglu":
+        return SwiGLU(init, config.embed_dim, config.intermediate_size, stack=stack, bias=True)
+    return VisionMLP(init, config, stack)
 
 
 def make_attention(vision: Vision, config: VisionConfig) -> dict[str, Attend]:
