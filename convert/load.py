@@ -125,7 +125,8 @@ def convert_checkpoint(
         write_json(target / GENERATION_CONFIG, settings | {"eos_token_id": list(model.config.eos_token_ids)})
     leaves = jax.tree.leaves(model)
     count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+    amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     return (
-        f"{source} ({source_format}) -> {target} ({to}): {count:,} parameters, {size / 1e9:.2f} GB as "
+        f"{source} ({source_format}) -> {target} ({to}): {count:,} parameters, {amount} as "
         f"{leaves[0].dtype}, in {time.perf_counter() - started:.1f} s"
     )

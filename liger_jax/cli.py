@@ -70,7 +70,7 @@ def demo(
 ) -> None:
     """Train a small Qwen-VL model on images of handwritten digits, then ask it about digits that it has not seen.
 
-    Takes two minutes on two CPU cores. Writes a checkpoint, plots of the loss and of answers, and metrics.jsonl.
+    Takes three to five minutes on two CPU cores. Writes a checkpoint, plots of the loss and of answers, and metrics.jsonl.
 
     Args:
         output: Folder for the results; replaces those of an earlier demo.
@@ -269,7 +269,9 @@ def generate(
         max_pixels: Maximum number of pixels per image; by default the model's limit.
     """
     if (question is None) == (data is None) or (data is None) != (output is None):
-        raise UserError("expected a question, or --data and --output")
+        raise UserError(
+            "expected a question, or --data and --output" + (" (the question goes before --images)" if images else "")
+        )
     unused: dict[str, Any]
     if data is None:
         unused = {"--media": media, "--batch-size": batch_size, "--skip-broken": skip_broken or None}

@@ -91,8 +91,8 @@ def answer_file(
 
     Raises:
         NotFoundError: `data` does not exist.
-        UserError: an argument is out of range, a record is broken, `output` belongs to other data or cannot be written, or
-            the logits of an answer are NaN or infinite (which counts as a broken record).
+        UserError: an argument is out of range, `data` is empty, a record is broken, `output` belongs to other data or cannot
+            be written, or the logits of an answer are NaN or infinite (which counts as a broken record).
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
@@ -103,6 +103,8 @@ def answer_file(
     if output.is_dir():
         raise UserError(f"{output} is a folder; expected a file for the answers")
     records = [Record(number, *record) for number, record in enumerate(read_records(data), start=1)]
+    if not records:
+        raise UserError(f"{data} has 0 records; expected at least 1")
     answered = _read_answered(output, {record.number: record.label for record in records})
     remaining = [record for record in records if record.number not in answered]
     broken = _BrokenRecords(data, skip_broken)

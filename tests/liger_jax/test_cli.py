@@ -307,6 +307,7 @@ def test_compilation_cache(tmp_path):
         (("generate", "m"), "expected a question, or --data and --output"),
         (("generate", "m", "What?", "--data", "x", "--output", "y"), "expected a question, or --data and --output"),
         (("generate", "m", "--data", "x"), "expected a question, or --data and --output"),
+        (("generate", "m", "--images", "dog.jpg", "What?"), "(the question goes before --images)"),
         (("generate", "m", "--data", "x", "--output", "y"), "x does not exist; expected a file of questions"),
         (
             ("generate", "m", "--data", "x", "--output", "y", "--images", "z"),

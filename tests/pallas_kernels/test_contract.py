@@ -32,8 +32,8 @@ def function_and_arguments(name):
 
 
 def test_package_exports_the_contract():
-    """The package exports one name per row of the registry, and the names for segments shared by several calls."""
-    assert sorted(pk.__all__) == sorted([*OPERATIONS, "Segments", "find_segments", "split_rows_over"])
+    """The package exports one name per row of the registry, those for segments shared by calls, and two settings."""
+    assert sorted(pk.__all__) == sorted([*OPERATIONS, "Segments", "cache_kernels", "find_segments", "split_rows_over"])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

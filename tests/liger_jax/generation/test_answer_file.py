@@ -160,4 +160,6 @@ def test_invalid_arguments(finished, tmp_path):
         run(finished[0], tmp_path / "out", options=GenerationOptions(logprobs=1))
     with pytest.raises(NotFoundError):
         run(tmp_path / "missing", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"in\.jsonl has 0 records; expected at least 1"):
+        run(write(tmp_path / "in.jsonl", []), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
