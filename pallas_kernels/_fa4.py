@@ -2,7 +2,8 @@
 
 The package wraps Tri Dao's CuTe kernels, which reach 60 to 65 % of the peak of an H200, in three JAX primitives. `attention`
 needs the forward pass and the backward pass separately, for a gradient rule that all implementations share, and so uses the
-primitives instead of the package's functions. The kernels compile when a program is lowered, in each process.
+primitives instead of the package's functions. The kernels compile when a program is lowered, in each process unless
+`cache_kernels` keeps them.
 
 Rows that hold segments become one long sequence that is cut at their starts ("varlen"). The cuts are data: one kernel serves
 every packing. Other segment ids are compared in the kernel, block by block, without skipping any.
