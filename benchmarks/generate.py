@@ -40,7 +40,7 @@ class Generate:
     """Folder of the result files."""
 
     def run(self) -> Path:
-        shortest = work.IMAGE_TOKENS + 20 + work.NEW_TOKENS
+        shortest = work.IMAGE_TOKENS + work.TEXT_TOKENS + work.NEW_TOKENS
         if self.length is not None and self.length < shortest:
             raise UserError(f"length is {self.length}; expected at least {shortest}, for the image and the new tokens")
         labels = {} if self.length is None else {"prompt_tokens": self.prompt_tokens}

@@ -51,6 +51,8 @@ class ModelCase:
     labels: dict = dataclasses.field(default_factory=dict)
     """Fields that distinguish the case from others of the same benchmark."""
     peers: bool = False
+    length: int | None = None
+    """Tokens of a sequence, for the peers; None for `work.LENGTH`."""
     fsdp: int | None = None
     """Number of GPUs to shard over; None for one GPU without a mesh."""
     checkpoints: Path | None = None
@@ -70,7 +72,7 @@ class ModelCase:
         }
         with peer_checkpoint(self.size, self.peers, self.checkpoints) as checkpoint:
             # The peers run first, while JAX has not yet reserved the GPU's memory.
-            losses = _run_peers(self.benchmark, checkpoint, self.batch_sizes, file) if checkpoint else {}
+            losses = self._run_peers(checkpoint, file) if checkpoint else {}
             batch_sizes = sorted({*self.batch_sizes, *losses})
             common["device"] = device_kind()
             mesh = jax.make_mesh((self.fsdp,), ("fsdp",)) if self.fsdp else None
@@ -94,6 +96,29 @@ class ModelCase:
                 if self.consumes_model:
                     model = None
         return file
+
+    def _run_peers(self, checkpoint: Path, file: Path) -> dict[int, list[float]]:
+        """Measures transformers at each batch size, or at half of it, and so on, where it runs out of memory.
+
+        Returns the losses by batch size, for every batch size that was tried.
+        """
+        losses: dict[int, list[float]] = {}
+        remaining = list(self.batch_sizes)
+        length = [] if self.length is None else ["--length", str(self.length)]
+        while remaining:
+            batch_size = remaining.pop(0)
+            results = [
+                result
+                for options in PEER_OPTIONS[self.benchmark]
+                for result in _run_peer(self.benchmark, checkpoint, batch_size, [*options, *length])
+            ]
+            for result in results:
+                record_result(file, result)
+            losses[batch_size] = next((result["losses"] for result in results if "losses" in result), [])
+            half = batch_size // 2
+            if half and results and all("error" in result for result in results) and half not in (*losses, *remaining):
+                remaining.append(half)
+        return losses
 
 
 def preset_name(size: str) -> str:
@@ -203,29 +228,6 @@ def peer_checkpoint(size: str, peers: bool, kept: Path | None = None) -> Iterato
             subprocess.run(command, check=True, env=os.environ | TORCH_ALONE)
             unfinished.rename(checkpoint)
         yield checkpoint
-
-
-def _run_peers(benchmark: str, checkpoint: Path, batch_sizes: Sequence[int], file: Path) -> dict[int, list[float]]:
-    """Measures transformers at each batch size, or at half of it, and so on, where it runs out of memory.
-
-    Returns the losses by batch size, for every batch size that was tried.
-    """
-    losses: dict[int, list[float]] = {}
-    remaining = list(batch_sizes)
-    while remaining:
-        batch_size = remaining.pop(0)
-        results = [
-            result
-            for options in PEER_OPTIONS[benchmark]
-            for result in _run_peer(benchmark, checkpoint, batch_size, options)
-        ]
-        for result in results:
-            record_result(file, result)
-        losses[batch_size] = next((result["losses"] for result in results if "losses" in result), [])
-        half = batch_size // 2
-        if half and results and all("error" in result for result in results) and half not in (*losses, *remaining):
-            remaining.append(half)
-    return losses
 
 
 def _run_peer(benchmark: str, checkpoint: Path, batch_size: int, options: Sequence[str]) -> list[dict]:

@@ -61,8 +61,9 @@ def use_liger(family: str) -> None:
     getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{family}")()
 
 
-def make_inputs(config: QwenVLConfig, batch_size: int) -> dict:
-    arrays = {name: torch.from_numpy(value).to(device()) for name, value in work.sequences(config, batch_size).items()}
+def make_inputs(config: QwenVLConfig, batch_size: int, length: int | None = None) -> dict:
+    sequences = work.sequences(config, batch_size, length or work.LENGTH)
+    arrays = {name: torch.from_numpy(value).to(device()) for name, value in sequences.items()}
     arrays["pixel_values"] = arrays["pixel_values"].bfloat16()
     arrays["mm_token_type_ids"] = (arrays["input_ids"] == config.image_token_id).int()
     return arrays
@@ -127,6 +128,7 @@ def main() -> None:
         command.add_argument("batch_sizes", type=int, nargs="+")
         command.add_argument("--liger", action="store_true")
         command.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
+        command.add_argument("--length", type=int, help="tokens of a sequence")
         command.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
     args = parser.parse_args()
     if torch is None:
@@ -146,11 +148,12 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
         "versions": versions,
         "what": args.command,
+        **({} if args.length is None else {"tokens": args.length}),
     }
     options = {"remat": "full" if args.checkpointing else "none"} if args.command == "train" else {"cache": args.cache}
     model = load(checkpoint, checkpointing=args.checkpointing)
     for batch_size in args.batch_sizes:
-        arrays = make_inputs(config, batch_size)
+        arrays = make_inputs(config, batch_size, args.length)
         try:
             training = args.command == "train"
             result = time_steps(model, arrays) if training else time_generation(model, arrays, args.cache)

@@ -8,20 +8,21 @@ OURS = "liger-jax"
 FAMILY_NAMES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 # The fields that identify a case. A newer result replaces an older one with the same values.
 CASE_FIELDS = (
-    *(
-        "package",
-        "model",
-        "what",
-        "rows",
-        "prompt_tokens",
-        "devices",
-        "remat",
-        "unroll",
-        "attention",
-        "lora",
-        "master_weights",
-    ),
-    *("cache", "weights", "programs"),
+    "package",
+    "model",
+    "what",
+    "rows",
+    "tokens",
+    "prompt_tokens",
+    "devices",
+    "remat",
+    "unroll",
+    "attention",
+    "lora",
+    "master_weights",
+    "cache",
+    "weights",
+    "programs",
 )
 
 

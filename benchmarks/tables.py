@@ -112,7 +112,7 @@ def _best_peer(result: dict, results: list[dict]) -> dict | None:
 
 def _work(result: dict) -> tuple:
     """Returns the fields in which a result and its peers must agree."""
-    names = ("what", "rows", "model", "device", "prompt_tokens", "lora", "master_weights")
+    names = ("what", "rows", "model", "device", "prompt_tokens", "tokens", "lora", "master_weights")
     return *(result.get(name) for name in names), result.get("devices", 1)
 
 
@@ -135,7 +135,8 @@ def _package(result: dict) -> str:
 
 
 def _options(result: dict) -> str:
-    options = [f"{result['devices']} GPUs"] * (result.get("devices", 1) > 1)
+    options = [f"{result.get('tokens')} tokens each"] * ("tokens" in result)
+    options += [f"{result['devices']} GPUs"] * (result.get("devices", 1) > 1)
     options += [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
     options += ["float32 master weights"] * result.get("master_weights", False)
     options += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))

@@ -47,6 +47,8 @@ class Train:
     --mixed, --lora and --master-weights, which have no peer."""
     mixed: bool = False
     """Pack conversations with images of 224 to 1344 pixels a side. Tokens per second do not count padding."""
+    length: int | None = None
+    """Tokens of a sequence, at most the model's number of positions (32768 for Qwen2-VL); 2048 by default."""
     lora: int | None = None
     """Train only LoRA matrices, of this rank."""
     master_weights: bool = False
@@ -69,15 +71,25 @@ class Train:
             raise UserError(
                 "lora and master_weights are both set; expected one, because LoRA's matrices are float32 already"
             )
+        if self.length is not None and self.mixed:
+            raise UserError(
+                f"length is {self.length} and mixed is set; expected one, because mixed packs to {work.LENGTH}"
+            )
+        shortest = work.IMAGE_TOKENS + work.TEXT_TOKENS
+        if self.length is not None and self.length < shortest:
+            raise UserError(f"length is {self.length}; expected at least {shortest}, for the image and its answer")
         labels: dict = {"lora": self.lora} if self.lora is not None else {}
         labels |= {"master_weights": True} if self.master_weights else {}
+        peers = self.peers and not labels and not self.mixed
+        labels |= {"tokens": self.length} if self.length is not None else {}
         case = ModelCase(
             "train mixed" if self.mixed else "train",
             self.size,
             self.rows,
             self.results,
             labels,
-            peers=self.peers and not labels and not self.mixed,
+            peers=peers,
+            length=self.length,
             fsdp=self.fsdp,
             checkpoints=self.checkpoints,
             consumes_model=True,
@@ -94,21 +106,22 @@ class Train:
         if self.mixed:
             batches = mixed_batches(model.config, batch_size, work.MIXED_BATCHES)
         else:
-            batches = [uniform_batch(model.config, batch_size)]
+            batches = [uniform_batch(model.config, batch_size, self.length)]
         options = {"remat": self.remat, "unroll": self.unroll}
         profile = self._profile_file(batch_size) if self.profile else None
         return time_steps(model, batches, optimizer=optimizer, frozen=frozen, profile=profile, **options)
 
     def _profile_file(self, batch_size: int) -> Path:
-        options = ["mixed"] * self.mixed + ["lora"] * (self.lora is not None)
+        options = [str(self.length)] * (self.length is not None)
+        options += ["mixed"] * self.mixed + ["lora"] * (self.lora is not None)
         options += ["master_weights"] * self.master_weights
         options += [self.remat] * (self.remat != "auto") + [f"unroll_{self.unroll}"] * (self.unroll != "auto")
         options += [f"fsdp{self.fsdp}"] * (self.fsdp is not None)
         return self.results / f"profile_{'_'.join([self.size, *options])}_x{batch_size}"
 
 
-def uniform_batch(config: QwenVLConfig, batch_size: int) -> Batch:
-    return prepare(config, **work.sequences(config, batch_size))
+def uniform_batch(config: QwenVLConfig, batch_size: int, length: int | None = None) -> Batch:
+    return prepare(config, **work.sequences(config, batch_size, length or work.LENGTH))
 
 
 def time_steps(

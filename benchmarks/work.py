@@ -11,6 +11,7 @@ from liger_jax import QwenVLConfig
 LENGTH = 2048
 GRID = (1, 64, 64)
 IMAGE_TOKENS = GRID[0] * GRID[1] * GRID[2] // 4
+TEXT_TOKENS = 20  # that a sequence has besides those of the image, at least
 PLAIN_IDS = (1000, 150_000)  # a range of token ids without special tokens
 NEW_TOKENS = 128
 WARMUP_STEPS, TIMED_STEPS = 3, 8

@@ -257,11 +257,13 @@ def test_model_results_are_stored_by_case(tiny_models, tmp_path, capsys):
     file = Train(rows=(1,), remat="dots", profile=True, **common).run()
     record_result(file, json.loads(file.read_text())[0])
     Train(rows=(1,), remat="attention", unroll="all", **common).run()
+    Train(rows=(1,), remat="attention", unroll="none", length=24, **common).run()
     Generate(rows=(2,), length=30, **common).run()
     results = json.loads(file.read_text())
-    assert [(r["what"], r["rows"], r.get("remat"), r.get("prompt_tokens")) for r in results] == [
+    assert [(r["what"], r["rows"], r.get("remat"), r.get("tokens", r.get("prompt_tokens"))) for r in results] == [
         ("train", 1, "dots", None),
         ("train", 1, "attention", None),
+        ("train", 1, "attention", 24),
         ("generate", 2, None, 27),
     ]
     np.testing.assert_allclose(results[0]["losses"], results[1]["losses"], rtol=1e-2)
@@ -273,7 +275,8 @@ def test_model_results_are_stored_by_case(tiny_models, tmp_path, capsys):
         and "(Liger, checkpointing)" in lines[2]
         and 'remat "attention", all layers unrolled' in lines[3]
     )
-    assert "generation, 2 x 27 tokens" in lines[4]
+    assert 'batch 1, 24 tokens each, remat "attention", scanned' in lines[4] and lines[4].endswith("|  |")
+    assert "generation, 2 x 27 tokens" in lines[5]
     assert "liger-jax: train qwen2-vl-2b x 1: " in capsys.readouterr().out
     with pytest.raises(UserError, match="length is 26; expected at least 27"):
         Generate(length=26, **common).run()
@@ -322,7 +325,7 @@ def test_peers_that_run_out_of_memory_are_measured_on_fewer_rows(monkeypatch, tm
         ]
 
     monkeypatch.setattr(model, "_run_peer", run_peer)
-    losses = model._run_peers("train", tmp_path, (8, 1), tmp_path / "model.json")
+    losses = model.ModelCase("train", "qwen3_vl_8b", (8, 1), tmp_path)._run_peers(tmp_path, tmp_path / "model.json")
     assert losses == {8: [], 1: [1.0], 4: [], 2: [1.0]}
     assert tried == [(rows, full) for rows in (8, 1, 4, 2) for full in (False, True)]
     assert len(json.loads((tmp_path / "model.json").read_text())) == 8
