@@ -14,6 +14,7 @@ CASE_FIELDS = (
     "rows",
     "tokens",
     "prompt_tokens",
+    "device",
     "devices",
     "remat",
     "unroll",

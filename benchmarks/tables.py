@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,14 +95,22 @@ def model_table(results: list[dict]) -> str:
     """Returns one row per case, with the best result of transformers in the same case on the same kind of GPU."""
     lines = ["| | liger-jax | transformers |", "|---|---|---|"]
     order = list(TITLES)
-    results = sorted(results, key=lambda r: (r["model"], order.index(r["what"]), r.get("rows", 0), r.get("devices", 1)))
-    several_devices = len({r.get("device") for r in results}) > 1
+    results = sorted(
+        results,
+        key=lambda r: (r["model"], order.index(r["what"]), r.get("rows", 0), r.get("devices", 1), str(r.get("device"))),
+    )
+    usual_device = _usual_device(results)
     for result in (r for r in results if r["package"] == OURS):
         title = TITLES[result["what"]].format(**{"prompt_tokens": 2048} | result | {"model": _model(result)})
         peer = _best_peer(result, results)
-        device = f", on an {result['device']}" if several_devices else ""
+        device = "" if result.get("device") == usual_device else f", on an {result['device']}"
         lines.append(f"| {title}{_options(result)}{device} | {_cell(result)} | {_cell(peer, package=True)} |")
     return "\n".join([*lines, "", _measured_on(results)])
+
+
+def _usual_device(results: list[dict]) -> str | None:
+    """Returns the device of most results."""
+    return Counter(r.get("device") for r in results).most_common(1)[0][0]
 
 
 def _best_peer(result: dict, results: list[dict]) -> dict | None:
@@ -230,6 +239,7 @@ NEW_TOKEN = "new token, after a prompt of 2048 tokens"
 
 def headline_table(model: list[dict], ops: list[dict]) -> str:
     """Returns a training step and a new token of several models, and the loss with its memory."""
+    model = [r for r in model if r.get("device") == _usual_device(model)]
     options = {"model": "qwen2-vl-2b", "package": OURS, "devices": 1}
     train = _find(
         model, {**options, "what": "train", "rows": 4, "remat": "dots", "unroll": "vision", "attention": "fa4"}
@@ -258,12 +268,12 @@ def headline_table(model: list[dict], ops: list[dict]) -> str:
 
 
 def _plain(results: list[dict]) -> list[dict]:
-    """Returns the results without LoRA, master weights or another prompt length."""
-    return [r for r in results if not {"lora", "master_weights", "prompt_tokens"} & r.keys()]
+    """Returns the results without LoRA, master weights or another length."""
+    return [r for r in results if not {"lora", "master_weights", "prompt_tokens", "tokens"} & r.keys()]
 
 
 def _find(results: list[dict], fields: dict) -> dict:
-    """Returns the only result with these fields and without LoRA, master weights or another prompt length."""
+    """Returns the only result with these fields and without LoRA, master weights or another length."""
     (result,) = (r for r in _plain(results) if all(r.get(name) == value for name, value in fields.items()))
     return result
 

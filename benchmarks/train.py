@@ -24,7 +24,7 @@ from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
 from liger_jax.model.lora import adapted_parts, add_lora
 from liger_jax.model.params import PARTS
-from liger_jax.options import Unroll
+from liger_jax.options import LayerExecution, Unroll
 from liger_jax.train.master_weights import with_master_weights
 from liger_jax.train.metrics import batch_work, step_rates
 from liger_jax.train.optimizer import make_optimizer
@@ -160,7 +160,7 @@ def time_steps(
     rates = step_rates(mean_work, float(np.mean(trained)), step_s, devices)
     return {
         "remat": step.chosen_remat,
-        "unroll": "vision" if unroll == "auto" else unroll,
+        "unroll": LayerExecution(step.chosen_remat, unroll).unrolled,
         "step_ms": step_s * 1e3,
         "tokens_per_s": rates["tokens_per_second"],
         "trained_tokens_per_s": rates["trained_tokens_per_second"],

@@ -10,6 +10,7 @@ from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
 
 ROUNDING = 1e-9  # tolerance for fractions of a sequence; a single token is a larger fraction
+TRIED = 10  # sequences to try for a conversation before it goes to one that surely has room; bounds the time
 
 
 def pack(
@@ -50,12 +51,18 @@ def pack(
     sequences: list[list[int]] = []
     room: list[np.ndarray] = []  # free fractions of each sequence
 
-    # Conversations with images are placed by the scarcer of tokens and patches; texts then fill the remaining tokens.
+    # Sequences are ordered by the scarcer of their free tokens and patches. Those with less of it than a conversation's
+    # smaller need are too full; from there on, the first that has room for both is the fullest. Texts come last, to fill the
+    # remaining tokens.
     with_images, texts = order[patch_counts[order] > 0], order[patch_counts[order] == 0]
     for resources, conversations in ((slice(2), with_images), (slice(1), texts)):
         free = sorted((room[i][resources].min(), i) for i in range(len(sequences)))
         for conversation in conversations:
-            place = bisect.bisect_left(free, (needs[conversation].max() - ROUNDING, -1))
+            need = needs[conversation][resources] - ROUNDING
+            first = bisect.bisect_left(free, (need.min(), -1))
+            certain = bisect.bisect_left(free, (need.max(), -1), lo=first)  # from here on, every sequence has room
+            tried = range(first, min(certain, first + TRIED))
+            place = next((at for at in tried if (room[free[at][1]][resources] >= need).all()), certain)
             if place < len(free):
                 _, i = free.pop(place)
             else:

@@ -138,9 +138,12 @@ def finetune(
 
 
 def choose_unroll(execution: LayerExecution, steps: int, batching: Batching) -> Unroll:
-    """Returns which layers to unroll: with "auto", all of them if the faster steps make up for the longer compilation."""
+    """Returns which layers to unroll: with "auto", all of them if the faster steps make up for the longer compilation.
+
+    Not with remat "full", which is chosen for the least memory.
+    """
     compiles_once = batching.pack_length is not None or None not in (batching.length, batching.patches)
-    if execution.unroll == "auto" and compiles_once and steps >= LONG_RUN:
+    if execution.unroll == "auto" and execution.remat != "full" and compiles_once and steps >= LONG_RUN:
         return "all"
     return execution.unroll
 

@@ -82,3 +82,8 @@ def test_packed_batch_trains_like_a_padded_one():
     np.testing.assert_allclose(loss, padded_loss, rtol=1e-6)
     for (path, grad), expected in zip(param_paths(grads).items(), param_paths(padded_grads).values(), strict=True):
         assert_near(grad, expected, tolerance=2e-5, name=path)
+
+
+def test_a_long_text_and_a_large_image_share_a_sequence():
+    """Each needs more of one resource than the other needs of either: 6 of 10 tokens and 7 of 10 patches."""
+    assert pack([6, 3], [2, 7], length=10, max_patches=10) == [(1, 0)]

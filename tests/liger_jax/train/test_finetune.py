@@ -636,3 +636,6 @@ def test_exit_status_of_a_run_that_a_signal_ends(config, processor, tmp_path, mo
 def test_long_runs_with_one_program_unroll_all_layers(unroll, steps, options, chosen):
     """A run whose batches have several shapes compiles several programs, for which "auto" only unrolls the vision tower."""
     assert choose_unroll(LayerExecution(unroll=unroll), steps, Batching(**options)) == chosen
+    least_memory = LayerExecution("full", unroll)
+    assert choose_unroll(least_memory, steps, Batching(**options)) == unroll
+    assert least_memory.unrolled == "none"

@@ -139,7 +139,7 @@ def test_compilations_are_reported():
     rows, length = batch().shape
     assert re.fullmatch(
         rf"compiled the training step for {rows} x {length} tokens in \d+ s: "
-        r"remat dots \(the fastest that fits in memory\), unrolled towers: vision",
+        r"remat dots \(the fastest that fits in memory\), unrolled layers: vision",
         line,
     )
 
