@@ -17,6 +17,7 @@ from benchmarks.profile import groups_table
 from benchmarks.programs import LARGE_ERROR
 from benchmarks.record import FAMILY_NAMES, OURS
 from benchmarks.soak import growth
+from pallas_kernels.registry import OPERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,9 @@ def kernels_table(results: list[dict]) -> str:
         cells = [_microseconds(r["results"].get(name)) for name in ("ours", plain, "liger")]
         cells[1] += " (cuDNN)" * (r["op"] == "attention")
         lines.append(f"| `{r['op']}` | {r['size']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _measured_on(results)])
+    missing = [f"`{name}`" for name in OPERATIONS if name not in first]
+    note = f"Not measured alone: {', '.join(missing)}. " if missing else ""
+    return "\n".join([*lines, "", note + _measured_on(results)])
 
 
 def _microseconds(result: dict | None) -> str:
