@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
-from tests.test_snippets import MARKED
+from tests._support.snippets import MARKED
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "liger_jax", "convert")
@@ -123,7 +123,7 @@ def test_readme_is_short():
 
 
 def test_ci_runs_the_marked_blocks():
-    """.ci/run executes the README's demo and test blocks, and tests/test_snippets.py the blocks below a unique mark `runs:`."""
+    """.ci/run executes the README's demo and test blocks, tests/test_snippets.py those below a mark `runs:`, each unique."""
     script = (ROOT / ".ci" / "run").read_text()
     readme = (ROOT / "README.md").read_text()
     for mark in ("test", "demo"):

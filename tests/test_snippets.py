@@ -25,11 +25,9 @@ from convert import to_hf
 from liger_jax import QwenVL, cli, save_model
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
+from tests._support.snippets import BASH, MARKED, commands
 
 ROOT = Path(__file__).parents[1]
-MARKED = re.compile(r"^<!-- runs: ([^\n]*) -->\n```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BASH = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(liger-jax|python -m convert|python -m benchmarks) (.*)$", re.MULTILINE)
 FAMILIES = {"Qwen2-VL": "qwen2_vl", "Qwen2.5-VL": "qwen2_5_vl", "Qwen3-VL": "qwen3_vl"}
 # The last value of a flag counts.
 SHORTER = {
@@ -53,12 +51,6 @@ WRITTEN = {  # page -> files that its blocks write, besides what they print
     "index.md": ["test.json", "runs/first/adapter/adapter_config.json", "exported/model.safetensors"],
     "migrating.md": ["runs/mine/adapter/adapter_model.safetensors"],
 }
-
-
-def commands(block: str) -> list[tuple[str, list[str]]]:
-    """Returns the commands of a block of bash: liger-jax's, or the name of another module, and its arguments."""
-    lines = block.replace("\\\n", " ")
-    return [(program, shlex.split(rest, comments=True)) for program, rest in COMMAND.findall(lines)]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +131,7 @@ def test_marked_blocks_of_a_page_run_one_after_the_other(page, blocks, as_a_user
         if language == "python":
             exec(compile(block, f"{page.name}: {name}", "exec"), {"__name__": "__main__"})
         else:
-            assert COMMAND.search(block), f"{page.name}: {name} has no command"
+            assert commands(block), f"{page.name}: {name} has no command"
             for program, arguments in commands(block):
                 run_command(program, arguments)
     assert [path for path in WRITTEN.get(page.name, []) if not (as_a_user / path).is_file()] == []
@@ -147,20 +139,19 @@ def test_marked_blocks_of_a_page_run_one_after_the_other(page, blocks, as_a_user
 
 @pytest.mark.parametrize("page", pages(ROOT), ids=lambda page: page.name)
 def test_commands_on_a_page_have_valid_arguments(page, capsys):
-    app = tyro.extras.SubcommandApp()
-    for name in ("chat", "convert", "demo", "env", "finetune", "generate", "tune"):
-        command = getattr(cli, name)
-        app.command(functools.wraps(command)(lambda *_, **__: None))
-    for block in BASH.findall(page.read_text()):
-        for program, arguments in commands(block):
-            try:
-                if program == "python -m benchmarks":
-                    tyro.cli(COMMANDS, args=["tables"] if arguments == ["COMMAND"] else arguments)
-                else:
-                    arguments = ["convert", *arguments] if program == "python -m convert" else arguments
-                    app.cli(args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-            except SystemExit as exit_status:
-                pytest.fail(f"{page.name}: {program} {shlex.join(arguments)}: {exit_status} {capsys.readouterr().err}")
+    """Every command of a page is parsed as by the program, without being run."""
+    for program, arguments in (found for block in BASH.findall(page.read_text()) for found in commands(block)):
+        try:
+            if program == "python -m benchmarks":
+                tyro.cli(COMMANDS, args=arguments)
+            else:
+                name, *flags = ["convert", *arguments] if program == "python -m convert" else arguments
+                command = getattr(cli, name)
+                tyro.cli(
+                    functools.wraps(command)(lambda *_, **__: None), args=flags, config=(tyro.conf.OmitArgPrefixes,)
+                )
+        except (SystemExit, AttributeError) as error:
+            pytest.fail(f"{page.name}: {program} {shlex.join(arguments)}: {error} {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda script: script.name)
