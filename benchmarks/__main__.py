@@ -14,12 +14,14 @@ from benchmarks.tables import Tables
 from benchmarks.train import Train
 from liger_jax.errors import UserError
 
+COMMANDS = Ops | Train | Generate | Start | Convergence | Faults | Soak | Tables
+
 
 def main() -> None:
     """Runs one benchmark and prints where its results are. Prints a user's mistake as one line."""
     try:
         benchmark = tyro.cli(
-            Ops | Train | Generate | Start | Convergence | Faults | Soak | Tables,
+            COMMANDS,
             prog="python -m benchmarks",
             description="Measures liger-jax and other packages on this machine's GPU, and writes tables of the results.",
         )

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from benchmarks import start
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.memory import batch_table, memory_table
 from benchmarks.profile import groups_table
 from benchmarks.programs import LARGE_ERROR
 from benchmarks.record import FAMILY_NAMES, OURS
 from benchmarks.soak import growth
+from pallas_kernels.registry import OPERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +206,27 @@ def ops_table(results: list[dict]) -> str:
     return "\n".join([*lines, "", note + _measured_on(results)])
 
 
+def kernels_table(results: list[dict]) -> str:
+    """Returns one row per operation: the first measured case, its time, and the times of plain XLA and of Liger."""
+    lines = ["| operation | size | liger-jax, us | jitted jnp, us | Liger, us |", "|---|---|---|---|---|"]
+    first = {r["op"]: r for r in reversed(results) if "forward_us" in r["results"].get("ours", {})}
+    for r in sorted(first.values(), key=results.index):
+        plain = "cudnn" if r["op"] == "attention" else "jnp"
+        cells = [_microseconds(r["results"].get(name)) for name in ("ours", plain, "liger")]
+        cells[1] += " (cuDNN)" * (r["op"] == "attention")
+        lines.append(f"| `{r['op']}` | {r['size']} | {' | '.join(cells)} |")
+    missing = [f"`{name}`" for name in OPERATIONS if name not in first]
+    note = f"Not measured alone: {', '.join(missing)}. " if missing else ""
+    return "\n".join([*lines, "", note + _measured_on(results)])
+
+
+def _microseconds(result: dict | None) -> str:
+    """Returns "forward / forward + backward" of one implementation, or an empty cell if it was not measured."""
+    if result is None or "forward_us" not in result:
+        return ""
+    return " / ".join(_digits(result[key]["median"]) for key in ("forward_us", "both_us") if key in result)
+
+
 def _total(result: dict) -> float:
     return result.get("both_us", result["forward_us"])["median"]
 
@@ -389,5 +412,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "soak": lambda results: "\n\n".join(map(soak_table, _read(results, "soak"))) or NOT_MEASURED,
     "faults": lambda results: "\n\n".join(map(faults_table, _read(results, "faults"))) or NOT_MEASURED,
     "profile": lambda results: "\n\n".join(map(groups_table, _read(results, "profile_2b_x4"))) or NOT_MEASURED,
+    "memory": lambda results: memory_table(),
+    "memory_batches": lambda results: batch_table(),
+    "kernels": lambda results: "\n\n".join(map(kernels_table, _read(results, "ops"))) or NOT_MEASURED,
     "headline": lambda results: headline_table(*_read(results, "model"), *_read(results, "ops")),
 }

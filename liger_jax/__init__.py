@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from liger_jax.names import check_imports
+
 if TYPE_CHECKING:
     from liger_jax.checkpoint import load_model as load_model
     from liger_jax.checkpoint import save_model as save_model
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from liger_jax.train.step import loss_fn as loss_fn
     from liger_jax.train.step import make_train_step as make_train_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+check_imports()
 
 # name -> module. Modules are imported on first use: JAX takes a second to import, transformers two, and
 # `liger-jax --help` needs neither.

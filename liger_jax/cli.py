@@ -1,4 +1,4 @@
-"""The command line: `liger-jax demo | finetune | generate | chat | convert | tune | env`.
+"""The command line: `liger-jax demo | finetune | generate | chat | convert | tune | env | completion`.
 
 Each command parses its arguments, loads what it needs and calls the library. Heavy packages are imported inside the
 commands, so that --help is quick.
@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import logging
 import os
+import shlex
 import sys
 import typing
 import warnings
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from liger_jax import runtime
+from liger_jax import __version__, names, runtime, suggestions
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import DISK_ERRORS, disk_error_code
 from liger_jax.generation.options import AnswerOptions
@@ -32,8 +33,22 @@ if TYPE_CHECKING:
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
 # Operating system errors that the user can fix: about a disk, and about a path.
 SYSTEM_ERRORS = (*DISK_ERRORS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPIPE)
+USAGE = 2  # exit status for an unknown command or flag
 INTERRUPTED, TERMINATED = 130, 143  # exit status of a process that SIGINT or SIGTERM ends, as shells report it
 BUG_HINT = "This looks like a bug in liger-jax. Please report it with this traceback and the output of `liger-jax env`."
+
+DESCRIPTION = (
+    "Qwen2-VL, Qwen2.5-VL and Qwen3-VL for JAX: fine-tune, ask questions, convert checkpoints. "
+    "`liger-jax COMMAND --help` lists the flags of a command, `liger-jax --version` prints the version."
+)
+NEXT_STEPS = """
+Try next:
+  liger-jax generate {checkpoint} "Which digit is shown?" --images {digit}
+  liger-jax chat {checkpoint}      # /image {digit} adds an image
+On a GPU, with a released model and your own images:
+  liger-jax env --check
+  liger-jax generate Qwen/Qwen3-VL-2B-Instruct "What is in this image?" --images dog.jpg
+  liger-jax finetune Qwen/Qwen3-VL-2B-Instruct train.json --media images --lora 16 --output runs/first"""
 
 Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -99,6 +114,7 @@ def demo(
     print(f"{report.accuracy:.1%} of {held_out} questions about unseen digits answered exactly, {report.seconds:.0f} s")
     for name in ("answers", "loss", "metrics", "checkpoint"):
         print(f"{name:<11}{getattr(report, name)}")
+    print(NEXT_STEPS.format(checkpoint=shlex.quote(str(report.checkpoint)), digit=shlex.quote(str(report.digit))))
 
 
 # ---- finetune --------------------------------------------------------------------------------------------------------
@@ -399,7 +415,7 @@ def open_processor(model: str, max_pixels: int | None) -> "Processor":
     return processor
 
 
-# ---- convert, tune, env ----------------------------------------------------------------------------------------------
+# ---- convert, tune, env, completion -----------------------------------------------------------------------------------
 
 
 @app.command
@@ -456,8 +472,13 @@ def tune(*only: str) -> None:
 
 
 @app.command
-def env() -> None:
-    """Show versions and devices, for a bug report."""
+def env(check: bool = False) -> None:
+    """Show versions and devices, for a bug report; with --check, also test each kernel on this device.
+
+    Args:
+        check: Run each operation once, compare its kernels with XLA, and show which implementation it uses and why. Takes
+            about a minute. The exit status is 1 if a kernel fails.
+    """
     import platform
 
     import jax
@@ -468,32 +489,65 @@ def env() -> None:
             print(package, metadata.version(package))
         except metadata.PackageNotFoundError:
             print(package, "not installed as a package")
+    if others := names.other_distributions():
+        print("warning: packages of liger-jax were also installed, and overwritten, by", ", ".join(others))
     print("platform", jax.default_backend())
     for device in jax.devices():
         memory = (device.memory_stats() or {}).get("bytes_limit")
         print("device", device.id, device.device_kind, *([f"{memory / 2**30:.1f} GiB"] if memory else []))
+    if check:
+        from pallas_kernels.check import main as check_kernels
+
+        sys.exit(check_kernels())
+
+
+@app.command
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]) -> None:
+    """Print a completion script for a shell.
+
+    For bash: `liger-jax completion bash > ~/.local/share/bash-completion/completions/liger-jax`.
+
+    Args:
+        shell: The shell to complete commands and flags in.
+    """
+    app.cli(args=["--tyro-write-completion", shell, "-"], prog="liger-jax", config=(tyro.conf.OmitArgPrefixes,))
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> None:
     """Runs a command. An error that the user can fix ends it with one line on stderr; other errors keep their traceback.
 
-    Warnings of this project are printed as one line; other packages are silent. Ctrl-C ends a command with status 130.
+    Warnings of this project are printed as one line; other packages are silent. Ctrl-C ends a command with status 130. An
+    unknown command or flag ends with status 2 and a suggestion.
 
     Args:
         arguments: the command and its arguments; by default those of the process.
         prog: name of the program in help texts.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print("liger-jax", __version__)
+        return
+    commands = list(app._subcommands)  # tyro has no public list
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        hint = suggestions.closest(arguments[0], commands)
+        print(f"liger-jax: command is {arguments[0]!r}; expected one of {', '.join(commands)}{hint}", file=sys.stderr)
+        sys.exit(USAGE)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         stack.callback(logging.disable, logging.root.manager.disable)
         stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
         runtime.silence_packages()
         try:
+            names.check_commands()
             app.cli(
                 args=arguments,
                 prog=prog,
-                description="Qwen2-VL, Qwen2.5-VL and Qwen3-VL for JAX: fine-tune, ask questions, convert checkpoints.",
+                description=DESCRIPTION,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
+        except SystemExit as error:
+            for line in suggestions.flags_of_others(arguments) if error.code == USAGE else ():
+                print(f"liger-jax: {line}", file=sys.stderr)
+            raise
         except KeyboardInterrupt:
             print("liger-jax: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)

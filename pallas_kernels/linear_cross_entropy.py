@@ -54,7 +54,8 @@ def linear_cross_entropy(
             logits take no more memory than the weight, or a sixth of the rows if that is more.
         implementation: None, "triton", "xla" or "interpret": how loss and gradient are computed from a chunk's logits. The
             matmuls always use XLA.
-        The other options are those of `cross_entropy`.
+
+    The other options are those of `cross_entropy`.
 
     Returns:
         As `cross_entropy`. On a mesh, rows may be sharded over any axes; a sharded weight is gathered, x is not, and the

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from tests._support.snippets import MARKED
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "liger_jax", "convert")
 # The layers of liger_jax, lowest first: a module may import from its own layer and from lower ones.
 LAYERS = (
-    ("errors", "runtime", "options", "finite", "progress"),
+    ("errors", "runtime", "options", "finite", "progress", "names", "suggestions"),
     ("files",),
     ("config",),
     ("inputs",),
@@ -72,12 +73,57 @@ def test_index_lists_every_page():
     ] == []
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_api_page_documents_every_public_name(package):
+    """The API pages show the docstrings of all public names, and these, their methods and properties all have one."""
+    page = (ROOT / "docs" / "api" / f"{package}.md").read_text()
+    module = importlib.import_module(package)
+    names = [path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)]
+    assert len(set(names)) == len(names) and set(names) <= set(module.__all__)
+    shown = [getattr(module, name) for name in names]  # Qwen2VL is another name of QwenVL
+    assert [name for name in module.__all__ if getattr(module, name) not in shown] == []
+    undocumented = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        members = vars(value).items() if isinstance(value, type) else ()
+        public = [
+            (f"{name}.{member}", value)
+            for member, value in members
+            if not member.startswith("_") and (callable(value) or isinstance(value, property | classmethod))
+        ]
+        undocumented += [path for path, value in [(name, value), *public] if not (value.__doc__ or "").strip()]
+    assert undocumented == []
+
+
+def test_troubleshooting_quotes_messages_of_the_code():
+    """Every message on the page, with `...` for values, is a string in the packages, except in the section on JAX's own."""
+    strings = []
+    for file in (file for package in PACKAGES for file in files_of(package)):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                strings.append(
+                    "".join(
+                        str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "\0"
+                        for part in node.values
+                    )
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    page = re.sub(r"## From JAX and CUDA\n.*?(?=\n## )", "", page, flags=re.DOTALL)
+    messages = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
+    assert len(messages) > 50
+    patterns = {message: ".*".join(map(re.escape, message.split("..."))) for message in messages}
+    wrong = [m for m, pattern in patterns.items() if not any(re.search(pattern, s, re.DOTALL) for s in strings)]
+    assert wrong == []
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_ci_runs_the_marked_blocks():
-    """.ci/run executes the README's demo and test blocks and every block marked `runs:`. Each mark is above a block."""
+    """.ci/run executes the README's demo and test blocks, tests/test_snippets.py those below a mark `runs:`, each unique."""
     script = (ROOT / ".ci" / "run").read_text()
     readme = (ROOT / "README.md").read_text()
     for mark in ("test", "demo"):
@@ -85,10 +131,10 @@ def test_ci_runs_the_marked_blocks():
     marks = []
     for page in tables.pages(ROOT):
         marked = re.findall(r"^<!-- (runs: .*) -->$", page.read_text(), flags=re.MULTILINE)
-        blocks = re.findall(r"^<!-- (runs: .*) -->\n```python$", page.read_text(), flags=re.MULTILINE)
-        assert marked == blocks and len(set(marked)) == len(marked), f"{page.name}: a mark without a block of Python"
+        blocks = [f"runs: {name}" for name, _, _ in MARKED.findall(page.read_text())]
+        assert marked == blocks and len(set(marked)) == len(marked), f"{page.name}: a mark without a block"
         marks += marked
-    assert len(marks) >= 2 and "runs: .*" in script
+    assert len(marks) >= 15
 
 
 # ---- imports ----------------------------------------------------------------------------------------------------------

@@ -74,52 +74,63 @@ class QwenVLConfig:
 
     @classmethod
     def qwen2_vl_2b(cls) -> Self:
+        """Returns the configuration of Qwen2-VL 2B."""
         return cls._preset("qwen2_vl", tie=True)
 
     @classmethod
     def qwen2_vl_7b(cls) -> Self:
+        """Returns the configuration of Qwen2-VL 7B."""
         return cls._preset("qwen2_vl", _QWEN2_7B)
 
     @classmethod
     def qwen2_vl_72b(cls) -> Self:
+        """Returns the configuration of Qwen2-VL 72B."""
         return cls._preset("qwen2_vl", _QWEN2_72B)
 
     @classmethod
     def qwen2_5_vl_3b(cls) -> Self:
+        """Returns the configuration of Qwen2.5-VL 3B."""
         text = {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16}
         return cls._preset("qwen2_5_vl", text, tie=True)
 
     @classmethod
     def qwen2_5_vl_7b(cls) -> Self:
+        """Returns the configuration of Qwen2.5-VL 7B."""
         return cls._preset("qwen2_5_vl", _QWEN2_7B)
 
     @classmethod
     def qwen2_5_vl_32b(cls) -> Self:
+        """Returns the configuration of Qwen2.5-VL 32B."""
         text = {"hidden_size": 5120, "intermediate_size": 27_648, "num_hidden_layers": 64, "vocab_size": 152_064}
         text |= {"num_attention_heads": 40, "num_key_value_heads": 8}
         return cls._preset("qwen2_5_vl", text, {"intermediate_size": 3456})
 
     @classmethod
     def qwen2_5_vl_72b(cls) -> Self:
+        """Returns the configuration of Qwen2.5-VL 72B."""
         return cls._preset("qwen2_5_vl", _QWEN2_72B, {"intermediate_size": 3456})
 
     @classmethod
     def qwen3_vl_2b(cls) -> Self:
+        """Returns the configuration of Qwen3-VL 2B."""
         text = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
         return cls._preset("qwen3_vl", text, _QWEN3_SMALL_VISION, tie=True)
 
     @classmethod
     def qwen3_vl_4b(cls) -> Self:
+        """Returns the configuration of Qwen3-VL 4B."""
         text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
         return cls._preset("qwen3_vl", text, _QWEN3_SMALL_VISION, tie=True)
 
     @classmethod
     def qwen3_vl_8b(cls) -> Self:
+        """Returns the configuration of Qwen3-VL 8B."""
         text = {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32}
         return cls._preset("qwen3_vl", text)
 
     @classmethod
     def qwen3_vl_32b(cls) -> Self:
+        """Returns the configuration of Qwen3-VL 32B."""
         text = {"hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64}
         return cls._preset("qwen3_vl", text)
 

@@ -16,7 +16,7 @@ import optax
 from liger_jax import Batch, Processor, QwenVL, QwenVLConfig, TrainState, make_train_step, prepare
 from liger_jax.checkpoint import load_model, save_state
 from liger_jax.data.loader import load_batches
-from liger_jax.demo.data import Digits, conversations, load_digits
+from liger_jax.demo.data import Digits, conversations, draw_image, load_digits
 from liger_jax.demo.plots import plot_answers, plot_loss
 from liger_jax.demo.tokenizer import train_tokenizer
 from liger_jax.errors import AlreadyExistsError, UserError
@@ -40,7 +40,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl": ({"mrope_section": (4, 6, 6)}, {"window_size": 56, "full_attention_layers": (1,)}),
     "qwen3_vl": ({"mrope_section": (6, 5, 5)}, {"position_table_side": 8, "deepstack_layers": (0,)}),
 }
-RESULTS = ("checkpoint", METRICS, "loss.png", "answers.png")
+RESULTS = ("checkpoint", METRICS, "loss.png", "answers.png", "digit.png")
 
 
 class Report(NamedTuple):
@@ -52,6 +52,7 @@ class Report(NamedTuple):
     answers: Path
     loss: Path
     metrics: Path
+    digit: Path  # an image of a held-out digit, to ask about
 
 
 def run_demo(
@@ -124,7 +125,8 @@ def run_demo(
             output / "loss.png", [line["loss"] for line in log.history], [line["accuracy"] for line in log.history]
         )
         plot_answers(output / "answers.png", questions[:SHOWN], answers[:SHOWN])
-        paths = [output / name for name in ("checkpoint", "answers.png", "loss.png", METRICS)]
+        draw_image(unseen.images[:1], np.random.default_rng(0), processor.image.factor).save(output / "digit.png")
+        paths = [output / name for name in ("checkpoint", "answers.png", "loss.png", METRICS, "digit.png")]
         return Report(accuracy, time.perf_counter() - started, *paths)
 
 

@@ -53,7 +53,8 @@ def generate(
         model: the model.
         batch: prompts, as `prepare` returns them; padded on any side, one prompt per row.
         tokenizer: a `Processor` or a tokenizer of transformers; needed for `stop_strings`.
-        others: see the fields of `GenerationOptions`.
+
+    The other arguments are the fields of `GenerationOptions`.
 
     Returns:
         The new tokens [B, max_new_tokens] int32, in host memory (or traced). With `num_return_sequences` n, rows i n to

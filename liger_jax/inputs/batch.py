@@ -71,15 +71,22 @@ class Batch:
     On each axis, the values that `prepare` received come first, followed by padding to the bucket.
     """
 
-    input_ids: Any  # [B, T] int32
-    labels: Any  # [B, T] int32, -100 for tokens that the loss ignores; or None
-    position_ids: Any  # [B, 3, T] int32: M-RoPE positions (t, h, w)
-    segment_ids: Any  # [B, T] int32: number of the packed sequence, from 1 in each row; 0 is padding
+    input_ids: Any
+    """[B, T] int32."""
+    labels: Any
+    """[B, T] int32, -100 for tokens that the loss ignores; or None."""
+    position_ids: Any
+    """[B, 3, T] int32: M-RoPE positions (t, h, w)."""
+    segment_ids: Any
+    """[B, T] int32: number of the packed sequence, from 1 in each row; 0 is padding."""
     vision: Vision | None
-    max_segments: int  # upper bound of the number of sequences packed in a row
+    """The patches of images and videos, or None without any."""
+    max_segments: int
+    """Upper bound of the number of sequences packed in a row."""
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(B, T)."""
         return self.input_ids.shape
 
     def pad_rows(self, multiple: int) -> Self:
@@ -167,8 +174,9 @@ def prepare(
         labels: [B, T], the token id where the loss counts it and -100 elsewhere. The loss shifts them.
         pixel_values: [patches, patch_values] floats of all images, in order of appearance in the flattened batch.
         image_grid_thw: [images, 3], (t, h, w) in patches.
-        pixel_values_videos, video_grid_thw: the same for videos. If the prompt has the time of each frame as text
-            (Qwen3-VL), a video has one grid (t, h, w), and a run of placeholders for each of its t frames.
+        pixel_values_videos: as pixel_values, for videos.
+        video_grid_thw: [videos, 3], likewise. If the prompt has the time of each frame as text (Qwen3-VL), a video has one
+            grid (t, h, w), and a run of placeholders for each of its t frames.
         video_positions: "max" or "hf5", see `liger_jax.inputs.positions.rope_index`.
         second_per_grid_ts: [videos], the seconds between the frames of each video's grid (Qwen2.5-VL); None: 1.
         segment_ids: [B, T] for packed rows: 1, 2, ... for the sequences of a row, each contiguous, 0 for padding.

@@ -54,11 +54,15 @@ class Processor:
 
     Args:
         tokenizer: the transformers tokenizer.
-        image, video: settings of images and of videos; None: those of the family.
+        image: settings of images; None: those of the family.
+        video: settings of videos; None: those of the family.
         family: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
 
     Attributes:
-        tokenizer, image, video, family: the arguments. A tokenizer without a chat template is copied.
+        tokenizer: the argument, or a copy of it with the family's chat template if it had none.
+        image: settings of images.
+        video: settings of videos.
+        family: the argument.
         token_ids: ids of the placeholders, {"image": ..., "video": ...}.
 
     Example:
@@ -205,14 +209,16 @@ class Processor:
 
         Args:
             messages: a conversation (list of messages) or a list of conversations.
-            images, videos: sources for the parts without one, in order over the whole batch.
+            images: sources for the image parts without one, in order over the whole batch.
+            videos: sources for the video parts without one, likewise.
             add_generation_prompt: append the opening of an assistant turn, to generate an answer.
             add_vision_id: write "Picture 1: ", "Video 1: " before images and videos.
             labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere. An answer with
                 `"loss": False` (or weight, train, trainable or loss_scale 0) is not trained.
             padding: side on which shorter rows of a batch are padded. transformers needs "left" for generation.
-            min_pixels, max_pixels: size limits for each image and frame (Qwen3-VL: for all frames of a video together), in
+            min_pixels: lower limit of the size of each image and frame (Qwen3-VL: of all frames of a video together), in
                 place of the checkpoint's. A limit that is not passed is adjusted if it conflicts with the other.
+            max_pixels: upper limit, likewise.
             fps: the rate of the given frames, in frames per second: one for all videos, or one for each.
             target_fps: sample the given frames at this rate, by the rule of the family; None uses all frames.
             video_prompt: how Qwen3-VL's prompts have videos. "4.57": the timestamped frames replace the template's

@@ -70,7 +70,8 @@ def make_optimizer(
 
     Args:
         learning_rate: a number, or an optax schedule.
-        vision, merger: learning rates of the vision tower and of its merger; by default, `learning_rate`.
+        vision: learning rate of the vision tower; by default, `learning_rate`.
+        merger: learning rate of the merger between vision tower and language model; by default, `learning_rate`.
         freeze: parts that are not trained, any of vision, merger, text and lora. They have no moments. Their gradients are
             not computed and do not count in the norm. To train LoRA alone, freeze `liger_jax.model.params.PARTS`.
         weight_decay: weight decay of matmul weights and embeddings; norms and biases never decay.
@@ -80,7 +81,9 @@ def make_optimizer(
             the nearest, which loses small updates (`liger_jax.train.stochastic_rounding`). No effect on float32 weights or
             with master_weights.
         seed: seed of stochastic rounding.
-        b1, b2, eps: parameters of Adam, see the formula.
+        b1: decay of the first moment, see the formula.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
 
     Returns:
         An `optax.GradientTransformation`. Its state records the values that `read_grad_stats` returns.

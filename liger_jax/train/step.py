@@ -75,7 +75,8 @@ def loss_fn(
         batch: a batch with labels. The labels are shifted here, as in Hugging Face's models.
         num_items: divisor of the sum; by default, the number of trained tokens. When a batch is split over several calls,
             pass the total over all calls.
-        remat, unroll: how the layers run, see `liger_jax.options.LayerExecution`.
+        remat: activations to recompute in the backward pass, see `liger_jax.LayerExecution`.
+        unroll: layers to unroll instead of scanning over them, see `liger_jax.LayerExecution`.
 
     Returns:
         loss: float32 scalar.

@@ -28,6 +28,7 @@ def execute(notebook: Path, folder: Path, environment: Mapping[str, str]) -> nbf
         "JUPYTER_PATH": str(folder / "jupyter"),
         "JUPYTER_RUNTIME_DIR": str(folder / "jupyter" / "runtime"),
         "IPYTHONDIR": str(folder / "jupyter" / "ipython"),
+        "MPLCONFIGDIR": str(Path(tempfile.gettempdir()) / "liger-jax-matplotlib"),  # the user's may list too few fonts
         "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's advice to install widgets depends on the machine
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +17,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import liger_jax
 import liger_jax.cli as cli
-from liger_jax import Chat, Processor, Qwen2VL, Qwen2VLConfig, runtime
+from liger_jax import Chat, Processor, Qwen2VL, Qwen2VLConfig, runtime, suggestions
 from liger_jax.checkpoint import load_model, save_model
 from liger_jax.demo.data import load_digits
-from liger_jax.demo.run import make_config, make_processor
+from liger_jax.demo.run import Report, make_config, make_processor
 from liger_jax.errors import LigerWarning, UserError
 from liger_jax.generation.options import GenerationOptions
 from tests._support.quiet import assert_quiet
@@ -45,7 +48,7 @@ def call(monkeypatch, *arguments):
 def test_help_names_every_command():
     result = run_process(CALL, "--help")
     assert result.returncode == 0, result.stderr
-    assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
+    assert "{demo,finetune,generate,chat,convert,tune,env,completion}" in result.stdout
 
 
 @pytest.mark.parametrize("module", ["liger_jax", "liger_jax.cli"])
@@ -54,7 +57,7 @@ def test_running_the_package_as_a_module_did_nothing(module):
     command = [sys.executable, "-m", module, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
+    assert "{demo,finetune,generate,chat,convert,tune,env,completion}" in result.stdout
 
 
 # ---- what commands print ---------------------------------------------------------------------------------------------
@@ -142,6 +145,61 @@ def test_flags_of_finetune(monkeypatch, capsys):
     assert without_opposites == set(FINETUNE_FLAGS.split())
 
 
+def test_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"liger-jax {liger_jax.__version__}\n"
+
+
+def test_unknown_command_is_one_line_with_the_closest_one(capsys):
+    for command, end in (("finetun", "; did you mean finetune?\n"), ("serve", "completion\n")):
+        with pytest.raises(SystemExit) as exit_error:
+            cli.main([command, "a", "b"])
+        error = capsys.readouterr().err
+        assert exit_error.value.code == 2 and error.endswith(end) and error.count("\n") == 1
+        assert error.startswith(f"liger-jax: command is '{command}'; expected one of demo, finetune, ")
+
+
+def test_flags_of_other_trainers_are_translated(capsys):
+    """The names on the right are flags or arguments of `liger-jax finetune`."""
+    with pytest.raises(SystemExit) as exit_error:
+        cli.main(["finetune", "m", "d", "--lr", "1", "--num_train_epochs=3"])
+    error = capsys.readouterr().err
+    assert exit_error.value.code == 2 and "Unrecognized options: --lr, 1, --num_train_epochs=3" in error
+    assert error.splitlines()[-2:] == [
+        "liger-jax: --lr is --learning-rate here",
+        "liger-jax: --num_train_epochs is --steps (records / batch size steps make an epoch) here",
+    ]
+    for flag, ours in suggestions.FLAGS_OF_OTHERS.items():
+        named = re.findall(r"--([a-z-]+)|argument ([A-Z]+)", ours)
+        assert named and {name for name, _ in named if name} <= set(FINETUNE_FLAGS.split()), flag
+        assert {argument for _, argument in named if argument} <= {"MODEL", "DATA"}, flag
+
+
+def test_bash_completes_commands_and_flags(tmp_path, capsys):
+    """The printed script is valid, and completes a command and a flag."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["completion", "bash"])
+    assert not end.value.code
+    script = tmp_path / "liger-jax"
+    script.write_text(capsys.readouterr().out)
+    complete = """
+        source "$1"; shift
+        COMP_WORDS=(liger-jax "$@"); COMP_CWORD=$#
+        $(complete -p liger-jax | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        printf '%s ' "${COMPREPLY[@]}"
+    """
+
+    def completions(*words):
+        result = subprocess.run([bash, "-c", complete, "bash", script, *words], capture_output=True, text=True)
+        return result.stdout.split()
+
+    assert completions("fin") == ["finetune"]
+    assert completions("finetune", "--learning") == ["--learning-rate"]
+
+
 def test_help_takes_less_than_one_and_a_half_seconds():
     """Measures CPU time, which does not depend on other processes. The first of two runs may fill caches."""
     resource = pytest.importorskip("resource")
@@ -178,6 +236,51 @@ def test_env_shows_versions_and_devices(monkeypatch, capsys):
     for line in ("python ", "jax ", "flax ", "platform ", "device 0 "):
         assert line in output.out
     assert_quiet(output.err)
+
+
+def test_env_check_ends_with_the_status_of_the_kernels(monkeypatch, capsys):
+    for status in (0, 1):
+        monkeypatch.setattr("pallas_kernels.check.main", lambda status=status: status)
+        with pytest.raises(SystemExit) as exit_error:
+            cli.main(["env", "--check"])
+        assert exit_error.value.code == status and "device 0 " in capsys.readouterr().out
+
+
+def test_demo_ends_with_commands_to_try(monkeypatch, capsys, tmp_path):
+    """They name what the demo wrote, with quotes where a path needs them, and this command line accepts all of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "")  # the command changes it
+    paths = [Path("my demo") / name for name in ("checkpoint", "answers.png", "loss.png", "metrics.jsonl", "digit.png")]
+    monkeypatch.setattr("liger_jax.demo.run.run_demo", lambda output, **options: Report(0.5, 1.0, *paths))
+    cli.main(["demo"])
+    lines = [line.strip().partition("  #")[0] for line in capsys.readouterr().out.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("liger-jax ")]
+    checkpoint, digit = str(paths[0]), str(paths[-1])
+    assert commands[:2] == [["generate", checkpoint, "Which digit is shown?", "--images", digit], ["chat", checkpoint]]
+    opened = []
+    for name in ("open_processor", "open_for_answers"):
+        monkeypatch.setattr(cli, name, lambda model, *options: opened.append(model) or sys.exit("opened"))
+    monkeypatch.setattr("pallas_kernels.check.main", lambda: "opened")
+    record = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello."}]}
+    Path("train.json").write_text(json.dumps([record]))
+    for image in (paths[-1], Path("dog.jpg")):
+        image.parent.mkdir(exist_ok=True)
+        image.touch()
+    for command in commands:
+        with pytest.raises(SystemExit, match="opened"):
+            cli.main(command)
+    released = "Qwen/Qwen3-VL-2B-Instruct"
+    assert opened == [checkpoint, checkpoint, released, released]
+
+
+@pytest.mark.parametrize("name", ["convert", "pallas_kernels"])
+def test_module_of_the_same_name_is_named(monkeypatch, tmp_path, name):
+    """A script in the folder of the program is imported in place of the package."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{name}.py").touch()
+    result = run_process(CALL, "env")
+    expected = f"{name} is {tmp_path / name}.py; expected {ROOT / name}, which liger-jax installs. Rename or remove "
+    assert result.returncode == 1 and expected in result.stderr.splitlines()[-1]
 
 
 def test_convert_to_hugging_face_and_back(monkeypatch, capsys, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from liger_jax import Processor
 from liger_jax.checkpoint import load_model
-from liger_jax.demo.data import conversations, load_digits
+from liger_jax.demo.data import CELL, conversations, load_digits
 from liger_jax.demo.run import LENGTH, PATCHES, RESULTS, SIZES, make_config, make_processor, run_demo, training_batch
 from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.files import lock_folder
@@ -28,6 +28,8 @@ def test_every_result_is_written(finished):
     for path in (finished.answers, finished.loss):
         with Image.open(path) as image:
             assert min(image.size) > 100
+    with Image.open(finished.digit) as image:
+        assert image.mode == "RGB" and min(image.size) == CELL and np.std(image) > 10
 
 
 def test_metrics_have_a_line_per_step_and_the_result(finished):
