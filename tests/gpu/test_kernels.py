@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import shapes
+from pallas_kernels import check, shapes
 from tests._support.ops import OPS, REAL
 
 
@@ -383,3 +383,9 @@ def test_weight_gradient_does_not_lose_precision_over_chunks():
 
     truth, many, one = gradient(2048, "float32"), gradient(128, "bfloat16"), gradient(2048, "bfloat16")
     assert root_mean_square(many - truth) <= 1.1 * root_mean_square(one - truth)
+
+
+def test_check_of_this_device_passes(capsys):
+    """`liger-jax env --check` runs every kernel of every operation, and finds each to agree with XLA."""
+    status = check.main()
+    assert status == 0, capsys.readouterr().out
