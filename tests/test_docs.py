@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "liger_jax", "convert")
 # The layers of liger_jax, lowest first: a module may import from its own layer and from lower ones.
 LAYERS = (
-    ("errors", "runtime", "options", "finite", "progress"),
+    ("errors", "runtime", "options", "finite", "progress", "processes"),
     ("files",),
     ("config",),
     ("inputs",),
