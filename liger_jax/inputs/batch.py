@@ -25,6 +25,7 @@ from liger_jax.inputs.positions import (
 )
 
 IGNORE = -100  # label of tokens that the loss ignores
+PATCH_BLOCK = 64  # patches: every merged token, and every window of the published models, lies within a block
 LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device holds
 
 
@@ -98,6 +99,36 @@ class Batch:
             vision = dataclasses.replace(jax.tree.map(pad, vision), token_positions=token_positions)
         labels = None if self.labels is None else pad(self.labels, IGNORE)
         padded = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
+        return dataclasses.replace(self, labels=labels, vision=vision, **padded)
+
+
+    def pad_positions(self, parts: int) -> Self:
+        """Appends padding to each row and to its patches, so that `parts` devices can split both evenly.
+
+        The part of a device ends neither within a merged token nor within a block of windows.
+        """
+        rows, length = self.input_ids.shape
+        patches = 0 if self.vision is None else self.vision.segment_ids.shape[1]
+        missing, missing_patches = -length % parts, -patches % (PATCH_BLOCK * parts) if parts > 1 else 0
+        if not missing and not missing_patches:
+            return self
+
+        def pad(array, axis, count, value=0):
+            widths = [(0, count if i == axis else 0) for i in range(array.ndim)]
+            return np.pad(np.asarray(array), widths, constant_values=value)
+
+        vision = self.vision
+        if vision is not None:
+            tokens = vision.token_positions.shape[1]
+            appended = tokens * missing_patches // max(patches, 1)
+            positions = np.asarray(vision.token_positions)
+            dropped = _dropped_positions(rows, length + missing, tokens + appended)
+            dropped[:, :tokens] = np.where(positions < length, positions, dropped[:, :tokens])
+            vision = jax.tree.map(lambda array: pad(array, 1, missing_patches), vision)
+            vision = dataclasses.replace(vision, token_positions=dropped)
+        labels = None if self.labels is None else pad(self.labels, 1, missing, IGNORE)
+        axes = {"input_ids": 1, "segment_ids": 1, "position_ids": 2}
+        padded = {name: pad(getattr(self, name), axis, missing) for name, axis in axes.items()}
         return dataclasses.replace(self, labels=labels, vision=vision, **padded)
 
 

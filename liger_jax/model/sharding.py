@@ -305,7 +305,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     """
     axes, positions = auto_axes(BATCH_AXES), sequence_axes()
     positions = positions if x.ndim > 1 and x.shape[1] % axes_size(positions) == 0 else ()
-    if not (axes or positions) or x.shape[0] % axes_size(axes):
+    if not auto_axes(MESH_AXES) or x.shape[0] % axes_size(axes):
         return x
     return jax.lax.with_sharding_constraint(x, P(axes, positions) if positions else P(axes))
 
@@ -321,6 +321,32 @@ def constrain_batch_and_seq(x: jax.Array) -> jax.Array:
     if "tensor" not in positions or x.shape[0] % axes_size(axes) or x.shape[1] % axes_size(positions):
         return constrain_batch(x)
     return jax.lax.with_sharding_constraint(x, P(axes, positions))
+
+
+def gather_positions(x: jax.Array) -> jax.Array:
+    """Constrains an activation to `constrain_batch_and_seq`, then to `constrain_batch`: the input of matmuls.
+
+    Where `tensor` splits the columns of these matmuls, the gradient is a partial sum on each device. It takes the way back:
+    reduced and scattered.
+    """
+    return constrain_batch(constrain_batch_and_seq(x))
+
+
+def scatter_positions(x: jax.Array) -> jax.Array:
+    """Constrains the result of a matmul to `constrain_batch_and_seq`, and its gradient to `constrain_batch`.
+
+    Where `tensor` splits the inputs of the matmul, the result, a partial sum on each device, is reduced and scattered.
+    """
+    return _scatter_positions(x) if auto_axes(("tensor",)) else constrain_batch(x)
+
+
+@jax.custom_vjp
+def _scatter_positions(x: jax.Array) -> jax.Array:
+    return constrain_batch_and_seq(x)
+
+
+# A plain constraint would leave the gradient scattered, and the partitioner would gather the weights for it.
+_scatter_positions.defvjp(lambda x: (_scatter_positions(x), None), lambda _, grad: (constrain_batch(grad),))
 
 
 def replicate(weight: jax.Array) -> jax.Array:

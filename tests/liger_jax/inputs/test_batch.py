@@ -191,6 +191,27 @@ def test_pad_rows():
     assert batch.pad_rows(2) is batch
 
 
+def test_pad_positions():
+    """Appended positions belong to no sequence and have no labels, and no patch is moved to another token."""
+    batch = prepare(CONFIG, **two_rows(), labels=two_rows()["input_ids"])
+    padded = batch.pad_positions(3)
+    assert padded.shape == (2, 66)
+    assert padded.position_ids.shape == (2, 3, 66)
+    patches = batch.vision.segment_ids.shape[1]
+    assert padded.vision.pixel_values.shape == (2, 192, PATCH_VALUES)
+    for name in ("input_ids", "labels", "segment_ids"):
+        np.testing.assert_array_equal(getattr(padded, name)[:, :64], getattr(batch, name), err_msg=name)
+    np.testing.assert_array_equal(padded.vision.pixel_values[:, :patches], batch.vision.pixel_values)
+    assert not padded.segment_ids[:, 64:].any()
+    assert (padded.labels[:, 64:] == -100).all()
+    assert not padded.vision.segment_ids[:, patches:].any()
+    for before, after in zip(batch.vision.token_positions, padded.vision.token_positions, strict=True):
+        assert after[after < 66].tolist() == before[before < 64].tolist()
+        assert len(set(after)) == len(after) == 48
+    assert batch.pad_positions(1) is batch
+    assert prepare(CONFIG, input_ids=np.array([[5, 6]])).pad_positions(3).shape == (1, 66)
+
+
 def test_batch_passes_through_jit():
     batch = prepare(CONFIG, **two_rows())
     returned = jax.jit(lambda b: b)(batch)
