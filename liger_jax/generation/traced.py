@@ -26,6 +26,7 @@ from liger_jax.generation.sampling import History, Sampling
 from liger_jax.generation.session import check_prompts
 from liger_jax.inputs.batch import Batch, bucket
 from liger_jax.model import QwenVL
+from liger_jax.model.decode_layout import DecodeLayout
 from liger_jax.model.sharding import find_abstract_mesh, mesh_context, run_on_auto_axes
 
 
@@ -65,15 +66,16 @@ def _prefill_and_decode(model: QwenVL, batch: Batch, sampling: Sampling, *, samp
         # unwrapped: JAX allows compiler options only for whole programs, and `run_on_auto_axes` needs a new trace
         hidden, keys_values = inspect.unwrap(prefill)(model, batch)
         first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-        cache, history = init_cache(*keys_values, batch.segment_ids, room=room), None
+        layout = DecodeLayout.on_current_mesh(model.config.text, batch.shape[0])
+        cache, history = init_cache(*keys_values, batch.segment_ids, room=room, layout=layout), None
         if samples > 1:
             cache, first_step = repeat_rows((cache, first_step), samples)
         if sampling.needs_history:
             ids, segments = (jnp.repeat(x, samples, axis=0) for x in (batch.input_ids, batch.segment_ids))
             history = History.from_prompts(ids, segments, cache.valid.shape[1])
-        state, _ = init_decode_state(first_step, sampling, history, room=room)
+        state, _ = init_decode_state(first_step, sampling, history, room=room, layout=layout)
         if limit > 1:
-            arguments = model, decode_weights(model), cache, state, sampling
+            arguments = decode_weights(model, layout), cache, state, sampling
             _, state, _ = inspect.unwrap(decode_loop)(*arguments, stopped=np.zeros(rows, bool), until=np.int32(limit))
     generated = Generated(*(array if array is None else array[:, :limit] for array in state.generated))
     tokens = jnp.where(generated.tokens == NON_FINITE, sampling.pad_token, generated.tokens)
