@@ -184,7 +184,7 @@ def connected(coordinator: str | None, processes: int | None, process: int | Non
 
     Args:
         coordinator: HOST:PORT of process 0; "auto": JAX finds the three values from SLURM, Open MPI or Kubernetes; None:
-            this process runs alone.
+            this process runs alone, or is connected already.
         processes: number of processes.
         process: number of this process, from 0.
 
@@ -194,9 +194,8 @@ def connected(coordinator: str | None, processes: int | None, process: int | Non
     if coordinator is None:
         if processes is not None or process is not None:
             raise UserError("coordinator is missing; expected --coordinator HOST:PORT with --processes and --process")
-        yield
-        return
-    _connect(coordinator, processes, process)
+    else:
+        _connect(coordinator, processes, process)
     with agree():  # also waits for all to end: JAX's own wait, after that, is shorter
         yield
 
@@ -258,14 +257,25 @@ def spans(tree: Any) -> bool:
     return any(isinstance(sharding, Sharding) and not sharding.is_fully_addressable for sharding in shardings)
 
 
-def put(array: Any, sharding: Sharding | None) -> jax.Array:
-    """Returns an array on the devices of a sharding; in several processes, each one puts its own part of the same array.
+def put(tree: Any, shardings: Any) -> Any:
+    """Returns arrays on the devices of their shardings, as `jax.device_put` does.
 
-    `jax.device_put` would compare the arrays of all processes, on the devices.
+    In several processes, each one puts its own part of the same arrays. `jax.device_put` would first compare the arrays of
+    all processes, on the devices.
+
+    Args:
+        tree: an array, or a pytree of arrays.
+        shardings: a sharding, or None for the default device; or a pytree of shardings like `tree`.
     """
-    if sharding is None or sharding.is_fully_addressable or isinstance(array, jax.Array):
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
+        return jax.device_put(tree, shardings)
+
+    def put_part(array: Any, sharding: Sharding) -> jax.Array:
+        if isinstance(array, jax.Array):
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+    return jax.tree.map(put_part, tree, shardings)
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -287,9 +297,10 @@ def check_mesh(mesh: Mesh | None) -> None:
     """
     if count() == 1:
         return
-    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items()) if mesh is not None else "of one device"
+    axes = {} if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
     devices = set() if mesh is None else set(mesh.devices.flat)
     if devices != set(jax.devices()):
+        shape = " x ".join(f"{name} {size}" for name, size in axes.items()) or "of one device"
         raise UserError(
             f"The mesh {shape} has {len(devices) or 1} of {jax.device_count()} devices; expected all devices of the "
             f"{count()} processes"

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from liger_jax import processes
 from liger_jax.inputs.batch import Batch
-from liger_jax.model.sharding import BATCH_AXES
+from liger_jax.model.sharding import BATCH_AXES, batch_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,12 @@ class RowShare:
     Processes whose devices are split over `tensor` alone hold the same rows, and each of them reads these rows.
 
     Attributes:
-        sharding: splits the rows over the mesh.
+        mesh: the devices of all processes.
         total: number of rows in a batch, with those that fill up the devices.
         rows: numbers of the rows of this process, in order.
     """
 
-    sharding: NamedSharding
+    mesh: Mesh
     total: int
     rows: tuple[int, ...]
 
@@ -36,10 +36,10 @@ class RowShare:
         """Returns this process's share of batches of `batch_size` rows; each device has a multiple of `multiple` rows."""
         axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
         smallest = multiple * math.prod(mesh.shape[name] for name in axes)
-        total, sharding = -(-batch_size // smallest) * smallest, NamedSharding(mesh, P(axes))
-        parts = sharding.addressable_devices_indices_map((total,)).values()
+        total = -(-batch_size // smallest) * smallest
+        parts = NamedSharding(mesh, P(axes)).addressable_devices_indices_map((total,)).values()
         rows = {row for part in parts if part is not None for row in range(total)[part[0]]}
-        return cls(sharding, total, tuple(sorted(rows)))
+        return cls(mesh, total, tuple(sorted(rows)))
 
     @property
     def copies(self) -> float:
@@ -49,15 +49,17 @@ class RowShare:
     def place(self, batch: Batch) -> Batch:
         """Returns the whole batch, on the devices of all processes, from this process's rows of it."""
 
-        def place(array: np.ndarray) -> jax.Array:
-            def rows_of(part: Any) -> np.ndarray:
+        batch = batch.pad_positions(self.mesh.shape.get("sequence", 1))
+
+        def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            def read(part: Any) -> np.ndarray:
                 first, end, _ = part[0].indices(self.total)
                 start = self.rows.index(first)
-                return array[start : start + end - first]
+                return array[(slice(start, start + end - first), *part[1:])]
 
-            return jax.make_array_from_callback((self.total, *array.shape[1:]), self.sharding, rows_of)
+            return jax.make_array_from_callback((self.total, *array.shape[1:]), sharding, read)
 
-        return jax.tree.map(place, batch)
+        return jax.tree.map(place, batch, batch_shardings(batch, self.mesh))
 
 
 def place_batches(

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from liger_jax.errors import LigerWarning, UserError
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.params import Parameter, find_row, is_parameter_path, path_name
+from liger_jax.processes import put
 from pallas_kernels import split_rows_over
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -120,7 +121,8 @@ def param_shardings(tree: Any, mesh: Mesh, *, strict: bool = True, over_data: bo
         for mesh_axis, axes, size in zip(partition_spec(row), row.dimensions, leaf.shape, strict=False):
             names = _split_axes(mesh_axis, mesh)
             while size % (shards := math.prod(mesh.shape[name] for name in names)):
-                whole.add((" x ".join(names), shards, axes[0], size))
+                split = " x ".join(name for name in names if mesh.shape[name] > 1)
+                whole.add((split, shards, axes[0], size))
                 names = names[:-1]
             spec.append(names[0] if len(names) == 1 else names or None)
         return NamedSharding(mesh, split_over_data(P(*spec), leaf.shape, mesh) if over_data else P(*spec))
@@ -143,7 +145,7 @@ def split_over_data(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
 
 def _split_axes(mesh_axis: str | None, mesh: Mesh) -> tuple[str, ...]:
     """Returns the axes of a mesh that split a dimension. `sequence` splits the weights further where `fsdp` does."""
-    names = ("fsdp", "sequence") if mesh_axis == "fsdp" else (mesh_axis,)
+    names = ("fsdp", "sequence") if mesh_axis == "fsdp" else (mesh_axis or "",)
     return tuple(name for name in names if name in mesh.shape and (name != "sequence" or mesh.shape[name] > 1))
 
 
@@ -271,7 +273,7 @@ def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
         return with_auto_axes(batch) if mesh is None else batch if placed == mesh else with_axes_of(mesh, batch)
     shards = math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
     batch = batch.pad_rows(multiple * shards).pad_positions(mesh.shape.get("sequence", 1))
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    return put(batch, batch_shardings(batch, mesh))
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:

@@ -152,11 +152,11 @@ def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
         AlreadyExistsError: the folder has files, but no run.
         UserError: the run in it has other data or options, or more steps; or another process has other data or options.
     """
-    for process, other in enumerate(processes.exchange(record)):
-        if differences := _differences(other, record):
-            raise UserError(
-                f"process {process} has other settings: {'; '.join(differences)}; expected the same command"
-            )
+    first, *others = processes.exchange(record)
+    for process, other in enumerate(others, 1):
+        if differences := _differences(first, other):
+            listed = "; ".join(f"{name} is {here!r}, and {there!r} in process 0" for name, there, here in differences)
+            raise UserError(f"process {process} has other settings: {listed}; expected those of process 0")
     start = processes.from_first(lambda: find_start(folder, record))
     return Run(folder, record, resumes=start is not None, start=start or 0)
 
@@ -196,25 +196,20 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: the records differ, and the message names all differences; or the stored record is damaged.
     """
-    differences = _differences(read_json_object(folder / RECORD), record, may_change=MAY_CHANGE)
-    if differences:
+    differences = _differences(read_json_object(folder / RECORD), record)
+    if listed := [f"{name} was {a!r} and is {b!r}" for name, a, b in differences if not name.startswith(MAY_CHANGE)]:
         raise UserError(
-            f"The run in {folder} has other settings: {'; '.join(differences)}. "
+            f"The run in {folder} has other settings: {'; '.join(listed)}. "
             "Use the same settings to resume it, or another output folder"
         )
 
 
-def _differences(
-    stored: Mapping[str, Any], record: Mapping[str, Any], *, may_change: tuple[str, ...] = ()
-) -> list[str]:
-    """Returns a description of each entry that differs between two records, except for those that may."""
+def _differences(stored: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns the name and both values of each entry that differs between two records."""
     stored, record = _flatten(stored), _flatten(record)
     names = [*record, *(name for name in stored if name not in record)]
-    return [
-        f"{name} was {stored.get(name)!r} and is {record.get(name)!r}"
-        for name in names
-        if stored.get(name) != record.get(name) and not name.startswith(may_change)
-    ]
+    pairs = [(name, stored.get(name), record.get(name)) for name in names]
+    return [(name, before, after) for name, before, after in pairs if before != after]
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
