@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from liger_jax.errors import UserError
-from liger_jax.model.sharding import constrain_batch, on_mesh
+from liger_jax.model.sharding import constrain_batch_and_seq, on_mesh
 from liger_jax.options import LayerExecution
 
 
@@ -85,7 +85,7 @@ def scan_layers(
 
     def constrained_layer(kind: tuple[Hashable, ...], x, weights):
         x, aux = layer(x, weights, *kind)
-        return constrain_batch(x), aux
+        return constrain_batch_and_seq(x), aux
 
     def layer_of_stack(kind: tuple[Hashable, ...], x, i, stack, port):
         return constrained_layer(kind, x, _take_layer(stack, i, port))
@@ -101,7 +101,7 @@ def scan_layers(
     if unroll:
         steps = {kind: jax.jit(step) for kind, step in steps.items()}  # traced once
     run = _unroll if unroll else _scan
-    return run([steps[kind] for kind in patterns], constrain_batch(x), layers, taps, after_first)
+    return run([steps[kind] for kind in patterns], constrain_batch_and_seq(x), layers, taps, after_first)
 
 
 def _unroll(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int], after_first: Any):
