@@ -579,11 +579,8 @@ def can_user_fix(error: Exception) -> bool:
 
 def is_reported_elsewhere(error: Exception) -> bool:
     """Returns whether all of several processes have raised this error, and process 0, which is another one, prints it."""
-    if not getattr(error, "agreed", False):
-        return False
-    from liger_jax import processes
-
-    return not processes.is_first()
+    processes = sys.modules.get("liger_jax.processes")  # imported only by commands that may run in several processes
+    return processes is not None and processes.is_agreed(error) and not processes.is_first()
 
 
 if __name__ == "__main__":

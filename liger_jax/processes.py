@@ -131,9 +131,11 @@ def from_first(function: Callable[[], Any], *, together: bool = True) -> Any:
     return exchange(value, error)[0]
 
 
-def is_agreed(error: BaseException) -> bool:
-    """Returns whether all processes have raised this error, so that process 0 alone should print it."""
-    return getattr(error, "agreed", False)
+def is_agreed(error: BaseException | None) -> bool:
+    """Returns whether all processes have raised this error, or its cause, so that process 0 alone should print it."""
+    while error is not None and not getattr(error, "agreed", False):
+        error = error.__cause__
+    return error is not None
 
 
 def on_this_host() -> int:
@@ -163,7 +165,11 @@ def _read(key: str, seconds: float) -> str | None:
 
 
 def _describe(error: Exception | None) -> list[str] | None:
-    return None if error is None else [type(error).__name__, str(error)]
+    """Returns the class and the message of an error; of a subclass elsewhere, the class in `liger_jax.errors`."""
+    if error is None:
+        return None
+    known = (kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    return [next(known, type(error)).__name__, str(error)]
 
 
 def _rebuild(description: list[str], process: int) -> UserError:

@@ -200,10 +200,6 @@ def validate(options: RunOptions, config: QwenVLConfig, *, conversations: int, h
     }.items():
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
-    if evaluation.eval_generate and processes.count() > 1:
-        raise UserError(
-            f"eval_generate is {evaluation.eval_generate}; expected 0 in several processes, which cannot generate together"
-        )
     if not 0 <= evaluation.eval_generate <= held_out:
         raise UserError(
             f"eval_generate is {evaluation.eval_generate}; expected 0 to {held_out}, the number of held_out conversations"

@@ -294,17 +294,18 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT])
 
-    try:
+    def received_anywhere() -> list[int]:
+        return [number for numbers in processes.exchange(received) for number in numbers]
+
+    with contextlib.suppress(ValueError):  # not the main thread
         for caught in (signal.SIGTERM, signal.SIGINT):
             previous[caught] = signal.getsignal(caught) or signal.SIG_DFL
             signal.signal(caught, receive)
-    except ValueError:  # not the main thread
-        yield lambda: any(processes.exchange(False))
-        return
     try:
-        yield lambda: any(processes.exchange(bool(received)))
+        yield lambda: bool(received_anywhere())
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
-    if signal.SIGINT in received:
+            with contextlib.suppress(ValueError):
+                signal.signal(number, handler)
+    if signal.SIGINT in received_anywhere():
         raise KeyboardInterrupt

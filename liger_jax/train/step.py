@@ -13,7 +13,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
-from liger_jax import runtime
+from liger_jax import processes, runtime
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE, Batch
 from liger_jax.model import QwenVL
@@ -230,7 +230,10 @@ class TrainStep:
         choices = [(remat, by_device) for remat in remats for by_device in ways]
         for choice in choices:
             compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
-            if choice == choices[-1] or _fits_memory(compiled):
+            fits = _fits_memory(compiled)
+            if processes.spans(leaves):  # all processes run the same program, even if the memory of their devices differs
+                fits = all(processes.exchange(fits))
+            if fits or choice == choices[-1]:
                 break
         self.chosen_remat, self.by_device = choice
         reason = " (the fastest that fits in memory)" if self.execution.remat == "auto" else ""
