@@ -164,7 +164,7 @@ class Chat:
                 hidden, cache = extend(self.model, cache, batch, np.int32(cached))
             else:
                 hidden, keys_values = prefill(self.model, batch)
-                layout = choose_layout(self.model.language_model, self.model.head, batch.shape[0])
+                layout = choose_layout(self.model.language_model, self.model.head, (batch.shape[0], slots))
                 cache = init_cache(*keys_values, batch.segment_ids, room=slots - positions, layout=layout)
             first_step = first_token_logits(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(cached))
         return DecodeSession(self.model, cache, first_step, self.options, ids[None], np.ones((1, len(ids)), np.int64))

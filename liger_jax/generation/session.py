@@ -145,8 +145,8 @@ class DecodeSession:
         with mesh_context(get_mesh((model, batch))):
             hidden, keys_values = prefill(model, batch)
             first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-            layout = choose_layout(model.language_model, model.head, batch.shape[0])
             room = bucket(options.max_new_tokens, NEW_TOKENS)
+            layout = choose_layout(model.language_model, model.head, (batch.shape[0], batch.shape[1] + room))
             cache = init_cache(*keys_values, batch.segment_ids, room=room, layout=layout)
             if options.num_return_sequences > 1:
                 cache, first_step = repeat_rows((cache, first_step), options.num_return_sequences)

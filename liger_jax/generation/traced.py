@@ -26,7 +26,7 @@ from liger_jax.generation.sampling import History, Sampling
 from liger_jax.generation.session import check_prompts
 from liger_jax.inputs.batch import Batch, bucket
 from liger_jax.model import QwenVL
-from liger_jax.model.decode_layout import DecodeLayout
+from liger_jax.model.decode_layout import choose_layout
 from liger_jax.model.sharding import find_abstract_mesh, mesh_context, run_on_auto_axes
 
 
@@ -66,7 +66,7 @@ def _prefill_and_decode(model: QwenVL, batch: Batch, sampling: Sampling, *, samp
         # unwrapped: JAX allows compiler options only for whole programs, and `run_on_auto_axes` needs a new trace
         hidden, keys_values = inspect.unwrap(prefill)(model, batch)
         first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-        layout = DecodeLayout.on_current_mesh(model.config.text, batch.shape[0])
+        layout = choose_layout(model.language_model, model.head, (batch.shape[0], batch.shape[1] + room))
         cache, history = init_cache(*keys_values, batch.segment_ids, room=room, layout=layout), None
         if samples > 1:
             cache, first_step = repeat_rows((cache, first_step), samples)

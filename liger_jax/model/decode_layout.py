@@ -7,8 +7,9 @@ whole step. They are laid out once, before the loop. Each device then runs the f
     heads       query heads split over the other axes (tensor, sequence), each with the key head that it attends to
     columns     of the MLP, and the entries of the vocabulary, split over the same axes
 
-The devices along tensor communicate twice per layer, to sum the outputs of `o` and of `down`, and once per token, to choose
-it. Those along data and fsdp do not communicate.
+Along the other axes, the devices sum the outputs of `o` and of `down`, and compare their best tokens. Each of these takes as
+long as reading 48 MB, so what is smaller is not split: of the 2B on two devices, only the vocabulary; of the 7B, the MLP and
+the vocabulary. Along data and fsdp, the devices do not communicate.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ from liger_jax.model.params import find_row, path_name, split_axes
 from liger_jax.model.sharding import BATCH_AXES
 from liger_jax.model.text import LanguageModel
 
+# The bytes that a device reads while two devices sum a few rows: 12 us at 4 TB/s, measured on H200s with NVLink.
+SMALLEST_SAVING = 48_000_000
 LARGEST_COPY = 0.7  # of a device's free memory, for the weights; the rest is for the prompts and their cache
 
 
@@ -44,39 +47,47 @@ class DecodeLayout:
     shards: int = 1
     """Number of devices along `column_axes`."""
     split: str = ""
-    """What `column_axes` splits: axes of the table of parameters, some of N, K, F and V. What it does not divide is whole on
-    each device."""
+    """What `column_axes` splits: axes of the table of parameters, some of N, K, F and V. All others are whole on each
+    device."""
     key_head_copies: int = 1
     """How often the cache holds each key head: more than once if there are more devices than key heads."""
 
     @classmethod
-    def on_current_mesh(cls, config: TextConfig, rows: int, *, gather_fsdp: bool = True) -> Self:
-        """Returns the layout for a number of rows on the current mesh, see `liger_jax.model.sharding.mesh_context`.
+    def on_current_mesh(
+        cls, config: TextConfig, cache_shape: tuple[int, int], dtype, *, gather_fsdp: bool = True
+    ) -> Self:
+        """Returns the layout on the current mesh, see `liger_jax.model.sharding.mesh_context`.
 
         Args:
             config: the configuration of the language model.
-            rows: number of rows. If the mesh does not divide it, all devices along data and fsdp decode all rows.
-            gather_fsdp: with False, fsdp splits heads and columns instead of rows, as tensor does.
+            cache_shape: rows and slots. If the mesh does not divide the rows, all devices along data and fsdp decode all
+                rows.
+            dtype: dtype of the weights and the cache.
+            gather_fsdp: with False, fsdp splits heads and columns instead of rows, as tensor does, and even small ones, to
+                save memory.
         """
-        mesh = jax.sharding.get_abstract_mesh()
+        mesh, (rows, slots) = jax.sharding.get_abstract_mesh(), cache_shape
         types = zip(mesh.axis_names, mesh.axis_types, strict=True)
         names = tuple(name for name, kind in types if kind == AxisType.Auto)  # all others are the caller's business
         split_rows = BATCH_AXES if gather_fsdp else ("data",)
         row_axes = tuple(name for name in names if name in split_rows)
         column_axes = tuple(name for name in names if name not in split_rows)
-        shards = math.prod(mesh.shape[name] for name in column_axes)
-        if rows % math.prod(mesh.shape[name] for name in row_axes):
-            row_axes = ()
-        split, copies = _split_axes(config, shards)
-        return cls(names, row_axes, column_axes, shards, split, copies)
+        row_shards, shards = (math.prod(mesh.shape[name] for name in axes) for axes in (row_axes, column_axes))
+        if rows % row_shards:
+            row_axes, row_shards = (), 1
+        split, copies = _divisible(config, shards)
+        if gather_fsdp:
+            sizes = _bytes_per_step(config, rows * slots // row_shards, jnp.dtype(dtype).itemsize)
+            split = "".join(axis for axis in split if sizes[axis] * (1 - 1 / shards) > SMALLEST_SAVING)
+        return cls(names, row_axes, column_axes, shards, split, copies if "N" in split else 1)
 
     def spec(self, axes: str) -> P:
         """Returns the PartitionSpec of an array with these axes: B for rows, and those of the table of parameters.
 
         Example:
             >>> layout = DecodeLayout(("data", "tensor"), ("data",), ("tensor",), 2, "NKF")
-            >>> layout.spec("B H"), layout.spec("H F")
-            (PartitionSpec(('data',), None), PartitionSpec(None, ('tensor',)))
+            >>> tuple(layout.spec("B H")), tuple(layout.spec("H F"))
+            (('data', None), (None, 'tensor'))
         """
         by = {"B": self.row_axes} | dict.fromkeys(self.split, self.column_axes)
         return P(*(by.get(axis) or None for axis in axes.split()))
@@ -133,12 +144,17 @@ class DecodeLayout:
 SINGLE_DEVICE = DecodeLayout()
 
 
-def choose_layout(text: LanguageModel, head: jax.Array, rows: int) -> DecodeLayout:
-    """Returns the layout for decoding on the current mesh, for a language model and its output head [V, H].
+def choose_layout(text: LanguageModel, head: jax.Array, cache_shape: tuple[int, int]) -> DecodeLayout:
+    """Returns the layout for decoding on the current mesh.
 
     Each device gets a copy of what fsdp splits, if it has memory for it. If not, fsdp splits heads and columns.
+
+    Args:
+        text: the language model.
+        head: the weights of the output head [V, H].
+        cache_shape: rows and slots of the cache.
     """
-    layout = DecodeLayout.on_current_mesh(text.config, rows)
+    layout = DecodeLayout.on_current_mesh(text.config, cache_shape, head.dtype)
     if "fsdp" not in layout.mesh_axes:
         return layout
     free, needed = _free_memory(head), layout.weight_bytes(text, head)
@@ -151,24 +167,26 @@ def choose_layout(text: LanguageModel, head: jax.Array, rows: int) -> DecodeLayo
         LigerWarning,
         stacklevel=4,
     )
-    return DecodeLayout.on_current_mesh(text.config, rows, gather_fsdp=False)
+    return DecodeLayout.on_current_mesh(text.config, cache_shape, head.dtype, gather_fsdp=False)
 
 
 def _free_memory(array: jax.Array) -> float:
-    """Returns the free bytes of a device that holds an array; infinity for a CPU."""
+    """Returns the free bytes of a device that holds an array; infinity for a CPU and for a traced array."""
+    if isinstance(array, jax.core.Tracer):
+        return math.inf
     devices: Any = array.sharding.addressable_devices
     memory = min(devices, key=lambda device: device.id).memory_stats()
     return memory["bytes_limit"] - memory["bytes_in_use"] if memory else math.inf
 
 
-def _split_axes(config: TextConfig, shards: int) -> tuple[str, int]:
-    """Returns which of N, K, F and V are split over devices, and how often the cache then holds each key head.
+def _divisible(config: TextConfig, shards: int) -> tuple[str, int]:
+    """Returns which of F, V, N and K can be split over devices, and how often the cache then holds each key head.
 
     Each device has the same number of query heads, which attend to the same number of key heads.
 
     Example:
         >>> from liger_jax import QwenVLConfig
-        >>> [_split_axes(QwenVLConfig.qwen2_vl_2b().text, shards) for shards in (1, 2, 4, 8)]
+        >>> [_divisible(QwenVLConfig.qwen2_vl_2b().text, shards) for shards in (1, 2, 4, 8)]
         [('', 1), ('FVNK', 1), ('FVN', 2), ('FV', 1)]
     """
     if shards == 1:
@@ -181,3 +199,22 @@ def _split_axes(config: TextConfig, shards: int) -> tuple[str, int]:
     if heads % shards == 0 and shards % key_heads == 0:
         return split + "N", shards // key_heads
     return split, 1
+
+
+def _bytes_per_step(config: TextConfig, cached_tokens: int, itemsize: int) -> dict[str, int]:
+    """Returns the bytes that a step reads and that each axis splits: in a layer, or for V, in the output head.
+
+    Example:
+        >>> from liger_jax import QwenVLConfig
+        >>> _bytes_per_step(QwenVLConfig.qwen2_vl_2b().text, 2048, 2)
+        {'N': 13107200, 'K': 13107200, 'F': 82575360, 'V': 466747392}
+    """
+    width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    attention = config.head_dim * (2 * width * (heads + key_heads) + 2 * cached_tokens * key_heads)
+    numbers = {
+        "N": attention,
+        "K": attention,
+        "F": 3 * width * config.intermediate_size,
+        "V": width * config.vocab_size,
+    }
+    return {axis: itemsize * count for axis, count in numbers.items()}

@@ -13,7 +13,8 @@ from liger_jax.generation.loop import decode_loop
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.session import DecodeSession
 from liger_jax.model import decode_layout
-from liger_jax.model.sharding import get_mesh, mesh_context, param_shardings
+from liger_jax.model.decode_layout import DecodeLayout
+from liger_jax.model.sharding import get_mesh, make_mesh, mesh_context, param_shardings
 
 COMMON = {"max_new_tokens": 6, "eos_token_id": (), "pad_token_id": 0}
 GREEDY = {}
@@ -22,9 +23,9 @@ FILTERED = SAMPLED | {"top_k": 40, "top_p": 0.95, "repetition_penalty": 1.3, "nu
 
 
 @functools.cache
-def model(family="qwen2_vl", lora=False):
+def model(lora=False):
     """Returns a model with random weights, biases, norms and LoRA; with 4 query heads and 2 key heads."""
-    model = QwenVL.init(QwenVLConfig.tiny(family=family), dtype="float32")
+    model = QwenVL.init(QwenVLConfig.tiny(), dtype="float32")
     model = add_lora(model, rank=4) if lora else model
     keys = iter(jax.random.split(jax.random.key(1), 300))
     return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), model)
@@ -73,14 +74,41 @@ def test_sizes_that_do_not_divide():
     assert_equals_one_device(model(), {"tensor": 3}, GREEDY)
 
 
-def test_lora_and_norms_of_heads():
-    assert_equals_one_device(model("qwen3_vl", lora=True), {"fsdp": 2, "tensor": 2}, SAMPLED)
+def test_lora_is_merged():
+    """The mesh splits its matrices, too."""
+    assert_equals_one_device(model(lora=True), {"fsdp": 2, "tensor": 2}, SAMPLED)
 
 
 def test_fsdp_splits_heads_if_its_weights_do_not_fit(monkeypatch):
     monkeypatch.setattr(decode_layout, "_free_memory", lambda array: 2**16)
     with pytest.warns(LigerWarning, match="GiB are free"):
         assert_equals_one_device(model(), {"fsdp": 2, "tensor": 2}, GREEDY)
+
+
+def test_only_large_parts_are_split(monkeypatch):
+    """Here the MLP, 123 kB in each layer, and neither attention (115 kB with its cache) nor the output head (82 kB)."""
+    monkeypatch.setattr(decode_layout, "SMALLEST_SAVING", 60_000)
+    axes = {"data": 2, "tensor": 2}
+    assert_equals_one_device(model(), axes, GREEDY)
+    session = DecodeSession.start(on_mesh(model(), **axes), prompts(), GenerationOptions(**COMMON))
+    assert session.cache.layout.split == "F"
+
+
+@pytest.mark.parametrize(
+    ("preset", "tensor", "cache_shape", "split"),
+    [
+        ("qwen2_vl_2b", 2, (1, 2048), "V"),
+        ("qwen2_vl_7b", 2, (1, 2048), "FV"),
+        ("qwen2_vl_7b", 2, (16, 8192), "FVNK"),
+        ("qwen2_vl_72b", 4, (1, 2048), "FVNK"),
+    ],
+)
+def test_parts_of_real_models_that_are_split(monkeypatch, preset, tensor, cache_shape, split):
+    monkeypatch.undo()
+    config = getattr(QwenVLConfig, preset)().text
+    with jax.set_mesh(make_mesh(tensor=tensor)):
+        layout = DecodeLayout.on_current_mesh(config, cache_shape, "bfloat16")
+    assert (layout.split, layout.shards, layout.row_axes) == (split, tensor, ("data", "fsdp"))
 
 
 def collectives(hlo):
