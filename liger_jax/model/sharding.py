@@ -138,7 +138,9 @@ def split_over_data(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
     shards = mesh.shape.get("data", 1)
     entries = [*spec, *(None,) * (len(shape) - len(spec))]
     for axis, (entry, size) in enumerate(zip(entries, shape, strict=True)):
-        if shards > 1 and entry is None and size % shards == 0:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        whole = math.prod(mesh.shape[name] for name in names) == 1
+        if shards > 1 and whole and size % shards == 0:
             return P(*entries[:axis], "data", *entries[axis + 1 :])
     return spec
 
@@ -272,7 +274,7 @@ def shard_batch(batch: Batch, mesh: Mesh | None, *, multiple: int = 1) -> Batch:
             raise UserError(f"The batch has {batch.shape[0]} rows on the device; expected a multiple of {multiple}")
         return with_auto_axes(batch) if mesh is None else batch if placed == mesh else with_axes_of(mesh, batch)
     shards = math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
-    batch = batch.pad_rows(multiple * shards).pad_positions(mesh.shape.get("sequence", 1))
+    batch = batch.pad_rows(multiple * shards).split_positions(mesh.shape.get("sequence", 1))
     return put(batch, batch_shardings(batch, mesh))
 
 
