@@ -283,19 +283,28 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
     block has ended. Outside the main thread, signals are not caught.
     """
     received: list[int] = []
+    seen: set[int] = set()  # in any process
     previous: dict[int, Any] = {}
+
+    def announce(number: int, by: str = "", advice: str = "") -> None:
+        message = (
+            f"\n{by}{signal.Signals(number).name}: training ends after this step, and its state is saved{advice}\n"
+        )
+        if processes.is_first():
+            os.write(2, message.encode())  # print must not be called in a signal handler
 
     def receive(number, frame):
         received.append(number)
-        again = "; a second one ends it at once" if number == signal.SIGINT else ""
-        message = f"\n{signal.Signals(number).name}: training ends after this step, and its state is saved{again}\n"
-        if processes.is_first():
-            os.write(2, message.encode())  # print must not be called in a signal handler
+        announce(number, advice="; a second one ends it at once" if number == signal.SIGINT else "")
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT])
 
-    def received_anywhere() -> list[int]:
-        return [number for numbers in processes.exchange(received) for number in numbers]
+    def received_anywhere() -> set[int]:
+        for process, numbers in enumerate(processes.exchange(received)):
+            if set(numbers) - seen and process != processes.index():
+                announce(numbers[0], by=f"process {process}: ")
+            seen.update(numbers)
+        return seen
 
     with contextlib.suppress(ValueError):  # not the main thread
         for caught in (signal.SIGTERM, signal.SIGINT):

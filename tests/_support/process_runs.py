@@ -4,6 +4,7 @@ Each process has two simulated devices, runs the scenarios one after the other, 
 """
 
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -32,8 +33,9 @@ from liger_jax.demo.run import make_config, make_processor
 from liger_jax.errors import UserError
 from liger_jax.files import lock_folder
 from liger_jax.model.sharding import make_mesh, param_shardings
-from liger_jax.options import Batching, LayerExecution, Saving
+from liger_jax.options import Batching, Evaluation, LayerExecution, Saving
 from liger_jax.train.finetune import finetune
+from liger_jax.train.metrics import RunLog
 from liger_jax.train.optimizer import make_optimizer
 from liger_jax.train.step import TrainStep
 
@@ -82,6 +84,7 @@ def train(folder: Path, steps: int, *, data: list | None = None, mesh=None) -> i
         execution=LayerExecution(remat="none"),
         saving=Saving(save_every=2),
         held_out=make_data()[:2],
+        evaluation=Evaluation(eval_generate=1, max_new_tokens=4),
         progress=False,
     )
     return int(state.step)
@@ -143,6 +146,21 @@ def damaged_image(folder: Path, mesh) -> int:
     return train(folder / "damaged_image", 2, mesh=mesh, data=data)
 
 
+def full_disk(folder: Path, mesh) -> int:
+    """Process 0 cannot write the first line of the log."""
+    write_step = RunLog.write_step
+
+    def write_or_fail(log: RunLog, step: int, values: dict) -> None:
+        if processes.is_first() and step == 1 and not log.history:
+            log.history.append({"step": 1, "num_tokens": 1})
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "full_disk" / "metrics.jsonl"))
+        write_step(log, step, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write_step", write_or_fail)
+        return train(folder / "full_disk", 4, mesh=mesh)
+
+
 def resumed(folder: Path, mesh) -> int:
     """Resumes a run that one process began."""
     while not (folder / "resumed").exists():
@@ -194,7 +212,7 @@ def command(folder: Path, output: str, *flags: str) -> list:
 
 
 SCENARIOS: tuple[Callable, ...] = (
-    *(batches, models, locked, other_data, damaged_image, refused_command, terminated_command),
+    *(batches, models, locked, other_data, damaged_image, full_disk, refused_command, terminated_command),
     *(resumed, damaged_checkpoint),
 )
 
