@@ -49,7 +49,8 @@ class RowShare:
     def place(self, batch: Batch) -> Batch:
         """Returns the whole batch, on the devices of all processes, from this process's rows of it."""
 
-        batch = batch.pad_positions(self.mesh.shape.get("sequence", 1))
+        same_rows = self.copies == processes.count()  # so that all processes move patches to the same places
+        batch = batch.split_positions(self.mesh.shape.get("sequence", 1), whole_frames=same_rows)
 
         def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
             def read(part: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.errors import UserError
-from liger_jax.inputs.layout import Layout, arrange, item_layout
+from liger_jax.inputs.layout import Layout, arrange, item_layout, split_at_frames
 from liger_jax.inputs.positions import (
     VisionItem,
     position_table_lookup,
@@ -40,7 +40,7 @@ LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device hold
         "table_indices",
         "table_weights",
     ],
-    meta_fields=["max_segments"],
+    meta_fields=["max_segments", "parts"],
 )
 @dataclasses.dataclass(frozen=True)
 class Vision:
@@ -58,6 +58,7 @@ class Vision:
     window_ids: Any = None  # [B, P] int32: number of the window, from 1 in each row; 0 is padding; None without windows
     table_indices: Any = None  # [B, P, 4] int32: entries of the position table around the patch; None without a table
     table_weights: Any = None  # [B, P, 4] float32: their weights
+    parts: int = 1  # cutting each row into this many equal parts divides no frame
 
 
 @functools.partial(
@@ -101,35 +102,60 @@ class Batch:
         padded = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
         return dataclasses.replace(self, labels=labels, vision=vision, **padded)
 
+    def split_positions(self, parts: int, *, whole_frames: bool = True) -> Self:
+        """Returns the batch with padding in each row and in its patches, so that `parts` devices can split both evenly.
 
-    def pad_positions(self, parts: int) -> Self:
-        """Appends padding to each row and to its patches, so that `parts` devices can split both evenly.
+        The part of a device ends neither within a merged token nor within a block of windows. If frames fit, it does not end
+        within a frame either; their attention then needs no communication.
 
-        The part of a device ends neither within a merged token nor within a block of windows.
+        Args:
+            parts: number of devices that split each row.
+            whole_frames: False moves no patch, so that the result's static fields depend on the bucket alone.
         """
-        rows, length = self.input_ids.shape
-        patches = 0 if self.vision is None else self.vision.segment_ids.shape[1]
-        missing, missing_patches = -length % parts, -patches % (PATCH_BLOCK * parts) if parts > 1 else 0
-        if not missing and not missing_patches:
+        if parts == 1:
             return self
+        missing = -self.shape[1] % parts
 
-        def pad(array, axis, count, value=0):
-            widths = [(0, count if i == axis else 0) for i in range(array.ndim)]
-            return np.pad(np.asarray(array), widths, constant_values=value)
+        def pad(array, value=0):
+            return np.pad(np.asarray(array), [(0, 0)] * (array.ndim - 1) + [(0, missing)], constant_values=value)
 
-        vision = self.vision
-        if vision is not None:
-            tokens = vision.token_positions.shape[1]
-            appended = tokens * missing_patches // max(patches, 1)
-            positions = np.asarray(vision.token_positions)
-            dropped = _dropped_positions(rows, length + missing, tokens + appended)
-            dropped[:, :tokens] = np.where(positions < length, positions, dropped[:, :tokens])
-            vision = jax.tree.map(lambda array: pad(array, 1, missing_patches), vision)
-            vision = dataclasses.replace(vision, token_positions=dropped)
-        labels = None if self.labels is None else pad(self.labels, 1, missing, IGNORE)
-        axes = {"input_ids": 1, "segment_ids": 1, "position_ids": 2}
-        padded = {name: pad(getattr(self, name), axis, missing) for name, axis in axes.items()}
+        vision = self.vision and _split_patches(self.vision, self.shape[1], missing, parts, whole_frames)
+        labels = None if self.labels is None else pad(self.labels, IGNORE)
+        padded = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
         return dataclasses.replace(self, labels=labels, vision=vision, **padded)
+
+
+def _split_patches(vision: Vision, length: int, missing: int, parts: int, whole_frames: bool) -> Vision:
+    """Returns patches that `parts` devices can split evenly, in rows of `length` tokens that become longer by `missing`."""
+    rows, patches = vision.segment_ids.shape
+    unit = patches // vision.token_positions.shape[1]
+    size = -(-patches // (PATCH_BLOCK * parts)) * PATCH_BLOCK
+    step = unit if vision.window_ids is None else PATCH_BLOCK
+    by_row = [split_at_frames(row, parts, size, step) if whole_frames else None for row in vision.segment_ids]
+    whole_frames = None not in by_row
+    pieces = [row if row and whole_frames else [slice(0, patches)] for row in by_row]
+    unmoved = all(piece.start == number * size for row in pieces for number, piece in enumerate(row) if piece)
+
+    def move(array, target):
+        slots = patches // array.shape[1]  # patches per entry
+        for row, row_pieces in enumerate(pieces):
+            for number, piece in enumerate(row_pieces):
+                values = array[row, piece.start // slots : piece.stop // slots]
+                start = number * size // slots
+                target[row, start : start + len(values)] = values
+        return target
+
+    def place(array):
+        array = np.asarray(array)
+        if unmoved and parts * size == patches:
+            return array
+        return move(array, np.zeros((rows, parts * size, *array.shape[2:]), array.dtype))
+
+    dropped = _dropped_positions(rows, length + missing, parts * size // unit)
+    positions = move(np.asarray(vision.token_positions), dropped.copy())
+    positions = np.where(positions < length, positions, dropped)
+    arrays = jax.tree.map(place, dataclasses.replace(vision, token_positions=None))
+    return dataclasses.replace(arrays, token_positions=positions, parts=parts if whole_frames else 1)
 
 
 def _dropped_positions(rows: int, length: int, tokens: int) -> np.ndarray:

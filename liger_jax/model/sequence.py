@@ -107,7 +107,7 @@ def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
-def attend_in_blocks(attend: AttendRows, block: int, q: jax.Array, k: jax.Array, v: jax.Array, rows: Any) -> jax.Array:
+def attend_in_blocks(block: int, attend: AttendRows, q: jax.Array, k: jax.Array, v: jax.Array, rows: Any) -> jax.Array:
     """Returns attend(q, k, v, rows), where no patch attends beyond its block of `block` slots.
 
     Each device runs it on its own patches, if they are whole blocks. The arrays of `rows` are [B, P, ...].

@@ -17,8 +17,15 @@ from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
 from liger_jax.model.layers import Embedding, Initializer, LayerNorm, Linear, RMSNorm, SwiGLU, inverse_frequencies
 from liger_jax.model.remat import apply_to_tokens, scan_layers, unstack
-from liger_jax.model.sequence import attend_by_heads, attend_in_blocks, split_positions
-from liger_jax.model.sharding import constrain_batch, gather_positions, replicate, scatter_positions
+from liger_jax.model.sequence import attend_by_heads, attend_in_blocks, split_positions, splits_sequence
+from liger_jax.model.sharding import (
+    axes_size,
+    constrain_batch,
+    gather_positions,
+    replicate,
+    scatter_positions,
+    sequence_axes,
+)
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v [B, P, n, d] -> [B, P, n, d]
@@ -179,26 +186,32 @@ def make_attention(vision: Vision, config: VisionConfig) -> dict[str, Attend]:
     A window lies in a block of `window_patches` slots (see `liger_jax.inputs.layout`), so attention within windows is a
     dense batch of blocks. There are padding slots between the windows of a frame.
     """
+    rows, patches = vision.segment_ids.shape
+    devices = axes_size(sequence_axes())
+    # where no device's part of a row ends within a frame, frames need no communication, as windows never do
+    whole_frames = splits_sequence(rows, patches) and vision.parts % devices == 0
+    run = functools.partial(attend_in_blocks, patches // devices) if whole_frames else attend_by_heads
     if vision.window_ids is None:
-        segments = pk.find_segments(vision.segment_ids, vision.max_segments)
-        return {"frame": lambda q, k, v: attend_by_heads(_attend, q, k, v, segments)}
+        slots = vision.max_segments if whole_frames else None
+        segments = vision.segment_ids if whole_frames else pk.find_segments(vision.segment_ids, vision.max_segments)
+
+        def attend_to_frames(q, k, v, segments):
+            return pk.attention(q, k, v, segment_ids=segments, max_segments=slots)
+
+        return {"frame": lambda q, k, v: run(attend_to_frames, q, k, v, segments)}
     size, window_ids, segment_ids = config.window_patches, vision.window_ids, vision.segment_ids
 
-    def attend_to_frames(q, k, v, ids):
+    def attend_to_sparse_frames(q, k, v, ids):
         return pk.attention(q, k, v, segment_ids=ids, kv_segment_ids=ids)
 
     def attend_to_windows(q, k, v, ids):
         blocks = (x.reshape(-1, size, *x.shape[2:]) for x in (q, k, v))
-        return _attend(*blocks, ids.reshape(-1, size)).reshape(q.shape)
+        return pk.attention(*blocks, segment_ids=ids.reshape(-1, size)).reshape(q.shape)
 
     return {
-        "frame": lambda q, k, v: attend_by_heads(attend_to_frames, q, k, v, segment_ids),
-        "window": lambda q, k, v: attend_in_blocks(attend_to_windows, size, q, k, v, window_ids),
+        "frame": lambda q, k, v: run(attend_to_sparse_frames, q, k, v, segment_ids),
+        "window": lambda q, k, v: attend_in_blocks(size, attend_to_windows, q, k, v, window_ids),
     }
-
-
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: pk.Segments | jax.Array) -> jax.Array:
-    return pk.attention(q, k, v, segment_ids=segments)
 
 
 def interpolate(table: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:

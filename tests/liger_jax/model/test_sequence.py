@@ -16,12 +16,20 @@ from convert import from_hf, to_hf_state
 from liger_jax import TrainState, make_train_step
 from liger_jax.model.params import param_paths
 from liger_jax.model.sequence import attend_by_heads, plan_heads
-from liger_jax.model.sharding import get_mesh, make_mesh, mesh_context, param_shardings, shard_batch
+from liger_jax.model.sharding import (
+    batch_shardings,
+    get_mesh,
+    make_mesh,
+    mesh_context,
+    param_shardings,
+    shard_batch,
+)
 from tests._support import family_parity, parity
 from tests._support.parity import REFERENCES, assert_near
 from tests.liger_jax.model.test_sharding import gathered_shapes, sorted_sizes
 
-# Each family on another mesh: packed sequences in a single row; windows, with two rows per device; deepstack.
+# Each family on another mesh: packed sequences in a single row, and frames that are exchanged; windows, with two rows per
+# device; deepstack. The last two have whole frames on each device.
 MESHES = {
     "qwen2_vl": {"sequence": 4},
     "qwen2_5_vl": {"sequence": 2, "tensor": 2},
@@ -43,12 +51,19 @@ def batch(family):
     return family_parity.common(family_parity.config(family), family_parity.inputs(family, "batch"))
 
 
+def divided_frames():
+    """Returns a batch on the devices whose patches are split anywhere, as if frames did not fit on one device."""
+    mesh = get_mesh(model("qwen2_vl", True))
+    divided = batch("qwen2_vl").split_positions(mesh.shape["sequence"], whole_frames=False)
+    return jax.device_put(divided, batch_shardings(divided, mesh))
+
+
 @functools.cache
 def trained(family, on_mesh):
     """Returns the state after one step, its metrics, and the compiled step."""
     step = make_train_step(remat=REMAT[family], unroll="none")
     state = TrainState.create(jax.tree.map(jax.numpy.copy, model(family, on_mesh)), optax.sgd(0.25))
-    state, metrics = step(state, batch(family))
+    state, metrics = step(state, divided_frames() if on_mesh and family == "qwen2_vl" else batch(family))
     [compiled] = step.compiled.values()
     return state, metrics, compiled
 
@@ -86,6 +101,16 @@ def test_only_heads_are_exchanged():
     exceptions = [shape for shape in gathered if sorted_sizes(shape) not in allowed]
     features = 64  # per row: a block of 64 patches for each of four devices, merged by four
     assert exceptions == [(1, features, state.model.config.text.hidden_size)]
+
+
+def test_whole_frames_exchange_nothing():
+    """The only all-to-alls are those of the language model, whose heads have another size."""
+    state, _, compiled = trained("qwen3_vl", True)
+    exchanged = re.findall(r"= \((.*)\) all-to-all(?:-start)?\(", compiled.as_text())
+    assert exchanged
+    assert {int(re.search(r"f32\[[\d,]*?(\d+)\]", operands)[1]) for operands in exchanged} == {
+        state.model.config.text.head_dim
+    }
 
 
 @pytest.mark.parametrize("axes", ["auto", "explicit"])
