@@ -129,7 +129,8 @@ def test_ctrl_c_during_garbage_collection_was_lost(monkeypatch, capsys):
 FINETUNE_FLAGS = """
     output held-out eval-generate max-new-tokens media skip-broken steps batch-size learning-rate vision-learning-rate
     merger-learning-rate freeze lora lora-alpha lora-targets weight-decay warmup dtype master-weights stochastic-rounding
-    pack group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor seed max-skipped-updates
+    pack group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor sequence seed
+    max-skipped-updates coordinator processes process
 """
 
 
