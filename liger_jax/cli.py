@@ -1,4 +1,4 @@
-"""The command line: `liger-jax demo | finetune | generate | chat | convert | tune | env`.
+"""The command line: `liger-jax demo | finetune | generate | chat | plan | convert | tune | env`.
 
 Each command parses its arguments, loads what it needs and calls the library. Heavy packages are imported inside the
 commands, so that --help is quick.
@@ -23,7 +23,7 @@ from liger_jax import runtime
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import DISK_ERRORS, disk_error_code
 from liger_jax.generation.options import AnswerOptions
-from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
+from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, PlanOptions, Saving
 
 if TYPE_CHECKING:
     from liger_jax import Chat, GenerationOptions, Processor, QwenVL
@@ -458,6 +458,31 @@ def open_processor(model: str, max_pixels: int | None) -> "Processor":
     processor = Processor.from_pretrained(model)
     processor.image = processor.image.with_limits(None, max_pixels)
     return processor
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+@app.command
+def plan(
+    model: ModelArgument,
+    run: PlanOptions = PlanOptions(),
+    compile: bool = False,
+) -> None:
+    """Estimate memory, communication and speed of a training run on GPUs that need not be here.
+
+    Args:
+        model: A preset such as qwen2_vl_7b, or an Orbax folder, a Hugging Face folder or a hub id; only config.json is read.
+        compile: Also compile the step for the best mesh, for its exact memory; needs jax[cuda12] or jax[cuda13], no GPU.
+    """
+    runtime.compile_without_gpus()
+    from liger_jax import plan as planner
+
+    config = planner.read_config(model)
+    plans = planner.make_plans(config, run)
+    print(planner.report(run, plans))
+    if compile:
+        print(planner.compiled_report(config, run, plans[0]))
 
 
 # ---- convert, tune, env ----------------------------------------------------------------------------------------------

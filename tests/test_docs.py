@@ -23,7 +23,7 @@ LAYERS = (
     ("model",),
     ("checkpoint", "data", "generation"),
     ("train",),
-    ("demo",),
+    ("demo", "plan"),
 )
 MODULES = [
     module.name
