@@ -10,6 +10,7 @@ import itertools
 import json
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from liger_jax import errors
-from liger_jax.errors import UserError
+from liger_jax.errors import DataWarning, LigerWarning, UserError
 
 CONNECT_SECONDS = 300  # that processes wait for each other at the start
 ANSWER_SECONDS = 1800  # that a process waits in `exchange` for another one that is alive
@@ -188,6 +189,8 @@ def _rebuild(description: list[str], process: int) -> UserError:
 def connected(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
     """Connects this process with the others, and lets them know if the block fails. Call it before JAX uses a device.
 
+    In the block, process 0 alone prints the warnings that concern all processes.
+
     Args:
         coordinator: HOST:PORT of process 0; "auto": JAX finds the three values from SLURM, Open MPI or Kubernetes; None:
             this process runs alone, or is connected already.
@@ -202,8 +205,12 @@ def connected(coordinator: str | None, processes: int | None, process: int | Non
             raise UserError("coordinator is missing; expected --coordinator HOST:PORT with --processes and --process")
     else:
         _connect(coordinator, processes, process)
-    with agree():  # also waits for all to end: JAX's own wait, after that, is shorter
-        yield
+    with warnings.catch_warnings():
+        if not is_first():
+            warnings.simplefilter("ignore", LigerWarning)
+            warnings.simplefilter("default", DataWarning)
+        with agree():  # also waits for all to end: JAX's own wait, after that, is shorter
+            yield
 
 
 def _connect(coordinator: str, processes: int | None, process: int | None) -> None:

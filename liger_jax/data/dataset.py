@@ -12,7 +12,7 @@ import numpy as np
 from liger_jax import processes
 from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.data.packing import join_conversations, pack
-from liger_jax.errors import UserError, warn_skipped
+from liger_jax.errors import DataWarning, UserError, warn_skipped
 from liger_jax.inputs.batch import LARGEST_ROW, Batch, bucket, check_patches, patch_bucket, power_of_two, prepare
 from liger_jax.inputs.layout import count_slots
 from liger_jax.inputs.messages import Conversation
@@ -346,4 +346,4 @@ def _raise_or_skip(problems: list[str], skip_broken: bool) -> None:
     """Raises the first problem, or warns about all of them."""
     if problems and not skip_broken:
         raise UserError(problems[0])
-    warn_skipped(f"left out {len(problems)} conversations", problems)
+    warn_skipped(f"left out {len(problems)} conversations", problems, category=DataWarning)

@@ -15,7 +15,7 @@ import pytest
 import liger_jax.train.finetune as finetune_module
 from convert import load_adapter, to_hf
 from liger_jax import make_train_step, processes
-from liger_jax.errors import UserError
+from liger_jax.errors import DataWarning, UserError, warn_skipped
 from tests._support import process_runs as runs
 
 
@@ -144,6 +144,16 @@ def test_process_0_alone_prints(seen):
     assert status == "liger-jax: The mesh fsdp 2 has 2 of 4 devices; expected all devices of the 2 processes"
     printed = [each["terminated_command"][2] for each in seen]
     assert printed[0].startswith("step 1 of 3: checkpoint") and printed[1] == ""
+
+
+def test_process_0_alone_warns_of_what_concerns_all(monkeypatch, recwarn):
+    for process, expected in ((0, ["all", "data"]), (1, ["data"])):
+        monkeypatch.setattr("jax._src.distributed.global_state.process_id", process)
+        with processes.connected(None, None, None):
+            warn_skipped("all", ["problem"])
+            warn_skipped("data", ["problem"], category=DataWarning)
+        assert [str(warning.message).partition(":")[0] for warning in recwarn.list] == expected
+        recwarn.clear()
 
 
 @pytest.mark.parametrize(
