@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from liger_jax.generation.loop import (
     NEW_TOKENS,
@@ -23,11 +25,11 @@ from liger_jax.generation.loop import (
 )
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.sampling import History, Sampling
-from liger_jax.generation.session import check_prompts
+from liger_jax.generation.session import check_prompts, is_traced
 from liger_jax.inputs.batch import Batch, bucket
 from liger_jax.model import QwenVL
 from liger_jax.model.decode_layout import choose_layout
-from liger_jax.model.sharding import find_abstract_mesh, mesh_context, run_on_auto_axes
+from liger_jax.model.sharding import find_abstract_mesh, get_mesh, mesh_context, run_on_auto_axes
 
 
 def generate_traced(model: QwenVL, batch: Batch, options: GenerationOptions, seed: Any = None) -> Generated:
@@ -48,8 +50,20 @@ def generate_traced(model: QwenVL, batch: Batch, options: GenerationOptions, see
     check_prompts(model.config, batch, options.max_new_tokens)
     options.check_against(model.config, prompts)
     sampling = Sampling.from_options(options, model.config, prompts, prompts * samples, seed=seed)
-    batch = dataclasses.replace(batch, labels=None)
+    batch = _on_devices_of(model, dataclasses.replace(batch, labels=None))
     return _traced_program(model, batch, sampling, samples=samples, limit=options.max_new_tokens)
+
+
+def _on_devices_of(model: QwenVL, batch: Batch) -> Batch:
+    """Returns the batch, with a constraint that names the devices of a model that is a constant of the caller's program.
+
+    JAX would not compile the program for the devices of its constants.
+    """
+    mesh = get_mesh(model)
+    if is_traced(model) or mesh is None or AxisType.Explicit in mesh.axis_types:
+        return batch
+    anywhere = NamedSharding(mesh, P(P.UNCONSTRAINED, P.UNCONSTRAINED))
+    return dataclasses.replace(batch, segment_ids=jax.lax.with_sharding_constraint(batch.segment_ids, anywhere))
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "limit"))

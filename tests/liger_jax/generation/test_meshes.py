@@ -14,7 +14,7 @@ from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.session import DecodeSession
 from liger_jax.model import decode_layout
 from liger_jax.model.decode_layout import DecodeLayout
-from liger_jax.model.sharding import get_mesh, make_mesh, mesh_context, param_shardings
+from liger_jax.model.sharding import get_mesh, make_mesh, mesh_context, param_shardings, with_auto_axes
 
 COMMON = {"max_new_tokens": 6, "eos_token_id": (), "pad_token_id": 0}
 GREEDY = {}
@@ -66,6 +66,13 @@ def assert_equals_one_device(model, axes, options):
 def test_tokens(axes, options):
     """Rows, heads and the vocabulary are split."""
     assert_equals_one_device(model(), axes, options)
+
+
+def test_vmap_over_seeds():
+    """In the caller's program, which has a model on a mesh as a constant, and rows that the mesh does not divide."""
+    sharded, options = with_auto_axes(on_mesh(model(), data=2, tensor=2)), COMMON | SAMPLED
+    sample = jax.jit(jax.vmap(lambda seed: generate(sharded, prompts(), **options | {"seed": seed})))
+    np.testing.assert_array_equal(sample(np.array([2, 3]))[1], generate(model(), prompts(), **options))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not divide")
