@@ -25,7 +25,6 @@ from liger_jax.inputs.positions import (
 )
 
 IGNORE = -100  # label of tokens that the loss ignores
-PATCH_BLOCK = 64  # patches: every merged token, and every window of the published models, lies within a block
 LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device holds
 
 
@@ -40,7 +39,7 @@ LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device hold
         "table_indices",
         "table_weights",
     ],
-    meta_fields=["max_segments", "parts"],
+    meta_fields=["max_segments", "block", "parts"],
 )
 @dataclasses.dataclass(frozen=True)
 class Vision:
@@ -58,6 +57,7 @@ class Vision:
     window_ids: Any = None  # [B, P] int32: number of the window, from 1 in each row; 0 is padding; None without windows
     table_indices: Any = None  # [B, P, 4] int32: entries of the position table around the patch; None without a table
     table_weights: Any = None  # [B, P, 4] float32: their weights
+    block: int = 64  # every window, and every merged token, lies within a block of this many slots
     parts: int = 1  # cutting each row into this many equal parts divides no frame
 
 
@@ -129,12 +129,12 @@ def _split_patches(vision: Vision, length: int, missing: int, parts: int, whole_
     """Returns patches that `parts` devices can split evenly, in rows of `length` tokens that become longer by `missing`."""
     rows, patches = vision.segment_ids.shape
     unit = patches // vision.token_positions.shape[1]
-    size = -(-patches // (PATCH_BLOCK * parts)) * PATCH_BLOCK
-    step = unit if vision.window_ids is None else PATCH_BLOCK
+    size = -(-patches // (vision.block * parts)) * vision.block
+    step = unit if vision.window_ids is None else vision.block
     by_row = [split_at_frames(row, parts, size, step) if whole_frames else None for row in vision.segment_ids]
     whole_frames = None not in by_row
     pieces = [row if row and whole_frames else [slice(0, patches)] for row in by_row]
-    unmoved = all(piece.start == number * size for row in pieces for number, piece in enumerate(row) if piece)
+    unmoved = all(piece.start in (piece.stop, number * size) for row in pieces for number, piece in enumerate(row))
 
     def move(array, target):
         slots = patches // array.shape[1]  # patches per entry
@@ -180,7 +180,12 @@ def bucket(count: int, smallest: int) -> int:
 
 def patch_bucket(config: VisionConfig, count: int) -> int:
     """Returns the bucket of a number of patches per row; it satisfies `check_patches`."""
-    return bucket(count, math.lcm(config.window_patches or 1, 16 * config.merge_unit))
+    return bucket(count, patch_block(config))
+
+
+def patch_block(config: VisionConfig) -> int:
+    """Returns the size of blocks of patches, within which every window and every merged token lies."""
+    return math.lcm(config.window_patches or 1, 16 * config.merge_unit)
 
 
 def check_patches(config: VisionConfig, patches: int) -> None:
@@ -328,7 +333,7 @@ def _vision(
                 arrays[name][b, slots] = array
             token_positions[b, merged] = positions
     max_segments = power_of_two(arrays["segment_ids"].max(), at_least=4)
-    return Vision(token_positions=token_positions, max_segments=max_segments, **arrays)
+    return Vision(token_positions=token_positions, max_segments=max_segments, block=patch_block(vision), **arrays)
 
 
 class _PlacedItem(NamedTuple):

@@ -6,8 +6,8 @@ All devices have the same amount of work, however a causal mask and segments cut
 devices with the first positions idle. For 32,768 tokens of the 2B on two devices, the all-to-alls of a layer move 59 MB
 per device, and attention takes 3.3 TFLOP.
 
-Windows lie within the patches of one device, so their attention moves nothing. The features of images are gathered once,
-and each device takes those of its own positions.
+Windows lie within the patches of one device, and frames usually do (see `Batch.split_positions`), so their attention moves
+nothing. The features of images are gathered once, and each device takes those of its own positions.
 """
 
 import functools
