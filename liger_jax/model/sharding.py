@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -315,25 +316,29 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def constrain_batch_and_seq(x: jax.Array) -> jax.Array:
-    """Constrains x [B, T, ...] as `constrain_batch` does, and splits its positions over `tensor`, too, if it divides them.
+    """Constrains x [B, T, ...] as `constrain_batch` does, and splits rows or positions over `tensor`, too.
 
-    For operations that act on each position separately, which all devices along `tensor` would otherwise repeat. The
-    results of matmuls whose inputs `tensor` splits are then reduced and scattered, and gathered before the next matmul,
-    which moves as much as an all-reduce.
+    For operations that act on each position separately, which all devices along `tensor` would otherwise repeat. Rows are
+    contiguous in memory, so collectives need no copies, and each has its share of the tokens that the loss counts. If
+    `tensor` does not divide the rows, it splits positions.
     """
-    axes, positions = auto_axes(BATCH_AXES), (*sequence_axes(), *auto_axes(("tensor",)))
-    if "tensor" not in positions or x.shape[0] % axes_size(axes) or x.shape[1] % axes_size(positions):
+    axes, positions, tensor = auto_axes(BATCH_AXES), sequence_axes(), tensor_axes()
+    rows = (*axes, *tensor) if x.shape[0] % axes_size((*axes, *tensor)) == 0 else axes
+    positions = positions if rows != axes else (*positions, *tensor)
+    if not tensor or x.shape[0] % axes_size(rows) or x.shape[1] % axes_size(positions):
         return constrain_batch(x)
-    return jax.lax.with_sharding_constraint(x, P(axes, positions))
+    return jax.lax.with_sharding_constraint(x, P(rows, positions) if positions else P(rows))
 
 
 def gather_positions(x: jax.Array) -> jax.Array:
     """Constrains an activation to `constrain_batch_and_seq`, then to `constrain_batch`: the input of matmuls.
 
     Where `tensor` splits the columns of these matmuls, the gradient is a partial sum on each device. It takes the way back:
-    reduced and scattered.
+    reduced and scattered. The remat policy "dots" saves what is gathered, so that it is not gathered again.
     """
-    return constrain_batch(constrain_batch_and_seq(x))
+    if not tensor_axes():
+        return constrain_batch(x)
+    return checkpoint_name(constrain_batch(constrain_batch_and_seq(x)), "gathered")
 
 
 def scatter_positions(x: jax.Array) -> jax.Array:
@@ -341,12 +346,14 @@ def scatter_positions(x: jax.Array) -> jax.Array:
 
     Where `tensor` splits the inputs of the matmul, the result, a partial sum on each device, is reduced and scattered.
     """
-    return _scatter_positions(x) if auto_axes(("tensor",)) else constrain_batch(x)
+    return _scatter_positions(x) if tensor_axes() else constrain_batch(x)
 
 
 @jax.custom_vjp
 def _scatter_positions(x: jax.Array) -> jax.Array:
-    return constrain_batch_and_seq(x)
+    # Where the other axes split the weight as well, the partitioner would gather the matmul's input instead of the weight.
+    splits_weights = axes_size(auto_axes(("fsdp", "sequence"))) > 1
+    return constrain_batch_and_seq(constrain_batch(x) if splits_weights else x)
 
 
 # A plain constraint would leave the gradient scattered, and the partitioner would gather the weights for it.
@@ -374,6 +381,11 @@ def auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
 def sequence_axes() -> tuple[str, ...]:
     """Returns ("sequence",) if an Auto axis of the current mesh splits sequences over several devices, else ()."""
     return tuple(name for name in auto_axes(("sequence",)) if axes_size((name,)) > 1)
+
+
+def tensor_axes() -> tuple[str, ...]:
+    """Returns ("tensor",) if an Auto axis of the current mesh splits heads and columns over several devices, else ()."""
+    return tuple(name for name in auto_axes(("tensor",)) if axes_size((name,)) > 1)
 
 
 def axes_size(axes: tuple[str, ...]) -> int:

@@ -41,6 +41,8 @@ def gradients_by_device(
         Gradients, split by `update_specs`, and metrics.
     """
     axes = row_axes()
+    leaves: list[jax.Array]
+    structure: Any
     leaves, structure = jax.tree.flatten(model)
     reduced_specs = update_specs(leaves, specs)
 
@@ -71,6 +73,8 @@ def update_specs(leaves: Sequence[jax.Array], specs: Sequence[P]) -> list[P]:
 
 def split_update(model: Any, specs: Sequence[P]) -> Any:
     """Constrains updated weights to `update_specs`, so that they are gathered once they have their final dtype."""
+    leaves: list[jax.Array]
+    structure: Any
     leaves, structure = jax.tree.flatten(model)
     pairs = zip(leaves, update_specs(leaves, specs), strict=True)
     return structure.unflatten([jax.lax.with_sharding_constraint(leaf, spec) for leaf, spec in pairs])

@@ -20,11 +20,11 @@ from liger_jax.model import QwenVL
 from liger_jax.model.remat import REMAT
 from liger_jax.model.sharding import (
     auto_mesh,
+    constrain_batch_and_seq,
     get_mesh,
     mesh_context,
     param_shardings,
     run_on_auto_axes,
-    scatter_positions,
     shard_batch,
     with_auto_axes,
     with_axes_of,
@@ -99,7 +99,7 @@ def loss_fn(
 
     def run(model: QwenVL, batch: Batch, num_items: jax.Array | float | None) -> tuple[jax.Array, Metrics]:
         targets = next_token_labels(batch)
-        hidden = scatter_positions(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
+        hidden = constrain_batch_and_seq(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
         loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
         return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
 
@@ -224,14 +224,11 @@ class TrainStep:
         start = time.perf_counter()
         remats = AUTO_REMAT if self.execution.remat == "auto" else (self.execution.remat,)
         rows, length = batch.shape
-        by_device = splits_only_rows(mesh) and rows % (mesh.size * self.accumulate) == 0
-        # Where no weights are split, the partitioner's program needs no less memory.
-        ways = (True, False) if by_device and mesh.shape.get("fsdp", 1) > 1 else (by_device,)
-        choices = [(remat, by_device) for remat in remats for by_device in ways]
+        choices = [(remat, by_device) for remat in remats for by_device in self._by_device_choices(mesh, rows)]
         for choice in choices:
             compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
             fits = _fits_memory(compiled)
-            if processes.spans(leaves):  # all processes run the same program, even if the memory of their devices differs
+            if processes.spans(leaves):  # all run the same program, even if the memory of their devices differs
                 fits = all(processes.exchange(fits))
             if fits or choice == choices[-1]:
                 break
@@ -244,17 +241,32 @@ class TrainStep:
         )
         return compiled
 
-    def _compile_choice(self, leaves, structure, mesh: Mesh | None, batch: Batch, remat: Remat, by_device: bool):
+    def _by_device_choices(self, mesh: Mesh | None, rows: int) -> tuple[bool, ...]:
+        """Returns the ways to run on a mesh, the faster one first: by device, or as the partitioner decides.
+
+        The partitioner's program has the weights of one layer at a time, and so needs less memory where weights are split.
+        """
+        if mesh is None or not splits_only_rows(mesh) or rows % (mesh.size * self.accumulate):
+            return (False,)
+        return (True, False) if mesh.shape.get("fsdp", 1) > 1 else (True,)
+
+    def _compile_choice(
+        self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch, remat: Remat, by_device: bool
+    ):
         """Returns the executable for a remat policy, and one of the two ways to run on a mesh; see `train_step`."""
-        shardings = mesh and ([leaf.sharding for leaf in leaves], None)
-        options = {"accumulate": self.accumulate, "execution": dataclasses.replace(self.execution, remat=remat)}
+        placed: list[Any] = [leaf.sharding for leaf in leaves]
+        shardings: Any = None if mesh is None else (placed, None)
+        options: dict[str, Any] = {
+            "accumulate": self.accumulate,
+            "execution": dataclasses.replace(self.execution, remat=remat),
+        }
         if by_device:
-            state = structure.unflatten([leaf.sharding.spec for leaf in leaves])
+            state = structure.unflatten([sharding.spec for sharding in placed])
             options["specs"] = jax.tree.leaves(state.model)
         step = functools.partial(_flat_train_step, structure=structure, **options)
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
             whole = NamedSharding(mesh, PartitionSpec())  # of the metrics
-            step = functools.partial(run_on_auto_axes, step, out_shardings=(shardings[0], whole))
+            step = functools.partial(run_on_auto_axes, step, out_shardings=(placed, whole))
         with mesh_context(mesh):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
             return jitted.lower(leaves, batch).compile(compiler_options=runtime.step_compiler_options(mesh))
