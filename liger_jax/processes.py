@@ -31,6 +31,7 @@ HEARTBEAT_SECONDS = 60
 KEY = "liger_jax"
 
 _rounds = itertools.count()  # all processes call `exchange` in the same order
+_silent: set[int] = set()  # processes that did not answer: later exchanges do not wait for them again
 
 
 def count() -> int:
@@ -74,11 +75,11 @@ def exchange(value: Any = None, error: Exception | None = None) -> list[Any]:
         return [value]
     client, number = _client(), next(_rounds)
     client.key_value_set(_key(number, index()), json.dumps({"value": value, "error": _describe(error)}))
-    seconds = ERROR_SECONDS if error else ANSWER_SECONDS
+    seconds = 0 if _silent else ERROR_SECONDS if error else ANSWER_SECONDS
     answers = [json.loads(_read(_key(number, process), seconds) or "null") for process in range(count())]
     if None in answers:
-        process = answers.index(None)
-        raise error or UserError(f"Process {process} has not answered for {seconds} s; expected all processes to run")
+        _silent.update(process for process, answer in enumerate(answers) if answer is None)
+        raise error or UserError(f"Processes {sorted(_silent)} do not answer; expected all processes to run")
     if number:  # every process that answers has read the previous round
         client.key_value_delete(_key(number - 1, index()))
     for process, answer in enumerate(answers):
@@ -156,13 +157,14 @@ def _key(number: int, process: int) -> str:
 def _read(key: str, seconds: float) -> str | None:
     """Waits for a value of a process, and returns None if there is none. Signals are handled while it waits."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while True:
         try:
             return _client().blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-    return None
+        if time.monotonic() > end:
+            return None
 
 
 def _describe(error: Exception | None) -> list[str] | None:

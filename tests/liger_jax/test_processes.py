@@ -181,6 +181,31 @@ def test_process_0_that_does_not_answer(monkeypatch):
         processes._wait_for("localhost", 1, 1)
 
 
+def test_process_that_does_not_answer(monkeypatch):
+    """Its error names it. An error of this process is raised as it is."""
+
+    class Client:
+        values: dict = {}  # noqa: RUF012
+
+        def key_value_set(self, key, value):
+            self.values[key] = value
+
+        def blocking_key_value_get(self, key, milliseconds):
+            if key not in self.values:
+                raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: no {key}")
+            return self.values[key]
+
+    for name, value in {"num_processes": 2, "process_id": 0, "client": Client()}.items():
+        monkeypatch.setattr(f"jax._src.distributed.global_state.{name}", value)
+    monkeypatch.setattr(processes, "_silent", set())
+    monkeypatch.setattr(processes, "ANSWER_SECONDS", 0)
+    with pytest.raises(UserError, match=r"Processes \[1\] do not answer"):
+        processes.exchange()
+    with pytest.raises(KeyError) as error, processes.agree():  # at once: ERROR_SECONDS are minutes
+        raise KeyError("here")
+    assert not processes.is_agreed(error.value)
+
+
 def test_a_single_process_agrees_with_itself():
     assert processes.exchange("value") == ["value"] and processes.from_first(lambda: 7) == 7
     with pytest.raises(KeyError), processes.agree():
