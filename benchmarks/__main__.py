@@ -8,6 +8,7 @@ from benchmarks.convergence import Convergence
 from benchmarks.faults import Faults
 from benchmarks.generate import Generate
 from benchmarks.ops import Ops
+from benchmarks.scaling import Scaling
 from benchmarks.soak import Soak
 from benchmarks.start import Start
 from benchmarks.tables import Tables
@@ -19,7 +20,7 @@ def main() -> None:
     """Runs one benchmark and prints where its results are. Prints a user's mistake as one line."""
     try:
         benchmark = tyro.cli(
-            Ops | Train | Generate | Start | Convergence | Faults | Soak | Tables,
+            Ops | Train | Generate | Start | Convergence | Faults | Soak | Scaling | Tables,
             prog="python -m benchmarks",
             description="Measures liger-jax and other packages on this machine's GPU, and writes tables of the results.",
         )

@@ -111,7 +111,7 @@ class PlanOptions:
     gpu: Literal["A100", "H100", "H200", "B200"] = "H100"
     """Kind of GPU."""
     memory: float | None = None
-    """Memory per GPU in GB; by default 95 % of that of the kind of GPU."""
+    """Memory per GPU in GiB, of which 95 % can be used; by default that of the kind of GPU."""
     batch_size: int | None = None
     """Sequences per training step, over all GPUs; by default 4 per GPU."""
     length: int = 2048

@@ -28,8 +28,10 @@ from liger_jax.train.memory import StepMemory, Training, abstract_mesh, estimate
 from liger_jax.train.optimizer import build_optimizer
 from liger_jax.train.step import AUTO_REMAT
 
-# GPU -> bytes of memory that XLA can use: its own default leaves a quarter free, JAX's documentation recommends 0.95.
-GPUS = {"H100": 76e9, "H200": 134e9, "A100": 76e9, "B200": 171e9}
+GIB = 2**30
+GPUS = {"A100": 79.1, "H100": 79.1, "H200": 140.4, "B200": 178.0}  # GiB of memory
+# The fraction of it that a program may take, as XLA_PYTHON_CLIENT_MEM_FRACTION; JAX's default is 0.75.
+USABLE = 0.95
 # Share of the peak rate that a step reaches on one GPU: (weights, share), measured for Qwen2-VL 2B and 7B on an H200.
 UTILIZATION = ((2.2e9, 0.43), (8.3e9, 0.50))
 # Time of a step relative to "dots". Measured on an H200: narrow 1.03 (2B) and 1.12 (7B), full 1.12 (2B).
@@ -68,7 +70,7 @@ def batch_rows(options: PlanOptions) -> int:
 
 def memory_limit(options: PlanOptions) -> float:
     """Returns the bytes per GPU that may be used."""
-    return GPUS[options.gpu] if options.memory is None else options.memory * 1e9
+    return USABLE * GIB * (GPUS[options.gpu] if options.memory is None else options.memory)
 
 
 def link_rates(options: PlanOptions) -> Links:
@@ -259,20 +261,21 @@ def utilization(weights: int) -> float:
 def report(options: PlanOptions, plans: list[Plan], *, shown: int = 6) -> str:
     """Returns the best plans as a table, and the details of the first."""
     lines = [
-        f"{options.gpus} x {options.gpu}, {memory_limit(options) / 1e9:.0f} GB each; {batch_rows(options)} sequences of "
+        f"{options.gpus} x {options.gpu}, {memory_limit(options) / GIB:.0f} GiB usable each, with "
+        f"XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE} (JAX's default is 0.75); {batch_rows(options)} sequences of "
         f"{options.length} tokens per step, of which {options.patches // 4} are of an image",
         "",
-        f"{'mesh':<26}{'remat':<11}{'GB per GPU':>11}{'step':>10}{'tokens/s':>11}{'efficiency':>12}",
+        f"{'mesh':<26}{'remat':<11}{'GiB per GPU':>12}{'step':>10}{'tokens/s':>11}{'efficiency':>12}",
     ]
     for plan in plans[:shown]:
         verdict = "" if plan.fits else "   does not fit"
         lines.append(
-            f"{plan.name:<26}{plan.remat:<11}{plan.memory.total / 1e9:>11.1f}{plan.step_s * 1e3:>7.0f} ms"
+            f"{plan.name:<26}{plan.remat:<11}{plan.memory.total / GIB:>12.1f}{plan.step_s * 1e3:>7.0f} ms"
             f"{plan.tokens / plan.step_s:>11,.0f}{plan.efficiency:>12.0%}{verdict}"
         )
     best = plans[0]
-    parts = [f"{name} {size / 1e9:.1f}" for name, size in vars(best.memory).items() if size]
-    lines += ["", f"{best.name}, GB per GPU (computed): {', '.join(parts)}"]
+    parts = [f"{name} {size / GIB:.1f}" for name, size in vars(best.memory).items() if size]
+    lines += ["", f"{best.name}, GiB per GPU (computed): {', '.join(parts)}"]
     for axis, size in best.traffic.items():
         rate = link_rates(options).rate(best.mesh, axis)
         lines.append(
@@ -292,7 +295,7 @@ def compiled_report(config: QwenVLConfig, options: PlanOptions, plan: Plan) -> s
     training = make_training(config, options, plan.remat)
     size = compiled_bytes(training, plan.mesh, batch_rows(options), gpu=options.gpu, by_device=plan.by_device)
     return (
-        f"{plan.name}, compiled: {size / 1e9:.1f} GB per GPU (the estimate is {plan.memory.total / size - 1:+.1%}); "
+        f"{plan.name}, compiled: {size / GIB:.1f} GiB per GPU (the estimate is {plan.memory.total / size - 1:+.1%}); "
         f"{'fits' if size <= plan.limit else 'does not fit'}"
     )
 
@@ -303,7 +306,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "mesh": plan.mesh,
         "remat": plan.remat,
         "fits": plan.fits,
-        "gb": plan.memory.total / 1e9,
+        "gib": plan.memory.total / GIB,
         "traffic_gb": sum(plan.traffic.values()) / 1e9,
         "step_ms": plan.step_s * 1e3,
         "tokens_per_s": plan.tokens / plan.step_s,

@@ -82,7 +82,7 @@ def _abstract_state(training: Training, mesh: Mesh) -> TrainState:
     place = functools.partial(
         jax.tree.map, lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     )
-    step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     model = place(training.model, param_shardings(training.model, mesh))
     opt_state = place(training.opt_state, param_shardings(training.opt_state, mesh, **options))
     return TrainState(step, model, opt_state, training.optimizer)

@@ -113,6 +113,7 @@ def sample_row(config: QwenVLConfig, *, length: int, patches: int) -> Batch:
 
 def saved_bytes(model: QwenVL, batch: Batch, *, remat: Remat, frozen: tuple[str, ...] = ()) -> int:
     """Returns the bytes that the forward pass saves for the backward pass, without those of the weights themselves."""
+    structure: Any  # JAX does not type the methods of tree structures
     leaves, structure = jax.tree.flatten(model)
     is_trained = [param_group(path) not in frozen for path in param_paths(model)]
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
@@ -188,7 +189,8 @@ def abstract_mesh(mesh: Mapping[str, int]) -> AbstractMesh:
 
 def shard_bytes(tree: Any, mesh: AbstractMesh, **options: Any) -> dict[str, int]:
     """Returns the bytes of each leaf on one device."""
-    shardings: Any = param_paths(param_shardings(tree, mesh, **options))
+    placed: Any = mesh  # shapes need no devices
+    shardings: Any = param_paths(param_shardings(tree, placed, **options))
     return {
         path: math.prod(shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for path, leaf in param_paths(tree).items()

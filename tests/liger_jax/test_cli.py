@@ -45,7 +45,7 @@ def call(monkeypatch, *arguments):
 def test_help_names_every_command():
     result = run_process(CALL, "--help")
     assert result.returncode == 0, result.stderr
-    assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
+    assert "{demo,finetune,generate,chat,plan,convert,tune,env}" in result.stdout
 
 
 @pytest.mark.parametrize("module", ["liger_jax", "liger_jax.cli"])
@@ -54,7 +54,7 @@ def test_running_the_package_as_a_module_did_nothing(module):
     command = [sys.executable, "-m", module, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "{demo,finetune,generate,chat,convert,tune,env}" in result.stdout
+    assert "{demo,finetune,generate,chat,plan,convert,tune,env}" in result.stdout
 
 
 # ---- what commands print ---------------------------------------------------------------------------------------------
