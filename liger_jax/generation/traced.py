@@ -59,8 +59,10 @@ def _on_devices_of(model: QwenVL, batch: Batch) -> Batch:
 
     JAX would not compile the program for the devices of its constants.
     """
-    mesh = get_mesh(model)
-    if is_traced(model) or mesh is None or AxisType.Explicit in mesh.axis_types:
+    mesh, has_context = get_mesh(model), not jax.sharding.get_abstract_mesh().empty
+    if is_traced(model) or has_context or mesh is None or AxisType.Explicit in mesh.axis_types:
+        return batch
+    if find_abstract_mesh(batch) is not None:  # then the program is compiled for the devices of the batch
         return batch
     anywhere = NamedSharding(mesh, P(P.UNCONSTRAINED, P.UNCONSTRAINED))
     return dataclasses.replace(batch, segment_ids=jax.lax.with_sharding_constraint(batch.segment_ids, anywhere))
