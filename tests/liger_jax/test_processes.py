@@ -18,6 +18,8 @@ from liger_jax import make_train_step, processes
 from liger_jax.errors import DataWarning, UserError, warn_skipped
 from tests._support import process_runs as runs
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the processes would share a GPU")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
