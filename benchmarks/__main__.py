@@ -8,13 +8,14 @@ from benchmarks.convergence import Convergence
 from benchmarks.faults import Faults
 from benchmarks.generate import Generate
 from benchmarks.ops import Ops
+from benchmarks.scaling import Scaling
 from benchmarks.soak import Soak
 from benchmarks.start import Start
 from benchmarks.tables import Tables
 from benchmarks.train import Train
 from liger_jax.errors import UserError
 
-COMMANDS = Ops | Train | Generate | Start | Convergence | Faults | Soak | Tables
+COMMANDS = Ops | Train | Generate | Start | Convergence | Faults | Soak | Scaling | Tables
 
 
 def main() -> None:

@@ -405,6 +405,45 @@ def faults_table(rows: list[dict]) -> str:
 
 
 NOT_MEASURED = "not measured yet"
+# ---- scaling ------------------------------------------------------------------------------------------------------------
+
+
+def scaling_table(plans: list[dict], measured: list[dict]) -> str:
+    """Returns one row per model and number of GPUs: the planned mesh, and what was measured on as many GPUs."""
+    lines = [
+        "| | GPUs | mesh | remat | GiB per GPU | step | tokens/s | efficiency | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for plan in plans:
+        if not plan["fits"]:
+            cells = ["does not fit", "", f"{plan['gib']:.0f}", "", "", ""]
+        else:
+            mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items()) or "none"
+            cells = [mesh, plan["remat"], f"{plan['gib']:.0f}", f"{plan['step_ms']:.0f} ms"]
+            cells += [f"{plan['tokens_per_s'] / 1e3:.0f}k", f"{plan['efficiency']:.0%}"]
+        lines.append(f"| {_model(plan)} | {plan['gpus']} | {' | '.join(cells)} | {_measured_step(plan, measured)} |")
+    kinds = ", ".join(dict.fromkeys(plan["gpu"] for plan in plans))
+    return "\n".join(
+        [*lines, "", f"All columns but the last are computed, for {kinds}, by `python -m benchmarks scaling`."]
+    )
+
+
+def _measured_step(plan: dict, measured: list[dict]) -> str:
+    """Returns the fastest step that was measured with the model, number of GPUs and sequences of a plan, and its memory."""
+    same = [
+        r
+        for r in _plain(measured)
+        if r["package"] == OURS
+        and r["what"] == "train"
+        and (r["model"], r.get("devices", 1)) == (plan["model"], plan["gpus"])
+        and (r["rows"], r["remat"]) == (4 * plan["gpus"], plan["remat"])
+    ]
+    if not same:
+        return ""
+    best = min(same, key=lambda r: r["step_ms"])
+    return f"{best['step_ms']:.0f} ms, {best['peak_gib']:.0f} GiB on {best['device']}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": lambda results: "\n\n".join(map(model_table, _read(results, "model"))) or NOT_MEASURED,
     "ops": lambda results: "\n\n".join(map(ops_table, _read(results, "ops"))) or NOT_MEASURED,
@@ -415,5 +454,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": lambda results: memory_table(),
     "memory_batches": lambda results: batch_table(),
     "kernels": lambda results: "\n\n".join(map(kernels_table, _read(results, "ops"))) or NOT_MEASURED,
+    "scaling": lambda results: (
+        "\n\n".join(scaling_table(plans, *_read(results, "model")) for plans in _read(results, "scaling"))
+        or NOT_MEASURED
+    ),
     "headline": lambda results: headline_table(*_read(results, "model"), *_read(results, "ops")),
 }

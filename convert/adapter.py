@@ -17,6 +17,7 @@ from convert.reader import find_checkpoint, load_parameters, match_tensors, patc
 from convert.table import Row, current_name, hub_tensors, original_name, read_sizes, table_of
 from convert.weights import list_file
 from convert.writer import staged_folder, write_safetensors
+from liger_jax import processes
 from liger_jax.checkpoint import float_dtype
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import read_json_object, write_json
@@ -98,6 +99,8 @@ def save_adapter(model: QwenVL, directory: str | Path, *, base_model: str | None
     if options is None:
         raise UserError("model has no LoRA to save; expected one with LoRA (to_hf writes the weights of a model)")
     leaves = lora_leaves(model)
+    if together := processes.spans(leaves):
+        leaves = {path: processes.to_host(leaf) for path, leaf in leaves.items()}
     table = adapter_table(model.config.family)
     sizes = _read_sizes(model, leaves)
     config = {
@@ -112,9 +115,13 @@ def save_adapter(model: QwenVL, directory: str | Path, *, base_model: str | None
         "bias": "none",
         "inference_mode": True,
     }
-    with staged_folder(Path(directory)) as folder:
-        write_json(folder / CONFIG, config)
-        write_safetensors(folder / WEIGHTS, hub_tensors(leaves, sizes, table), leaves, sizes)
+
+    def write() -> None:
+        with staged_folder(Path(directory)) as folder:
+            write_json(folder / CONFIG, config)
+            write_safetensors(folder / WEIGHTS, hub_tensors(leaves, sizes, table), leaves, sizes)
+
+    processes.from_first(write, together=together)
 
 
 def load_adapter(

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from convert.table import hub_partition, to_parameter
+from liger_jax.processes import put
 
 # Bytes sent to a device at a time. The driver makes a pinned copy of each transfer, and never releases that memory.
 PIECE_BYTES = 2**26
@@ -37,7 +38,7 @@ class HostAssembler:
         self.value[... if layer is None else layer] = to_parameter(self.layout, tensor, self.sizes)
 
     def finish(self) -> jax.Array:
-        return jax.device_put(self.value, self.sharding)
+        return put(self.value, self.sharding)
 
 
 class DeviceAssembler:
@@ -76,7 +77,7 @@ def _send(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
     """Returns a tensor on the devices. A single device receives it in pieces of PIECE_BYTES."""
     length = max(1, PIECE_BYTES * len(tensor) // tensor.nbytes)
     if sharding is not None or length >= len(tensor):
-        return jax.device_put(tensor, sharding)
+        return put(tensor, sharding)
     on_device = jnp.zeros(tensor.shape, tensor.dtype)
     for start in range(0, len(tensor), length):
         piece = jax.device_put(tensor[start : start + length])

@@ -20,7 +20,7 @@ from liger_jax.files import CONFIG, local_folder, read_json_object
 from liger_jax.finite import check_finite
 from liger_jax.model import QwenVL
 from liger_jax.model.params import param_paths
-from liger_jax.model.sharding import param_shardings
+from liger_jax.model.sharding import auto_mesh, param_shardings, with_axes_of
 
 # Files to download from a hub repository. Pickles are downloaded only on request.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
@@ -235,7 +235,8 @@ def load_parameters(
     """
     by_file = sorted(stored, key=lambda pair: str(pair[0].file))
     layouts = {tensor.row.path: tensor.row.layout for _, tensor in by_file}
-    shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
+    # on Auto axes, where tensors can be rearranged freely
+    shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, auto_mesh(mesh))
     assemblers = {path: make_assembler(layouts[path], sizes, leaf, shardings[path]) for path, leaf in leaves.items()}
     for file, pairs in itertools.groupby(by_file, key=lambda pair: pair[0].file):
         with open_weights(file) as weights:
@@ -244,4 +245,5 @@ def load_parameters(
                 if not allow_non_finite:
                     check_finite(f"{file}: {source.name}", value, leaves[tensor.row.path].dtype)
                 assemblers[tensor.row.path].put(value, tensor.layer)
-    return {path: assembler.finish() for path, assembler in assemblers.items()}
+    parameters = {path: assembler.finish() for path, assembler in assemblers.items()}
+    return parameters if mesh is None else with_axes_of(mesh, parameters)

@@ -18,6 +18,7 @@ from convert.assemble import SMALL_BYTES
 from convert.reader import patch_shape
 from convert.table import HubTensor, from_stack, hub_tensors, read_sizes, table_of
 from convert.weights import FLOATS, INDEX, SINGLE
+from liger_jax import processes
 from liger_jax.checkpoint import HUB_WEIGHTS, LORA, write_config
 from liger_jax.config import QwenVLConfig
 from liger_jax.errors import AlreadyExistsError, UserError
@@ -52,6 +53,7 @@ def to_hf_state(tree: Any, *, config: QwenVLConfig | None = None) -> dict[str, n
         (64, 64)
     """
     _refuse_lora(tree)
+    _refuse_several_processes(tree)
     leaves = param_paths(tree)
     config = config or getattr(tree, "config", None)
     if config is None:
@@ -65,6 +67,14 @@ def to_hf_state(tree: Any, *, config: QwenVLConfig | None = None) -> dict[str, n
         tensor.name: np.ascontiguousarray(from_stack(tensor.row.layout, values[tensor.row.path], tensor.layer, sizes))
         for tensor in hub_tensors(leaves, sizes, table)
     }
+
+
+def _refuse_several_processes(tree: Any) -> None:
+    if processes.spans(tree):
+        raise UserError(
+            "The weights are split over several processes; expected those of one process: write them with save_model, and "
+            "convert the folder afterwards"
+        )
 
 
 def to_hf(model: QwenVL, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
@@ -81,7 +91,8 @@ def to_hf(model: QwenVL, directory: str | Path, *, max_shard_size: int | str = "
 
     Raises:
         AlreadyExistsError: the folder holds a training run.
-        UserError: weights are missing, have no name on the hub (such as LoRA's), or are not floating point.
+        UserError: weights are missing, have no name on the hub (such as LoRA's), are not floating point, or are split over
+            several processes.
 
     Example:
         >>> import tempfile
@@ -92,6 +103,7 @@ def to_hf(model: QwenVL, directory: str | Path, *, max_shard_size: int | str = "
         ['config.json', 'model.safetensors']
     """
     _refuse_lora(model)
+    _refuse_several_processes(model)
     leaves, config, directory = param_paths(model), model.config, Path(directory)
     shard_bytes = _parse_bytes(max_shard_size)
     table = table_of(config.family)

@@ -1,4 +1,4 @@
-"""The command line: `liger-jax demo | finetune | generate | chat | convert | tune | env | completion`.
+"""The command line: `liger-jax demo | finetune | generate | chat | plan | convert | tune | env | completion`.
 
 Each command parses its arguments, loads what it needs and calls the library. Heavy packages are imported inside the
 commands, so that --help is quick.
@@ -24,7 +24,7 @@ from liger_jax import __version__, names, runtime, suggestions
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import DISK_ERRORS, disk_error_code
 from liger_jax.generation.options import AnswerOptions
-from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
+from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, PlanOptions, Saving
 
 if TYPE_CHECKING:
     from liger_jax import Chat, GenerationOptions, Processor, QwenVL
@@ -177,8 +177,30 @@ class MeshShape:
     """Devices that each hold all weights and split the batch."""
     fsdp: int = 1
     """Devices that split the weights and the batch."""
+    sequence: int = 1
+    """Devices that split the tokens of each sequence, for long videos, and the weights."""
     tensor: int = 1
     """Devices that split attention heads and MLPs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFlags:
+    """Several processes that train together: each one runs the same command, with its own --process."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0; auto: SLURM, Open MPI or Kubernetes tell the address and the two numbers."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Number of this process, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Devices and processes."""
+
+    mesh: MeshShape = MeshShape()
+    processes: ProcessFlags = ProcessFlags()
 
 
 @app.command
@@ -194,7 +216,7 @@ def finetune(
     execution: LayerExecution = LayerExecution(remat="auto", unroll="auto"),
     saving: Annotated[Saving, flags(Saving, max_to_keep="keep", asynchronous=None, generation_config=None)] = Saving(),
     evaluation: Evaluation = Evaluation(),
-    mesh: MeshShape = MeshShape(),
+    devices: Devices = Devices(),
 ) -> None:
     """Fine-tune a model on a file of conversations. To resume an interrupted run, repeat the command.
 
@@ -204,30 +226,74 @@ def finetune(
         steps: Number of training steps of the whole run.
         dtype: Dtype of weights and computation; by default bfloat16 for Hugging Face, the stored one for Orbax.
     """
-    from convert import open_model, save_adapter
-    from liger_jax import add_lora, read_conversations
-    from liger_jax import finetune as run_finetune
-    from liger_jax.files import GENERATION_CONFIG, local_folder, lock_folder
+    from liger_jax import processes
     from liger_jax.model.params import PARTS
-    from liger_jax.model.sharding import make_mesh
     from liger_jax.train.optimizer import build_optimizer
 
     lora_options = lora.resolve(optimization)
     if lora_options is not None:
         optimization = dataclasses.replace(optimization, freeze=PARTS)
     build_optimizer(optimization, steps)  # raises errors in the options before the model is loaded
-    with lock_folder(output):
+    with processes.connected(**vars(devices.processes)):
+        trained_steps = finetune_model(
+            model,
+            data,
+            output,
+            dtype=dtype,
+            mesh_shape=devices.mesh,
+            lora_options=lora_options,
+            steps=steps,
+            optimizer=optimization,
+            batching=batching,
+            execution=execution,
+            saving=saving,
+            evaluation=evaluation,
+        )
+    if processes.is_first():
+        print(f"step {trained_steps} of {steps}: checkpoint and metrics.jsonl in {output}")
+    if trained_steps < steps:
+        sys.exit(TERMINATED)
+
+
+def finetune_model(
+    model: str,
+    data: TrainingData,
+    output: Path,
+    *,
+    dtype: Literal["bfloat16", "float32"] | None,
+    mesh_shape: MeshShape,
+    lora_options: "LoraOptions | None",
+    batching: Batching,
+    saving: Saving,
+    **options: Any,
+) -> int:
+    """Reads what the flags of `finetune` name, and trains. Returns the number of steps.
+
+    Args:
+        model, data, output, dtype, mesh_shape, batching, saving: as for `finetune`.
+        lora_options: None to train the weights.
+        options: the other arguments of `liger_jax.finetune`.
+    """
+    from convert import open_model, save_adapter
+    from liger_jax import add_lora, processes, read_conversations
+    from liger_jax import finetune as run_finetune
+    from liger_jax.files import GENERATION_CONFIG, local_folder
+    from liger_jax.model.sharding import make_mesh
+    from liger_jax.train.run import lock_run
+
+    with lock_run(output):
         pass  # a folder that another process uses or that is read-only is refused here, before the model is read
     runtime.enable_compilation_cache()
     runtime.warn_if_gpu_is_unused()
-    devices = make_mesh(**vars(mesh))
+    mesh = make_mesh(**vars(mesh_shape))
+    processes.check_mesh(mesh)
 
     def read(path: Path) -> list:
         return read_conversations(path, media=data.media, on_error="skip" if batching.skip_broken else "raise")
 
     conversations, held_out = read(data.conversations), read(data.held_out) if data.held_out else ()
     processor = open_processor(model, data.max_pixels)
-    weights = open_model(model, mesh=devices, dtype=dtype)
+    weights = open_model(model, mesh=mesh, dtype=dtype)
     if lora_options is not None:
         weights = add_lora(weights, **vars(lora_options), seed=batching.seed)
     generation_config = local_folder(model, [GENERATION_CONFIG]) / GENERATION_CONFIG
@@ -236,19 +302,14 @@ def finetune(
         processor,
         conversations,
         output,
-        steps=steps,
-        optimizer=optimization,
         batching=batching,
-        execution=execution,
         saving=dataclasses.replace(saving, generation_config=generation_config),
         held_out=held_out,
-        evaluation=evaluation,
+        **options,
     )
     if lora_options is not None:
         save_adapter(state.model, output / "adapter", base_model=model)
-    print(f"step {int(state.step)} of {steps}: checkpoint and metrics.jsonl in {output}")
-    if int(state.step) < steps:
-        sys.exit(TERMINATED)
+    return int(state.step)
 
 
 # ---- generate, chat --------------------------------------------------------------------------------------------------
@@ -415,6 +476,31 @@ def open_processor(model: str, max_pixels: int | None) -> "Processor":
     return processor
 
 
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+@app.command
+def plan(
+    model: ModelArgument,
+    run: PlanOptions = PlanOptions(),
+    compile: bool = False,
+) -> None:
+    """Estimate memory, communication and speed of a training run on GPUs that need not be here.
+
+    Args:
+        model: A preset such as qwen2_vl_7b, or an Orbax folder, a Hugging Face folder or a hub id; only config.json is read.
+        compile: Also compile the step for the best mesh, for its exact memory; needs jax[cuda12] or jax[cuda13], no GPU.
+    """
+    runtime.compile_without_gpus()
+    from liger_jax import plan as planner
+
+    config = planner.read_config(model)
+    plans = planner.make_plans(config, run)
+    print(planner.report(run, plans))
+    if compile:
+        print(planner.compiled_report(config, run, plans[0]))
+
+
 # ---- convert, tune, env, completion -----------------------------------------------------------------------------------
 
 
@@ -553,6 +639,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "liger-jax") -> Non
             sys.exit(INTERRUPTED)
         except Exception as error:
             if can_user_fix(error):
+                if is_reported_elsewhere(error):
+                    sys.exit(1)
                 notes = () if isinstance(error, UserError) else getattr(error, "__notes__", ())  # what a run saved
                 message = " ".join([str(error), *notes])
                 sys.exit(f"liger-jax: {' '.join(message.split())}")
@@ -566,6 +654,12 @@ def can_user_fix(error: Exception) -> bool:
         return error.errno in SYSTEM_ERRORS
     # TensorStore, which writes checkpoints, reports disk errors as ValueErrors
     return isinstance(error, UserError) or (isinstance(error, ValueError) and disk_error_code(error) is not None)
+
+
+def is_reported_elsewhere(error: Exception) -> bool:
+    """Returns whether all of several processes have raised this error, and process 0, which is another one, prints it."""
+    processes = sys.modules.get("liger_jax.processes")  # imported only by commands that may run in several processes
+    return processes is not None and processes.is_agreed(error) and not processes.is_first()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ class LigerWarning(UserWarning):
     """Category of this project's warnings. The command line prints them as one line, and no others."""
 
 
+class DataWarning(LigerWarning):
+    """Category of warnings about data that one process reads. Of several processes, each prints its own."""
+
+
 def list_some(items: Sequence[str], limit: int = 10, *, separator: str = "; ") -> str:
     """Joins the items of a list for a message: all of them, or the first ones and the number of the others.
 
@@ -46,7 +50,9 @@ def list_some(items: Sequence[str], limit: int = 10, *, separator: str = "; ") -
     return separator.join([*items[:limit], *count])
 
 
-def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) -> None:
+def warn_skipped(
+    summary: str, messages: Sequence[str], *, category: type[LigerWarning] = LigerWarning, stacklevel: int = 3
+) -> None:
     """Warns once about items that were skipped, and lists the first ten. Does nothing if there are none.
 
     Example:
@@ -57,4 +63,4 @@ def warn_skipped(summary: str, messages: Sequence[str], *, stacklevel: int = 3) 
         'data.json: skipped 2 of 9 records: record 3: no answer; record 7: no image'
     """
     if messages:
-        warnings.warn(f"{summary}: {list_some(messages)}", LigerWarning, stacklevel=stacklevel)
+        warnings.warn(f"{summary}: {list_some(messages)}", category, stacklevel=stacklevel)

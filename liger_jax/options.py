@@ -108,3 +108,43 @@ class Evaluation:
     """Number of held-out conversations to answer as well; answers.jsonl compares generated and expected answers."""
     max_new_tokens: int = 64
     """Maximum length of these answers, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """The training run to plan, and the GPUs for it."""
+
+    gpus: int = 8
+    """Number of GPUs."""
+    gpu: Literal["A100", "H100", "H200", "B200"] = "H100"
+    """Kind of GPU."""
+    memory: float | None = None
+    """Memory per GPU in GiB, of which 95 % can be used; by default that of the kind of GPU."""
+    batch_size: int | None = None
+    """Sequences per training step, over all GPUs; by default 4 per GPU."""
+    length: int = 2048
+    """Tokens per sequence, including those of its image."""
+    patches: int = 4096
+    """Image patches per sequence; a token of an image is 4 patches."""
+    remat: Remat = "auto"
+    """Activations to recompute; auto: the fastest choice that fits."""
+    data: int | None = None
+    """GPUs that each hold all weights; without any of these four flags, all meshes are compared."""
+    fsdp: int | None = None
+    """GPUs that split the weights and the batch."""
+    sequence: int | None = None
+    """GPUs that split the positions of each sequence."""
+    tensor: int | None = None
+    """GPUs that split attention heads and MLPs."""
+    lora: int | None = None
+    """Train only LoRA matrices of this rank."""
+    freeze: tuple[Part, ...] = ()
+    """Parts of the model that are not trained."""
+    master_weights: bool = False
+    """Keep float32 copies of the weights and float32 moments."""
+    gpus_per_host: int = 8
+    """GPUs that NVLink connects."""
+    nvlink: float = 145.0
+    """Rate between GPUs of a host while a step runs, in GB/s per GPU."""
+    network: float = 40.0
+    """Rate between hosts, in GB/s per GPU."""

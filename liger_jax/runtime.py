@@ -48,6 +48,15 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def compile_without_gpus() -> None:
+    """Keeps JAX off the GPUs of this machine, and lets it compile for others. Call it before JAX is imported.
+
+    JAX's CUDA plugin then looks for no driver, and XLA, which can time nothing, does not autotune.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": flags}
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 # Environment variables that packages read when they are imported, here and in worker processes. Errors are still printed.

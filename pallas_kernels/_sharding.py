@@ -273,7 +273,8 @@ def _on_auto_axes(op: ParallelOp) -> Callable[..., tuple]:
 
         def without_context(*operands: jax.Array) -> tuple:
             # traced by the compiler, where a mesh of the caller's `jax.set_mesh` does not apply
-            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            device = mesh.abstract_mesh.abstract_device  # for compilation ahead of time, without devices
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
                 return on_shard(*operands)
 
         return mesh, without_context, out_shardings, in_shardings

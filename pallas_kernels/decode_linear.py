@@ -99,13 +99,21 @@ def norm_swiglu(
     return _norm_swiglu(static, x, norm_weight, weight)
 
 
-def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """Computes residual + x @ weight.T in one pass over the weight.
+def linear_add(
+    x: jax.Array,
+    weight: jax.Array,
+    residual: jax.Array,
+    *,
+    residual_scale: float = 1.0,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Computes residual_scale * residual + x @ weight.T in one pass over the weight.
 
     Args:
         x: [B, F], float.
         weight: [O, F], x's dtype.
         residual: [B, O], x's dtype.
+        residual_scale: 1 / n where n devices each hold a part of the depth F, and the results are summed over them.
         implementation: as in `norm_linear`.
 
     Returns:
@@ -122,7 +130,7 @@ def linear_add(x: jax.Array, weight: jax.Array, residual: jax.Array, *, implemen
         [[2.0, 3.0]]
     """
     static = _checked("linear_add", implementation, 0.0, "O F", x, weight, residual=residual)
-    return _linear_add(static, x, weight, residual)
+    return _linear_add(static._replace(residual_scale=float(residual_scale)), x, weight, residual)
 
 
 def pallas_preferred(rows: int, *operands: jax.Array) -> bool:
@@ -136,6 +144,7 @@ class StaticArgs(NamedTuple):
     eps: float  # unused where there is no norm
     implementation: str | None  # that of the fused operation
     requested: str | None  # the caller's choice, for the norm and the gate where they run as separate operations
+    residual_scale: float = 1.0  # unused where there is no residual
 
 
 def _checked(
@@ -187,7 +196,11 @@ def norm_swiglu_xla(static: StaticArgs, x, norm_weight, weight):
 
 
 def linear_add_xla(static: StaticArgs, x, weight, residual):
-    return x @ weight.T + residual
+    return x @ weight.T + _scaled(residual, static.residual_scale)
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    return x if scale == 1 else scale * x
 
 
 # ---- Pallas implementations: one row takes a single kernel; several rows take a norm, a matmul (with its add) and a gate --
@@ -217,7 +230,9 @@ def norm_swiglu_kernel(static: StaticArgs, x, norm_weight, weight, *, interpret:
 
 
 def linear_add_kernel(static: StaticArgs, x, weight, residual, *, interpret: bool, blocks: Blocks | None = None):
-    kernel = _one_row_linear_add if len(x) == 1 else _several_rows_linear_add
+    kernel = functools.partial(
+        _one_row_linear_add if len(x) == 1 else _several_rows_linear_add, residual_scale=static.residual_scale
+    )
     return _launch(kernel, x, weight, residual, sizes=weight.shape, interpret=interpret, blocks=blocks)
 
 
@@ -280,11 +295,13 @@ def _one_row_norm_swiglu(
     _pallas.store(out_ref, (0, outputs), gate * jax.nn.sigmoid(gate) * up, in_outputs)
 
 
-def _one_row_linear_add(x_ref, weight_ref, residual_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
-    """Writes out = weight @ x + residual."""
+def _one_row_linear_add(
+    x_ref, weight_ref, residual_ref, out_ref, *, residual_scale: float, width: int, depth: int, blocks: Blocks
+):
+    """Writes out = weight @ x + residual_scale * residual."""
     outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
     (product,), _ = _one_row_products(x_ref, weight_ref, [()], outputs, in_outputs, depth, blocks)
-    out = product + _pallas.load(residual_ref, (0, outputs), in_outputs, product.dtype)
+    out = product + _scaled(_pallas.load(residual_ref, (0, outputs), in_outputs, product.dtype), residual_scale)
     _pallas.store(out_ref, (0, outputs), out, in_outputs)
 
 
@@ -324,13 +341,15 @@ def _several_rows_linear(x_ref, weight_ref, bias_ref, out_ref, *, width: int, de
     _pallas.store(out_ref, (rows, outputs), out, in_rows[:, None] & in_outputs[None, :])
 
 
-def _several_rows_linear_add(x_ref, weight_ref, residual_ref, out_ref, *, width: int, depth: int, blocks: Blocks):
-    """Writes out = x @ weight.T + residual."""
+def _several_rows_linear_add(
+    x_ref, weight_ref, residual_ref, out_ref, *, residual_scale: float, width: int, depth: int, blocks: Blocks
+):
+    """Writes out = x @ weight.T + residual_scale * residual."""
     rows, in_rows = _all_rows(x_ref)
     outputs, in_outputs = _tile(_pallas.program_id(0), blocks.rows, width)
     product = _several_rows_product(x_ref, weight_ref, (rows, in_rows), (outputs, in_outputs), depth, blocks)
     mask = in_rows[:, None] & in_outputs[None, :]
-    out = product + _pallas.load(residual_ref, (rows, outputs), mask, product.dtype)
+    out = product + _scaled(_pallas.load(residual_ref, (rows, outputs), mask, product.dtype), residual_scale)
     _pallas.store(out_ref, (rows, outputs), out, mask)
 
 

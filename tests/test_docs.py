@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "liger_jax", "convert")
 # The layers of liger_jax, lowest first: a module may import from its own layer and from lower ones.
 LAYERS = (
-    ("errors", "runtime", "options", "finite", "progress", "names", "suggestions"),
+    ("errors", "runtime", "options", "finite", "progress", "names", "suggestions", "processes"),
     ("files",),
     ("config",),
     ("inputs",),
     ("model",),
     ("checkpoint", "data", "generation"),
     ("train",),
-    ("demo",),
+    ("demo", "plan"),
 )
 MODULES = [
     module.name

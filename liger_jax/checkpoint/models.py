@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from liger_jax import processes
 from liger_jax.checkpoint.arrays import check_arrays, check_finite_arrays, make_handler, nest, read_arrays, read_shapes
 from liger_jax.checkpoint.steps import complete_steps, find_items, saved_steps
 from liger_jax.config import QwenVLConfig
@@ -50,20 +51,32 @@ def save_model(model: QwenVL, path: str | Path, *, overwrite: bool = False, allo
     """
     import orbax.checkpoint as ocp
 
-    folder = Path(path).absolute()
+    folder, arrays, together = Path(path).absolute(), param_paths(model), processes.spans(model)
+    processes.from_first(lambda: _check_target(folder, overwrite=overwrite), together=together)
+    with processes.agree(together=together):
+        if not allow_non_finite:
+            check_finite_arrays(folder, arrays)
+
+    def write_files():
+        make_folder(folder)
+        write_config(folder, model.config, str(next(iter(arrays.values())).dtype))
+        write_lora(folder, model)
+
+    def remove_hub_weights():
+        for file in [file for pattern in HUB_WEIGHTS for file in folder.glob(pattern)]:
+            file.unlink()  # transformers would load these weights of an earlier model instead
+
+    processes.from_first(write_files, together=together)
+    with ocp.Checkpointer(make_handler()) as checkpointer:
+        checkpointer.save(folder / "params", ocp.args.PyTreeSave(nest(arrays)), force=overwrite)
+    processes.from_first(remove_hub_weights, together=together)
+
+
+def _check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raises AlreadyExistsError for a folder that a model may not be written to."""
     check_new_folder(folder, overwrite=overwrite)
     if steps := complete_steps(folder):
         raise AlreadyExistsError(f"{folder} holds a training run, steps {steps}; expected another folder for a model")
-    arrays = param_paths(model)
-    if not allow_non_finite:
-        check_finite_arrays(folder, arrays)
-    make_folder(folder)
-    write_config(folder, model.config, str(next(iter(arrays.values())).dtype))
-    write_lora(folder, model)
-    with ocp.Checkpointer(make_handler()) as checkpointer:
-        checkpointer.save(folder / "params", ocp.args.PyTreeSave(nest(arrays)), force=overwrite)
-    for file in [file for pattern in HUB_WEIGHTS for file in folder.glob(pattern)]:
-        file.unlink()  # transformers would load these weights of an earlier model instead
 
 
 def load_model(path: str | Path, *, mesh: Mesh | None = None, dtype=None, allow_non_finite: bool = False) -> QwenVL:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from liger_jax import processes
 from liger_jax.checkpoint.arrays import check_arrays, check_finite_arrays, make_handler, nest, read_arrays, read_shapes
 from liger_jax.checkpoint.models import write_config, write_lora
 from liger_jax.checkpoint.steps import DAMAGED, check_space, find_items, is_complete, move_aside, saved_steps
@@ -73,21 +74,40 @@ def save_state(target: "CheckpointManager | str | Path", state: "TrainState") ->
     import orbax.checkpoint as ocp
 
     with _as_manager(target) as manager:
-        step = int(state.step)
+        step, together = int(state.step), processes.spans(state)
         directory = Path(manager.directory)
-        if is_complete(directory / str(step)):
-            raise AlreadyExistsError(f"{directory} already holds step {step}; expected another folder or a later step")
-        if (directory / str(step)).exists():  # an interrupted copy or deletion
-            shutil.rmtree(directory / str(step))
+        if processes.from_first(lambda: _remove_interrupted(directory / str(step)), together=together):
             manager.reload()
-        # a number of an optimizer may be infinite: that of optax.contrib.reduce_on_plateau is, at first
-        check_finite_arrays(directory / str(step), {name: x for name, x in param_paths(state).items() if x.ndim})
+        with processes.agree(together=together):
+            # a number of an optimizer may be infinite: that of optax.contrib.reduce_on_plateau is, at first
+            check_finite_arrays(directory / str(step), {name: x for name, x in param_paths(state).items() if x.ndim})
         manager.wait_until_finished()  # it deletes the oldest checkpoint at the end
-        check_space(directory, state)
-        write_config(directory, state.model.config, str(jax.tree.leaves(state.model)[0].dtype), preserve_existing=True)
-        write_lora(directory, state.model)
+        processes.from_first(lambda: _write_model_files(directory, state), together=together)
         manager.save(step, args=ocp.args.PyTreeSave(nest(param_paths(state))), force=True)
     return step
+
+
+def _remove_interrupted(step: Path) -> bool:
+    """Removes what an interrupted copy or deletion left of a step. Returns whether there was anything.
+
+    Raises:
+        AlreadyExistsError: the step is complete.
+    """
+    if is_complete(step):
+        raise AlreadyExistsError(
+            f"{step.parent} already holds step {step.name}; expected another folder or a later step"
+        )
+    if not step.exists():
+        return False
+    shutil.rmtree(step)
+    return True
+
+
+def _write_model_files(directory: Path, state: "TrainState") -> None:
+    """Writes the files that describe the model, if there is space for its arrays as well."""
+    check_space(directory, state)
+    write_config(directory, state.model.config, str(jax.tree.leaves(state.model)[0].dtype), preserve_existing=True)
+    write_lora(directory, state.model)
 
 
 def restore_state(
@@ -128,18 +148,21 @@ def restore_state(
         name: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
         for name, leaf in param_paths(like).items()
     }
-    stored = read_shapes(items)
-    check_arrays(
-        items,
-        {name: (leaf.shape, str(leaf.dtype)) for name, leaf in targets.items()},
-        {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in stored.items()},
-    )
-    arrays = read_arrays(items, targets, stored)
-    weights = {name: array for name, array in zip(targets, arrays, strict=True) if name.startswith("model/")}
-    if not allow_non_finite and (names := non_finite(weights)):
-        raise DamagedError(
-            f"{items}: {names[0]} holds NaN or infinity; expected finite weights, or allow_non_finite=True"
+    together = processes.spans(targets)
+    with processes.agree(together=together):
+        stored = read_shapes(items)
+        check_arrays(
+            items,
+            {name: (leaf.shape, str(leaf.dtype)) for name, leaf in targets.items()},
+            {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in stored.items()},
         )
+        arrays = read_arrays(items, targets, stored)
+    weights = {name: array for name, array in zip(targets, arrays, strict=True) if name.startswith("model/")}
+    with processes.agree(together=together):
+        if not allow_non_finite and (names := non_finite(weights)):
+            raise DamagedError(
+                f"{items}: {names[0]} holds NaN or infinity; expected finite weights, or allow_non_finite=True"
+            )
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
@@ -158,10 +181,12 @@ def restore_intact_state(directory: str | Path, like: "TrainState") -> "TrainSta
         NotFoundError: the folder has no steps.
         UserError: as for `restore_state`.
     """
-    directory = Path(directory).absolute()
+    directory, together = Path(directory).absolute(), processes.spans(like)
     problems: dict[int, str] = {}
-    for step in reversed(saved_steps(directory)):
-        if not is_complete(directory / str(step)):
+    # process 0 lists the steps: on a network disk, another process may still see an older state of the folder
+    steps = processes.from_first(lambda: _list_steps(directory), together=together)
+    for step, complete in reversed(steps):
+        if not complete:
             problems[step] = f"{directory / str(step)} is incomplete"
             continue
         try:
@@ -169,12 +194,17 @@ def restore_intact_state(directory: str | Path, like: "TrainState") -> "TrainSta
         except DamagedError as error:
             problems[step] = str(error).partition("; expected")[0]
             continue
-        for damaged in problems:
-            move_aside(directory / str(damaged))
-        if problems:
+        if problems and (processes.is_first() or not together):
+            for damaged in problems:
+                move_aside(directory / str(damaged))
             listed = "; ".join(problems.values())
             warnings.warn(f"{listed}: moved to *{DAMAGED}, and resumed from step {step}", LigerWarning, stacklevel=3)
         return state
     if not problems:
         raise NotFoundError(f"{directory} has no training state; expected a folder that save_state wrote")
     raise DamagedError(f"No checkpoint is intact: {'; '.join(problems.values())}; expected at least one intact step")
+
+
+def _list_steps(directory: Path) -> list[tuple[int, bool]]:
+    """Returns the steps in a folder, in order, each with whether it is complete."""
+    return [(step, is_complete(directory / str(step))) for step in saved_steps(directory)]

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from liger_jax import processes
 from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.data.packing import join_conversations, pack
-from liger_jax.errors import UserError, warn_skipped
+from liger_jax.errors import DataWarning, UserError, warn_skipped
 from liger_jax.inputs.batch import LARGEST_ROW, Batch, bucket, check_patches, patch_bucket, power_of_two, prepare
 from liger_jax.inputs.layout import count_slots
 from liger_jax.inputs.messages import Conversation
@@ -102,6 +103,9 @@ class Dataset:
         shape: the shape of the batches.
         skip_broken: omit conversations that cannot be read, with a warning. The other conversations of the batch are not
             affected.
+        rows: the rows of each batch that this process reads; None: all. The rows of all processes then form one batch, of
+            a shape that follows from `sizes`.
+        sizes: int64 [conversations, 3], as returned by `measure_conversations`. Required for `rows`.
     """
 
     processor: Processor
@@ -110,18 +114,35 @@ class Dataset:
     schedule: BatchSchedule
     shape: BatchShape
     skip_broken: bool = False
+    rows: tuple[int, ...] | None = None
+    sizes: np.ndarray | None = None
 
     def __call__(self, step: int) -> Batch:
-        sequences = [
-            [inputs for i in sequence if (inputs := self.read(i)) is not None] for sequence in self.schedule.batch(step)
-        ]
-        length, patches, segments, frames = self.shape
+        batch_sequences, shape = self.schedule.batch(step), self.shape
+        if self.rows is not None:
+            shape = self._shared_shape(batch_sequences)
+            batch_sequences = [batch_sequences[row] if row < len(batch_sequences) else () for row in self.rows]
+        sequences = [[inputs for i in sequence if (inputs := self.read(i)) is not None] for sequence in batch_sequences]
+        length, patches, segments, frames = shape
         arrays: dict[str, Any] = join_conversations(sequences)
         batch = prepare(self.config, **arrays, length=length, patches=patches)
         if batch.vision is not None and frames:
             batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, max_segments=frames))
         batch = dataclasses.replace(batch, max_segments=segments or batch.max_segments)
-        return batch.pad_rows(self.schedule.batch_size)
+        return batch.pad_rows(self.schedule.batch_size) if self.rows is None else batch
+
+    def _shared_shape(self, sequences: list[tuple[int, ...]]) -> BatchShape:
+        """Returns the shape of a batch whose rows are read by several processes, from the sizes of all its conversations."""
+        assert self.sizes is not None, "rows without sizes"
+        length, patches, segments, frames = self.shape
+        sums = np.array([self.sizes[list(sequence)].sum(axis=0) for sequence in sequences])
+        tokens, slots, images = (int(count) for count in sums.max(axis=0))
+        return BatchShape(
+            length or bucket(tokens, 64),
+            patches or (patch_bucket(self.config.vision, slots) if slots else None),
+            segments or power_of_two(max(map(len, sequences)), at_least=1),
+            frames or power_of_two(images, at_least=4),
+        )
 
     def read(self, index: int) -> dict[str, np.ndarray] | None:
         """Returns the arrays of one conversation, or None if it is skipped."""
@@ -146,12 +167,13 @@ def make_dataset(
     *,
     shuffle: bool = True,
     progress: bool = False,
+    rows: tuple[int, ...] | None = None,
 ) -> Dataset:
     """Returns the dataset of a run, with all its batches scheduled.
 
-    Packing, grouping and a fixed shape require the sizes of all conversations. They are measured in advance: each
-    conversation is tokenized, and the header of each image file is read. This finds conversations that are too large or
-    cannot be read. Damaged pixels are found only when a batch needs them.
+    Packing, grouping, a fixed shape and several processes require the sizes of all conversations. They are measured in
+    advance, a part in each process: each conversation is tokenized, and the header of each image file is read. This finds
+    conversations that are too large or cannot be read. Damaged pixels are found only when a batch needs them.
 
     Args:
         processor, config: those of the model.
@@ -160,6 +182,7 @@ def make_dataset(
             one shape; without `patches`, their sequences have room for a little more than their share of all patches.
         shuffle: visit the conversations in a different order in each epoch. False keeps their order.
         progress: show a progress bar while measuring.
+        rows: the rows of each batch that this process reads, see `liger_jax.data.share`; None: all.
 
     Raises:
         UserError: a value out of range, contradictory options, a conversation that cannot be read or is too large (unless
@@ -177,11 +200,10 @@ def make_dataset(
     if not len(conversations):
         raise UserError("conversations is empty; expected at least one")
     length, seed = batching.pack_length or batching.length, batching.seed if shuffle else None
-    if not (length or batching.patches or batching.group_by_length):
-        schedule = BatchSchedule([(i,) for i in range(len(conversations))], batching.batch_size, seed)
-        shape = BatchShape()
-    else:
-        sizes, problems = measure_conversations(
+    schedule, shape = BatchSchedule([(i,) for i in range(len(conversations))], batching.batch_size, seed), BatchShape()
+    sizes, scheduled_by_size = np.zeros((0, 3), np.int64), length or batching.patches or batching.group_by_length
+    if scheduled_by_size or rows is not None:
+        sizes, problems = _measure_together(
             processor,
             config,
             conversations,
@@ -189,7 +211,9 @@ def make_dataset(
             max_patches=batching.patches,
             progress=progress,
         )
-        _raise_or_skip(problems, batching.skip_broken)
+        if processes.is_first() or not batching.skip_broken:
+            _raise_or_skip(problems, batching.skip_broken)
+    if scheduled_by_size:
         usable = np.flatnonzero(sizes[:, 0])
         if not len(usable):
             raise UserError(
@@ -201,7 +225,8 @@ def make_dataset(
             schedule, shape = _schedule_unpacked(sizes[usable], batching, seed)
         sequences = [tuple(int(usable[i]) for i in sequence) for sequence in schedule.sequences]
         schedule = dataclasses.replace(schedule, sequences=sequences)
-    return Dataset(processor, config, list(conversations), schedule, shape, batching.skip_broken)
+    dataset = Dataset(processor, config, list(conversations), schedule, shape, batching.skip_broken)
+    return dataset if rows is None else dataclasses.replace(dataset, rows=rows, sizes=sizes)
 
 
 def check_batching(batching: Batching, vision: VisionConfig) -> None:
@@ -232,9 +257,10 @@ def measure_conversations(
     *,
     max_tokens: float | None = None,
     max_patches: int | None = None,
+    first: int = 0,
     progress: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
-    """Measures conversations without decoding their images.
+    """Measures conversations without decoding their images; `first` is the number of the first one, for messages.
 
     Returns:
         sizes: int64 [conversations, 3]: tokens, patches, frames. For a tower with windows, patches are slots, see
@@ -251,8 +277,22 @@ def measure_conversations(
                     raise UserError(f"it has {count} {name}; expected at most the {limit} of a sequence")
             sizes[i] = tokens, patches, sum(t for t, _, _ in grids)
         except UserError as error:
-            problems.append(_describe(i, conversation, error))
+            problems.append(_describe(first + i, conversation, error))
     return sizes, problems
+
+
+def _measure_together(
+    processor: Processor, config: QwenVLConfig, conversations: Sequence[Conversation], **options: Any
+) -> tuple[np.ndarray, list[str]]:
+    """Returns `measure_conversations` of all conversations, of which each process measures a part."""
+    bounds = np.linspace(0, len(conversations), processes.count() + 1).astype(int)
+    first, end = bounds[processes.index() : processes.index() + 2]
+    sizes, problems = measure_conversations(processor, config, conversations[first:end], first=int(first), **options)
+    if processes.count() == 1:
+        return sizes, problems
+    parts = processes.exchange([sizes.tolist(), problems])
+    sizes = np.array([row for rows, _ in parts for row in rows], np.int64).reshape(-1, 3)
+    return sizes, [problem for _, messages in parts for problem in messages]
 
 
 def _schedule_packed(
@@ -306,4 +346,4 @@ def _raise_or_skip(problems: list[str], skip_broken: bool) -> None:
     """Raises the first problem, or warns about all of them."""
     if problems and not skip_broken:
         raise UserError(problems[0])
-    warn_skipped(f"left out {len(problems)} conversations", problems)
+    warn_skipped(f"left out {len(problems)} conversations", problems, category=DataWarning)

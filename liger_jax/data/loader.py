@@ -55,7 +55,7 @@ def load_batches(
 
     flags.FLAGS.mark_as_parsed()  # Grain reads settings from absl's flags, which only an absl program parses
     if workers is None:
-        workers = max(0, min(4, (os.cpu_count() or 1) // 2 - 1))
+        workers = default_workers()
     dataset = grain.MapDataset.range(indices.start, indices.stop, indices.step).map(make)
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if workers:
@@ -66,6 +66,11 @@ def load_batches(
     batches = iter(batches)
     batches.start_prefetch()
     return _copies(batches)
+
+
+def default_workers(processes: int = 1) -> int:
+    """Returns the number of workers of a process that shares the cores of its host with others: up to 4 each."""
+    return max(0, min(4, (os.cpu_count() or 1) // processes // 2 - 1))
 
 
 def _copies(batches: Any) -> Generator[Batch, None, None]:

@@ -9,14 +9,15 @@ from liger_jax.errors import UserError
 from liger_jax.generation.generate import stream_text
 from liger_jax.generation.loop import extend, first_token_logits, grow, init_cache, prefill
 from liger_jax.generation.options import GenerationOptions
-from liger_jax.generation.session import DecodeSession, NonFiniteLogitsError, check_prompts, is_inside_trace
+from liger_jax.generation.session import DecodeSession, NonFiniteLogitsError, check_prompts
 from liger_jax.inputs.batch import Batch, bucket, prepare
 from liger_jax.inputs.messages import KINDS, ProcessedMedia, as_list
 from liger_jax.inputs.positions import VisionItem, rope_positions, vision_items
 from liger_jax.inputs.processor import Processor
 from liger_jax.inputs.video import DEFAULT_FPS
 from liger_jax.model import QwenVL
-from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch, with_auto_axes
+from liger_jax.model.decode_layout import choose_layout
+from liger_jax.model.sharding import get_mesh, is_inside_trace, mesh_context, shard_batch, with_auto_axes
 
 SLOTS = 1024  # the cache grows by this at first, later by a quarter or more: few sizes mean few compilations
 
@@ -163,7 +164,8 @@ class Chat:
                 hidden, cache = extend(self.model, cache, batch, np.int32(cached))
             else:
                 hidden, keys_values = prefill(self.model, batch)
-                cache = init_cache(*keys_values, batch.segment_ids, room=slots - positions)
+                layout = choose_layout(self.model.language_model, self.model.head, (batch.shape[0], slots))
+                cache = init_cache(*keys_values, batch.segment_ids, room=slots - positions, layout=layout)
             first_step = first_token_logits(self.model, hidden, batch.position_ids, batch.segment_ids, np.int32(cached))
         return DecodeSession(self.model, cache, first_step, self.options, ids[None], np.ones((1, len(ids)), np.int64))
 

@@ -11,10 +11,11 @@ from liger_jax.errors import UserError
 from liger_jax.generation.detokenize import StopStrings, TextPieces
 from liger_jax.generation.loop import NON_FINITE, Generated
 from liger_jax.generation.options import GenerationOptions
-from liger_jax.generation.session import DecodeSession, is_inside_trace, is_traced
+from liger_jax.generation.session import DecodeSession, is_traced
 from liger_jax.generation.traced import generate_traced
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import QwenVL
+from liger_jax.model.sharding import is_inside_trace
 
 
 def generate(

@@ -7,18 +7,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from liger_jax import runtime
-from liger_jax.generation.sampling import History, Sampling, constrain_logits, next_token, token_logprobs
+from liger_jax.generation.sampling import (
+    History,
+    Sampling,
+    constrain_logits,
+    next_token,
+    next_token_over_shards,
+    token_logprobs,
+)
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import QwenVL
+from liger_jax.model.decode_layout import SINGLE_DEVICE, DecodeLayout
 from liger_jax.model.fused_decode import PackedModel, decode_step
 from liger_jax.model.kv_cache import KVCache
-from liger_jax.model.lora import lora_config
 from liger_jax.model.qwen_vl import causal_attention
-from liger_jax.model.sharding import find_abstract_mesh
-from liger_jax.model.text import DecoderLayer, Deepstack
+from liger_jax.model.text import DecoderLayer, Deepstack, rotary_tables
 
 NON_FINITE = -1  # recorded in place of a token that was chosen by a logit that is NaN or infinite
 NEW_TOKENS = 64  # smallest bucket of room for new tokens, see `bucket`
@@ -97,10 +104,12 @@ def first_token_logits(
     return FirstStep(logits.astype(jnp.float32), position, slot + last.max() + 1, empty)
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def init_cache(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, room: int) -> KVCache:
-    """Returns the KV cache of a prefill, with room for new tokens."""
-    return KVCache.from_prompt(keys, values, segment_ids, room)
+@functools.partial(jax.jit, static_argnames=("room", "layout"))
+def init_cache(
+    keys: jax.Array, values: jax.Array, segment_ids: jax.Array, *, room: int, layout: DecodeLayout
+) -> KVCache:
+    """Returns the KV cache of a prefill, with room for new tokens, in the layout for decoding."""
+    return KVCache.from_prompt(keys, values, segment_ids, room, layout)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -123,13 +132,15 @@ def extend(model: QwenVL, cache: KVCache, batch: Batch, slot: jax.Array) -> tupl
 
     x, deepstack = model.embed(batch)
     hidden, keys, values = _run_layers(model, unstack_layers(model), x, batch.position_ids, attend, deepstack)
-    return hidden, dataclasses.replace(cache, keys=keys, values=values).mark_valid(slot, segments)
+    cache = dataclasses.replace(cache, keys=keys, values=values).mark_valid(slot, segments)
+    return hidden, cache.constrain()
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def repeat_rows(tree: tuple[KVCache, FirstStep], count: int) -> tuple[KVCache, FirstStep]:
     """Returns the tree with each row repeated `count` times; the copies are adjacent."""
-    return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0) if x.ndim else x, tree)
+    cache, first_step = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0) if x.ndim else x, tree)
+    return cache.constrain(), first_step
 
 
 @functools.partial(jax.jit, static_argnames="room")
@@ -138,11 +149,11 @@ def grow(cache: KVCache, *, room: int) -> KVCache:
     return cache.grow(room)
 
 
-@functools.partial(jax.jit, static_argnames="room")
+@functools.partial(jax.jit, static_argnames=("room", "layout"))
 def init_decode_state(
-    first_step: FirstStep, sampling: Sampling, history: History | None, *, room: int
+    first_step: FirstStep, sampling: Sampling, history: History | None, *, room: int, layout: DecodeLayout
 ) -> tuple[DecodeState, tuple]:
-    """Chooses each row's first token. Returns the state and a snapshot of it (tokens, step, done)."""
+    """Chooses each row's first token. Returns the state and a snapshot of it (generated, step, done)."""
     rows, generated = len(first_step.logits), Generated(None, None, None, None)
     if sampling.logprobs is not None:
         top = (rows, room, sampling.logprobs)
@@ -151,27 +162,17 @@ def init_decode_state(
     token = jnp.zeros(rows, jnp.int32)
     state = DecodeState(jnp.int32(0), token, first_step.position, first_step.slot, first_step.empty, history, generated)
     state = _choose_tokens(first_step.logits, state, sampling)
-    return state, (state.generated.tokens, state.step, state.done)
+    return layout.constrain(state, layout.row_specs(state)), _snapshot(state, layout)
 
 
-@jax.jit
-def unstack_layers(model: QwenVL) -> list[DecoderLayer]:
-    """Returns separate arrays for each layer's weights: a loop over the stack would copy a slice of it in every step."""
-    layers = model.language_model.layers
-    return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
-
-
-def decode_weights(model: QwenVL) -> PackedModel | list[DecoderLayer]:
-    """Returns the weights that `decode_loop` reads: packed, or, with a mesh or LoRA, separate layers with their sharding."""
-    if find_abstract_mesh(model) is None and lora_config(model) is None:
-        return PackedModel.from_model(model.language_model, model.head)
-    return unstack_layers(model)
+def decode_weights(model: QwenVL, layout: DecodeLayout) -> PackedModel:
+    """Returns the weights that `decode_loop` reads, laid out for it on the current mesh."""
+    return PackedModel.from_model(model.language_model, model.head, layout)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "state"))
 def decode_loop(
-    model: QwenVL,
-    weights: PackedModel | list[DecoderLayer],
+    weights: PackedModel,
     cache: KVCache,
     state: DecodeState,
     sampling: Sampling,
@@ -182,8 +183,7 @@ def decode_loop(
     """Generates tokens until each row has `until` of them or all rows have ended.
 
     Args:
-        model: the model.
-        weights: its weights, as `decode_weights` returns them.
+        weights: the model's weights, as `decode_weights` returns them.
         cache: the KV cache; donated.
         state: the state of the loop; donated.
         sampling: how tokens are chosen.
@@ -191,8 +191,22 @@ def decode_loop(
         until: scalar, number of new tokens per row.
 
     Returns:
-        The cache, the state, and a snapshot of the state (tokens, step, done).
+        The cache, the state, and a snapshot of the state (generated, step, done), whole on each device.
     """
+    layout = weights.layout
+    state = dataclasses.replace(state, done=state.done | stopped)
+    carry_specs = cache.specs(), layout.row_specs(state)
+    in_specs = weights.specs(), *carry_specs, sampling.specs(layout.spec("B")), P()
+    run = layout.on_each_device(_decode_until, in_specs, carry_specs)
+    cache, state = run(weights, cache, state, sampling, until)
+    return cache, state, _snapshot(state, layout)
+
+
+def _decode_until(
+    weights: PackedModel, cache: KVCache, state: DecodeState, sampling: Sampling, until: jax.Array
+) -> tuple[KVCache, DecodeState]:
+    """Runs the loop on the rows, heads and columns of one device. Devices with other rows may end earlier or later."""
+    layout = weights.layout
 
     def unfinished(carry):
         _, state = carry
@@ -200,24 +214,27 @@ def decode_loop(
 
     def one_token(carry):
         cache, state = carry
-        x = model.language_model.embed_tokens.weight[state.token]
-        if isinstance(weights, PackedModel):
-            cos, sin = (table[:, 0] for table in model.language_model.rotary(state.position[..., None]))
-            logits, cache = decode_step(weights, x, cos, sin, cache, state.slot)
-        else:
-            cache = cache.mark_valid(state.slot, jnp.ones((len(x), 1), jnp.int32))
-
-            def attend(i, q, k, v):
-                return cache.attend(i, state.slot, q, k, v)
-
-            hidden, keys, values = _run_layers(model, weights, x[:, None], state.position[..., None], attend)
-            logits, cache = model.logits(hidden[:, 0]), dataclasses.replace(cache, keys=keys, values=values)
+        cos, sin = (table[:, 0] for table in rotary_tables(weights.config, state.position[..., None]))
+        logits, cache = decode_step(weights, weights.embedding[state.token], cos, sin, cache, state.slot)
         state = dataclasses.replace(state, position=state.position + 1, slot=state.slot + 1)
-        return cache, _choose_tokens(logits.astype(jnp.float32), state, sampling)
+        return cache, _choose_tokens(logits, state, sampling, layout)
 
-    state = dataclasses.replace(state, done=state.done | stopped)
     cache, state = jax.lax.while_loop(unfinished, one_token, (cache, state))
-    return cache, state, (state.generated.tokens, state.step, state.done)
+    if layout.row_axes:  # scalars must be equal on all devices
+        step, slot = jax.lax.pmax((state.step, state.slot), layout.row_axes)
+        state = dataclasses.replace(state, step=step, slot=slot)
+    return cache, state
+
+
+def unstack_layers(model: QwenVL) -> list[DecoderLayer]:
+    """Returns separate arrays for each layer's weights: a loop over the stack would copy a slice of it in every step."""
+    layers = model.language_model.layers
+    return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(model.config.text.num_hidden_layers)]
+
+
+def _snapshot(state: DecodeState, layout: DecodeLayout) -> tuple[Generated, jax.Array, jax.Array]:
+    """Returns what the host reads: all tokens, their number per row, and the rows that have ended."""
+    return layout.constrain((state.generated, state.step, state.done), P())
 
 
 def _run_layers(
@@ -243,14 +260,29 @@ def _run_layers(
     return model.language_model.norm(x), *zip(*keys_values, strict=True)
 
 
-def _choose_tokens(logits: jax.Array, state: DecodeState, sampling: Sampling) -> DecodeState:
-    """Returns the state with the next token of each row, from logits [B, V]; rows that have ended get the padding token.
+def _choose_tokens(
+    logits: jax.Array, state: DecodeState, sampling: Sampling, layout: DecodeLayout = SINGLE_DEVICE
+) -> DecodeState:
+    """Returns the state with the next token of each row; rows that have ended get the padding token.
 
     A row ends where its logits are not finite, and NON_FINITE is recorded as its token.
+
+    Args:
+        logits: [B, V], or the part of it that `layout` gives to a device.
+        state: the state.
+        sampling: how tokens are chosen.
+        layout: that of the logits.
     """
-    step, generated, history = state.step, state.generated, state.history
-    token = next_token(constrain_logits(logits, sampling, history, step), sampling, step)
-    chosen = logits[jnp.arange(len(token)), token]  # not finite if any logit of the row is NaN or +inf, or all are -inf
+    step, generated, history, is_split = state.step, state.generated, state.history, "V" in layout.split
+    if is_split and sampling.needs_all_logits:
+        logits, is_split = jax.lax.all_gather(logits, layout.column_axes, axis=1, tiled=True), False
+    logits = logits.astype(jnp.float32)
+    if is_split:
+        token, chosen = next_token_over_shards(logits, sampling, step, layout.column_axes)
+    else:
+        token = next_token(constrain_logits(logits, sampling, history, step), sampling, step)
+        chosen = logits[jnp.arange(len(token)), token]
+    # the chosen logit is not finite if any logit of the row is NaN or +inf, or all are -inf
     failed = ~jnp.isfinite(chosen) & ~state.done
     done = state.done | failed
     token = jnp.where(done, sampling.pad_token, token)

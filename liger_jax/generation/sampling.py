@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from liger_jax.config import QwenVLConfig
 from liger_jax.generation.options import GenerationOptions
@@ -91,6 +92,19 @@ class Sampling:
     def needs_history(self) -> bool:
         """Whether the choice depends on the earlier tokens."""
         return not (self.repetition_penalty is self.no_repeat_ngram_size is self.bad_words is None)
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether the choice depends on more than the largest score, so that devices gather their parts of the logits.
+
+        That takes about as long as one sum over the mesh, and a filter's sums over the vocabulary would be ten of them.
+        """
+        filters = self.top_k, self.top_p, self.min_p, self.min_new_tokens, self.logprobs
+        return self.needs_history or any(option is not None for option in filters)
+
+    def specs(self, rows: P) -> Self:
+        """Returns the PartitionSpecs of the arrays, given that of an array [B]."""
+        return dataclasses.replace(jax.tree.map(lambda _: P(), self), seeds=rows, stream_ids=rows)
 
 
 def _row_seeds(seed: Any, prompts: int, samples: int, rows: int) -> tuple[Any, np.ndarray]:
@@ -236,14 +250,48 @@ def next_token(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Ar
     A row's draw depends on its seed, its stream id and the step, not on the other rows. NaN and infinity are chosen before
     any finite logit, with any constraints and filters, so that the caller need only check the chosen token's logit.
     """
-    if not sampling.do_sample:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling.do_sample:  # the largest sum of logit and Gumbel noise is a draw from the softmax
+        logits = filter_logits(logits, sampling) + _gumbel_noise(sampling, step, logits.shape[1], logits.dtype)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw(seed, stream_id, logits):
+
+def next_token_over_shards(
+    logits: jax.Array, sampling: Sampling, step: jax.Array, mesh_axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the token that `next_token` would choose, [B] int32, and its logit, where devices split the vocabulary.
+
+    It is called inside a `shard_map`.
+
+    Args:
+        logits: [B, V / devices] float32, in the order of the devices along `mesh_axes`.
+        sampling: without options that need all logits.
+        step: scalar, the number of new tokens so far.
+        mesh_axes: axes of the mesh, which split the vocabulary.
+    """
+    size = logits.shape[1]
+    start = size * jax.lax.axis_index(mesh_axes)
+    scores = logits
+    if sampling.do_sample:
+        noise = _gumbel_noise(sampling, step, size * jax.lax.axis_size(mesh_axes), logits.dtype)
+        scores = filter_logits(logits, sampling) + jax.lax.dynamic_slice_in_dim(noise, start, size, axis=1)
+    best = jnp.argmax(scores, axis=-1)
+    of_best = (jnp.take_along_axis(x, best[:, None], axis=1)[:, 0] for x in (scores, logits))
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in of_best]
+    bits = jax.lax.all_gather(jnp.stack([*bits, (start + best).astype(jnp.int32)]), mesh_axes)  # [devices, 3, B]
+    score, logit = (jax.lax.bitcast_convert_type(bits[:, i], jnp.float32) for i in range(2))
+    winner = jnp.argmax(score, axis=0)  # of equal scores the first, as on a single device
+    token, logit = (jnp.take_along_axis(x, winner[None], axis=0)[0] for x in (bits[:, 2], logit))
+    return token, logit
+
+
+def _gumbel_noise(sampling: Sampling, step: jax.Array, size: int, dtype) -> jax.Array:
+    """Returns Gumbel noise [B, size] for each row's seed, stream id and step."""
+
+    def draw(seed, stream_id):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream_id), step)
-        return jax.random.categorical(key, logits)
+        return jax.random.gumbel(key, (size,), dtype)
 
-    return jax.vmap(draw)(sampling.seeds, sampling.stream_ids, filter_logits(logits, sampling)).astype(jnp.int32)
+    return jax.vmap(draw)(sampling.seeds, sampling.stream_ids)
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:

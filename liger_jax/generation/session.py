@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from liger_jax.config import QwenVLConfig
@@ -27,6 +26,7 @@ from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.sampling import History, Sampling
 from liger_jax.inputs.batch import Batch, bucket
 from liger_jax.model import QwenVL
+from liger_jax.model.decode_layout import choose_layout
 from liger_jax.model.kv_cache import KVCache
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch, with_auto_axes
 
@@ -82,11 +82,6 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def is_inside_trace(*arguments: Any) -> bool:
-    """Returns whether JAX traces the caller: an argument is traced, or an array that is made here (under `jax.jit`)."""
-    return is_traced((arguments, jnp.asarray(0)))
-
-
 class DecodeSession:
     """The generation of one batch on the device: its KV cache, and the new tokens so far.
 
@@ -134,9 +129,11 @@ class DecodeSession:
         self._mesh, self._weights, self._requested = get_mesh((model, cache)), None, 1
         with mesh_context(self._mesh):
             room = bucket(self._limit, NEW_TOKENS)
-            self._state, self._snapshot = init_decode_state(first_step, self.sampling, history, room=room)
+            self._state, self._snapshot = init_decode_state(
+                first_step, self.sampling, history, room=room, layout=cache.layout
+            )
             if self._limit > 1:  # copied while the device runs the prefill
-                self._weights = decode_weights(model)
+                self._weights = decode_weights(model, cache.layout)
 
     @classmethod
     def start(cls, model: QwenVL, batch: Batch, options: GenerationOptions) -> Self:
@@ -148,7 +145,9 @@ class DecodeSession:
         with mesh_context(get_mesh((model, batch))):
             hidden, keys_values = prefill(model, batch)
             first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-            cache = init_cache(*keys_values, batch.segment_ids, room=bucket(options.max_new_tokens, NEW_TOKENS))
+            room = bucket(options.max_new_tokens, NEW_TOKENS)
+            layout = choose_layout(model.language_model, model.head, (batch.shape[0], batch.shape[1] + room))
+            cache = init_cache(*keys_values, batch.segment_ids, room=room, layout=layout)
             if options.num_return_sequences > 1:
                 cache, first_step = repeat_rows((cache, first_step), options.num_return_sequences)
         return cls(model, cache, first_step, options, *prompts)
@@ -165,7 +164,7 @@ class DecodeSession:
                 snapshot, requested = self._snapshot, self._requested
                 if requested > 1:  # the first token does not wait for the compilation of the loop
                     self._advance(CHUNK)
-                tokens, step, done = jax.device_get(snapshot)
+                tokens, step, done = jax.device_get((snapshot[0].tokens, *snapshot[1:]))
                 yield tokens[: self.rows, read:step]
                 read = step
                 finished = requested == self._limit or (done[: self.rows] | self._stopped).all()
@@ -188,7 +187,7 @@ class DecodeSession:
         Raises:
             NonFiniteLogitsError: the logits of a row were NaN or infinite.
         """
-        generated = jax.device_get(self._state.generated)
+        generated = jax.device_get(self._snapshot[0])
         after_end = np.arange(self._limit) >= self._length[:, None]
 
         def cut(array, fill):  # on the host: slicing on the device would compile for each length
@@ -214,9 +213,8 @@ class DecodeSession:
         stopped = np.ones(len(self.sampling.seeds), bool)
         stopped[: self.rows] = self._stopped
         with mesh_context(self._mesh):
-            self._weights = self._weights or decode_weights(self.model)
+            self._weights = self._weights or decode_weights(self.model, self.cache.layout)
             self.cache, self._state, self._snapshot = decode_loop(
-                self.model,
                 self._weights,
                 self.cache,
                 self._state,

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from liger_jax.generation.loop import (
     NEW_TOKENS,
@@ -23,10 +25,11 @@ from liger_jax.generation.loop import (
 )
 from liger_jax.generation.options import GenerationOptions
 from liger_jax.generation.sampling import History, Sampling
-from liger_jax.generation.session import check_prompts
+from liger_jax.generation.session import check_prompts, is_traced
 from liger_jax.inputs.batch import Batch, bucket
 from liger_jax.model import QwenVL
-from liger_jax.model.sharding import find_abstract_mesh, mesh_context, run_on_auto_axes
+from liger_jax.model.decode_layout import choose_layout
+from liger_jax.model.sharding import find_abstract_mesh, get_mesh, mesh_context, run_on_auto_axes
 
 
 def generate_traced(model: QwenVL, batch: Batch, options: GenerationOptions, seed: Any = None) -> Generated:
@@ -47,8 +50,22 @@ def generate_traced(model: QwenVL, batch: Batch, options: GenerationOptions, see
     check_prompts(model.config, batch, options.max_new_tokens)
     options.check_against(model.config, prompts)
     sampling = Sampling.from_options(options, model.config, prompts, prompts * samples, seed=seed)
-    batch = dataclasses.replace(batch, labels=None)
+    batch = _on_devices_of(model, dataclasses.replace(batch, labels=None))
     return _traced_program(model, batch, sampling, samples=samples, limit=options.max_new_tokens)
+
+
+def _on_devices_of(model: QwenVL, batch: Batch) -> Batch:
+    """Returns the batch, with a constraint that names the devices of a model that is a constant of the caller's program.
+
+    JAX would not compile the program for the devices of its constants.
+    """
+    mesh, has_context = get_mesh(model), not jax.sharding.get_abstract_mesh().empty
+    if is_traced(model) or has_context or mesh is None or AxisType.Explicit in mesh.axis_types:
+        return batch
+    if find_abstract_mesh(batch) is not None:  # then the program is compiled for the devices of the batch
+        return batch
+    anywhere = NamedSharding(mesh, P(P.UNCONSTRAINED, P.UNCONSTRAINED))
+    return dataclasses.replace(batch, segment_ids=jax.lax.with_sharding_constraint(batch.segment_ids, anywhere))
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "limit"))
@@ -65,15 +82,16 @@ def _prefill_and_decode(model: QwenVL, batch: Batch, sampling: Sampling, *, samp
         # unwrapped: JAX allows compiler options only for whole programs, and `run_on_auto_axes` needs a new trace
         hidden, keys_values = inspect.unwrap(prefill)(model, batch)
         first_step = first_token_logits(model, hidden, batch.position_ids, batch.segment_ids, np.int32(0))
-        cache, history = init_cache(*keys_values, batch.segment_ids, room=room), None
+        layout = choose_layout(model.language_model, model.head, (batch.shape[0], batch.shape[1] + room))
+        cache, history = init_cache(*keys_values, batch.segment_ids, room=room, layout=layout), None
         if samples > 1:
             cache, first_step = repeat_rows((cache, first_step), samples)
         if sampling.needs_history:
             ids, segments = (jnp.repeat(x, samples, axis=0) for x in (batch.input_ids, batch.segment_ids))
             history = History.from_prompts(ids, segments, cache.valid.shape[1])
-        state, _ = init_decode_state(first_step, sampling, history, room=room)
+        state, _ = init_decode_state(first_step, sampling, history, room=room, layout=layout)
         if limit > 1:
-            arguments = model, decode_weights(model), cache, state, sampling
+            arguments = decode_weights(model, layout), cache, state, sampling
             _, state, _ = inspect.unwrap(decode_loop)(*arguments, stopped=np.zeros(rows, bool), until=np.int32(limit))
     generated = Generated(*(array if array is None else array[:, :limit] for array in state.generated))
     tokens = jnp.where(generated.tokens == NON_FINITE, sampling.pad_token, generated.tokens)

@@ -14,7 +14,7 @@ import numpy as np
 
 from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.errors import UserError
-from liger_jax.inputs.layout import Layout, arrange, item_layout
+from liger_jax.inputs.layout import Layout, arrange, item_layout, split_at_frames
 from liger_jax.inputs.positions import (
     VisionItem,
     position_table_lookup,
@@ -39,7 +39,7 @@ LARGEST_ROW = 2**24  # tokens or patches in a row, far more than any device hold
         "table_indices",
         "table_weights",
     ],
-    meta_fields=["max_segments"],
+    meta_fields=["max_segments", "block", "parts"],
 )
 @dataclasses.dataclass(frozen=True)
 class Vision:
@@ -57,6 +57,8 @@ class Vision:
     window_ids: Any = None  # [B, P] int32: number of the window, from 1 in each row; 0 is padding; None without windows
     table_indices: Any = None  # [B, P, 4] int32: entries of the position table around the patch; None without a table
     table_weights: Any = None  # [B, P, 4] float32: their weights
+    block: int = 64  # every window, and every merged token, lies within a block of this many slots
+    parts: int = 1  # cutting each row into this many equal parts divides no frame
 
 
 @functools.partial(
@@ -107,6 +109,61 @@ class Batch:
         padded = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
         return dataclasses.replace(self, labels=labels, vision=vision, **padded)
 
+    def split_positions(self, parts: int, *, whole_frames: bool = True) -> Self:
+        """Returns the batch with padding in each row and in its patches, so that `parts` devices can split both evenly.
+
+        The part of a device ends neither within a merged token nor within a block of windows. If frames fit, it does not end
+        within a frame either; their attention then needs no communication.
+
+        Args:
+            parts: number of devices that split each row.
+            whole_frames: False moves no patch, so that the result's static fields depend on the bucket alone.
+        """
+        if parts == 1:
+            return self
+        missing = -self.shape[1] % parts
+
+        def pad(array, value=0):
+            return np.pad(np.asarray(array), [(0, 0)] * (array.ndim - 1) + [(0, missing)], constant_values=value)
+
+        vision = self.vision and _split_patches(self.vision, self.shape[1], missing, parts, whole_frames)
+        labels = None if self.labels is None else pad(self.labels, IGNORE)
+        padded = {name: pad(getattr(self, name)) for name in ("input_ids", "position_ids", "segment_ids")}
+        return dataclasses.replace(self, labels=labels, vision=vision, **padded)
+
+
+def _split_patches(vision: Vision, length: int, missing: int, parts: int, whole_frames: bool) -> Vision:
+    """Returns patches that `parts` devices can split evenly, in rows of `length` tokens that become longer by `missing`."""
+    rows, patches = vision.segment_ids.shape
+    unit = patches // vision.token_positions.shape[1]
+    size = -(-patches // (vision.block * parts)) * vision.block
+    step = unit if vision.window_ids is None else vision.block
+    by_row = [split_at_frames(row, parts, size, step) if whole_frames else None for row in vision.segment_ids]
+    whole_frames = None not in by_row
+    pieces = [row if row and whole_frames else [slice(0, patches)] for row in by_row]
+    unmoved = all(piece.start in (piece.stop, number * size) for row in pieces for number, piece in enumerate(row))
+
+    def move(array, target):
+        slots = patches // array.shape[1]  # patches per entry
+        for row, row_pieces in enumerate(pieces):
+            for number, piece in enumerate(row_pieces):
+                values = array[row, piece.start // slots : piece.stop // slots]
+                start = number * size // slots
+                target[row, start : start + len(values)] = values
+        return target
+
+    def place(array):
+        array = np.asarray(array)
+        if unmoved and parts * size == patches:
+            return array
+        return move(array, np.zeros((rows, parts * size, *array.shape[2:]), array.dtype))
+
+    dropped = _dropped_positions(rows, length + missing, parts * size // unit)
+    positions = move(np.asarray(vision.token_positions), dropped.copy())
+    positions = np.where(positions < length, positions, dropped)
+    arrays = jax.tree.map(place, dataclasses.replace(vision, token_positions=None))
+    return dataclasses.replace(arrays, token_positions=positions, parts=parts if whole_frames else 1)
+
 
 def _dropped_positions(rows: int, length: int, tokens: int) -> np.ndarray:
     """Returns distinct positions past the end of each sequence, [rows, tokens]. Tokens scattered to them are dropped."""
@@ -130,7 +187,12 @@ def bucket(count: int, smallest: int) -> int:
 
 def patch_bucket(config: VisionConfig, count: int) -> int:
     """Returns the bucket of a number of patches per row; it satisfies `check_patches`."""
-    return bucket(count, math.lcm(config.window_patches or 1, 16 * config.merge_unit))
+    return bucket(count, patch_block(config))
+
+
+def patch_block(config: VisionConfig) -> int:
+    """Returns the size of blocks of patches, within which every window and every merged token lies."""
+    return math.lcm(config.window_patches or 1, 16 * config.merge_unit)
 
 
 def check_patches(config: VisionConfig, patches: int) -> None:
@@ -279,7 +341,7 @@ def _vision(
                 arrays[name][b, slots] = array
             token_positions[b, merged] = positions
     max_segments = power_of_two(arrays["segment_ids"].max(), at_least=4)
-    return Vision(token_positions=token_positions, max_segments=max_segments, **arrays)
+    return Vision(token_positions=token_positions, max_segments=max_segments, block=patch_block(vision), **arrays)
 
 
 class _PlacedItem(NamedTuple):

@@ -7,6 +7,7 @@ as a dense batch of blocks. Patches move in groups of `merge_unit`, which become
 A frame has at most four different sizes of windows: whole ones, and those at its right edge, its bottom edge and its corner.
 """
 
+import bisect
 import functools
 
 import numpy as np
@@ -70,6 +71,45 @@ def arrange(values: np.ndarray, tokens: np.ndarray, merge_unit: int) -> np.ndarr
     groups = values.reshape(-1, merge_unit, *values.shape[1:])[tokens]
     groups[tokens < 0] = 0
     return groups.reshape(-1, *values.shape[1:])
+
+
+def split_at_frames(frames: np.ndarray, parts: int, size: int, step: int) -> list[slice] | None:
+    """Returns consecutive slices of a row, one for each part, that divide no frame; None if there are none.
+
+    The longest slice is as short as possible.
+
+    Args:
+        frames: int [slots], the number of each slot's frame, in increasing order; 0 is padding.
+        parts: number of slices, which may be empty.
+        size: the largest size of a slice.
+        step: slices begin at multiples of it.
+
+    Example:
+        >>> frames = np.array([1, 1, 2, 2, 2, 3, 3, 0])
+        >>> split_at_frames(frames, parts=2, size=8, step=1)
+        [slice(0, 5, None), slice(5, 7, None)]
+        >>> split_at_frames(frames, parts=2, size=4, step=1) is None
+        True
+    """
+    end = int(np.flatnonzero(frames)[-1]) + 1 if frames.any() else 0
+    used = frames[:end]
+    largest_before = np.maximum.accumulate(used)
+    smallest_after = np.minimum.accumulate(np.where(used > 0, used, frames.max(initial=0))[::-1])[::-1]
+    starts = np.arange(step, end, step)
+    starts = starts[largest_before[starts - 1] < smallest_after[starts]]
+
+    def slices_up_to(limit: int) -> list[slice] | None:
+        slices, start = [], 0
+        for _ in range(parts):
+            possible = starts[np.searchsorted(starts, start, "right") : np.searchsorted(starts, start + limit, "right")]
+            stop = end if end - start <= limit else int(possible[-1]) if possible.size else start
+            slices.append(slice(start, stop))
+            start = stop
+        return slices if start == end else None
+
+    limits = range(-(-end // parts), size + 1)
+    shortest = limits.start + bisect.bisect_left(limits, True, key=lambda limit: slices_up_to(limit) is not None)
+    return slices_up_to(shortest) if shortest <= size else None
 
 
 def window_order(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
+from liger_jax.model.decode_layout import SINGLE_DEVICE, DecodeLayout
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "valid"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "valid"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of all layers, in one array per layer.
@@ -21,20 +22,42 @@ class KVCache:
     Keys are stored after RoPE, so the order of the slots does not matter; `valid` alone decides which slots are attended to.
     """
 
-    keys: tuple[jax.Array, ...]  # per layer: [B, S, K, D]
-    values: tuple[jax.Array, ...]  # per layer: [B, S, K, D]
+    keys: tuple[jax.Array, ...]  # per layer: [B, S, K, D]; the layout says how often each key head occurs
+    values: tuple[jax.Array, ...]  # like keys
     valid: jax.Array  # [B, S] int32: 1 where a slot holds a token
+    layout: DecodeLayout = SINGLE_DEVICE
 
     @classmethod
-    def from_prompt(cls, keys: jax.Array, values: jax.Array, segment_ids: jax.Array, room: int) -> Self:
+    def from_prompt(
+        cls,
+        keys: jax.Array,
+        values: jax.Array,
+        segment_ids: jax.Array,
+        room: int,
+        layout: DecodeLayout = SINGLE_DEVICE,
+    ) -> Self:
         """Returns a cache of T + room slots from a prompt's keys and values [L, B, T, K, D] and segment_ids [B, T]."""
         layers = range(len(keys))
+        keys, values = (jnp.repeat(x, layout.key_head_copies, axis=3) for x in (keys, values))
         valid = (segment_ids > 0).astype(jnp.int32)
-        return cls(tuple(keys[i] for i in layers), tuple(values[i] for i in layers), valid).grow(room)
+        return cls(tuple(keys[i] for i in layers), tuple(values[i] for i in layers), valid, layout).grow(room)
+
+    def specs(self) -> Self:
+        """Returns the PartitionSpecs of the arrays."""
+        heads: Any = (self.layout.spec("B S N D"),) * len(
+            self.keys
+        )  # devices that hold query heads hold their key heads
+        valid: Any = self.layout.spec("B S")
+        return dataclasses.replace(self, keys=heads, values=heads, valid=valid)
+
+    def constrain(self) -> Self:
+        """Constrains the arrays to their layout."""
+        return self.layout.constrain(self, self.specs())
 
     def grow(self, room: int) -> Self:
         """Returns a cache with `room` additional slots."""
-        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)), self)
+        grown = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)), self)
+        return grown.constrain()
 
     def truncate(self, slots: jax.Array) -> Self:
         """Returns a cache in which only the first `slots` slots are valid."""
@@ -44,21 +67,15 @@ class KVCache:
         """Returns a cache whose T slots from `slot` on are marked with segment_ids [B, T]: 1 valid, 0 not."""
         return dataclasses.replace(self, valid=jax.lax.dynamic_update_slice(self.valid, segment_ids, (0, slot)))
 
-    def attend(self, layer: int, slot: jax.Array, q, k, v):
-        """Computes attention for one token per row: q [B, 1, N, D], k and v [B, 1, K, D]. Its slot must be marked valid.
-
-        Returns:
-            The attention output [B, 1, N, D], and the layer's (keys, values) with k and v written to the slot.
-        """
-        keys, values = self._write(layer, slot, k, v)
-        query_segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-        return pk.attention(q, keys, values, segment_ids=query_segment_ids, kv_segment_ids=self.valid), (keys, values)
-
     def attend_chunk(self, layer: int, slot: jax.Array, segment_ids: jax.Array, q, k, v):
         """Computes attention for T tokens per row, whose slots are not marked valid yet.
 
-        The tokens attend to all valid slots, and causally to each other. Returns the same as `attend`.
+        The tokens attend to all valid slots, and causally to each other: q [B, T, N, D], k and v [B, T, K, D].
+
+        Returns:
+            The attention output [B, T, N, D], and the layer's (keys, values) with k and v written to the slots.
         """
+        k, v = (jnp.repeat(x, self.layout.key_head_copies, axis=2) for x in (k, v))
         kv_segment_ids = jnp.concatenate([self.valid, segment_ids], axis=1)
         keys, values = (
             jnp.concatenate([cached[layer], new], axis=1) for cached, new in ((self.keys, k), (self.values, v))

@@ -59,6 +59,11 @@ class LoRA(nnx.Module):
         low_rank = self.scale * jnp.tensordot(x, self.a[...].astype(x.dtype), axes=in_axes)
         return jnp.tensordot(low_rank, self.b[...].astype(x.dtype), axes=1)
 
+    def merge(self, kernel: jax.Array) -> jax.Array:
+        """Returns kernel + scale x A B in the kernel's dtype, computed in float32, for a kernel without a stacking axis."""
+        wide, a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (kernel, self.a[...], self.b[...]))
+        return (wide + self.scale * jnp.tensordot(a, b, axes=1, precision="highest")).astype(kernel.dtype)
+
 
 class Linear(nnx.Module):
     """y = x @ kernel + bias; kernel [*stack, *in_shape, *out_shape], x [..., *in_shape], y [..., *out_shape].
@@ -82,6 +87,11 @@ class Linear(nnx.Module):
         if self.lora is not None:
             y = checkpoint_name(y + self.lora(x, self.in_axes), "adapted")
         return y
+
+    def merged_kernel(self) -> jax.Array:
+        """Returns the kernel with LoRA merged, if there is any, without a stacking axis."""
+        kernel = self.kernel[...]
+        return kernel if self.lora is None else self.lora.merge(kernel)
 
     def unstacked(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Returns y[..., i, *out_shape[1:]] for each i, each computed by a matmul of its own.

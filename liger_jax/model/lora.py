@@ -21,7 +21,7 @@ from liger_jax.errors import UserError
 from liger_jax.model import QwenVL
 from liger_jax.model.layers import Linear, LoRA
 from liger_jax.model.params import TABLE, param_group, param_paths
-from liger_jax.model.sharding import get_mesh, param_shardings
+from liger_jax.model.sharding import get_mesh, param_shardings, with_auto_axes, with_axes_of
 
 # The name of each `Linear` that LoRA can adapt, and its path. PEFT's "all-linear" means all that a model has. The names are
 # PEFT's for Qwen2-VL.
@@ -168,16 +168,14 @@ def merge_lora(model: QwenVL) -> QwenVL:
     options = lora_config(model)
     if options is None:
         raise UserError("The model has no LoRA to merge; expected one with LoRA, as add_lora returns it")
-    model = jax.tree.map(lambda leaf: leaf, model)
+    mesh, model = get_mesh(model), with_auto_axes(jax.tree.map(lambda leaf: leaf, model))
     for name in options.targets:
         linear = _get_linear(model, TARGETS[name])
-        kernel, lora = linear.kernel[...], linear.lora
-        assert lora is not None
+        kernel = linear.kernel[...]
         stacked = kernel.ndim > linear.in_axes + linear.out_axes
-        static = {"scale": lora.scale, "stacked": stacked, "sharding": kernel.sharding}
-        linear.kernel = nnx.Param(_merge(kernel, lora.a[...], lora.b[...], **static))
+        linear.kernel = nnx.Param(_merge(kernel, linear.lora, stacked=stacked, sharding=kernel.sharding))
         linear.lora = None
-    return model
+    return model if mesh is None else with_axes_of(mesh, model)
 
 
 def lora_config(model: QwenVL) -> LoraOptions | None:
@@ -234,14 +232,9 @@ def _init_matrices(linear: Linear, key: jax.Array, rank: int, dtype) -> tuple[ja
     return a.astype(dtype), jnp.zeros((*stack, rank, *outputs), dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "stacked", "sharding"))
-def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, stacked: bool, sharding) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("stacked", "sharding"))
+def _merge(kernel: jax.Array, lora: LoRA, *, stacked: bool, sharding) -> jax.Array:
     """Returns kernel + scale A B in the kernel's dtype."""
-
-    def merge_layer(layer):
-        kernel, a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in layer)
-        return (kernel + scale * jnp.tensordot(a, b, axes=1, precision="highest")).astype(layer[0].dtype)
-
     # layer by layer: a whole stack in float32 would take twice the kernel's memory
-    merged = jax.lax.map(merge_layer, (kernel, a, b)) if stacked else merge_layer((kernel, a, b))
+    merged = jax.lax.map(lambda layer: layer[1].merge(layer[0]), (kernel, lora)) if stacked else lora.merge(kernel)
     return jax.lax.with_sharding_constraint(merged, sharding)

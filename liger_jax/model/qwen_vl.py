@@ -15,6 +15,7 @@ from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.layers import Embedding, Initializer
+from liger_jax.model.sequence import attend_by_heads, set_features, split_positions
 from liger_jax.model.sharding import constrain_batch, param_shardings, replicate, run_on_auto_axes
 from liger_jax.model.summary import summarize
 from liger_jax.model.text import Deepstack, LanguageModel
@@ -71,13 +72,14 @@ class QwenVL(nnx.Module):
 
         Also returns the features that the first decoder layers add, or None if there are none.
         """
-        x = constrain_batch(replicate(self.language_model.embed_tokens.weight[...])[batch.input_ids])
+        ids = split_positions(batch.input_ids)
+        x = constrain_batch(replicate(self.language_model.embed_tokens.weight[...])[ids])
         deepstack = None
         if batch.vision is not None:
             positions = batch.vision.token_positions
             features, deeper = self.visual(batch.vision, execution=execution, capture=capture)
-            x = jax.vmap(_scatter_features)(x, positions, features)
-            deepstack = Deepstack(deeper, positions) if deeper else None
+            deepstack = Deepstack(deeper, positions).spread_over(x) if deeper else None
+            x = set_features(x, positions, features)
         if capture is not None:
             capture["inputs_embeds"] = x
         return x, deepstack
@@ -106,8 +108,13 @@ class QwenVL(nnx.Module):
         return self.logits(self.hidden_states(batch))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns the logits [..., V] for hidden states [..., H]."""
-        return run_on_auto_axes(functools.partial(jnp.einsum, "...h,vh->...v"), hidden, self.head, rows_of=hidden)
+        """Returns the logits [..., V] for hidden states [..., H]. Those of a batch [B, T, V] are split like the batch."""
+
+        def run(hidden: jax.Array, head: jax.Array) -> jax.Array:
+            logits = jnp.einsum("...h,vh->...v", hidden, head)
+            return constrain_batch(logits) if hidden.ndim == 3 else logits
+
+        return run_on_auto_axes(run, hidden, self.head, rows_of=hidden)
 
     def activations(self, batch: Batch) -> dict[str, jax.Array]:
         """Returns the output of every layer, for inspection.
@@ -148,12 +155,11 @@ Qwen2VL = QwenVL
 
 def causal_attention(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     """Computes attention of each token to itself and to the earlier tokens of its own sequence."""
-    return pk.attention(q, k, v, causal=True, segment_ids=segments), None
 
+    def attend(q, k, v, segments):
+        return pk.attention(q, k, v, causal=True, segment_ids=segments)
 
-def _scatter_features(x: jax.Array, positions: jax.Array, features: jax.Array) -> jax.Array:
-    """Returns x [T, H] with x[positions[j]] replaced by features[j]. Positions of T or more are dropped."""
-    return x.at[positions].set(features.astype(x.dtype), mode="drop", unique_indices=True)
+    return attend_by_heads(attend, q, k, v, segments), None
 
 
 @functools.lru_cache(maxsize=8)

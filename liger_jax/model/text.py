@@ -7,7 +7,7 @@ decoding (attention to a KV cache).
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ import pallas_kernels as pk
 from liger_jax.config import TextConfig
 from liger_jax.model.layers import Embedding, Initializer, Linear, RMSNorm, SwiGLU, inverse_frequencies
 from liger_jax.model.remat import apply_to_tokens, scan_layers
+from liger_jax.model.sequence import set_features, split_positions, splits_sequence
+from liger_jax.model.sharding import gather_positions, scatter_positions
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 # attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D]) -> (out [B,T,N,D], any further results for the caller)
@@ -29,10 +31,24 @@ class Deepstack(NamedTuple):
     """Features of the vision tower that are added to the outputs of the first decoder layers, at placeholder tokens."""
 
     features: list[jax.Array]  # one array [B, P/4, H] for each of the first layers
-    token_positions: jax.Array  # [B, P/4] int32: each feature's position in the sequence; dropped if >= T
+    token_positions: jax.Array | None  # [B, P/4] int32: each feature's position in the sequence; dropped if >= T
+
+    def spread_over(self, x: jax.Array) -> Self:
+        """Returns the features as arrays [B, T, H], with zeros elsewhere, if a mesh splits the positions of x [B, T, H].
+
+        Features are then gathered once, and not in every layer.
+        """
+        if self.token_positions is None or not splits_sequence(*x.shape[:2], self.token_positions.shape[1]):
+            return self
+        return self._replace(
+            features=[set_features(jnp.zeros_like(x), self.token_positions, layer) for layer in self.features],
+            token_positions=None,
+        )
 
     def add(self, x: jax.Array, features: jax.Array) -> jax.Array:
         """Returns x [B, T, H] with the features [B, P/4, H] of one layer added."""
+        if self.token_positions is None:
+            return x + features
 
         def add_to_row(x, positions, features):
             return x.at[positions].add(features.astype(x.dtype), mode="drop", unique_indices=True)
@@ -77,11 +93,23 @@ class DecoderLayer(nnx.Module):
         self.mlp = SwiGLU(init, config.hidden_size, config.intermediate_size, stack=stack, bias=False)
 
     def __call__(self, x, cos, sin, attend: Attend, execution: LayerExecution = DEFAULT_EXECUTION):
-        attended, aux = self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        normed, x = pk.add_rms_norm(
-            attended, x, self.post_attention_layernorm.weight[...], eps=self.post_attention_layernorm.eps
-        )
-        return x + apply_to_tokens(SwiGLU.__call__, self.mlp, normed, execution), aux
+        attended, aux = self.self_attn(gather_positions(self.input_layernorm(x)), cos, sin, attend)
+        norm = self.post_attention_layernorm
+        normed, x = pk.add_rms_norm(scatter_positions(attended), x, norm.weight[...], eps=norm.eps)
+        mlp = apply_to_tokens(SwiGLU.__call__, self.mlp, gather_positions(normed), execution)
+        return x + scatter_positions(mlp), aux
+
+
+def rotary_tables(config: TextConfig, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the M-RoPE tables cos and sin [B, T, D/2] for positions (t, h, w) [B, 3, T].
+
+    Each frequency rotates with one of t, h and w, see `TextConfig.rotary_axes`. The three tables are merged into one here,
+    once for all layers.
+    """
+    axis = np.array(config.rotary_axes)
+    position = jnp.take(position_ids.astype(jnp.float32), axis, axis=1)  # [B, D/2, T]
+    angle = position.swapaxes(1, 2) * inverse_frequencies(config.rope_theta, len(axis))
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 class LanguageModel(nnx.Module):
@@ -94,15 +122,8 @@ class LanguageModel(nnx.Module):
         self.norm = RMSNorm(init, config.hidden_size, eps=config.rms_norm_eps)
 
     def rotary(self, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the M-RoPE tables cos and sin [B, T, D/2] for positions (t, h, w) [B, 3, T].
-
-        Each frequency rotates with one of t, h and w, see `TextConfig.rotary_axes`. The three tables are merged into one
-        here, once for all layers.
-        """
-        axis = np.array(self.config.rotary_axes)
-        position = jnp.take(position_ids.astype(jnp.float32), axis, axis=1)  # [B, D/2, T]
-        angle = position.swapaxes(1, 2) * inverse_frequencies(self.config.rope_theta, len(axis))
-        return jnp.cos(angle), jnp.sin(angle)
+        """Returns `rotary_tables` for the model's configuration."""
+        return rotary_tables(self.config, position_ids)
 
     def __call__(
         self,
@@ -119,7 +140,7 @@ class LanguageModel(nnx.Module):
         `deepstack`, if given, is added to the outputs of the first layers. `capture`, if given, receives the outputs of all
         layers.
         """
-        cos, sin = self.rotary(position_ids)
+        cos, sin = map(split_positions, self.rotary(position_ids))
 
         def layer(x, weights: DecoderLayer):
             x, aux = weights(x, cos, sin, attend, execution)

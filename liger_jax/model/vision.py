@@ -17,7 +17,15 @@ from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
 from liger_jax.model.layers import Embedding, Initializer, LayerNorm, Linear, RMSNorm, SwiGLU, inverse_frequencies
 from liger_jax.model.remat import apply_to_tokens, scan_layers, unstack
-from liger_jax.model.sharding import constrain_batch, replicate
+from liger_jax.model.sequence import attend_by_heads, attend_in_blocks, split_positions, splits_sequence
+from liger_jax.model.sharding import (
+    axes_size,
+    constrain_batch,
+    gather_positions,
+    replicate,
+    scatter_positions,
+    sequence_axes,
+)
 from liger_jax.options import DEFAULT_EXECUTION, LayerExecution
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v [B, P, n, d] -> [B, P, n, d]
@@ -62,8 +70,10 @@ class VisionBlock(nnx.Module):
         self.mlp = make_mlp(init, config, stack)
 
     def __call__(self, x, cos, sin, attend: Attend, execution: LayerExecution = DEFAULT_EXECUTION):
-        x = checkpoint_name(x + self.attn(self.norm1(x), cos, sin, attend), "residual")
-        return x + apply_to_tokens(type(self.mlp).__call__, self.mlp, self.norm2(x), execution)
+        attended = self.attn(gather_positions(self.norm1(x)), cos, sin, attend)
+        x = checkpoint_name(x + scatter_positions(attended), "residual")
+        mlp = apply_to_tokens(type(self.mlp).__call__, self.mlp, gather_positions(self.norm2(x)), execution)
+        return x + scatter_positions(mlp)
 
 
 class PatchMerger(nnx.Module):
@@ -130,11 +140,12 @@ class VisionTower(nnx.Module):
         `capture`, if given, receives the outputs of all layers.
         """
         config = self.config
-        patches = x = self.patch_embed(vision.pixel_values.astype(self.patch_embed.kernel.dtype))
+        pixels = split_positions(vision.pixel_values)
+        patches = x = self.patch_embed(pixels.astype(self.patch_embed.kernel.dtype))
         if self.position_table is not None:
-            positions = interpolate(self.position_table.weight[...], vision.table_indices, vision.table_weights)
-            x = x + positions.astype(x.dtype)
-        cos, sin = self.rotary(vision.position_ids)
+            lookup = map(split_positions, (vision.table_indices, vision.table_weights))
+            x = x + interpolate(self.position_table.weight[...], *lookup).astype(x.dtype)
+        cos, sin = map(split_positions, self.rotary(vision.position_ids))
         attend_within = make_attention(vision, config)
         full = config.full_attention_layers if config.window_size else range(config.depth)
         kinds = ["frame" if i in full else "window" for i in range(config.depth)]
@@ -175,17 +186,32 @@ def make_attention(vision: Vision, config: VisionConfig) -> dict[str, Attend]:
     A window lies in a block of `window_patches` slots (see `liger_jax.inputs.layout`), so attention within windows is a
     dense batch of blocks. There are padding slots between the windows of a frame.
     """
+    rows, patches = vision.segment_ids.shape
+    devices = axes_size(sequence_axes())
+    # where no device's part of a row ends within a frame, frames need no communication, as windows never do
+    whole_frames = splits_sequence(rows, patches) and vision.parts % devices == 0
+    run = functools.partial(attend_in_blocks, patches // devices) if whole_frames else attend_by_heads
     if vision.window_ids is None:
-        segments = pk.find_segments(vision.segment_ids, vision.max_segments)
-        return {"frame": functools.partial(pk.attention, segment_ids=segments)}
+        slots = vision.max_segments if whole_frames else None
+        segments = vision.segment_ids if whole_frames else pk.find_segments(vision.segment_ids, vision.max_segments)
+
+        def attend_to_frames(q, k, v, segments):
+            return pk.attention(q, k, v, segment_ids=segments, max_segments=slots)
+
+        return {"frame": lambda q, k, v: run(attend_to_frames, q, k, v, segments)}
     size, window_ids, segment_ids = config.window_patches, vision.window_ids, vision.segment_ids
 
-    def attend_to_window(q, k, v):
-        blocks = (x.reshape(-1, size, *x.shape[2:]) for x in (q, k, v))
-        return pk.attention(*blocks, segment_ids=window_ids.reshape(-1, size)).reshape(q.shape)
+    def attend_to_sparse_frames(q, k, v, ids):
+        return pk.attention(q, k, v, segment_ids=ids, kv_segment_ids=ids)
 
-    frame = functools.partial(pk.attention, segment_ids=segment_ids, kv_segment_ids=segment_ids)
-    return {"frame": frame, "window": attend_to_window}
+    def attend_to_windows(q, k, v, ids):
+        blocks = (x.reshape(-1, size, *x.shape[2:]) for x in (q, k, v))
+        return pk.attention(*blocks, segment_ids=ids.reshape(-1, size)).reshape(q.shape)
+
+    return {
+        "frame": lambda q, k, v: run(attend_to_sparse_frames, q, k, v, segment_ids),
+        "window": lambda q, k, v: attend_in_blocks(size, attend_to_windows, q, k, v, window_ids),
+    }
 
 
 def interpolate(table: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from liger_jax.data.share import RowShare, place_batches
 from liger_jax.errors import UserError, warn_skipped
 from liger_jax.generation.answer import answer_conversations
 from liger_jax.generation.options import GenerationOptions
@@ -16,8 +17,13 @@ from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
 from liger_jax.train.step import loss_fn
 
 
-def evaluate(model: QwenVL, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(model: QwenVL, batches: Iterable[Batch], *, share: RowShare | None = None) -> dict[str, float]:
     """Returns the loss and accuracy over all batches.
+
+    Args:
+        model: the model.
+        batches: batches with labels.
+        share: in several processes, which rows of each batch `batches` has.
 
     Returns:
         "loss" and "accuracy", means over all trained tokens, and "num_tokens", the number of these tokens.
@@ -35,7 +41,7 @@ def evaluate(model: QwenVL, batches: Iterable[Batch]) -> dict[str, float]:
     """
     mesh = get_mesh(model)
     sums, counts = dict.fromkeys(("loss", "accuracy"), 0.0), []
-    for batch in batches:
+    for batch, _ in place_batches(iter(batches), share):
         with mesh_context(mesh):
             metrics = _compute_metrics(model, shard_batch(batch, mesh))
         counts.append(int(metrics["num_tokens"]))

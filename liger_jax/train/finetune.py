@@ -11,22 +11,24 @@ from typing import Self
 import jax
 import optax
 
+from liger_jax import processes
 from liger_jax.checkpoint import check_space, checkpoint_manager, restore_intact_state
 from liger_jax.config import QwenVLConfig
 from liger_jax.data.dataset import Dataset, check_batching, make_dataset
-from liger_jax.data.loader import load_batches
+from liger_jax.data.loader import default_workers, load_batches
+from liger_jax.data.share import RowShare
 from liger_jax.errors import UserError
-from liger_jax.files import lock_folder
 from liger_jax.generation.answer import prepare_prompt
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import QwenVL
+from liger_jax.model.sharding import get_mesh
 from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving, Unroll
 from liger_jax.train.evaluation import compare_answers, evaluate, split_last_answer
 from liger_jax.train.loop import Checkpoints, catch_signals, fit
 from liger_jax.train.metrics import HELD_OUT, RunLog
 from liger_jax.train.optimizer import build_optimizer
-from liger_jax.train.run import Run, RunOptions, make_record, open_run
+from liger_jax.train.run import Run, RunOptions, lock_run, make_record, open_run
 from liger_jax.train.step import TrainState, TrainStep, make_train_step
 
 # Unrolling all layers saves the 2B 4 ms a step, and takes 10 s longer to compile (H200).
@@ -53,6 +55,10 @@ def finetune(
     If `output` has a run, it is resumed from its latest intact checkpoint. On the same device, its losses equal those of an
     uninterrupted run bit for bit. SIGTERM and SIGINT (Ctrl-C) end training after the current step, whose state is saved.
     If an error in the data ends training, the state of the latest step is also saved.
+
+    In several processes (`liger_jax.processes`), all of them call this with the same arguments, on a mesh of all devices.
+    Each process reads its part of the data. If one of them fails or receives a signal, all end together. The run can be
+    resumed by another number of processes.
 
     Args:
         model: the initial weights; the buffers are donated. A sharded model trains sharded. A resumed run uses only
@@ -98,14 +104,20 @@ def finetune(
     unroll = choose_unroll(execution, steps, batching)
     train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=unroll)
 
-    with lock_folder(Path(output)):
+    share = make_share(model, batching)
+    rows = None if share is None else share.rows
+
+    with processes.agree(), lock_run(Path(output)):
         run = open_run(Path(output), make_record(options, model, processor, conversations))
-        dataset = make_dataset(processor, model.config, conversations, batching, progress=progress)
+        progress = progress and processes.is_first()
+        dataset = make_dataset(processor, model.config, conversations, batching, progress=progress, rows=rows)
         evaluator = None
         if held_out:
             with _named_held_out():
-                unseen = make_dataset(processor, model.config, held_out, batching, shuffle=False, progress=progress)
-                evaluator = HeldOutEvaluator.create(unseen, evaluation, answers_file=run.answers)
+                unseen = make_dataset(
+                    processor, model.config, held_out, batching, shuffle=False, progress=progress, rows=rows
+                )
+                evaluator = HeldOutEvaluator.create(unseen, evaluation, answers_file=run.answers, share=share)
         state, run = open_state(model, optimizer, run)
         evaluate_first = evaluator is not None and run.needs_evaluation(options)
         if run.start == steps and not evaluate_first:
@@ -113,13 +125,14 @@ def finetune(
 
         last_answers = run.start - 1 if evaluate_first else run.start
         run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
-        check_space(run.folder, state)  # after begin has removed unfinished checkpoints
-        batches = load_batches(dataset, range(run.start, steps), workers=batching.workers)
+        processes.from_first(lambda: check_space(run.folder, state))  # after begin has removed unfinished checkpoints
+        workers = default_workers(processes.on_this_host()) if batching.workers is None else batching.workers
+        batches = load_batches(dataset, range(run.start, steps), workers=workers)
         with (
             catch_signals() as stop_requested,  # outermost: a signal does not interrupt the last write of a checkpoint
             contextlib.closing(batches),
             checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
-            RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress) as log,
+            open_log(run, steps, progress=progress) as log,
         ):
             report_compilations(train_step, execution, log)
             if evaluator and evaluate_first:
@@ -130,11 +143,33 @@ def finetune(
                 train_step,
                 log,
                 checkpoints=Checkpoints(manager, saving.save_every, evaluator),
+                share=share,
                 frozen=optimization.freeze if optimization else (),
                 stop_requested=stop_requested,
                 max_skipped_updates=(optimization or Optimization()).max_skipped_updates,
                 find_conversations=lambda step: itertools.chain.from_iterable(dataset.schedule.batch(step - 1)),
             )
+
+
+def make_share(model: QwenVL, batching: Batching) -> RowShare | None:
+    """Returns the rows of each batch that this process reads, or None for all of them.
+
+    Raises:
+        UserError: there are several processes, and the model is not on a mesh of all their devices.
+    """
+    if processes.count() == 1:
+        return None
+    mesh = get_mesh(model)
+    processes.check_mesh(mesh)
+    assert mesh is not None
+    return RowShare.create(mesh, batching.batch_size, multiple=batching.accumulate)
+
+
+def open_log(run: Run, steps: int, *, progress: bool) -> RunLog:
+    """Returns the log of a run from its start on. Process 0 alone writes it."""
+    if not processes.is_first():
+        return RunLog(None, begin=run.start, steps=steps, progress=False)
+    return RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress)
 
 
 def choose_unroll(execution: LayerExecution, steps: int, batching: Batching) -> Unroll:
@@ -202,15 +237,19 @@ class HeldOutEvaluator:
         questions: indices of the conversations to answer.
         max_new_tokens: maximum length of an answer.
         answers_file: JSON lines, to which the answers are appended.
+        share: in several processes, the rows of each batch that this process reads.
     """
 
     dataset: Dataset
     questions: list[int]
     max_new_tokens: int
     answers_file: Path
+    share: RowShare | None = None
 
     @classmethod
-    def create(cls, dataset: Dataset, evaluation: Evaluation, *, answers_file: Path) -> Self:
+    def create(
+        cls, dataset: Dataset, evaluation: Evaluation, *, answers_file: Path, share: RowShare | None = None
+    ) -> Self:
         """Returns an evaluator that answers the first conversations that can be answered."""
         questions: list[int] = []
         for index in range(len(dataset.conversations)):
@@ -218,13 +257,13 @@ class HeldOutEvaluator:
                 break
             if dataset.read(index) and _can_be_answered(dataset, index, evaluation.max_new_tokens):
                 questions.append(index)
-        return cls(dataset, questions, evaluation.max_new_tokens, answers_file)
+        return cls(dataset, questions, evaluation.max_new_tokens, answers_file, share)
 
     def __call__(self, model: QwenVL, step: int) -> dict[str, float]:
         """Returns the metrics for the log, named held_out_loss and so on."""
         batches = range(self.dataset.schedule.epoch_batches)
         with _named_held_out():
-            metrics = evaluate(model, load_batches(self.dataset, batches, workers=0))
+            metrics = evaluate(model, load_batches(self.dataset, batches, workers=0), share=self.share)
         if self.questions:
             metrics["exact_match"] = self._answer_questions(model, step)
         return {f"{HELD_OUT}{name}": value for name, value in metrics.items()}
@@ -238,9 +277,10 @@ class HeldOutEvaluator:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.dataset.schedule.batch_size,
         )
-        with self.answers_file.open("a", encoding="utf-8") as file:
-            for index, answer in zip(self.questions, answers, strict=True):
-                print(json.dumps({"step": step, "conversation": index} | answer, ensure_ascii=False), file=file)
+        if processes.is_first():
+            with self.answers_file.open("a", encoding="utf-8") as file:
+                for index, answer in zip(self.questions, answers, strict=True):
+                    print(json.dumps({"step": step, "conversation": index} | answer, ensure_ascii=False), file=file)
         return sum(answer["exact"] for answer in answers) / len(answers)
 
 

@@ -1,6 +1,7 @@
 """The training loop: steps and their log, checkpoints, and what is saved if a step, the data or the process fails."""
 
 import contextlib
+import functools
 import os
 import signal
 import warnings
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from liger_jax import processes
 from liger_jax.checkpoint import checkpoint_manager, complete_steps, save_state
+from liger_jax.data.share import RowShare, place_batches
 from liger_jax.errors import LigerWarning, UserError, list_some
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import QwenVL
@@ -39,6 +42,7 @@ def fit(
     log: RunLog,
     *,
     checkpoints: Checkpoints | None = None,
+    share: RowShare | None = None,
     frozen: Collection[str] = (),
     stop_requested: Callable[[], bool] = lambda: False,
     max_skipped_updates: int = 3,
@@ -55,6 +59,7 @@ def fit(
         train_step: as returned by `make_train_step`.
         log: the open log of the run.
         checkpoints: if given, the state is saved every few steps, after the last one, and when training ends early.
+        share: in several processes, which rows of each batch `batches` has.
         frozen: parts that the optimizer does not train, for the FLOPs in the log.
         stop_requested: returns whether to stop after the current step.
         max_skipped_updates: number of steps in a row whose loss or gradient norm is not finite after which training ends.
@@ -68,12 +73,13 @@ def fit(
     """
     config, adapted = state.model.config, adapted_parts(state.model)
     step = int(state.step)
-    steps = StepReader(log, sorted(state.step.devices(), key=lambda device: device.id), max_skipped_updates)
+    devices = sorted(state.step.devices(), key=lambda device: (device.process_index != processes.index(), device.id))
+    steps = StepReader(log, devices, max_skipped_updates)
     saver = Saver(checkpoints, steps, step)
+    count_work = functools.partial(batch_work, config, frozen=frozen, adapted=adapted)
     log.seconds_since_last()
     try:
-        for batch in batches:
-            work = batch_work(config, batch, frozen=frozen, adapted=adapted)
+        for batch, work in place_batches(iter(batches), share, count_work):
             state, metrics = train_step(state, batch)
             step += 1
             steps.add(PendingStep(step, metrics, work))
@@ -92,10 +98,24 @@ def fit(
                 break
         steps.read()
         _check_skipped(steps, saver, find_conversations)
-    except Exception as error:
+    except Exception as caught:
+        error = _agreed(caught)
         _append(error, saver.rescue(state, step))
-        raise
+        if error is caught:
+            raise
+        raise error from caught
     return state
+
+
+def _agreed(error: Exception) -> Exception:
+    """Returns the error that all processes raise because of this one, and lets the others know of it."""
+    if processes.count() == 1 or processes.is_agreed(error):
+        return error
+    try:
+        processes.exchange(error=error)
+    except Exception as agreed:
+        return agreed
+    return error
 
 
 # ---- the log of the steps --------------------------------------------------------------------------------------------
@@ -142,7 +162,8 @@ class StepReader:
         self.log.write_step(pending.step, values)
         if values.get("skipped_update"):
             self.skipped.append({"step": pending.step} | values)
-            warnings.warn(f"{_describe(self.skipped[-1])}: the update was left out", LigerWarning, stacklevel=3)
+            if processes.is_first():
+                warnings.warn(f"{_describe(self.skipped[-1])}: the update was left out", LigerWarning, stacklevel=3)
         else:
             self.skipped, self.last_update = [], pending.step
 
@@ -193,7 +214,8 @@ class Saver:
         """
         assert self._checkpoints is not None
         manager, self._attempted = self._checkpoints.manager, step
-        _check_trained(self._steps.log)
+        with processes.agree():
+            _check_trained(self._steps.log)
         if self._steps.skipped:
             manager.wait_until_finished()
             with checkpoint_manager(manager.directory, max_to_keep=None) as keep_all:
@@ -208,8 +230,11 @@ class Saver:
             return ""
         manager, sentences = self._checkpoints.manager, []
         try:
-            if step != self._attempted and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                self._steps.read()
+            can_be_saved = step != self._attempted and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            # an error in one of several processes may have come before or after a step of the others
+            if all(other == [step, True] for other in processes.exchange([step, can_be_saved])):
+                with processes.agree():
+                    self._steps.read()
                 self.save(state, step)
             manager.wait_until_finished()
         except Exception as error:  # the error that ends training matters more
@@ -252,33 +277,44 @@ def _append(error: Exception, sentence: str) -> None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether SIGTERM or SIGINT (Ctrl-C) has arrived.
+    """Yields a function that returns whether SIGTERM or SIGINT (Ctrl-C) has arrived, in any of the processes.
 
     A second SIGINT is handled as it was before, which ends the program. The first one raises KeyboardInterrupt when the
     block has ended. Outside the main thread, signals are not caught.
     """
     received: list[int] = []
+    seen: set[int] = set()  # in any process
     previous: dict[int, Any] = {}
+
+    def announce(number: int, by: str = "", advice: str = "") -> None:
+        message = (
+            f"\n{by}{signal.Signals(number).name}: training ends after this step, and its state is saved{advice}\n"
+        )
+        if processes.is_first():
+            os.write(2, message.encode())  # print must not be called in a signal handler
 
     def receive(number, frame):
         received.append(number)
-        again = "; a second one ends it at once" if number == signal.SIGINT else ""
-        message = f"\n{signal.Signals(number).name}: training ends after this step, and its state is saved{again}\n"
-        os.write(2, message.encode())  # print must not be called in a signal handler
+        announce(number, advice="; a second one ends it at once" if number == signal.SIGINT else "")
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT])
 
-    try:
+    def received_anywhere() -> set[int]:
+        for process, numbers in enumerate(processes.exchange(received)):
+            if set(numbers) - seen and process != processes.index():
+                announce(numbers[0], by=f"process {process}: ")
+            seen.update(numbers)
+        return seen
+
+    with contextlib.suppress(ValueError):  # not the main thread
         for caught in (signal.SIGTERM, signal.SIGINT):
             previous[caught] = signal.getsignal(caught) or signal.SIG_DFL
             signal.signal(caught, receive)
-    except ValueError:  # not the main thread
-        yield lambda: False
-        return
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received_anywhere())
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
-    if signal.SIGINT in received:
+            with contextlib.suppress(ValueError):
+                signal.signal(number, handler)
+    if signal.SIGINT in received_anywhere():
         raise KeyboardInterrupt

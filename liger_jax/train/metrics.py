@@ -51,7 +51,7 @@ def step_rates(
         work: as returned by `batch_work`.
         trained_tokens: number of tokens that the loss counts.
         seconds: time between the end of the previous step and the end of this one.
-        devices: the devices that computed the step.
+        devices: the devices that computed the step; the first one belongs to this process.
 
     Returns:
         tokens_per_second (without padding), trained_tokens_per_second, images_per_second; token_utilisation: fraction of
@@ -84,7 +84,7 @@ class RunLog:
     A context manager. Opening it drops lines of later steps, left by a run that was interrupted after its last checkpoint.
 
     Args:
-        file: metrics.jsonl, with one line per step.
+        file: metrics.jsonl, with one line per step; None writes none.
         begin: number of steps already trained.
         steps: number of steps of the whole run.
         tensorboard: folder for the curves; None writes none.
@@ -109,13 +109,14 @@ class RunLog:
     """
 
     def __init__(
-        self, file: Path, *, begin: int, steps: int, tensorboard: Path | None = None, progress: bool = True
+        self, file: Path | None, *, begin: int, steps: int, tensorboard: Path | None = None, progress: bool = True
     ) -> None:
-        truncate_after(file, begin)
+        if file is not None:
+            truncate_after(file, begin)
         self.steps = steps
         self.history: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
-            self.file = stack.enter_context(file.open("a"))
+            self.file = None if file is None else stack.enter_context(file.open("a"))
             self.bar = stack.enter_context(progress_bar(show=progress, total=steps, initial=begin, unit="step"))
             self.writer: Any = None
             if tensorboard is not None:
@@ -143,7 +144,8 @@ class RunLog:
         """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step} | dict.fromkeys(values) | finite
-        print(json.dumps(line, allow_nan=False), file=self.file, flush=True)
+        if self.file:
+            print(json.dumps(line, allow_nan=False), file=self.file, flush=True)
         if self.writer:
             for name, value in finite.items():
                 self.writer.add_scalar(name, value, step)

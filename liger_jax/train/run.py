@@ -8,17 +8,30 @@ metrics.jsonl          a line per training step and per evaluation
 tensorboard/           the same values as curves
 answers.jsonl          generated answers to held-out questions
 .lock                  names the process that trains
+
+If several processes train together, process 0 alone reads and writes these files, except for the arrays of checkpoints: each
+process writes those on its devices. All processes must see the same folder.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from liger_jax import processes
 from liger_jax.checkpoint import remove_unfinished, saved_steps
 from liger_jax.errors import AlreadyExistsError, UserError
-from liger_jax.files import GENERATION_CONFIG, atomic_write, fingerprint, is_empty_folder, read_json_object
+from liger_jax.files import (
+    GENERATION_CONFIG,
+    atomic_write,
+    disk_errors,
+    fingerprint,
+    is_empty_folder,
+    lock_folder,
+    read_json_object,
+)
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import QwenVL
@@ -102,10 +115,12 @@ class Run:
         Either the run was interrupted during the evaluation, or it had no held-out data before.
         """
         due = self.start == options.steps or self.start % options.saving.save_every == 0
-        return self.resumes and due and not was_evaluated(self.metrics, self.start)
+        return self.resumes and due and not processes.from_first(lambda: was_evaluated(self.metrics, self.start))
 
     def begin(self, processor: Processor, *, generation_config: Path | None, last_answers: int) -> None:
         """Writes the record, the processor and generation_config.json; drops the answers of steps after `last_answers`."""
+        if not processes.is_first():
+            return
         remove_unfinished(self.folder)
         write_record(self.folder, self.record)
         processor.save_pretrained(self.folder)
@@ -115,8 +130,19 @@ class Run:
         truncate_after(self.answers, last_answers)
 
 
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Locks the folder of a run, see `lock_folder`. Processes that train together have one lock."""
+    with contextlib.ExitStack() as stack:
+        with processes.agree():
+            stack.enter_context(lock_folder(folder) if processes.is_first() else disk_errors(folder))
+        yield
+
+
 def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
     """Opens a folder for a new run, or to resume the run in it. Writes nothing.
+
+    Processes that train together open it together, and compare their records.
 
     Args:
         folder: a missing or empty folder, or the folder of a run.
@@ -124,22 +150,33 @@ def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
 
     Raises:
         AlreadyExistsError: the folder has files, but no run.
-        UserError: the run in it has other data or options, or more steps.
+        UserError: the run in it has other data or options, or more steps; or another process has other data or options.
     """
+    first, *others = processes.exchange(record)
+    for process, other in enumerate(others, 1):
+        if differences := _differences(first, other):
+            listed = "; ".join(f"{name} is {here!r}, and {there!r} in process 0" for name, there, here in differences)
+            raise UserError(f"process {process} has other settings: {listed}; expected those of process 0")
+    start = processes.from_first(lambda: find_start(folder, record))
+    return Run(folder, record, resumes=start is not None, start=start or 0)
+
+
+def find_start(folder: Path, record: Mapping[str, Any]) -> int | None:
+    """Returns the step of the latest checkpoint, or None for a new run. Raises as `open_run` does."""
     if not is_run(folder) and folder.exists() and not is_empty_folder(folder):
         raise AlreadyExistsError(
             f"{folder} has files and no training run; expected an empty folder, or a run to resume"
         )
     steps = saved_steps(folder)
     if not steps:
-        return Run(folder, record, resumes=False, start=0)
+        return None
     check_record(folder, record)
     start = steps[-1]
     if start > record["steps"]:
         raise UserError(
             f"steps is {record['steps']}; expected at least {start}, the latest step of the run in {folder}"
         )
-    return Run(folder, record, resumes=True, start=start)
+    return start
 
 
 def is_run(folder: Path) -> bool:
@@ -159,18 +196,20 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: the records differ, and the message names all differences; or the stored record is damaged.
     """
-    stored, record = _flatten(read_json_object(folder / RECORD)), _flatten(record)
-    names = [*record, *(name for name in stored if name not in record)]
-    differences = [
-        f"{name} was {stored.get(name)!r} and is {record.get(name)!r}"
-        for name in names
-        if stored.get(name) != record.get(name) and not name.startswith(MAY_CHANGE)
-    ]
-    if differences:
+    differences = _differences(read_json_object(folder / RECORD), record)
+    if listed := [f"{name} was {a!r} and is {b!r}" for name, a, b in differences if not name.startswith(MAY_CHANGE)]:
         raise UserError(
-            f"The run in {folder} has other settings: {'; '.join(differences)}. "
+            f"The run in {folder} has other settings: {'; '.join(listed)}. "
             "Use the same settings to resume it, or another output folder"
         )
+
+
+def _differences(stored: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns the name and both values of each entry that differs between two records."""
+    stored, record = _flatten(stored), _flatten(record)
+    names = [*record, *(name for name in stored if name not in record)]
+    pairs = [(name, stored.get(name), record.get(name)) for name in names]
+    return [(name, before, after) for name, before, after in pairs if before != after]
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

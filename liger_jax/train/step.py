@@ -4,22 +4,22 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
-from liger_jax import runtime
+from liger_jax import processes, runtime
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE, Batch
 from liger_jax.model import QwenVL
 from liger_jax.model.remat import REMAT
 from liger_jax.model.sharding import (
-    constrain_batch,
+    auto_mesh,
     constrain_batch_and_seq,
     get_mesh,
     mesh_context,
@@ -27,8 +27,10 @@ from liger_jax.model.sharding import (
     run_on_auto_axes,
     shard_batch,
     with_auto_axes,
+    with_axes_of,
 )
 from liger_jax.options import LayerExecution, Remat, Unroll
+from liger_jax.train.data_parallel import Reduce, gradients_by_device, row_axes, split_update, splits_only_rows
 from liger_jax.train.master_weights import MasterState
 from liger_jax.train.optimizer import read_grad_stats, warn_if_updates_vanish
 
@@ -98,9 +100,7 @@ def loss_fn(
 
     def run(model: QwenVL, batch: Batch, num_items: jax.Array | float | None) -> tuple[jax.Array, Metrics]:
         targets = next_token_labels(batch)
-        hidden = constrain_batch_and_seq(
-            constrain_batch(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
-        )
+        hidden = constrain_batch_and_seq(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
         loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
         return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
 
@@ -128,16 +128,20 @@ class TrainState:
 
     @classmethod
     def create(cls, model: QwenVL, optimizer: optax.GradientTransformation) -> Self:
-        """Returns the state before the first step. The optimizer's arrays are sharded like the weights.
+        """Returns the state before the first step, on the model's mesh.
 
-        Warns about bfloat16 weights with an optimizer that loses small updates.
+        The optimizer's arrays are sharded like the weights, and over `data` as well where the mesh splits only rows. Warns
+        about bfloat16 weights with an optimizer that loses small updates.
         """
-        model = with_auto_axes(model)
-        mesh = get_mesh(model)
+        mesh, weights = get_mesh(model), with_auto_axes(model)
         init = functools.partial(_init_state, optimizer=optimizer)
-        with mesh_context(mesh):
-            shardings = None if mesh is None else param_shardings(jax.eval_shape(init, model), mesh, strict=False)
-            step, opt_state = jax.jit(init, out_shardings=shardings)(model)
+        with mesh_context(get_mesh(weights)):
+            shapes = jax.eval_shape(init, weights)
+            options = {"strict": False, "over_data": splits_only_rows(mesh)}
+            shardings = None if mesh is None else param_shardings(shapes, auto_mesh(mesh), **options)
+            step, opt_state = jax.jit(init, out_shardings=shardings)(weights)
+        if mesh is not None:
+            step, opt_state = with_axes_of(mesh, (step, opt_state))
         warn_if_updates_vanish(model, opt_state, stacklevel=2)
         return cls(step, model, opt_state, optimizer)
 
@@ -195,6 +199,7 @@ class TrainStep:
         self.execution = execution
         self.accumulate = accumulate
         self.chosen_remat: str | None = None  # in the latest compilation
+        self.by_device = False  # in the latest compilation: see `train_step`
         self.compiled: dict[Any, Any] = {}
         self.report: Callable[[str], None] = logger.info  # receives a line about each compilation
 
@@ -218,27 +223,55 @@ class TrainStep:
 
     def _compile(self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch):
         """Returns an executable that maps (leaves of a state, batch) to (leaves of the next state, metrics)."""
-        shardings = mesh and ([leaf.sharding for leaf in leaves], None)
         start = time.perf_counter()
-        policies = AUTO_REMAT if self.execution.remat == "auto" else (self.execution.remat,)
-        for remat in policies:
-            execution = dataclasses.replace(self.execution, remat=remat)
-            step = functools.partial(
-                _flat_train_step, structure=structure, accumulate=self.accumulate, execution=execution
-            )
-            with mesh_context(mesh):
-                jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-                compiled = jitted.lower(leaves, batch).compile(compiler_options=runtime.step_compiler_options(mesh))
-            if remat == policies[-1] or _fits_memory(compiled):
-                break
-        self.chosen_remat = remat
+        remats = AUTO_REMAT if self.execution.remat == "auto" else (self.execution.remat,)
         rows, length = batch.shape
+        choices = [(remat, by_device) for remat in remats for by_device in self._by_device_choices(mesh, rows)]
+        for choice in choices:
+            compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
+            fits = _fits_memory(compiled)
+            if processes.spans(leaves):  # all run the same program, even if the memory of their devices differs
+                fits = all(processes.exchange(fits))
+            if fits or choice == choices[-1]:
+                break
+        self.chosen_remat, self.by_device = choice
         reason = " (the fastest that fits in memory)" if self.execution.remat == "auto" else ""
+        unrolled = dataclasses.replace(self.execution, remat=self.chosen_remat).unrolled
         self.report(
             f"compiled the training step for {rows} x {length} tokens in {time.perf_counter() - start:.0f} s: "
-            f"remat {remat}{reason}, unrolled layers: {execution.unrolled}"
+            f"remat {self.chosen_remat}{reason}, unrolled layers: {unrolled}"
         )
         return compiled
+
+    def _by_device_choices(self, mesh: Mesh | None, rows: int) -> tuple[bool, ...]:
+        """Returns the ways to run on a mesh, the faster one first: by device, or as the partitioner decides.
+
+        The partitioner's program has the weights of one layer at a time, and so needs less memory where weights are split.
+        """
+        if mesh is None or not splits_only_rows(mesh) or rows % (mesh.size * self.accumulate):
+            return (False,)
+        return (True, False) if mesh.shape.get("fsdp", 1) > 1 else (True,)
+
+    def _compile_choice(
+        self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch, remat: Remat, by_device: bool
+    ):
+        """Returns the executable for a remat policy, and one of the two ways to run on a mesh; see `train_step`."""
+        placed: list[Any] = [leaf.sharding for leaf in leaves]
+        shardings: Any = None if mesh is None else (placed, None)
+        options: dict[str, Any] = {
+            "accumulate": self.accumulate,
+            "execution": dataclasses.replace(self.execution, remat=remat),
+        }
+        if by_device:
+            state = structure.unflatten([sharding.spec for sharding in placed])
+            options["specs"] = jax.tree.leaves(state.model)
+        step = functools.partial(_flat_train_step, structure=structure, **options)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            whole = NamedSharding(mesh, PartitionSpec())  # of the metrics
+            step = functools.partial(run_on_auto_axes, step, out_shardings=(placed, whole))
+        with mesh_context(mesh):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+            return jitted.lower(leaves, batch).compile(compiler_options=runtime.step_compiler_options(mesh))
 
 
 def _shapes(leaves: list[jax.Array]) -> tuple:
@@ -255,11 +288,11 @@ def _fits_memory(compiled) -> bool:
 
 
 def _flat_train_step(
-    leaves: list[jax.Array], batch: Batch, *, structure, accumulate: int, execution: LayerExecution
+    leaves: list[jax.Array], batch: Batch, *, structure, **options: Any
 ) -> tuple[list[jax.Array], Metrics]:
     """Applies `train_step` to the leaves of a state. Raises UserError if the optimizer changes the state's structure."""
     state = structure.unflatten(leaves)
-    state, metrics = train_step(state, batch, accumulate=accumulate, execution=execution)
+    state, metrics = train_step(state, batch, **options)
     leaves, new_structure = jax.tree.flatten(state)
     if new_structure != structure:
         raise UserError(
@@ -269,19 +302,33 @@ def _flat_train_step(
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, accumulate: int, execution: LayerExecution
+    state: TrainState,
+    batch: Batch,
+    *,
+    accumulate: int,
+    execution: LayerExecution,
+    specs: Sequence[PartitionSpec] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the next state and the metrics, see `make_train_step`. A plain function, to be jitted."""
-    if accumulate == 1:
+    """Returns the next state and the metrics, see `make_train_step`. A plain function, to be jitted.
+
+    On a mesh, the partitioner decides who computes what, unless `specs` says how the mesh splits each leaf of the model.
+    Then each device computes the gradients of its rows with the whole model, see `liger_jax.train.data_parallel`.
+    """
+    if specs is not None:
+        compute = functools.partial(_gradients_of_rows, accumulate=accumulate, execution=execution)
+        grads, metrics = gradients_by_device(compute, state.model, batch, specs)
+    elif accumulate == 1:
         grads, metrics = gradients(state.model, batch, None, execution=execution)
     else:
-        grads, metrics = _accumulated_gradients(state.model, batch, accumulate, execution=execution)
+        num_items = jnp.sum(next_token_labels(batch) != IGNORE)
+        grads, metrics = _accumulated_gradients(state.model, batch, num_items, accumulate, execution=execution)
     norm = optax.tree.norm(used_gradients(state, grads))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     optimizer = optax.with_extra_args_support(state.optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model, finite=finite)
     stats = {"grad_norm": norm, "skipped_update": 1.0 - finite} | read_grad_stats(opt_state)
     model = _select(finite, optax.apply_updates(state.model, updates), state.model)
+    model = model if specs is None else split_update(model, specs)
     opt_state = _select(finite, opt_state, state.opt_state)
     state = dataclasses.replace(state, step=state.step + 1, model=model, opt_state=opt_state)
     return state, metrics | stats
@@ -319,21 +366,43 @@ def gradients(
     return grads, metrics
 
 
-def _accumulated_gradients(
-    model: QwenVL, batch: Batch, parts: int, *, execution: LayerExecution
+def _gradients_of_rows(
+    model: QwenVL, batch: Batch, reduce: Reduce, *, accumulate: int, execution: LayerExecution
 ) -> tuple[QwenVL, Metrics]:
-    """Returns `gradients` for the whole batch, computed in parts and summed in float32."""
-    num_items = jnp.sum(next_token_labels(batch) != IGNORE)
+    """Returns `gradients` of the batch of which this device has some rows: reduced over the mesh, and its metrics."""
+    axes = row_axes()
+    num_items = jax.lax.psum(jnp.sum(next_token_labels(batch) != IGNORE), axes)
+    if accumulate == 1:
+        grads, metrics = gradients(model, batch, num_items, execution=execution)
+        grads, correct = reduce(grads), metrics["accuracy"] * metrics["num_tokens"]
+    else:
+        grads, metrics = _accumulated_gradients(model, batch, num_items, accumulate, execution=execution, reduce=reduce)
+        correct = metrics["accuracy"] * jnp.maximum(num_items, 1)
+    loss, correct = jax.lax.psum((metrics["loss"], correct), axes)
+    return grads, {"loss": loss, "num_tokens": num_items, "accuracy": correct / jnp.maximum(num_items, 1)}
+
+
+def _accumulated_gradients(
+    model: QwenVL,
+    batch: Batch,
+    num_items: jax.Array,
+    parts: int,
+    *,
+    execution: LayerExecution,
+    reduce: Reduce = lambda grads: grads,
+) -> tuple[QwenVL, Metrics]:
+    """Returns `gradients` for the whole batch, computed in parts, each of them reduced, and summed in float32."""
     # part i takes sequences i, i + parts, ...: on a mesh, each device splits the sequences that it holds
     batches = jax.tree.map(lambda a: jnp.reshape(a, (-1, parts, *a.shape[1:])).swapaxes(0, 1), batch)
 
     def add_part(totals, part):
         grads, metrics = gradients(model, part, num_items, execution=execution)
+        grads = reduce(grads)
         correct = metrics["accuracy"] * metrics["num_tokens"]
         terms = (grads, metrics["loss"], correct)
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), totals, terms), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), model)
+    zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), jax.eval_shape(reduce, model))
     totals: Any = (zeros, 0.0, 0.0)
     (grads, loss, correct), _ = jax.lax.scan(add_part, totals, batches)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, model)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks_cli
-from benchmarks import cases, convergence, mixed, model, ops, peers, programs, start, tables, timing, work
+from benchmarks import cases, convergence, mixed, model, ops, peers, programs, record, start, tables, timing, work
 from benchmarks.formulas import FORMULAS
 from benchmarks.generate import Generate
 from benchmarks.implementations import jax_implementations
@@ -410,3 +410,18 @@ def test_start_up_is_measured_part_by_part(monkeypatch, tmp_path):
     case = {"package": OURS, "model": "qwen2-vl-2b", "what": "start", "weights": "Orbax", "devices": 1}
     table = tables.model_table([case | cold | {"programs": "cold", "date": "2026-01-01"}])
     assert "2B: from process start to the first token, weights in Orbax, cold compilation cache | " in table
+
+
+def test_scaling_table_marks_what_was_measured():
+    """A plan's row shows the fastest measured step of the same work; a plan that does not fit shows its memory alone."""
+    plan = {"model": "qwen2-vl-2b", "gpus": 2, "gpu": "H100", "mesh": {"fsdp": 2}, "remat": "dots", "fits": True}
+    plan |= {"gib": 37.4, "step_ms": 430.2, "tokens_per_s": 38_060, "efficiency": 0.93}
+    step = {"package": record.OURS, "what": "train", "model": "qwen2-vl-2b", "devices": 2, "rows": 8, "remat": "dots"}
+    step |= {"step_ms": 440.0, "peak_gib": 38.2, "device": "NVIDIA H200"}
+    others = [step | {"rows": 4, "step_ms": 1.0}, step | {"devices": 1, "step_ms": 2.0}, step | {"step_ms": 450.0}]
+    large = plan | {"model": "qwen2-vl-72b", "fits": False, "gib": 318.0}
+    lines = tables.scaling_table([plan, large], [*others, step]).splitlines()
+    measured = "440 ms, 38 GiB on NVIDIA H200"
+    assert lines[2] == f"| Qwen2-VL 2B | 2 | fsdp=2 | dots | 37 | 430 ms | 38k | 93% | {measured} |"
+    assert lines[3] == "| Qwen2-VL 72B | 2 | does not fit |  | 318 |  |  |  |  |"
+    assert "computed, for H100" in lines[-1]

@@ -48,7 +48,7 @@ def call(monkeypatch, *arguments):
 def test_help_names_every_command():
     result = run_process(CALL, "--help")
     assert result.returncode == 0, result.stderr
-    assert "{demo,finetune,generate,chat,convert,tune,env,completion}" in result.stdout
+    assert "{demo,finetune,generate,chat,plan,convert,tune,env,completion}" in result.stdout
 
 
 @pytest.mark.parametrize("module", ["liger_jax", "liger_jax.cli"])
@@ -57,7 +57,7 @@ def test_running_the_package_as_a_module_did_nothing(module):
     command = [sys.executable, "-m", module, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "{demo,finetune,generate,chat,convert,tune,env,completion}" in result.stdout
+    assert "{demo,finetune,generate,chat,plan,convert,tune,env,completion}" in result.stdout
 
 
 # ---- what commands print ---------------------------------------------------------------------------------------------
@@ -132,7 +132,8 @@ def test_ctrl_c_during_garbage_collection_was_lost(monkeypatch, capsys):
 FINETUNE_FLAGS = """
     output held-out eval-generate max-new-tokens media skip-broken steps batch-size learning-rate vision-learning-rate
     merger-learning-rate freeze lora lora-alpha lora-targets weight-decay warmup dtype master-weights stochastic-rounding
-    pack group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor seed max-skipped-updates
+    pack group-by-length max-pixels accumulate remat unroll save-every keep workers data fsdp tensor sequence seed
+    max-skipped-updates coordinator processes process
 """
 
 

@@ -75,6 +75,17 @@ def test_output_matches_numpy(op, rows, depth, width, dtype):
         assert got.dtype == dtype and distance(got, want) < tolerance
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_of_the_depth_sum_to_the_whole(rows):
+    """As on two devices, which each add half of the residual."""
+    x, weight, residual = operands(("x", "weight", "residual"), rows, 128, 48)
+    want = truth(("x", "weight", "residual"), x, weight, residual)
+    for implementation in ("xla", "interpret"):
+        add = functools.partial(pk.linear_add, residual_scale=0.5, implementation=implementation)
+        parts = [add(x[:, part], weight[:, part], residual) for part in (slice(64), slice(64, 128))]
+        assert distance(parts[0] + parts[1], want) < 1e-5
+
+
 def test_large_float16_products_do_not_overflow():
     """x * norm_weight may exceed the largest float16 before it is divided by rms(x)."""
     names = "x", "norm_weight", "weight"

@@ -95,7 +95,7 @@ def test_cache_matches_full_forward(family):
 
 @pytest.mark.parametrize("family", MEMBERS)
 def test_model_on_a_mesh_generates_the_same_tokens(family):
-    """Rows, heads and windows are sharded; decoding runs the layers separately instead of the fused step."""
+    """Rows, heads and windows are sharded, in the prefill as in decoding."""
     model, processor = model_and_processor(family)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices("cpu")[:4])
     batch = prepare(model.config, **processor([[IMAGES], [VIDEO], [TEXT]], add_generation_prompt=True), **SHAPE)

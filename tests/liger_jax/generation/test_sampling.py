@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from liger_jax.generation.sampling import (
     History,
@@ -13,6 +15,7 @@ from liger_jax.generation.sampling import (
     constrain_logits,
     filter_logits,
     next_token,
+    next_token_over_shards,
     penalize_repetition,
 )
 from tests._support import parity
@@ -139,3 +142,35 @@ def test_samples_follow_the_distribution():
         expected = np.exp(np.array([1.0, 0.5, 0.0, 0.25, -np.inf, -np.inf]))
         expected /= expected.sum()
         assert (np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000)).all()
+
+
+def test_sample_is_a_draw_of_jax():
+    logits, sampling = jnp.linspace(0, 3, 20).reshape(2, 10), rows_sampling(2)
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(7), row), 3) for row in range(2)]
+    expected = [int(jax.random.categorical(key, row / 1.5)) for key, row in zip(keys, logits, strict=True)]
+    assert next_token(logits, sampling, jnp.int32(3)).tolist() == expected
+
+
+def rows_sampling(rows, **options):
+    seeds, streams = np.full(rows, 7, np.uint32), np.arange(rows, dtype=np.int32)
+    return Sampling(seeds, streams, **{"do_sample": True, "temperature": np.float32(1.5)} | options)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_devices_that_split_the_vocabulary_choose_the_same_token(do_sample):
+    """Also among equal logits, and with NaN and infinity, on two axes of a mesh."""
+    rows = 6
+    logits = np.random.default_rng(0).integers(0, 3, (rows, 40)).astype(np.float32)
+    logits[1, [5, 25]], logits[2, [33, 34]], logits[3], logits[4, 12] = np.nan, np.inf, -np.inf, -np.inf
+    sampling, axes = rows_sampling(rows, do_sample=do_sample), ("fsdp", "tensor")
+    choose = jax.shard_map(
+        lambda logits: next_token_over_shards(logits, sampling, jnp.int32(3), axes),
+        mesh=jax.make_mesh((2, 2), axes, axis_types=(AxisType.Auto,) * 2),
+        in_specs=P(None, axes),
+        out_specs=P(),
+        check_vma=False,
+    )
+    token, chosen = jax.jit(choose)(logits)
+    expected = next_token(logits, sampling, jnp.int32(3))
+    np.testing.assert_array_equal(token, expected)
+    np.testing.assert_array_equal(chosen, logits[np.arange(rows), expected])

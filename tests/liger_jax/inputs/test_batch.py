@@ -1,12 +1,17 @@
 """`prepare` pads valid batches to buckets without losing data, and names the argument that makes a batch invalid."""
 
+import dataclasses
+import itertools
+import math
+
 import jax
 import numpy as np
 import pytest
 
-from liger_jax import prepare
+from liger_jax import QwenVLConfig, prepare
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import bucket
+from liger_jax.inputs.layout import split_at_frames
 from tests._support import parity
 
 CONFIG = parity.config()
@@ -189,6 +194,74 @@ def test_pad_rows():
     assert not padded.vision.segment_ids[2:].any()
     assert padded.vision.token_positions[2:].min() >= 64
     assert batch.pad_rows(2) is batch
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("whole_frames", [True, False])
+def test_split_positions(family, whole_frames):
+    """Appended positions have no labels, and every patch keeps its token and its frame, wherever it is moved to."""
+    config = QwenVLConfig.tiny(family=family)
+    grids, parts, unit = [(1, 12, 8), (1, 6, 8), (1, 6, 8), (1, 8, 8), (1, 4, 6)], 3, config.vision.merge_unit
+    ids = [1]
+    for t, h, w in grids:
+        ids += [config.image_token_id] * (t * h * w // unit) + [2]
+    patches = sum(math.prod(grid) for grid in grids)
+    pixels = np.arange(patches * config.vision.patch_values, dtype=np.float32).reshape(patches, -1)
+    rows = np.array([ids, [3] * len(ids)])
+    batch = prepare(config, input_ids=rows, labels=rows, pixel_values=pixels, image_grid_thw=grids)
+    split = batch.split_positions(parts, whole_frames=whole_frames)
+    assert split.shape == (2, 129) and split.position_ids.shape == (2, 3, 129)
+    for name in ("input_ids", "labels", "segment_ids", "position_ids"):
+        np.testing.assert_array_equal(getattr(split, name)[..., :128], getattr(batch, name), err_msg=name)
+    assert not split.segment_ids[:, 128:].any() and (split.labels[:, 128:] == -100).all()
+
+    def by_token(batch):
+        """Returns the arrays of each merged token's patches, in the order of the tokens' positions."""
+        positions = batch.vision.token_positions[0]
+        order = [i for i in np.argsort(positions) if positions[i] < batch.shape[1]]
+        arrays = jax.tree.map(lambda x: x[0].reshape(len(positions), -1), batch.vision)
+        return jax.tree.map(lambda x: x[order].tolist(), dataclasses.replace(arrays, max_segments=0, parts=1))
+
+    assert jax.tree.leaves(by_token(split)) == jax.tree.leaves(by_token(batch))
+    slots = split.vision.segment_ids.shape[1]
+    assert slots % (64 * parts) == 0 and slots - batch.vision.segment_ids.shape[1] < 64 * parts
+    for positions in split.vision.token_positions:
+        assert len(set(positions)) == len(positions)
+    frames = [set(part) - {0} for part in split.vision.segment_ids[0].reshape(parts, -1)]
+    assert split.vision.parts == (parts if whole_frames else 1)
+    if whole_frames:
+        assert sum(map(len, frames)) == len(set.union(*frames)) == split.vision.segment_ids.max()
+        assert all(frames)
+
+
+def test_split_positions_divides_frames_that_are_too_large():
+    """An image of 288 patches is longer than a part of 192 slots."""
+    config = QwenVLConfig.tiny()
+    ids = np.array([[1] + [config.image_token_id] * 72 + [2]])
+    pixels = np.zeros((288, config.vision.patch_values), np.float32)
+    batch = prepare(config, input_ids=ids, pixel_values=pixels, image_grid_thw=[(1, 16, 18)])
+    split = batch.split_positions(2)
+    assert split.vision.parts == 1
+    np.testing.assert_array_equal(split.vision.segment_ids[0].nonzero()[0], np.arange(288))
+    assert batch.split_positions(1) is batch
+    assert prepare(config, input_ids=ids[:, :1]).split_positions(3).shape == (1, 66)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_at_frames(seed):
+    """The longest part is as short as possible, compared with all ways to cut rows of up to eight frames."""
+    rng = np.random.default_rng(seed)
+    for _ in range(30):
+        lengths, parts = rng.integers(1, 5, rng.integers(1, 9)), int(rng.integers(1, 4))
+        frames = np.concatenate([np.full(n, i) for i, n in enumerate(lengths, 1)] + [np.zeros(2, int)])
+        ends = [0, *np.cumsum(lengths).tolist()]
+        cuts = itertools.combinations_with_replacement(ends, parts - 1)
+        shortest = min(max(np.diff([0, *cut, ends[-1]])) for cut in cuts)
+        slices = split_at_frames(frames, parts, len(frames), 1)
+        assert max(part.stop - part.start for part in slices) == shortest
+        assert [part.start for part in slices[1:]] == [part.stop for part in slices[:-1]]
+        assert {part.stop for part in slices} <= set(ends) and slices[-1].stop == ends[-1]
+        assert split_at_frames(frames, parts, shortest - 1, 1) is None
 
 
 def test_batch_passes_through_jit():

@@ -26,16 +26,11 @@ def mesh():
     return jax.make_mesh((2, 2), ("fsdp", "tensor"))
 
 
-def on_explicit_axes(tree):
-    """Returns a tree that is on the mesh, on its Explicit axes."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh(), x.sharding.spec)), tree)
-
-
 @functools.cache
 def models():
-    """Returns the model on one device, on the mesh as `from_hf` places it, and on Explicit axes."""
+    """Returns the model on one device, on the mesh as `from_hf` places it, and on Auto axes of the same devices."""
     placed = from_hf(parity.REFERENCES / "model_untied", dtype="float32", mesh=mesh())
-    return {"one device": parity.model(), "auto": placed, "explicit": on_explicit_axes(placed)}
+    return {"one device": parity.model(), "auto": with_auto_axes(placed), "explicit": placed}
 
 
 @functools.cache

@@ -41,15 +41,14 @@ def by_layers(model, head, xs, positions, cache):
     layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.num_hidden_layers)]
     logits = []
     for step, x in enumerate(xs):
-        slot, x = SLOTS + step, x[:, None]
-        cache = cache.mark_valid(slot, jnp.ones((len(x), 1), jnp.int32))
+        slot, x, is_valid = SLOTS + step, x[:, None], jnp.ones((len(x), 1), jnp.int32)
         cos, sin = model.rotary(positions[..., None] + step)
         written = []
         for i, layer in enumerate(layers):
-            x, keys_values = layer(x, cos, sin, functools.partial(cache.attend, i, slot))
+            x, keys_values = layer(x, cos, sin, functools.partial(cache.attend_chunk, i, slot, is_valid))
             written.append(keys_values)
         keys, values = zip(*written, strict=True)
-        cache = dataclasses.replace(cache, keys=keys, values=values)
+        cache = dataclasses.replace(cache, keys=keys, values=values).mark_valid(slot, is_valid)
         logits.append(model.norm(x)[:, 0] @ head.T)
     return jnp.stack(logits), cache
 

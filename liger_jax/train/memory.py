@@ -1,0 +1,215 @@
+"""Estimates the memory of a training step on each GPU of a mesh, without compiling it.
+
+    memory = state + weights gathered + activations + gradients + working set
+
+The peak is in the backward pass of the last text layer or of the last vision layer. The first of these holds all saved
+activations and, since a stack of gradients exists as a whole, the gradients of all text weights; the second holds the
+activations of the vision tower and the gradients of all weights.
+
+State and activations are exact: the bytes of arrays that JAX traces. The working set of a layer is an estimate, from
+measurements on one GPU, which the sum meets within 4 % (see tests/liger_jax/train/test_memory.py).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType
+
+from liger_jax.config import QwenVLConfig
+from liger_jax.inputs.batch import Batch, prepare
+from liger_jax.model import QwenVL
+from liger_jax.model.params import axis_sizes, param_group, param_paths
+from liger_jax.model.sharding import param_shardings
+from liger_jax.options import Remat
+from liger_jax.train.data_parallel import splits_only_rows
+from liger_jax.train.step import loss_fn
+
+# Arrays of a layer that are alive at once in its backward pass, from measured peaks: as wide as the MLP, and as the tower.
+# The policies that recompute the MLP hold two more of the first kind.
+WIDE_ARRAYS = {"none": 4, "dots": 4, "narrow": 6, "attention": 6, "full": 6}
+NARROW_ARRAYS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """The bytes on each GPU at the peak of a training step."""
+
+    weights: int
+    optimizer: int
+    gathered: int
+    """Weights that fsdp splits, gathered for the computation."""
+    activations: int
+    """Saved in the forward pass for the backward pass."""
+    gradients: int
+    working: int
+    """Temporaries of the layer that runs."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What is trained, and how: all that the memory of a step depends on, but for mesh and number of rows."""
+
+    config: QwenVLConfig
+    optimizer: optax.GradientTransformation
+    row: Batch
+    """A batch of one row, as `prepare` returns it."""
+    remat: Remat
+    frozen: Collection[str] = ()
+    """Parts that are not trained (vision, merger, text)."""
+    adapt: Callable[[QwenVL], QwenVL] | None = None
+    """A function that adds LoRA to the model."""
+
+    @functools.cached_property
+    def model(self) -> QwenVL:
+        """The abstract model."""
+        model = QwenVL.abstract(self.config)
+        return model if self.adapt is None else jax.eval_shape(self.adapt, model)
+
+    @functools.cached_property
+    def opt_state(self) -> Any:
+        """The abstract state of the optimizer."""
+        return jax.eval_shape(self.optimizer.init, self.model)
+
+    @functools.cached_property
+    def activations(self) -> dict[str, int]:
+        """The bytes that the forward pass of one row saves for the gradients, in both towers together and in vision."""
+        save = functools.partial(saved_bytes, self.model, remat=self.remat, frozen=tuple(self.frozen))
+        everything, text = save(self.row), save(dataclasses.replace(self.row, vision=None))
+        return {"text": everything, "vision": everything - text}  # held in the backward pass of each tower
+
+
+def sample_row(config: QwenVLConfig, *, length: int, patches: int) -> Batch:
+    """Returns a batch of one row, with one image of about `patches` patches in the middle of its prompt.
+
+    Example:
+        >>> row = sample_row(QwenVLConfig.tiny(), length=64, patches=64)
+        >>> row.shape, row.vision.pixel_values.shape[:2]
+        ((1, 64), (1, 64))
+    """
+    unit, side = config.vision.merge_unit, config.vision.spatial_merge_size
+    height = math.isqrt(patches // unit)
+    width = patches // unit // height if height else 0
+    ids = np.full((1, length), 5)
+    images: dict[str, Any] = {}
+    if tokens := height * width:
+        ids[0, 1] = config.vision_start_token_id
+        ids[0, 2 : 2 + tokens] = config.image_token_id
+        ids[0, 2 + tokens] = config.vision_end_token_id
+        images["pixel_values"] = np.zeros((unit * tokens, config.vision.patch_values), np.float32)
+        images["image_grid_thw"] = np.array([[1, side * height, side * width]])
+    labels = np.where(np.arange(length) > 2 + tokens, ids, -100)
+    return prepare(config, input_ids=ids, labels=labels, **images)
+
+
+def saved_bytes(model: QwenVL, batch: Batch, *, remat: Remat, frozen: tuple[str, ...] = ()) -> int:
+    """Returns the bytes that the forward pass saves for the backward pass, without those of the weights themselves."""
+    structure: Any  # JAX does not type the methods of tree structures
+    leaves, structure = jax.tree.flatten(model)
+    is_trained = [param_group(path) not in frozen for path in param_paths(model)]
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+    def residuals(leaves: list[jax.Array], batch: Batch):
+        def loss(trained: list[jax.Array]) -> jax.Array:
+            values = iter(trained)
+            merged = [next(values) if is_own else x for is_own, x in zip(is_trained, leaves, strict=True)]
+            return loss_fn(structure.unflatten(merged), batch, remat=remat)[0]
+
+        return jax.vjp(loss, [x for is_own, x in zip(is_trained, leaves, strict=True) if is_own])[1]
+
+    weights = [(x.shape, x.dtype) for x in leaves]
+    total = 0
+    for x in jax.tree.leaves(jax.eval_shape(residuals, leaves, batch)):
+        if (x.shape, x.dtype) in weights:
+            weights.remove((x.shape, x.dtype))
+        else:
+            total += x.size * x.dtype.itemsize
+    return total
+
+
+def estimate_memory(
+    training: Training, mesh: Mapping[str, int], batch_size: int, *, by_device: bool = True
+) -> StepMemory:
+    """Returns the memory of a training step on each GPU.
+
+    Args:
+        training: what is trained.
+        mesh: the sizes of its axes, some of data, fsdp, sequence and tensor.
+        batch_size: rows of the whole batch.
+        by_device: on a mesh that only splits rows, each device gathers all weights for the step, which is faster. False:
+            weights are gathered by layer.
+
+    Example:
+        >>> from liger_jax.train.optimizer import make_optimizer
+        >>> config = QwenVLConfig.tiny()
+        >>> row = sample_row(config, length=64, patches=0)
+        >>> training = Training(config, make_optimizer(1e-5), row, "dots")
+        >>> one, two = (estimate_memory(training, {"fsdp": gpus}, 4 * gpus) for gpus in (1, 2))
+        >>> two.optimizer < one.optimizer, two.activations == one.activations
+        (True, True)
+    """
+    abstract = abstract_mesh(mesh)
+    rows = -(-batch_size // math.prod(mesh.get(name, 1) for name in ("data", "fsdp")))
+    split = math.prod(mesh.get(name, 1) for name in ("sequence", "tensor"))
+    over_data = splits_only_rows(abstract)
+    by_device &= over_data
+    weights = shard_bytes(training.model, abstract)
+    optimizer = sum(shard_bytes(training.opt_state, abstract, strict=False, over_data=over_data).values())
+    whole = {path: leaf.size * leaf.dtype.itemsize for path, leaf in param_paths(training.model).items()}
+    gathered = 0
+    if mesh.get("fsdp", 1) * mesh.get("sequence", 1) > 1:
+        gathered = sum(whole.values()) if by_device else _bytes_of_two_layers(training.config, whole, mesh)
+    trained = {
+        path: size
+        for path, size in (whole if by_device else weights).items()
+        if param_group(path) not in training.frozen
+    }
+    in_text = sum(size for path, size in trained.items() if not path.startswith("visual/"))
+    peaks = []
+    for tower, gradients in (("text", in_text), ("vision", sum(trained.values()))):
+        activations, working = training.activations[tower], _working_bytes(training, tower)
+        peaks.append((rows * activations // split, gradients, rows * working // split))
+    return StepMemory(sum(weights.values()), optimizer, gathered, *max(peaks, key=sum))
+
+
+def abstract_mesh(mesh: Mapping[str, int]) -> AbstractMesh:
+    """Returns a mesh without devices, of the axes with more than one."""
+    names = tuple(name for name, size in mesh.items() if size > 1)
+    return AbstractMesh(tuple(mesh[name] for name in names), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def shard_bytes(tree: Any, mesh: AbstractMesh, **options: Any) -> dict[str, int]:
+    """Returns the bytes of each leaf on one device."""
+    placed: Any = mesh  # shapes need no devices
+    shardings: Any = param_paths(param_shardings(tree, placed, **options))
+    return {
+        path: math.prod(shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for path, leaf in param_paths(tree).items()
+    }
+
+
+def _bytes_of_two_layers(config: QwenVLConfig, whole: Mapping[str, int], mesh: Mapping[str, int]) -> int:
+    """Returns the bytes of the weights that are gathered by layer: of two layers, and of embeddings and head."""
+    tables = sum(size for path, size in whole.items() if path.endswith(("embed_tokens/weight", "lm_head/weight")))
+    layers = sum(size for path, size in whole.items() if "language_model/layers" in path)
+    return tables + 2 * layers // config.text.num_hidden_layers // mesh.get("tensor", 1)
+
+
+def _working_bytes(training: Training, tower: str) -> int:
+    """Returns the bytes of the temporaries in the backward pass of a layer, for one row."""
+    sizes, wide, row = axis_sizes(training.config), WIDE_ARRAYS[training.remat], training.row
+    if tower == "text":
+        positions, units = row.shape[1], wide * sizes["F"] + NARROW_ARRAYS * sizes["H"]
+    else:
+        positions = 0 if row.vision is None else row.vision.pixel_values.shape[1]
+        units = wide * sizes["I"] + NARROW_ARRAYS * sizes["E"]
+    return positions * units * training.model.language_model.norm.weight.dtype.itemsize
