@@ -489,7 +489,7 @@ def plan(
 
     Args:
         model: A preset such as qwen2_vl_7b, or an Orbax folder, a Hugging Face folder or a hub id; only config.json is read.
-        compile: Also compile the step for the best mesh, for its exact memory; needs jax[cuda12] or jax[cuda13], no GPU.
+        compile: Also compile the step for the best mesh, for its exact memory; needs jax[cuda12], but no GPU.
     """
     runtime.compile_without_gpus()
     from liger_jax import plan as planner

@@ -261,17 +261,17 @@ def utilization(weights: int) -> float:
 def report(options: PlanOptions, plans: list[Plan], *, shown: int = 6) -> str:
     """Returns the best plans as a table, and the details of the first."""
     lines = [
-        f"{options.gpus} x {options.gpu}, {memory_limit(options) / GIB:.0f} GiB usable each, with "
-        f"XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE} (JAX's default is 0.75); {batch_rows(options)} sequences of "
-        f"{options.length} tokens per step, of which {options.patches // 4} are of an image",
+        f"{options.gpus} x {options.gpu}, {memory_limit(options) / GIB:.0f} GiB usable each "
+        f"(XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}; JAX's default is 0.75)",
+        f"{batch_rows(options)} sequences per step, of {options.length} tokens, up to {options.patches // 4} of an image",
         "",
-        f"{'mesh':<26}{'remat':<11}{'GiB per GPU':>12}{'step':>10}{'tokens/s':>11}{'efficiency':>12}",
+        f"{'mesh':<26}{'remat':<11}{'GiB per GPU':>12}{'step':>10}{'tokens/s':>12}{'efficiency':>12}",
     ]
     for plan in plans[:shown]:
         verdict = "" if plan.fits else "   does not fit"
         lines.append(
             f"{plan.name:<26}{plan.remat:<11}{plan.memory.total / GIB:>12.1f}{plan.step_s * 1e3:>7.0f} ms"
-            f"{plan.tokens / plan.step_s:>11,.0f}{plan.efficiency:>12.0%}{verdict}"
+            f"{plan.tokens / plan.step_s:>12,.0f}{plan.efficiency:>12.0%}{verdict}"
         )
     best = plans[0]
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(best.memory).items() if size]

@@ -1,6 +1,6 @@
 """Compiles a training step for GPUs that this machine need not have, to read the compiler's analysis of its memory.
 
-JAX's CUDA plugin (the extras cuda12 and cuda13) brings the whole compiler. It needs no GPU, only a description of one, and
+JAX's CUDA plugin (jax[cuda12], JAX 0.11 or newer) brings the whole compiler. It needs no GPU, only a description of one, and
 the environment that `liger_jax.runtime.compile_without_gpus` sets.
 """
 
@@ -72,7 +72,7 @@ def describe_gpus(gpu: str, count: int) -> list[Any]:
     try:
         return topologies.get_topology_desc(gpu, "cuda", topology=f"1x1x{count}", target_config=target).devices
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        message = "JAX's CUDA plugin cannot compile here; expected jax[cuda12] or jax[cuda13], 0.11 or newer, installed"
+        message = "JAX's CUDA plugin cannot compile here; expected jax[cuda12], 0.11 or newer, installed"
         raise UserError(f"{message}: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
