@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 import pallas_kernels as pk
 from liger_jax.config import TextConfig
@@ -130,7 +131,12 @@ def _place_table(table: jax.Array, layout: DecodeLayout, axes: str) -> jax.Array
     is_whole = not isinstance(table, jax.core.Tracer) and table.sharding.is_fully_replicated
     if not layout.mesh_axes or (is_whole and not any(spec)):
         return table
-    return jax.jit(lambda table: layout.constrain(table, spec))(table)
+    return _constrain(table, layout=layout, spec=spec)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "spec"))
+def _constrain(table: jax.Array, *, layout: DecodeLayout, spec: PartitionSpec) -> jax.Array:
+    return layout.constrain(table, spec)
 
 
 def decode_step(

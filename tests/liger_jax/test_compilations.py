@@ -10,6 +10,8 @@ import pytest
 
 from liger_jax import TrainState, generate, make_train_step, prepare
 from liger_jax.generation import loop
+from liger_jax.model import decode_layout
+from liger_jax.model.sharding import make_mesh, param_shardings
 from tests._support import parity
 
 CONFIG = parity.config()
@@ -90,6 +92,17 @@ def test_generate():
         generate(model, SECOND, max_new_tokens=8, eos_token_id=[3, 4, 5], pad_token_id=9)
     with compilations(0):
         generate(model, SECOND, max_new_tokens=11)
+
+
+def test_generate_on_a_mesh(monkeypatch):
+    """Laying out the weights for decoding, too, compiles once."""
+    monkeypatch.setattr(decode_layout, "SMALLEST_SAVING", 0)
+    mesh = make_mesh(data=2, tensor=2)
+    model = jax.device_put(parity.model(), param_shardings(parity.model(), mesh))
+    with compilations(None):
+        generate(model, FIRST, max_new_tokens=8)
+    with compilations(0):
+        generate(model, SECOND, max_new_tokens=8)
 
 
 def test_more_new_tokens():

@@ -104,7 +104,7 @@ def test_only_large_parts_are_split(monkeypatch):
 @pytest.mark.parametrize(
     ("preset", "tensor", "cache_shape", "split"),
     [
-        ("qwen2_vl_2b", 2, (1, 2048), "V"),
+        ("qwen2_vl_2b", 2, (1, 2048), "FV"),
         ("qwen2_vl_7b", 2, (1, 2048), "FV"),
         ("qwen2_vl_7b", 2, (16, 8192), "FVNK"),
         ("qwen2_vl_72b", 4, (1, 2048), "FVNK"),
