@@ -136,13 +136,14 @@ def param_shardings(tree: Any, mesh: Mesh, *, strict: bool = True, over_data: bo
 
 def split_over_data(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
     """Returns a spec that also splits over `data` the first dimension that is whole and divides, if there is one."""
-    shards = mesh.shape.get("data", 1)
     entries = [*spec, *(None,) * (len(shape) - len(spec))]
-    for axis, (entry, size) in enumerate(zip(entries, shape, strict=True)):
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        whole = math.prod(mesh.shape[name] for name in names) == 1
-        if shards > 1 and whole and size % shards == 0:
-            return P(*entries[:axis], "data", *entries[axis + 1 :])
+    names = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+    shards = mesh.shape.get("data", 1)
+    if shards == 1 or any("data" in axes for axes in names):
+        return spec
+    for i, (axes, size) in enumerate(zip(names, shape, strict=True)):
+        if math.prod(mesh.shape[name] for name in axes) == 1 and size % shards == 0:
+            return P(*entries[:i], "data", *entries[i + 1 :])
     return spec
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from liger_jax import QwenVL, QwenVLConfig, TrainState, make_train_step, prepare
 from liger_jax.model.params import param_paths
-from liger_jax.model.sharding import make_mesh, param_shardings
+from liger_jax.model.sharding import make_mesh, param_shardings, split_over_data
 from liger_jax.train import step as step_module
 from liger_jax.train.data_parallel import splits_only_rows
 
@@ -115,3 +115,16 @@ def test_rows_that_the_mesh_does_not_divide(monkeypatch):
 def test_meshes_that_split_only_rows():
     assert splits_only_rows(make_mesh(data=2)) and splits_only_rows(make_mesh(data=2, fsdp=2))
     assert not any(map(splits_only_rows, (None, make_mesh(tensor=2), make_mesh(fsdp=2, sequence=2))))
+
+
+def test_dimension_that_is_split_over_data():
+    """The first that is whole and divides; an axis of one device leaves a dimension whole."""
+    on = make_mesh(data=2, fsdp=2)
+    for spec, shape, expected in (
+        (P("fsdp", None), (8, 6), P("fsdp", "data")),
+        (P(None, "tensor", "fsdp"), (3, 4, 8), P(None, "data", "fsdp")),
+        (P(), (4,), P("data")),
+        (P(None, "data"), (4, 4), P(None, "data")),
+        (P(None), (3,), P(None)),
+    ):
+        assert split_over_data(spec, shape, on) == expected
