@@ -75,9 +75,11 @@ def test_losses_equal_those_of_one_process(folder, seen):
     """Steps 1 and 2 were trained by one process, 3 and 4 by two, 5 and 6 by one again."""
     assert [each["resumed"] for each in seen] == [4, 4]
     assert runs.train(folder / "resumed", runs.STEPS) == runs.STEPS
-    for names in (["loss", "grad_norm", "num_tokens", "accuracy"], ["held_out_loss", "held_out_num_tokens"]):
+    losses = (["loss", "num_tokens", "accuracy"], 1e-5), (["held_out_loss", "held_out_num_tokens"], 1e-5)
+    # the order of the sum over processes varies, and each step multiplies the difference: more in gradients than in losses
+    for names, tolerance in (*losses, (["grad_norm"], 1e-4)):
         resumed, alone = (logged(folder / run, *names) for run in ("resumed", "alone"))
-        np.testing.assert_allclose(resumed, alone, rtol=1e-5, err_msg=str(names))
+        np.testing.assert_allclose(resumed, alone, rtol=tolerance, err_msg=str(names))
     answers = [(folder / run / "answers.jsonl").read_text() for run in ("resumed", "alone")]
     assert answers[0] == answers[1] and answers[0].count("\n") == 3
     utilisation = [logged(folder / run, "token_utilisation") for run in ("resumed", "alone")]
@@ -136,7 +138,9 @@ def test_resumes_from_the_last_intact_checkpoint(folder, seen):
     assert sorted(path.name for path in (folder / "damaged_checkpoint").iterdir() if path.name[0].isdigit()) == [
         *("2", "4", "4.damaged")
     ]
-    assert logged(folder / "damaged_checkpoint", "loss") == logged(folder / "resumed", "loss")[:4]
+    losses, expected = (logged(folder / run, "loss")[:4] for run in ("damaged_checkpoint", "resumed"))
+    assert losses[:2] == expected[:2]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)  # the order of the sum over processes varies
 
 
 def test_process_0_alone_prints(seen):
