@@ -6,11 +6,16 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from pallas_kernels import _pallas
 
 
-def lowered_for_cuda(function, *args, device_kind="NVIDIA H200", mesh_shape=(1,)):
-    """Returns the StableHLO of `function` for a kind of GPU; `args` are arrays or their shapes and dtypes."""
+def on_gpus(device_kind="NVIDIA H200", mesh_shape=(1,)):
+    """Returns a context manager in which programs can be lowered for a kind of GPU."""
     device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
     mesh = AbstractMesh(mesh_shape, ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def lowered_for_cuda(function, *args, device_kind="NVIDIA H200", mesh_shape=(1,)):
+    """Returns the StableHLO of `function` for a kind of GPU; `args` are arrays or their shapes and dtypes."""
+    with on_gpus(device_kind, mesh_shape):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 

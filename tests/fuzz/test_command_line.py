@@ -15,7 +15,9 @@ import convert.load
 import liger_jax.cli as cli
 import liger_jax.demo.run
 import liger_jax.generation.answer_file
+import liger_jax.plan
 import liger_jax.train.finetune
+import pallas_kernels.check
 import pallas_kernels.tune
 from liger_jax import Processor, Qwen2VL, Qwen2VLConfig
 from liger_jax.demo.tokenizer import train_tokenizer
@@ -104,6 +106,8 @@ def folder(tmp_path_factory):
             (liger_jax.demo.run, "run_demo"),
             (liger_jax.generation.answer_file, "answer_file"),
             (liger_jax.train.finetune, "open_state"),
+            (liger_jax.plan, "make_plans"),
+            (pallas_kernels.check, "main"),
             (pallas_kernels.tune, "main"),
         ):
             patch.setattr(module, name, reach)
