@@ -244,7 +244,7 @@ class TrainStep:
         return compiled
 
     def _by_device_choices(self, mesh: Mesh | None, rows: int) -> tuple[bool, ...]:
-        """Returns the ways to run on a mesh, the faster one first: by device, or as the partitioner decides.
+        """Returns the ways to run on a mesh: by device, with few large collectives, or else as the partitioner decides.
 
         The partitioner's program has the weights of one layer at a time, and so needs less memory where weights are split.
         """
