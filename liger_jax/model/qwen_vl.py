@@ -14,9 +14,16 @@ import pallas_kernels as pk
 from liger_jax.config import QwenVLConfig
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import Batch
+from liger_jax.model.by_rows import divides_rows
 from liger_jax.model.layers import Embedding, Initializer
 from liger_jax.model.sequence import attend_by_heads, set_features, split_positions
-from liger_jax.model.sharding import constrain_batch, param_shardings, replicate, run_on_auto_axes
+from liger_jax.model.sharding import (
+    constrain_batch,
+    constrain_batch_and_seq,
+    param_shardings,
+    replicate,
+    run_on_auto_axes,
+)
 from liger_jax.model.summary import summarize
 from liger_jax.model.text import Deepstack, LanguageModel
 from liger_jax.model.vision import VisionTower
@@ -79,7 +86,10 @@ class QwenVL(nnx.Module):
             positions = batch.vision.token_positions
             features, deeper = self.visual(batch.vision, execution=execution, capture=capture)
             deepstack = Deepstack(deeper, positions).spread_over(x) if deeper else None
-            x = set_features(x, positions, features)
+            constrain = (
+                constrain_batch_and_seq if divides_rows(len(x)) else constrain_batch
+            )  # as the features are split
+            x = constrain(set_features(constrain(x), positions, features))
         if capture is not None:
             capture["inputs_embeds"] = x
         return x, deepstack

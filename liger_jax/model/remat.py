@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from liger_jax.errors import UserError
-from liger_jax.model.sharding import constrain_batch, constrain_batch_and_seq, on_mesh
+from liger_jax.model.sharding import constrain_batch_and_seq, on_mesh
 from liger_jax.options import LayerExecution
 
 
@@ -102,8 +102,7 @@ def scan_layers(
     if unroll:
         steps = {kind: jax.jit(step) for kind, step in steps.items()}  # traced once
     run = _unroll if unroll else _scan
-    x = constrain_batch_and_seq(constrain_batch(x))  # the gradient takes the way back, so that it leaves as x came in
-    return run([steps[kind] for kind in patterns], x, layers, taps, after_first)
+    return run([steps[kind] for kind in patterns], constrain_batch_and_seq(x), layers, taps, after_first)
 
 
 def _unroll(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int], after_first: Any):

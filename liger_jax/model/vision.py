@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels as pk
 from liger_jax.config import VisionConfig
 from liger_jax.inputs.batch import Vision
+from liger_jax.model.by_rows import divides_rows, run_by_rows
 from liger_jax.model.layers import Embedding, Initializer, LayerNorm, Linear, RMSNorm, SwiGLU, inverse_frequencies
 from liger_jax.model.remat import apply_to_tokens, scan_layers, unstack
 from liger_jax.model.sequence import attend_by_heads, attend_in_blocks, split_positions, splits_sequence
@@ -137,14 +138,18 @@ class VisionTower(nnx.Module):
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Returns the features [B, P/4, H], and those of each deepstack layer, of the same shape.
 
-        `capture`, if given, receives the outputs of all layers.
+        `capture`, if given, receives the outputs of all layers. On a mesh that splits heads over `tensor`, each device runs
+        the whole tower on a part of the rows if they divide.
         """
+        if capture is None and divides_rows(len(vision.segment_ids)):
+            return run_by_rows(lambda parts, rows: parts["visual"](rows, execution=execution), {"visual": self}, vision)
         config = self.config
         pixels = split_positions(vision.pixel_values)
         patches = x = self.patch_embed(pixels.astype(self.patch_embed.kernel.dtype))
         if self.position_table is not None:
             lookup = map(split_positions, (vision.table_indices, vision.table_weights))
             x = x + interpolate(self.position_table.weight[...], *lookup).astype(x.dtype)
+        x = constrain_batch(x)
         cos, sin = map(split_positions, self.rotary(vision.position_ids))
         attend_within = make_attention(vision, config)
         full = config.full_attention_layers if config.window_size else range(config.depth)

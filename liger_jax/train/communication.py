@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from liger_jax.config import QwenVLConfig
 from liger_jax.inputs.batch import Batch
 from liger_jax.model.params import axis_sizes
+from liger_jax.train.memory import vision_runs_by_rows
 
 # Bytes per second that a GPU receives over NVLink while a step runs. Measured on two H200s as the bytes of a step over the
 # time that it takes longer than its computation, for the 2B: fsdp=2 moves 6.6 GB in 40 ms, data=2 4.4 GB in 37 ms, tensor=2
@@ -53,8 +54,9 @@ def step_traffic(
 
         fsdp       the weights, gathered once (by_device) or twice, and the gradients, reduced and scattered
         data       the gradients, reduced and scattered, and the updated weights, gathered
-        tensor     the activations of each layer, gathered before attention and MLP, and reduced and scattered after them:
-                   4 times in the forward pass, 4 in the backward pass, and 2 that it repeats
+        tensor     the activations of each text layer, gathered before attention and MLP, and reduced and scattered after
+                   them: 4 times in the forward pass, 4 in the backward pass, and 2 that it repeats; and the weights of the
+                   vision tower, gathered, and its gradients, or its activations where it does not run by rows
         sequence   queries, keys, values and outputs of attention, forward and twice backward; and what fsdp moves
 
     Args:
@@ -84,13 +86,17 @@ def step_traffic(
         (positions, axis["L"], axis["H"], 2 * (axis["N"] + axis["K"]) * axis["D"]),
         (patches, axis["Lv"], axis["E"], 4 * axis["n"] * axis["d"]),
     )
-    activations = itemsize * rows * sum(count * layers * width for count, layers, width, _ in towers)
+    text_bytes, vision_bytes = (itemsize * rows * count * layers * width for count, layers, width, _ in towers)
+    along_tensor = 10 * (text_bytes + vision_bytes) / sizes["sequence"]
+    if vision_runs_by_rows(mesh, rows):
+        tower = sum(size for tree in (weights, trained) for path, size in tree.items() if path.startswith("visual/"))
+        along_tensor = 10 * text_bytes + tower
     heads = itemsize * rows * sum(count * layers * numbers for count, layers, _, numbers in towers)
     gathers = (1 if by_device else 2) * parameters + gradients
     moved = {
         "data": 2 * gradients / split_weights,
         "fsdp": gathers,
         "sequence": 3 * heads / sizes["sequence"] / sizes["tensor"] + gathers / sizes["fsdp"],
-        "tensor": 10 * activations / sizes["sequence"],
+        "tensor": along_tensor,
     }
     return {name: moved[name] * (size - 1) / size for name, size in sizes.items() if size > 1}

@@ -6,7 +6,6 @@ stack of weights once, before the first layer, and reduces each stack of gradien
 large and at the edges of the step.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from liger_jax.model.by_rows import count_shards, gather_shards
 from liger_jax.model.sharding import BATCH_AXES, split_over_data
 
 Reduce = Callable[[Any], Any]
@@ -51,7 +51,7 @@ def gradients_by_device(
         return structure.unflatten([_sum_over_mesh(grad, spec, axes) for grad, spec in pairs])
 
     def on_device(leaves: list[jax.Array], batch: Any):
-        whole = structure.unflatten([_gather(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)])
+        whole = structure.unflatten([gather_shards(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)])
         grads, metrics = compute(whole, batch, reduce)
         return jax.tree.leaves(grads), metrics
 
@@ -85,23 +85,10 @@ def row_axes() -> tuple[str, ...]:
     return tuple(name for name in BATCH_AXES if name in jax.sharding.get_abstract_mesh().shape)
 
 
-def _gather(shard: jax.Array, spec: P) -> jax.Array:
-    """Returns the whole array.
-
-    Gathered along a new first axis, the shards arrive where a collective writes them, and one copy puts them in place. A
-    gather along another axis would also copy its operand.
-    """
-    for axis, names in enumerate(spec):
-        if names is not None and (count := _size(names)) > 1:
-            shards = jnp.moveaxis(jax.lax.all_gather(shard, names), 0, axis)
-            shard = shards.reshape(*shard.shape[:axis], count * shard.shape[axis], *shard.shape[axis + 1 :])
-    return shard
-
-
 def _sum_over_mesh(grad: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
     """Returns the sum of a gradient over `axes`, split by `spec`."""
     for axis, names in enumerate(spec):
-        if names is not None and (count := _size(names)) > 1:
+        if names is not None and (count := count_shards(names)) > 1:
             shape = *grad.shape[:axis], count, grad.shape[axis] // count, *grad.shape[axis + 1 :]
             grad = jax.lax.psum_scatter(jnp.moveaxis(grad.reshape(shape), axis, 0), names)
     rest = tuple(name for name in axes if name not in _names(spec))
@@ -110,8 +97,3 @@ def _sum_over_mesh(grad: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array
 
 def _names(spec: P) -> set[str]:
     return {name for names in spec if names is not None for name in ((names,) if isinstance(names, str) else names)}
-
-
-def _size(names: Any) -> int:
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names))

@@ -43,7 +43,7 @@ class StepMemory:
     weights: int
     optimizer: int
     gathered: int
-    """Weights that fsdp splits, gathered for the computation."""
+    """Weights that the mesh splits, gathered for the computation."""
     activations: int
     """Saved in the forward pass for the backward pass."""
     gradients: int
@@ -168,17 +168,28 @@ def estimate_memory(
     gathered = 0
     if mesh.get("fsdp", 1) * mesh.get("sequence", 1) > 1:
         gathered = sum(whole.values()) if by_device else _bytes_of_two_layers(training.config, whole, mesh)
-    trained = {
-        path: size
-        for path, size in (whole if by_device else weights).items()
-        if param_group(path) not in training.frozen
-    }
+    reduced = whole if by_device else weights
+    if training.row.vision is not None and vision_runs_by_rows(mesh, rows):
+        visual = {path: size for path, size in whole.items() if path.startswith("visual/")}
+        gathered, reduced = gathered + sum(visual.values()), weights | visual
+    trained = {path: size for path, size in reduced.items() if param_group(path) not in training.frozen}
     in_text = sum(size for path, size in trained.items() if not path.startswith("visual/"))
     peaks = []
     for tower, gradients in (("text", in_text), ("vision", sum(trained.values()))):
         activations, working = training.activations[tower], _working_bytes(training, tower)
         peaks.append((rows * activations // split, gradients, rows * working // split))
     return StepMemory(sum(weights.values()), optimizer, gathered, *max(peaks, key=sum))
+
+
+def vision_runs_by_rows(mesh: Mapping[str, int], rows: int) -> bool:
+    """Returns whether `tensor` splits the rows of the vision tower instead of its heads; see `liger_jax.model.by_rows`.
+
+    Args:
+        mesh: the sizes of its axes.
+        rows: rows of each group of GPUs along `tensor`.
+    """
+    tensor = mesh.get("tensor", 1)
+    return tensor > 1 and mesh.get("sequence", 1) == 1 and rows % tensor == 0
 
 
 def abstract_mesh(mesh: Mapping[str, int]) -> AbstractMesh:
