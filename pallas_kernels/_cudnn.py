@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from pallas_kernels import _pallas, _sharding
-from pallas_kernels.segments import Segments, clear_outside
+from pallas_kernels.segments import Segments, clear_in_place, clear_outside
 
 # Earlier releases look up the start of a segment as if there were as many key heads as query heads.
 SUPPORTS_GROUPED_SEGMENTS = jax.__version_info__ >= (0, 11, 2)
@@ -49,7 +49,7 @@ def forward(
     out, statistics = fused._dot_product_attention_fwd_p_wrapper.bind(
         q, k, v, *_optional_operands(q, segments), **_options(segments, scale, causal), is_training=True
     )
-    out = out if segments is None else clear_outside(out, segments)
+    out = out if segments is None else clear_in_place(out, segments)
     return out, statistics.reshape(q.shape[0], -1, *statistics.shape[1:])
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _pallas
-from pallas_kernels.segments import Segments, clear_outside
+from pallas_kernels.segments import Segments, clear_in_place, clear_outside
 
 BACKEND = "cute"  # the kernels; fa4-jax also has "reference", plain JAX for any platform
 DTYPES = jnp.bfloat16, jnp.float16
@@ -126,7 +126,7 @@ def forward(
         out, lse = fa4_fwd_p.bind(q, k, v, *data, cfg=config, need_lse=True)
         return out, lse
     out, lse = fa4_fwd_p.bind(*map(_join_rows, (q, k, v)), *data, cfg=config, need_lse=True)
-    return clear_outside(out.reshape(q.shape), segments), lse.reshape(-1, *q.shape[:2]).swapaxes(0, 1)
+    return clear_in_place(out.reshape(q.shape), segments), lse.reshape(-1, *q.shape[:2]).swapaxes(0, 1)
 
 
 def backward(

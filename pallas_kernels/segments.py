@@ -1,12 +1,17 @@
 """Segments: several sequences packed into one row of attention."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _validate
+from pallas_kernels import _pallas, _validate
 
+CLEARED_ROWS, CLEARED_COLUMNS = (
+    32,
+    256,
+)  # the rows of a program of `clear_rows`, and the columns that it writes at once
 MIN_SLOTS = 2  # with a single slot, cuDNN treats the row as one unpacked sequence
 
 
@@ -61,6 +66,57 @@ def clear_outside(x: jax.Array, segments: Segments) -> jax.Array:
 
     Tokens of segments without a slot become NaN.
     """
-    ids = segments.ids[:, :, None, None]
-    outside = jnp.where(ids == 0, 0, jnp.nan).astype(x.dtype)
-    return jnp.where((ids > 0) & (ids <= segments.starts.shape[1]), x, outside)
+    has_slot, value = _replacement(segments.ids[:, :, None, None], segments.starts.shape[1])
+    return jnp.where(has_slot, x, value.astype(x.dtype))
+
+
+def clear_in_place(x: jax.Array, segments: Segments) -> jax.Array:
+    """As `clear_outside`, for an array that a matmul reads next, so that XLA could not fuse the selection.
+
+    On a GPU, a kernel writes only to the tokens to clear. XLA's selection moves 336 MB in each layer of Qwen2-VL's vision
+    tower, for 16 rows of 4096 patches.
+    """
+
+    def kernel(x, segments, *, interpret: bool):
+        rows = x.reshape(segments.ids.size, -1)
+        return clear_rows(rows, segments.ids.ravel(), segments.starts.shape[1], interpret=interpret).reshape(x.shape)
+
+    return _pallas.call_implementation(None, kernel, clear_outside, x, segments)
+
+
+def clear_rows(x: jax.Array, ids: jax.Array, slots: int, *, interpret: bool) -> jax.Array:
+    """As `clear_outside`, in place, for x [rows, width] and ids [rows]."""
+    rows, width = x.shape
+    (out,) = _pallas.launch(
+        functools.partial(_clear_rows, slots=slots, rows=rows, width=width),
+        [x, ids],
+        [(x.shape, x.dtype)],
+        grid=(_pallas.cdiv(rows, CLEARED_ROWS),),
+        num_warps=4,
+        interpret=interpret,
+        in_place={0: 0},
+    )
+    return out
+
+
+def _clear_rows(_, ids_ref, out_ref, *, slots: int, rows: int, width: int) -> None:
+    """Grid (blocks of rows). Most programs find nothing to clear."""
+    first = _pallas.program_id(0) * CLEARED_ROWS
+    index, in_rows = _pallas.span(first, CLEARED_ROWS), first + jnp.arange(CLEARED_ROWS) < rows
+    has_slot, value = _replacement(_pallas.load(ids_ref, (index,), in_rows, other=1), slots)
+    to_clear = ~has_slot & in_rows
+
+    @_pallas.when(jnp.max(to_clear.astype(jnp.int32)) > 0)
+    def clear():
+        def clear_columns(i, _):
+            column = i * CLEARED_COLUMNS
+            mask = to_clear[:, None] & (column + jnp.arange(CLEARED_COLUMNS) < width)[None, :]
+            tile = jnp.broadcast_to(value[:, None], mask.shape)
+            _pallas.store(out_ref, (index, _pallas.span(column, CLEARED_COLUMNS)), tile, mask)
+
+        jax.lax.fori_loop(0, _pallas.cdiv(width, CLEARED_COLUMNS), clear_columns, None)
+
+
+def _replacement(ids: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Returns which ids have a slot, and what replaces the values of those that have none."""
+    return (ids > 0) & (ids <= slots), jnp.where(ids == 0, 0, jnp.nan)

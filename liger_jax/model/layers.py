@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as pk
+from liger_jax.model.sharding import on_mesh
 
 
 class Initializer:
@@ -81,9 +82,7 @@ class Linear(nnx.Module):
         self.in_axes, self.out_axes = len(in_shape), len(out_shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...], axes=self.in_axes)
-        if self.bias is not None:
-            y = y + self.bias[...]
+        y = self._affine(x, self.kernel[...], None if self.bias is None else self.bias[...])
         if self.lora is not None:
             y = checkpoint_name(y + self.lora(x, self.in_axes), "adapted")
         return y
@@ -99,13 +98,25 @@ class Linear(nnx.Module):
         Neither y nor its gradient exists as one array, so nothing is copied to split or join them.
         """
         kernels = jnp.unstack(self.kernel[...], axis=self.in_axes)
-        outputs = [jnp.tensordot(x, kernel, axes=self.in_axes) for kernel in kernels]
-        if self.bias is not None:
-            outputs = [y + bias for y, bias in zip(outputs, self.bias[...], strict=True)]
+        biases = [None] * len(kernels) if self.bias is None else self.bias[...]
+        outputs = [self._affine(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
         if self.lora is not None:
             updates = jnp.unstack(self.lora(x, self.in_axes), axis=x.ndim - self.in_axes)
             outputs = [checkpoint_name(y + update, "adapted") for y, update in zip(outputs, updates, strict=True)]
         return tuple(outputs)
+
+    def _affine(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """Returns x @ kernel + bias.
+
+        cuBLAS adds a bias that is a vector. One with several axes becomes an array as large as the result, which XLA writes
+        and cuBLAS reads again. So the axes of heads are merged for the sum, except on a mesh, which may split them.
+        """
+        if bias is None:
+            return jnp.tensordot(x, kernel, axes=self.in_axes)
+        if bias.ndim == 1 or on_mesh():
+            return jnp.tensordot(x, kernel, axes=self.in_axes) + bias
+        y = jnp.tensordot(x, kernel.reshape(*kernel.shape[: self.in_axes], -1), axes=self.in_axes) + bias.reshape(-1)
+        return y.reshape(*y.shape[:-1], *bias.shape)
 
 
 class SwiGLU(nnx.Module):

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-from pallas_kernels.segments import clear_outside
+from pallas_kernels.segments import clear_in_place, clear_outside, clear_rows
 from tests._support.attention import (
     SEGMENTS,
     assert_close,
@@ -22,6 +22,7 @@ from tests._support.attention import (
     reference,
     root_mean_square_error,
 )
+from tests._support.lowered import lowered_for_cuda as gpu_text
 from tests._support.lowered import triton_calls
 
 module = importlib.import_module("pallas_kernels.attention")
@@ -304,15 +305,19 @@ def test_call_unsupported_by_cudnn_falls_back_or_raises(reason, sizes, options):
         gradients(pk.attention, implementation="cudnn", **options).trace(*args)
 
 
-@pytest.mark.parametrize("capability, kernels", [(9.0, 0), (8.0, 3), (8.9, 3), (7.5, 0)])
+@pytest.mark.parametrize("capability, kernels", [(9.0, 1), (8.0, 3), (8.9, 3), (7.5, 0)])
 def test_packed_rows_before_hopper_use_the_kernels(capability, kernels, monkeypatch):
-    """Before Hopper, cuDNN supports no segments, so None picks the Pallas kernels from Ampere on, else XLA."""
+    """Before Hopper, cuDNN supports no segments, so None picks the Pallas kernels from Ampere on, else XLA.
+
+    With cuDNN, one kernel clears the padding of the output.
+    """
     monkeypatch.setattr(module._pallas, "compute_capability", lambda: capability)
     monkeypatch.setattr(module._fa4, "import_problem", lambda: "not in this test")
     run = gradients(pk.attention, causal=True, max_segments=4)
     args = shaped(segmented=True)
     assert ("__cudnn" in lowered_for_cuda(run, *args)) == (capability == 9.0)
     assert triton_calls(run, *args, device_kind="NVIDIA A100-SXM4-80GB") == kernels
+    assert ("clear_rows" in gpu_text(run, *args)) == (capability == 9.0)
 
 
 def test_single_query_uses_xla():
@@ -335,6 +340,27 @@ def test_find_segments_returns_starts_and_lengths():
         pk.find_segments(ids, 0)
     with pytest.raises(ValueError, match="shape"):
         pk.find_segments(ids[0], 2)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 1), (31, 300), (70, 256), (96, 520)])
+def test_padding_is_cleared_in_place(rows, width):
+    """The kernel writes zeros to padding, NaN to segments without a slot, and nothing to the other tokens."""
+    x = jax.random.normal(jax.random.key(0), (2, rows, width), jnp.bfloat16).at[0, 0, 0].set(jnp.inf)
+    ids = jax.random.randint(jax.random.key(1), (2, rows), 0, 5)
+    ids = ids.at[:, 32:64].set(2)  # in a program that writes nothing
+    clear = functools.partial(clear_rows, slots=3, interpret=True)
+    want = np.where((ids > 3)[..., None], np.nan, np.where((ids == 0)[..., None], 0, np.asarray(x, np.float32)))
+    np.testing.assert_array_equal(np.asarray(jax.vmap(clear)(x, ids), np.float32), want)
+    np.testing.assert_array_equal(np.asarray(clear(x[1], ids[1]), np.float32), want[1])
+
+
+def test_cleared_output_is_not_copied():
+    """On a GPU, the result of `clear_in_place` is its operand's own memory."""
+    shapes = jax.ShapeDtypeStruct((4, 4096, 16, 80), jnp.bfloat16), jax.ShapeDtypeStruct((4, 4096), jnp.int32)
+    text = gpu_text(lambda x, ids: clear_in_place(x, pk.find_segments(ids, 4)), *shapes)
+    (call,) = (line for line in text.splitlines() if "clear_rows" in line and "custom_call" in line)
+    assert "output_operand_alias<output_tuple_indices = []" in call
+    assert "tensor<16384x1280xi1>" not in text and "tensor<4x4096x16x80xi1>" not in text
 
 
 def test_precomputed_segments_equal_ids():
