@@ -451,8 +451,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "soak": lambda results: "\n\n".join(map(soak_table, _read(results, "soak"))) or NOT_MEASURED,
     "faults": lambda results: "\n\n".join(map(faults_table, _read(results, "faults"))) or NOT_MEASURED,
     "profile": lambda results: "\n\n".join(map(groups_table, _read(results, "profile_2b_x4"))) or NOT_MEASURED,
-    "memory": lambda results: memory_table(),
-    "memory_batches": lambda results: batch_table(),
+    "memory": lambda results: "\n\n".join(map(memory_table, _read(results, "memory"))) or NOT_MEASURED,
+    "memory_batches": lambda results: "\n\n".join(map(batch_table, _read(results, "memory"))) or NOT_MEASURED,
     "kernels": lambda results: "\n\n".join(map(kernels_table, _read(results, "ops"))) or NOT_MEASURED,
     "scaling": lambda results: (
         "\n\n".join(scaling_table(plans, *_read(results, "model")) for plans in _read(results, "scaling"))
