@@ -7,6 +7,7 @@ import tyro
 from benchmarks.convergence import Convergence
 from benchmarks.faults import Faults
 from benchmarks.generate import Generate
+from benchmarks.memory import Memory
 from benchmarks.ops import Ops
 from benchmarks.scaling import Scaling
 from benchmarks.soak import Soak
@@ -15,7 +16,7 @@ from benchmarks.tables import Tables
 from benchmarks.train import Train
 from liger_jax.errors import UserError
 
-COMMANDS = Ops | Train | Generate | Start | Convergence | Faults | Soak | Scaling | Tables
+COMMANDS = Ops | Train | Generate | Start | Convergence | Faults | Soak | Memory | Scaling | Tables
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
 Computation = dict[str, Instruction]
@@ -35,8 +35,8 @@ Computation = dict[str, Instruction]
 
 def arrays(shapes: str) -> list[tuple[str, list[int]]]:
     """Returns (dtype, shape) of each array: [("bf16", [4, 8])] for "bf16[4,8]{1,0}"."""
-    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-    return [(dtype, [int(size) for size in shape.split(",") if size]) for dtype, shape in found]
+    matches = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+    return [(dtype, [int(size) for size in shape.split(",") if size]) for dtype, shape in matches]
 
 
 class Program:

@@ -1,23 +1,27 @@
-"""Estimates the GPU memory that a model needs, and the smallest GPU that has it.
+"""`python -m benchmarks memory`: estimates the GPU memory that each model needs. Needs no GPU.
 
-    training     weights 2 bytes, and per trained weight: gradient 2 + moments 4 (float32 master weights: 14)
-                 + activations: a factor per remat policy x the input of each layer that has gradients
+    training     the estimate of `liger-jax plan`, see `liger_jax.train.memory`
     generation   weights 2 bytes + a second copy of the decoder layers, in the order in which decoding reads them + KV cache
 
-The factors are fitted to the measured training steps. A test compares the estimates with all of them.
+A test compares the estimates of generation with all measurements.
 """
 
 import dataclasses
-import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+from benchmarks import work
+from benchmarks.environment import GIB, RESULTS
 from benchmarks.record import FAMILY_NAMES
 from liger_jax import QwenVL, QwenVLConfig
+from liger_jax.files import atomic_write
 from liger_jax.model.params import find_row, param_paths
+from liger_jax.options import PlanOptions, Remat
+from liger_jax.plan import make_training
+from liger_jax.train.memory import estimate_memory
 
-GIB = 2**30
-TOKENS, PATCHES = 2048, 4096  # of a sequence in the benchmarks
-ACTIVATIONS = {"dots": 12.5, "narrow": 6.0, "full": 1.6}  # remat policy -> bytes saved, relative to the layers' inputs
-FORWARD_ONLY = 2.5  # the same for a tower without gradients: the arrays of a layer and the matmuls' operands
 GPUS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 141}
 MODELS = (
     *("qwen2_vl_2b", "qwen2_vl_7b", "qwen2_vl_72b"),
@@ -25,28 +29,54 @@ MODELS = (
     *("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b"),
 )
 USABLE = 0.92  # share of a GPU's memory; the rest is the CUDA context, and what fragmentation costs
+# The ways of training in the tables, and their options.
+METHODS: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "all weights, `--master-weights`": {"master_weights": True},
+    "`--freeze vision`": {"freeze": ("vision",)},
+    "`--lora 16`": {"lora": 16},
+}
+REMATS: tuple[Remat, ...] = ("full", "narrow", "dots")
+BATCH_SIZES = (4, 16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """A way of training: which parts it trains, and what it keeps of each trained weight."""
+class Memory:
+    """Estimates the memory of training and generation on one GPU. Needs no GPU. Writes memory.json."""
 
-    name: str
-    bytes_per_trained_weight: int = 6
-    trained: tuple[str, ...] = ("vision", "merger", "text")
-    adapter: bool = False
-    """Whether only a small adapter of the language model is trained. It needs the gradients of its layers' inputs."""
+    models: tuple[str, ...] = MODELS
+    """Presets of `QwenVLConfig`."""
+    results: Path = RESULTS
+    """Folder of the result file."""
+
+    def run(self) -> Path:
+        records = []
+        for model in self.models:
+            for record in estimates(getattr(QwenVLConfig, model)()):
+                records.append({"model": model, **record})
+                print(records[-1], flush=True)
+        file = self.results / "memory.json"
+        atomic_write(file, json.dumps(records, indent=1) + "\n")
+        return file
 
 
-METHODS = (
-    Method("all weights"),
-    Method("all weights, `--master-weights`", bytes_per_trained_weight=14),
-    Method("`--freeze vision`", trained=("merger", "text")),
-    Method("`--lora 16`", trained=(), adapter=True),
-)
+def estimates(config: QwenVLConfig) -> Iterator[dict[str, Any]]:
+    """Yields what the tables show of a model: all methods and generation with one row, and all weights with batches."""
+    for method, options in METHODS.items():
+        gib = training_gib(config, rows=1, remat="full", **options)
+        yield {"what": method, "remat": "full", "rows": 1, "gib": gib}
+    yield {"what": "generate", "rows": 1, "gib": generation_gib(config)}
+    for remat in REMATS:
+        for rows in BATCH_SIZES:
+            yield {"what": "batch", "remat": remat, "rows": rows, "gib": training_gib(config, rows=rows, remat=remat)}
 
 
-@functools.cache
+def training_gib(config: QwenVLConfig, *, rows: int, remat: Remat, **options: Any) -> float:
+    """Returns the memory that a training step needs on one GPU. `options` are those of `PlanOptions`."""
+    plan_options = PlanOptions(length=work.LENGTH, patches=4 * work.IMAGE_TOKENS, **options)
+    return estimate_memory(make_training(config, plan_options, remat), {}, rows).total / GIB
+
+
 def count_weights(config: QwenVLConfig) -> dict[str, int]:
     """Returns the number of weights of each part of a model, and of its decoder layers.
 
@@ -62,47 +92,29 @@ def count_weights(config: QwenVLConfig) -> dict[str, int]:
     return counts
 
 
-def training_gib(config: QwenVLConfig, method: Method, *, rows: int, remat: str) -> float:
-    """Returns the memory that a training step needs on one GPU."""
-    text, vision, counts = config.text, config.vision, count_weights(config)
-    weights = sum(counts[part] for part in ("vision", "merger", "text"))
-    state = 2 * weights + method.bytes_per_trained_weight * sum(counts[part] for part in method.trained)
-    factors = {
-        part: ACTIVATIONS[remat] if part in method.trained or (part == "text" and method.adapter) else FORWARD_ONLY
-        for part in ("vision", "text")
-    }
-    activations = factors["text"] * 2 * text.num_hidden_layers * TOKENS * text.hidden_size
-    activations += factors["vision"] * 2 * vision.depth * PATCHES * vision.embed_dim
-    return (state + rows * activations) / GIB
-
-
 def generation_gib(config: QwenVLConfig, *, rows: int = 1) -> float:
-    """Returns the memory that generation needs on one GPU after prompts of TOKENS tokens."""
+    """Returns the memory that generation needs on one GPU after prompts as long as the sequences of the benchmarks."""
     text, counts = config.text, count_weights(config)
     weights = sum(counts.values())  # the layers count twice
-    cache = 2 * rows * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * TOKENS
+    cache = 2 * rows * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * work.LENGTH
     return 2 * (weights + cache) / GIB
 
 
-def memory_table() -> str:
+def memory_table(records: list[dict]) -> str:
     """Returns the memory of each model and method with one sequence at a time, and the smallest GPU that has it."""
-    lines = [f"| | {' | '.join(method.name for method in METHODS)} | generate |", "|---" * (len(METHODS) + 2) + "|"]
-    for model in MODELS:
-        config = getattr(QwenVLConfig, model)()
-        sizes = [training_gib(config, method, rows=1, remat="full") for method in METHODS]
-        cells = [f"{gib:.0f} GiB: {_smallest_gpu(gib)}" for gib in (*sizes, generation_gib(config))]
-        lines.append(f"| {_title(model)} | {' | '.join(cells)} |")
+    lines = [f"| | {' | '.join(METHODS)} | generate |", "|---" * (len(METHODS) + 2) + "|"]
+    for model in dict.fromkeys(record["model"] for record in records):
+        sizes = [r["gib"] for r in records if r["model"] == model and r["what"] != "batch"]
+        lines.append(f"| {_title(model)} | {' | '.join(f'{gib:.0f} GiB: {_smallest_gpu(gib)}' for gib in sizes)} |")
     return "\n".join(lines)
 
 
-def batch_table() -> str:
+def batch_table(records: list[dict]) -> str:
     """Returns the memory of the models that train on one GPU, all weights, by remat policy and number of sequences."""
-    columns = [(remat, rows) for remat in ("full", "narrow", "dots") for rows in (4, 16)]
-    titles = [f"`{remat}`, {rows} sequences" for remat, rows in columns]
-    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    for model in MODELS:
-        config = getattr(QwenVLConfig, model)()
-        sizes = [training_gib(config, METHODS[0], rows=rows, remat=remat) for remat, rows in columns]
+    titles = [f"`{remat}`, {rows} sequences" for remat in REMATS for rows in BATCH_SIZES]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for model in dict.fromkeys(record["model"] for record in records):
+        sizes = [r["gib"] for r in records if r["model"] == model and r["what"] == "batch"]
         if min(sizes) <= USABLE * max(GPUS.values()):
             lines.append(f"| {_title(model)} | {' | '.join(f'{gib:.0f} GiB' for gib in sizes)} |")
     return "\n".join(lines)

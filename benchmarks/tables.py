@@ -238,11 +238,11 @@ def _times(op: str, result: dict | None) -> str:
     star = "*" if any(not error <= LARGE_ERROR for error in result.get("errors", {}).values()) else ""
     if "both_us" not in result:
         return _digits(result["forward_us"]["median"]) + star
-    forward, both = (result[key]["median"] for key in ("forward_us", "both_us"))
+    forward_us, both_us = (result[key]["median"] for key in ("forward_us", "both_us"))
     if op != "linear_cross_entropy":
-        return f"{_digits(forward)} / {_digits(both)}{star}"
+        return f"{_digits(forward_us)} / {_digits(both_us)}{star}"
     memory = f", {result['temp_bytes'] / 2**30:.2f} GiB" if "temp_bytes" in result else ""
-    return f"{_digits(forward / 1e3)} / {_digits(both / 1e3)}{star}{memory}"
+    return f"{_digits(forward_us / 1e3)} / {_digits(both_us / 1e3)}{star}{memory}"
 
 
 def _digits(value: float) -> str:
@@ -305,12 +305,12 @@ def _fastest(results: list[dict], benchmark: str, measure: str) -> list[dict]:
     """Returns the best result of each of HEADLINE_MODELS: with 4 rows in training, or fewer if only that has a peer."""
     best = []
     for name in HEADLINE_MODELS:
-        ours = [r for r in _plain(results) if (r["package"], r["model"], r["what"]) == (OURS, name, benchmark)]
-        ours = [r for r in ours if r.get("devices", 1) == 1 and r["rows"] <= (4 if benchmark == "train" else 1)]
-        compared = [r for r in ours if "error" not in (_best_peer(r, results) or {"error": "no peer"})]
-        if candidates := compared or ours:
-            most = max(r["rows"] for r in candidates)
-            best.append(min((r for r in candidates if r["rows"] == most), key=lambda r: r[measure]))
+        own = [r for r in _plain(results) if (r["package"], r["model"], r["what"]) == (OURS, name, benchmark)]
+        own = [r for r in own if r.get("devices", 1) == 1 and r["rows"] <= (4 if benchmark == "train" else 1)]
+        compared = [r for r in own if "error" not in (_best_peer(r, results) or {"error": "no peer"})]
+        if candidates := compared or own:
+            rows = max(r["rows"] for r in candidates)
+            best.append(min((r for r in candidates if r["rows"] == rows), key=lambda r: r[measure]))
     return best
 
 
@@ -451,8 +451,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "soak": lambda results: "\n\n".join(map(soak_table, _read(results, "soak"))) or NOT_MEASURED,
     "faults": lambda results: "\n\n".join(map(faults_table, _read(results, "faults"))) or NOT_MEASURED,
     "profile": lambda results: "\n\n".join(map(groups_table, _read(results, "profile_2b_x4"))) or NOT_MEASURED,
-    "memory": lambda results: memory_table(),
-    "memory_batches": lambda results: batch_table(),
+    "memory": lambda results: "\n\n".join(map(memory_table, _read(results, "memory"))) or NOT_MEASURED,
+    "memory_batches": lambda results: "\n\n".join(map(batch_table, _read(results, "memory"))) or NOT_MEASURED,
     "kernels": lambda results: "\n\n".join(map(kernels_table, _read(results, "ops"))) or NOT_MEASURED,
     "scaling": lambda results: (
         "\n\n".join(scaling_table(plans, *_read(results, "model")) for plans in _read(results, "scaling"))

@@ -1,7 +1,6 @@
 """Plans training on GPUs that are not there: memory, communication and expected efficiency of each mesh.
 
-Memory is an estimate, or, with `compiled_report`, that of the program: XLA compiles it for GPUs of a named kind on any
-machine that has JAX's CUDA plugin.
+Memory is an estimate. `liger-jax plan --compile` also prints that of the compiled program, see `liger_jax.train.ahead`.
 """
 
 import dataclasses
@@ -20,7 +19,6 @@ from liger_jax.files import CONFIG, local_folder
 from liger_jax.model.lora import adapted_parts, add_lora
 from liger_jax.model.params import PARTS, param_group, param_paths
 from liger_jax.options import Optimization, Part, PlanOptions, Remat
-from liger_jax.train.ahead import compiled_bytes
 from liger_jax.train.communication import Links, step_traffic
 from liger_jax.train.data_parallel import splits_only_rows
 from liger_jax.train.flops import PEAKS, step_flops
@@ -253,51 +251,6 @@ def utilization(weights: int) -> float:
     (small, low), (large, high) = UTILIZATION
     position = (math.log(weights) - math.log(small)) / (math.log(large) - math.log(small))
     return low + (high - low) * min(max(position, 0), 1)
-
-
-# ---- report ----------------------------------------------------------------------------------------------------------
-
-
-def report(options: PlanOptions, plans: list[Plan], *, shown: int = 6) -> str:
-    """Returns the best plans as a table, and the details of the first."""
-    lines = [
-        f"{options.gpus} x {options.gpu}, {memory_limit(options) / GIB:.0f} GiB usable each "
-        f"(XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}; JAX's default is 0.75)",
-        f"{batch_rows(options)} sequences per step, of {options.length} tokens, up to {options.patches // 4} of an image",
-        "",
-        f"{'mesh':<26}{'remat':<11}{'GiB per GPU':>12}{'step':>10}{'tokens/s':>12}{'efficiency':>12}",
-    ]
-    for plan in plans[:shown]:
-        verdict = "" if plan.fits else "   does not fit"
-        lines.append(
-            f"{plan.name:<26}{plan.remat:<11}{plan.memory.total / GIB:>12.1f}{plan.step_s * 1e3:>7.0f} ms"
-            f"{plan.tokens / plan.step_s:>12,.0f}{plan.efficiency:>12.0%}{verdict}"
-        )
-    best = plans[0]
-    parts = [f"{name} {size / GIB:.1f}" for name, size in vars(best.memory).items() if size]
-    lines += ["", f"{best.name}, GiB per GPU (computed): {', '.join(parts)}"]
-    for axis, size in best.traffic.items():
-        rate = link_rates(options).rate(best.mesh, axis)
-        lines.append(
-            f"{axis}: {size / 1e9:.2f} GB per GPU and step, {size / rate * 1e3:.0f} ms at {rate / 1e9:.0f} GB/s"
-        )
-    if not best.fits:
-        lines.append("No mesh fits. More GPUs, fewer sequences per GPU, LoRA or frozen parts need less memory.")
-    return "\n".join(lines)
-
-
-def compiled_report(config: QwenVLConfig, options: PlanOptions, plan: Plan) -> str:
-    """Returns the memory of the compiled step, and the distance of the estimate.
-
-    Raises:
-        UserError: this machine cannot compile for the kind of GPU.
-    """
-    training = make_training(config, options, plan.remat)
-    size = compiled_bytes(training, plan.mesh, batch_rows(options), gpu=options.gpu, by_device=plan.by_device)
-    return (
-        f"{plan.name}, compiled: {size / GIB:.1f} GiB per GPU (the estimate is {plan.memory.total / size - 1:+.1%}); "
-        f"{'fits' if size <= plan.limit else 'does not fit'}"
-    )
 
 
 def as_record(plan: Plan) -> dict[str, Any]:

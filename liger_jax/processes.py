@@ -95,7 +95,7 @@ def agree(*, together: bool = True) -> Iterator[None]:
     """Runs a block that may fail in some of the processes. All processes must enter it; if one fails, all raise its error.
 
     Args:
-        together: whether the processes act together, on arrays that they share. False leaves the block as it is.
+        together: whether the processes act together, on arrays that they share. False runs the block without synchronizing.
 
     Example:
         >>> with processes.agree():  # doctest: +SKIP

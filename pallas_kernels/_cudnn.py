@@ -1,8 +1,8 @@
 """cuDNN's flash attention. This is the only file that uses a private module of JAX.
 
 `jax.nn.dot_product_attention` supports no packed segments and does not expose its forward and backward passes separately,
-which a common gradient rule for all implementations needs. The primitives behind it do both. They are the same in JAX 0.10
-to 0.12, except for one option of 0.12.
+which a common gradient rule for all implementations needs. The primitives that it calls do both. They are the same in JAX
+0.10 to 0.12, except for one option of 0.12.
 """
 
 import inspect

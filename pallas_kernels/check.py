@@ -84,7 +84,7 @@ def chosen(operation: Operation, arguments: Sequence[jax.Array], platform: str) 
     program = jax.jit(operation.function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     uses = "triton" if _pallas.TRITON_CALL in program else "cudnn" if "__cudnn$" in program else "xla"
     if operation.family == "attention" and uses == "xla" and unsupported_reason(operation, "fa4", arguments) is None:
-        uses = "fa4"  # whatever its calls are named
+        uses = "fa4"  # the names of its calls do not matter
     if operation.family == "attention" and uses != "fa4":
         better = {"cudnn": ["fa4"], "triton": ["fa4", "cudnn"], "xla": ["fa4", "cudnn", "triton"]}[uses]
         return uses, "; ".join(f"no {name}: {unsupported_reason(operation, name, arguments)}" for name in better)

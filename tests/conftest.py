@@ -24,7 +24,7 @@ jax.config.update("jax_default_matmul_precision", "highest")  # a GPU rounds flo
 LONGEST = {
     *("test_notebooks", "test_finetune", "test_lora", "test_benchmarks", "test_sharding", "test_docs"),
     "test_snippets",
-    *("test_kernels", "test_linear_cross_entropy", "test_soak", "test_faults", "test_processes"),
+    *("test_kernels", "test_linear_cross_entropy", "test_soak", "test_faults", "test_processes", "test_loader"),
 }
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "liger_jax", "convert")
 # The layers of liger_jax, lowest first: a module may import from its own layer and from lower ones.
 LAYERS = (
-    ("errors", "runtime", "options", "finite", "progress", "names", "suggestions", "processes"),
+    ("errors", "runtime", "options", "finite", "progress", "names", "processes"),
     ("files",),
     ("config",),
     ("inputs",),
@@ -168,8 +168,10 @@ def test_packages_import_in_one_direction():
     for rank, package in enumerate(PACKAGES):
         for file in files_of(package):
             place, names = str(file.relative_to(ROOT)), list(imports_at_run_time(file))
+            if place.startswith("liger_jax/cli/"):
+                continue
             upward = [name for name in names if name.split(".")[0] in (*PACKAGES[rank + 1 :], "benchmarks", "tests")]
-            assert not upward or place == "liger_jax/cli.py", (place, upward)
+            assert not upward, (place, upward)
             from_cli = [name for name in names if name.startswith("liger_jax.cli")]
             assert not from_cli or place in ("liger_jax/__main__.py", "convert/__main__.py"), (place, from_cli)
 

@@ -19,10 +19,11 @@ import pytest
 import tyro
 from PIL import Image
 
-from benchmarks.__main__ import COMMANDS
+from benchmarks.__main__ import COMMANDS as BENCHMARKS
 from benchmarks.tables import pages
 from convert import to_hf
 from liger_jax import QwenVL, cli, save_model
+from liger_jax.cli.program import COMMANDS
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
 from tests._support.snippets import BASH, MARKED, commands
@@ -143,14 +144,14 @@ def test_commands_on_a_page_have_valid_arguments(page, capsys):
     for program, arguments in (found for block in BASH.findall(page.read_text()) for found in commands(block)):
         try:
             if program == "python -m benchmarks":
-                tyro.cli(COMMANDS, args=arguments)
+                tyro.cli(BENCHMARKS, args=arguments)
             else:
                 name, *flags = ["convert", *arguments] if program == "python -m convert" else arguments
-                command = getattr(cli, name)
+                command = COMMANDS[name]
                 tyro.cli(
                     functools.wraps(command)(lambda *_, **__: None), args=flags, config=(tyro.conf.OmitArgPrefixes,)
                 )
-        except (SystemExit, AttributeError) as error:
+        except (SystemExit, KeyError) as error:
             pytest.fail(f"{page.name}: {program} {shlex.join(arguments)}: {error} {capsys.readouterr().err}")
 
 

@@ -56,7 +56,7 @@ FOREIGN_MEDIA = {
     | {"picture", "pictures", "photo", "photos", "pixel_values"},
     "video": {"video_path", "video_paths", "video_url", "video_urls", "video_file", "video_files", "frames"},
 }
-# Markers of ms-swift and others that nothing fills here, and Qwen-VL's own, which stand for an image's tokens.
+# Markers of ms-swift and other trainers that nothing fills here, and Qwen-VL's own placeholders for the tokens of images.
 LEFT_OVER = re.compile(r"<(?:bbox|ref-object|audio|\|(?:image|video)_pad\|)>")
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 

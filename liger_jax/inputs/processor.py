@@ -327,7 +327,7 @@ class Processor:
         return cleaned, items
 
     def _runs(self, item: MediaItem | ProcessedMedia) -> int:
-        """Returns the number of runs of placeholders that stand for an image or video."""
+        """Returns the number of runs of placeholders, one for each image or video."""
         return len(item.time.timestamps) if item.time and self._member.video_time == "text" else 1
 
     def _render(
@@ -452,7 +452,7 @@ class Processor:
                     )
 
     def _expand(self, row: dict[str, np.ndarray], media: Sequence[ProcessedMedia]) -> dict[str, np.ndarray]:
-        """Returns the row with each placeholder repeated for every token that it stands for, and mm_token_type_ids."""
+        """Returns the row with each placeholder repeated once per token of its image or video, and mm_token_type_ids."""
         repeats = np.ones(len(row["input_ids"]), np.int64)
         types = np.zeros(len(row["input_ids"]), np.int64)
         for kind in KINDS:

@@ -58,8 +58,8 @@ def plan_heads(heads: int, key_heads: int, devices: int) -> HeadPlan:
     return min(plans, key=math.prod)
 
 
-# attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D], rows) -> [B,T,N,D]: attention within each row, each head by itself, with
-# a pytree of arrays [B, ...] that describe the rows
+# attend(q [B,T,N,D], k [B,T,K,D], v [B,T,K,D], rows) -> [B,T,N,D]: attention within each row, independently per
+# head, with a pytree of arrays [B, ...] that describe the rows
 AttendRows = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
 

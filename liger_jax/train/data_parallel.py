@@ -1,9 +1,9 @@
 """Gradients on a mesh that only splits rows and weights: each device runs the program of a single device on its rows.
 
 The partitioner would place the communication itself: it gathers every weight of every layer for each pass, and reduces every
-gradient where it arises, in hundreds of small collectives that slow down the matmuls beside them. Here, a step gathers each
-stack of weights once, before the first layer, and reduces each stack of gradients once, so that the collectives are few,
-large and at the edges of the step.
+gradient where it arises, in hundreds of small collectives that slow down the matmuls running at the same time. Here, a step
+gathers each stack of weights once, before the first layer, and reduces each stack of gradients once, so that the collectives
+are few, large and at the edges of the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,8 +91,8 @@ def _sum_over_mesh(grad: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array
         if names is not None and (count := count_shards(names)) > 1:
             shape = *grad.shape[:axis], count, grad.shape[axis] // count, *grad.shape[axis + 1 :]
             grad = jax.lax.psum_scatter(jnp.moveaxis(grad.reshape(shape), axis, 0), names)
-    rest = tuple(name for name in axes if name not in _names(spec))
-    return jax.lax.psum(grad, rest) if rest else grad
+    unsplit = tuple(name for name in axes if name not in _names(spec))
+    return jax.lax.psum(grad, unsplit) if unsplit else grad
 
 
 def _names(spec: P) -> set[str]:

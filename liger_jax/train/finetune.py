@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +20,7 @@ from liger_jax.data.loader import default_workers, load_batches
 from liger_jax.data.share import RowShare
 from liger_jax.errors import UserError
 from liger_jax.generation.answer import prepare_prompt
+from liger_jax.inputs.batch import Batch
 from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import QwenVL
@@ -106,28 +108,20 @@ def finetune(
 
     share = make_share(model, batching)
     rows = None if share is None else share.rows
-
     with processes.agree(), lock_run(Path(output)):
         run = open_run(Path(output), make_record(options, model, processor, conversations))
         progress = progress and processes.is_first()
-        dataset = make_dataset(processor, model.config, conversations, batching, progress=progress, rows=rows)
-        evaluator = None
-        if held_out:
-            with _named_held_out():
-                unseen = make_dataset(
-                    processor, model.config, held_out, batching, shuffle=False, progress=progress, rows=rows
-                )
-                evaluator = HeldOutEvaluator.create(unseen, evaluation, answers_file=run.answers, share=share)
+        read = functools.partial(make_dataset, processor, model.config, batching=batching, progress=progress, rows=rows)
+        dataset = read(conversations)
+        evaluator = make_evaluator(read, held_out, evaluation, run, share)
         state, run = open_state(model, optimizer, run)
         evaluate_first = evaluator is not None and run.needs_evaluation(options)
         if run.start == steps and not evaluate_first:
             return state
 
-        last_answers = run.start - 1 if evaluate_first else run.start
-        run.begin(processor, generation_config=saving.generation_config, last_answers=last_answers)
+        run.begin(processor, generation_config=saving.generation_config, last_answers=run.start - int(evaluate_first))
         processes.from_first(lambda: check_space(run.folder, state))  # after begin has removed unfinished checkpoints
-        workers = default_workers(processes.on_this_host()) if batching.workers is None else batching.workers
-        batches = load_batches(dataset, range(run.start, steps), workers=workers)
+        batches = start_loading(dataset, range(run.start, steps), batching.workers)
         with (
             catch_signals() as stop_requested,  # outermost: a signal does not interrupt the last write of a checkpoint
             contextlib.closing(batches),
@@ -163,6 +157,28 @@ def make_share(model: QwenVL, batching: Batching) -> RowShare | None:
     processes.check_mesh(mesh)
     assert mesh is not None
     return RowShare.create(mesh, batching.batch_size, multiple=batching.accumulate)
+
+
+def start_loading(dataset: Dataset, indices: range, workers: int | None) -> Generator[Batch, None, None]:
+    """Returns the batches of the steps. By default, the processes of a host share its cores."""
+    if workers is None:
+        workers = default_workers(processes.on_this_host())
+    return load_batches(dataset, indices, workers=workers)
+
+
+def make_evaluator(
+    read: Callable[..., Dataset],
+    held_out: Sequence[Conversation],
+    evaluation: Evaluation,
+    run: Run,
+    share: RowShare | None,
+) -> "HeldOutEvaluator | None":
+    """Returns the evaluator of a run, or None without held-out conversations."""
+    if not held_out:
+        return None
+    with _named_held_out():
+        dataset = read(held_out, shuffle=False)
+        return HeldOutEvaluator.create(dataset, evaluation, answers_file=run.answers, share=share)
 
 
 def open_log(run: Run, steps: int, *, progress: bool) -> RunLog:

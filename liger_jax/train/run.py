@@ -152,10 +152,12 @@ def open_run(folder: Path, record: Mapping[str, Any]) -> Run:
         AlreadyExistsError: the folder has files, but no run.
         UserError: the run in it has other data or options, or more steps; or another process has other data or options.
     """
-    first, *others = processes.exchange(record)
-    for process, other in enumerate(others, 1):
-        if differences := _differences(first, other):
-            listed = "; ".join(f"{name} is {here!r}, and {there!r} in process 0" for name, there, here in differences)
+    first, *records = processes.exchange(record)
+    for process, own in enumerate(records, 1):
+        if differences := _differences(first, own):
+            listed = "; ".join(
+                f"{name} is {value!r}, and {wanted!r} in process 0" for name, wanted, value in differences
+            )
             raise UserError(f"process {process} has other settings: {listed}; expected those of process 0")
     start = processes.from_first(lambda: find_start(folder, record))
     return Run(folder, record, resumes=start is not None, start=start or 0)

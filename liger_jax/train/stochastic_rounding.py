@@ -170,12 +170,12 @@ def _fraction_changed(sample: Any, previous: Any) -> jax.Array:
     return jnp.float32(changed / sum(new.size for new, _ in pairs))
 
 
-def _transpose(tree: Any, *others: Any) -> tuple[list[tuple], Any]:
+def _transpose(tree: Any, *trees: Any) -> tuple[list[tuple], Any]:
     """Returns the corresponding leaves of all trees, and the structure of the first."""
     leaves: list[jax.Array]
     structure: Any
     leaves, structure = jax.tree.flatten(tree)
-    return list(zip(leaves, *(structure.flatten_up_to(other) for other in others), strict=True)), structure
+    return list(zip(leaves, *(structure.flatten_up_to(other) for other in trees), strict=True)), structure
 
 
 def _round(x: jax.Array, dtype: Any, word: jax.Array, stream: int) -> jax.Array:

@@ -8,10 +8,10 @@ import re
 import pytest
 
 from liger_jax import QwenVLConfig
-from liger_jax.cli import main
+from liger_jax.cli.plan_report import report
 from liger_jax.errors import UserError
 from liger_jax.options import PlanOptions
-from liger_jax.plan import make_plans, meshes, report
+from liger_jax.plan import make_plans, meshes
 from liger_jax.train.communication import step_traffic
 from liger_jax.train.memory import sample_row
 
@@ -76,13 +76,3 @@ def test_traffic():
 def test_errors(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make_plans(QwenVLConfig.tiny(), PlanOptions(**{"remat": "dots", **TINY, **options}))
-
-
-def test_command(capsys, monkeypatch):
-    monkeypatch.setattr("liger_jax.runtime.compile_without_gpus", lambda: None)  # JAX is imported already
-    main(["plan", "qwen2_vl_2b", "--gpus", "2", "--gpu", "H200", "--remat", "dots", "--fsdp", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("2 x H200") and re.match(r"fsdp=2 +dots +\d\d\.\d +\d+ ms", lines[4])
-    assert any(line.startswith("fsdp: 4.4") for line in lines)
-    with pytest.raises(SystemExit, match="MODEL is 'qwen9'; expected one of"):
-        main(["plan", "qwen9"])

@@ -1,21 +1,12 @@
 """finetune: a resumed run equals an uninterrupted one, and its output folder can be used like any model."""
 
-import base64
-import dataclasses
-import functools
-import io
-import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,86 +14,22 @@ import numpy as np
 import pytest
 
 import liger_jax.train.finetune as finetune_module
-from convert import from_hf, load_adapter
-from convert.load import convert_checkpoint
-from liger_jax import Processor, Qwen2VL, loss_fn, make_train_step, prepare
-from liger_jax.checkpoint import load_model, restore_state, save_model
+from liger_jax import Processor, Qwen2VL, loss_fn, prepare
+from liger_jax.checkpoint import load_model, restore_state
 from liger_jax.data.dataset import make_dataset
-from liger_jax.data.loader import load_batches
-from liger_jax.demo.data import conversations, load_digits
-from liger_jax.demo.run import make_config, make_processor
 from liger_jax.errors import AlreadyExistsError, UserError
 from liger_jax.files import LOCK, lock_folder
 from liger_jax.generation.answer import answer_conversations
 from liger_jax.generation.options import GenerationOptions
-from liger_jax.model.lora import TARGETS, adapted_parts
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import make_mesh, param_shardings
-from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
+from liger_jax.options import Batching, Optimization
 from liger_jax.train.evaluation import split_last_answer
-from liger_jax.train.finetune import choose_unroll, finetune
 from liger_jax.train.loop import catch_signals
 from liger_jax.train.optimizer import make_optimizer
-from tests._support.quiet import assert_quiet
+from tests._support.finetune_runs import assert_equal, initial_model, logged, losses, run
 
-ROWS = 7
-# All batches have the same shape, so that one program serves most of these tests.
-DEFAULTS = {
-    "batch_size": 2,
-    "length": 64,
-    "patches": 64,
-    "workers": 0,
-    "remat": "none",
-    "optimizer": make_optimizer(1e-3),
-    "progress": False,
-}
-
-
-def make_data():
-    return list(itertools.islice(conversations(load_digits()[0], np.random.default_rng(0)), ROWS))
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor(load_digits()[0])
-
-
-@pytest.fixture(scope="module")
-def config(processor):
-    return make_config(processor)
-
-
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Runs with the same options share their compiled step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_module, "make_train_step", functools.cache(make_train_step))
-        yield
-
-
-@functools.cache
-def initial_model(config):
-    return Qwen2VL.init(config, dtype="float32")
-
-
-def run(config, processor, data, output, *, model=None, **options):
-    """Calls finetune with the defaults above. `options` are its arguments, or fields of its options."""
-    options = DEFAULTS | options
-    for argument, kind in {
-        "batching": Batching,
-        "execution": LayerExecution,
-        "saving": Saving,
-        "evaluation": Evaluation,
-    }.items():
-        names = {field.name for field in dataclasses.fields(kind)} & options.keys()
-        options[argument] = kind(**{name: options.pop(name) for name in names})
-    model = jax.tree.map(jnp.copy, initial_model(config)) if model is None else model
-    return finetune(model, processor, data, output, **options)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -111,21 +38,6 @@ def uninterrupted(config, processor, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     options = {"held_out": data[:3], "eval_generate": 2, "max_new_tokens": 4}
     return folder, run(config, processor, data, folder, steps=6, save_every=3, **options)
-
-
-def logged(output, name="loss"):
-    """Returns the lines of the log that have this metric."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if name in line]
-
-
-def losses(output):
-    return [(line["step"], line["loss"]) for line in logged(output)]
-
-
-def assert_equal(state, expected):
-    for (path, array), other in zip(param_paths(state).items(), param_paths(expected).values(), strict=True):
-        assert (array == other).all(), path
 
 
 def test_resumed_run_matches_uninterrupted_run(config, processor, data, tmp_path, uninterrupted):
@@ -150,17 +62,16 @@ def test_resume_after_kill_during_a_checkpoint(config, processor, data, tmp_path
         jax.config.update("jax_num_cpu_devices", 4)
         jax.config.update("jax_default_matmul_precision", "highest")
         from pathlib import Path
-        from liger_jax import Qwen2VL
-        from tests.liger_jax.train import test_finetune as test
+        from liger_jax.demo.run import make_config
+        from tests._support.finetune_runs import demo_processor, make_data, run
         rename = os.rename
         def rename_or_kill(source, target, *arguments, **options):
             if "4.orbax-checkpoint-tmp" in str(source):
                 os.kill(os.getpid(), signal.SIGKILL)
             rename(source, target, *arguments, **options)
         os.rename = rename_or_kill
-        processor = test.make_processor(test.load_digits()[0])
-        config = test.make_config(processor)
-        test.run(config, processor, test.make_data(), Path(sys.argv[1]), steps=6, save_every=2)
+        config = make_config(demo_processor())
+        run(config, demo_processor(), make_data(), Path(sys.argv[1]), steps=6, save_every=2)
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -344,79 +255,6 @@ def test_diverging_run_keeps_its_last_good_checkpoint(config, processor, data, t
     assert_equal(restore_state(tmp_path, good, step=4), good)
 
 
-def test_workers_make_the_same_batches(config, processor, data):
-    """In a thread or in processes, starting at any step. Their errors reach the caller."""
-    dataset = make_dataset(processor, config, data, Batching(batch_size=2))
-    for workers in (0, 2):
-        batches = list(load_batches(dataset, range(1, 4), workers=workers))
-        assert len(batches) == 3
-        for batch, index in zip(batches, range(1, 4), strict=True):
-            assert (batch.input_ids == dataset(index).input_ids).all()
-            assert (batch.vision.pixel_values == dataset(index).vision.pixel_values).all()
-    broken = make_dataset(processor, config, [*data[:2], [{"role": "user", "content": "?"}]], Batching(batch_size=3))
-    for workers in (0, 2):
-        with pytest.raises(Exception, match=r"conversation 2: .*no assistant message"):
-            list(load_batches(broken, range(2), workers=workers))
-
-
-def test_killed_worker_is_an_error(config, processor, data):
-    """Nothing hangs, and the message says how to go on."""
-    dataset = make_dataset(processor, config, data, Batching(batch_size=2))
-    batches = load_batches(dataset, range(10_000), workers=1)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    with pytest.raises(UserError, match=r"data worker ended with exit code -9; expected .* fewer workers"):
-        list(batches)
-
-
-def test_signals_do_not_reach_starting_workers():
-    """Regression: Ctrl-C in the seconds in which workers import their packages ended them, each with a traceback."""
-
-    def interrupt_worker():
-        while not (workers := multiprocessing.active_children()):
-            time.sleep(0.01)
-        for _ in range(20):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                os.kill(workers[0].pid, number)
-            time.sleep(0.05)
-
-    batches = load_batches(np.array, range(3), workers=1)
-    thread = threading.Thread(target=interrupt_worker)
-    thread.start()
-    assert [batch.tolist() for batch in batches] == [0, 1, 2]
-    thread.join()
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()  # of this thread
-
-
-def test_workers_end_with_their_parent():
-    """Also if it is killed: workers that outlive it would keep their memory for ever."""
-    script = """
-        import multiprocessing, os, signal
-        import numpy as np
-        from liger_jax.data.loader import load_batches
-        if __name__ == "__main__":
-            batches = load_batches(np.array, range(10_000), workers=1)
-            next(batches)
-            (worker,) = multiprocessing.active_children()
-            print(worker.pid, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    worker = Path(f"/proc/{killed.stdout.strip()}")
-    deadline = time.monotonic() + 30
-    while worker.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not worker.exists()
-
-
-def test_no_conversations(config, processor, tmp_path):
-    with pytest.raises(UserError, match="conversations is 0"):
-        run(config, processor, [], tmp_path / "new", steps=1)
-    assert not (tmp_path / "new").exists()
-
-
 def test_unsuitable_folders_are_rejected(config, processor, data, tmp_path, uninterrupted):
     """A folder with other files, with a run of more steps, or with a run with another optimizer."""
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -484,39 +322,6 @@ def test_resumed_run_frees_the_initial_weights(config, processor, data, tmp_path
         run(config, processor, data, tmp_path / "run", steps=1)
 
 
-REJECTED = {
-    **{name: ({name: 0}, f"{name} is 0; expected at least 1") for name in ("steps", "batch_size", "save_every")},
-    "max_to_keep": ({"max_to_keep": 0}, "max_to_keep is 0; expected at least 1"),
-    "max_new_tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
-    "eval_generate": (
-        {"held_out": make_data()[:3], "eval_generate": 4},
-        "eval_generate is 4; expected 0 to 3, the number of held_out conversations",
-    ),
-    "remat": ({"remat": "some"}, "remat is 'some'; expected one of"),
-    "learning rate": ({"optimizer": Optimization(learning_rate=-1.0)}, "learning_rate is -1.0; expected 0 or more"),
-    "accumulate": ({"accumulate": 0}, "accumulate is 0; expected at least 1"),
-    "patches": ({"patches": 62}, "patches is 62; expected a multiple of 4"),
-    "seed": ({"seed": -1}, "seed is -1; expected at least 0"),
-    "workers": ({"workers": -1}, "workers is -1; expected at least 0"),
-    "question without text": (
-        {"held_out": [[{"role": "assistant", "content": "7"}]], "eval_generate": 1},
-        "held-out data: conversation 0 cannot be answered",
-    ),
-    "no room for an answer": (
-        {"held_out": make_data()[:1], "eval_generate": 1, "max_new_tokens": 10**6},
-        "held-out data: conversation 0 cannot be answered.*reach position",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REJECTED)
-def test_rejected_before_anything_is_written(config, processor, data, tmp_path, case):
-    options, message = REJECTED[case]
-    with pytest.raises(UserError, match=message):
-        run(config, processor, data, tmp_path / "run", **({"steps": 1} | options))
-    assert not (tmp_path / "run").exists()
-
-
 def test_run_without_a_trained_token_saves_nothing(config, processor, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     content = [{"type": "image", "image": str(tmp_path / "cut.png")}, {"type": "text", "text": "Which?"}]
@@ -525,117 +330,3 @@ def test_run_without_a_trained_token_saves_nothing(config, processor, tmp_path):
     with pytest.warns(UserWarning, match="left out"), pytest.raises(UserError, match="no token to train"):
         run(config, processor, data, tmp_path / "run", steps=1, **options)
     assert not (tmp_path / "run/1").exists()
-
-
-def test_command(config, processor, data, tmp_path, monkeypatch, capsys):
-    """`liger-jax finetune`, from files to a checkpoint.
-
-    With base64 images, packing, a frozen part, bfloat16 with master weights, two devices and a skipped record.
-    """
-    from liger_jax.cli import main
-
-    def as_record(messages):
-        *_, user, answer = messages
-        images, text = [], ""
-        for part in user["content"]:
-            if part["type"] == "image":
-                file = io.BytesIO()
-                part["image"].save(file, "PNG")
-                images.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
-                text += "<image>"
-            else:
-                text += part["text"]
-        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer["content"]}]
-        return {"image": images, "conversations": turns}
-
-    records = [*map(as_record, data), {"image": "gone.png", "conversations": []}]
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    save_model(Qwen2VL.init(config, dtype="float32"), tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [1], "repetition_penalty": 1.1}')
-    arguments = [
-        "finetune",
-        *(str(tmp_path / name) for name in ("model", "data.json")),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    options = (
-        f"--steps 2 --batch-size 2 --freeze vision --skip-broken --held-out {tmp_path / 'data.json'} --pack 96 "
-        "--dtype bfloat16 --master-weights --workers 0 --remat none --unroll all --fsdp 2"
-    )
-    monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
-    main()
-    printed = capsys.readouterr()
-    assert "step 2 of 2" in printed.out
-    assert_quiet(printed.err, "left out 1 of 8 records")  # once, though the file is also the held-out one
-    assert "held_out_loss" in (tmp_path / "out/metrics.jsonl").read_text()
-    assert all(line["token_utilisation"] > 0.5 for line in logged(tmp_path / "out"))
-    assert "repetition_penalty" in (tmp_path / "out/generation_config.json").read_text()
-    before, after = (param_paths(load_model(tmp_path / name, dtype="bfloat16")) for name in ("model", "out"))
-    assert (before["visual/patch_embed/kernel"] == after["visual/patch_embed/kernel"]).all()
-    assert (before["visual/merger/fc1/kernel"] != after["visual/merger/fc1/kernel"]).any()
-
-    # LoRA: the base weights do not change, the adapter is written for PEFT, and conversion merges it into the weights
-    arguments[-1] = str(tmp_path / "lora")
-    options = "--steps 2 --batch-size 2 --skip-broken --workers 0 --remat none --learning-rate 0.1"
-    for contradiction in ("--lora-alpha 4", "--lora 4 --freeze vision", "--lora 4 --master-weights"):
-        monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split(), *contradiction.split()])
-        with pytest.raises(SystemExit, match="lora"):
-            main()
-    monkeypatch.setattr(
-        sys, "argv", ["liger-jax", *arguments, *options.split(), *["--lora", "4", "--lora-targets", "v_proj", "fc2"]]
-    )
-    main()
-    assert_quiet(capsys.readouterr().err, "left out 1 of 8 records")
-    model = load_model(tmp_path / "lora")
-    assert adapted_parts(model) == {"text", "vision"}
-    after = param_paths(model)
-    before = param_paths(load_model(tmp_path / "model"))
-    assert all((before[path] == after[path]).all() for path in before)
-    reloaded = param_paths(load_adapter(load_model(tmp_path / "model"), tmp_path / "lora/adapter"))
-    assert all((reloaded[path] == after[path]).all() for path in after)
-    convert_checkpoint(tmp_path / "lora", tmp_path / "merged", dtype="float32")
-    merged = param_paths(from_hf(tmp_path / "merged", dtype="float32"))
-    changed = {path for path in before if (before[path] != merged[path]).any()}
-    assert changed == {f"{TARGETS[name]}/kernel" for name in ("v_proj", "fc2")}
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_exit_status_of_a_run_that_a_signal_ends(config, processor, tmp_path, monkeypatch, number, status):
-    """128 plus the number of the signal, as shells and supervisors expect: an unfinished run is not a success."""
-    from liger_jax.cli import main
-
-    save_model(Qwen2VL.init(config, dtype="float32"), tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
-    (tmp_path / "data.json").write_text(json.dumps([{"messages": turns}]))
-
-    def fit(state, *_, **options):
-        os.kill(os.getpid(), number)
-        assert options["stop_requested"]()
-        return state
-
-    monkeypatch.setattr(finetune_module, "fit", fit)
-    with pytest.raises(SystemExit) as error:
-        main(
-            ["finetune", *(str(tmp_path / name) for name in ("model", "data.json")), "--output", str(tmp_path / "out")]
-        )
-    assert error.value.code == status
-
-
-@pytest.mark.parametrize(
-    "unroll, steps, options, chosen",
-    [
-        ("auto", 5000, {"pack_length": 64}, "all"),
-        ("auto", 5000, {"length": 64, "patches": 64}, "all"),
-        ("auto", 4999, {"pack_length": 64}, "auto"),
-        ("auto", 5000, {"length": 64}, "auto"),
-        ("none", 5000, {"pack_length": 64}, "none"),
-    ],
-)
-def test_long_runs_with_one_program_unroll_all_layers(unroll, steps, options, chosen):
-    """A run whose batches have several shapes compiles several programs, for which "auto" only unrolls the vision tower."""
-    assert choose_unroll(LayerExecution(unroll=unroll), steps, Batching(**options)) == chosen
-    least_memory = LayerExecution("full", unroll)
-    assert choose_unroll(least_memory, steps, Batching(**options)) == unroll
-    assert least_memory.unrolled == "none"

@@ -6,39 +6,39 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from liger_jax import QwenVL, QwenVLConfig, TrainState, add_lora
-from liger_jax.model.params import PARTS
+from liger_jax import QwenVL, QwenVLConfig, TrainState
+from liger_jax.options import PlanOptions
+from liger_jax.plan import make_training
 from liger_jax.train.memory import Training, estimate_memory, sample_row, saved_bytes
 from liger_jax.train.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "model.json"
-CASES = (
-    {"model": "qwen2-vl-2b", "rows": 4, "remat": "dots", "unroll": "none"},
-    {"model": "qwen2-vl-2b", "rows": 16, "remat": "full"},
-    {"model": "qwen2-vl-2b", "rows": 4, "remat": "dots", "lora": 16},
-    {"model": "qwen2-vl-7b", "rows": 4, "remat": "narrow"},
-    {"model": "qwen3-vl-2b", "rows": 4, "remat": "dots"},
-)
+MEASURED = [
+    result
+    for result in json.loads(RESULTS.read_text())
+    if (result["package"], result["what"], result.get("devices", 1)) == ("liger-jax", "train", 1)
+    if "peak_gib" in result and "tokens" not in result
+]
 
 
-def measured(case):
-    """Returns the peak that `python -m benchmarks train` measured on one GPU, in bytes."""
-    options = {"devices": 1, "package": "liger-jax", "what": "train", "lora": None, "master_weights": None, **case}
-    (result,) = (r for r in json.loads(RESULTS.read_text()) if all(r.get(key) == options[key] for key in options))
-    return result["peak_gib"] * 2**30
+def title(result):
+    names = ("model", "rows", "remat", "unroll", "lora", "master_weights")
+    return " ".join(str(result[name]) for name in names if name in result)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.values())))
-def test_estimate_is_within_2_percent_of_measurements(case):
-    config = getattr(QwenVLConfig, case["model"].replace("-", "_"))()
-    frozen = PARTS if "lora" in case else ()
-    adapt = functools.partial(add_lora, rank=case["lora"]) if "lora" in case else None
-    row = sample_row(config, length=2048, patches=4096)
-    training = Training(config, make_optimizer(1e-5, freeze=frozen), row, case["remat"], frozen, adapt)
-    estimate = estimate_memory(training, {}, case["rows"]).total
-    assert abs(estimate / measured(case) - 1) < 0.02
+@pytest.mark.parametrize("result", MEASURED, ids=title)
+def test_estimate_is_within_2_percent_of_each_measured_training_step(result):
+    """4 percent if all layers are unrolled, for which XLA needs more memory. The batches are those of the benchmark."""
+    config = getattr(QwenVLConfig, result["model"].replace("-", "_").replace(".", "_"))()
+    options = PlanOptions(
+        length=2048, patches=4096, lora=result.get("lora"), master_weights=result.get("master_weights", False)
+    )
+    estimate = estimate_memory(make_training(config, options, result["remat"]), {}, result["rows"]).total
+    tolerance = 0.04 if result["unroll"] == "all" else 0.02
+    assert estimate / 2**30 == pytest.approx(result["peak_gib"], rel=tolerance)
 
 
 @functools.cache
@@ -67,6 +67,16 @@ def test_saved_bytes_follow_the_policy():
     one = training()
     frozen = saved_bytes(one.model, one.row, remat="dots", frozen=("vision", "merger"))
     assert frozen < one.activations["text"] - one.activations["vision"] / 2
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_saved_bytes_are_those_of_rows(family):
+    """Regression: weights counted as activations where layers differ, whose loops save parts of a stack of weights."""
+    config = QwenVLConfig.tiny(family=family)
+    row = sample_row(config, length=64, patches=64)
+    rows = jax.tree.map(lambda x: np.concatenate([x, x]), row)
+    one, two = (saved_bytes(QwenVL.abstract(config), batch, remat="dots") for batch in (row, rows))
+    assert two == pytest.approx(2 * one, rel=0.01)
 
 
 def test_memory_on_meshes():
