@@ -39,6 +39,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests live on: the garbage collector need not traverse them, as it did hundreds of times
+
+
 def pytest_terminal_summary(terminalreporter):
     reports = (report for reports in terminalreporter.stats.values() for report in reports)
     properties = [item for report in reports for item in getattr(report, "user_properties", ())]
