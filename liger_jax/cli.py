@@ -250,7 +250,9 @@ def finetune(
             evaluation=evaluation,
         )
     if processes.is_first():
-        print(f"step {trained_steps} of {steps}: checkpoint and metrics.jsonl in {output}")
+        adapter = ", adapter" if lora_options else ""
+        hint = "; repeat the command to resume" if trained_steps < steps else ""
+        print(f"step {trained_steps} of {steps}: checkpoint{adapter} and metrics.jsonl in {output}{hint}")
     if trained_steps < steps:
         sys.exit(TERMINATED)
 
@@ -591,7 +593,9 @@ def env(check: bool = False) -> None:
 def completion(shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]) -> None:
     """Print a completion script for a shell.
 
-    For bash: `liger-jax completion bash > ~/.local/share/bash-completion/completions/liger-jax`.
+    For bash, write it to ~/.local/share/bash-completion/completions/liger-jax; for zsh, to a file _liger-jax in a folder of
+    $fpath; for fish, to ~/.config/fish/completions/liger-jax.fish. Create the folder if it does not exist. In bash,
+    `source <(liger-jax completion bash)` completes in the current shell.
 
     Args:
         shell: The shell to complete commands and flags in.
