@@ -34,6 +34,7 @@ CONVERSATIONS = 64
 TIMEOUT = 300  # seconds after which a process counts as hanging
 PROGRESS = re.compile(
     r"(measuring: )?\d+% \d+/\d+ \[.*\]|compiled the training step for .* tokens in .*|unrolling all layers: .*"
+    r"|resuming from step \d+|compiling the training step|step \d+: held_out_.*|answering \d+ questions about unseen digits"
 )
 MEASURED = ("per_second", "utilisation", "peak_memory_gib")  # metrics that differ between equal runs
 CHECKPOINT_FILES = ("default/_METADATA", "default/manifest.ocdbt", "default/ocdbt.process_0/d/*")

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from liger_jax.checkpoint import is_model
 from liger_jax.errors import NotFoundError, UserError, list_some
 from liger_jax.files import read_json_object, wrong_content
 
@@ -62,6 +63,10 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[StoredTens
     if gguf := [name for name in files if name.endswith(".gguf")]:
         raise UserError(
             f"{folder} has its weights only as GGUF {gguf}; expected unquantized weights, {SINGLE} or {INDEX}"
+        )
+    if is_model(folder):
+        raise NotFoundError(
+            f"{folder} is an Orbax folder; expected a Hugging Face folder. convert.open_model reads both"
         )
     raise NotFoundError(f"{folder} has no weights, only {files!r:.300}; expected {SINGLE} or {INDEX}")
 

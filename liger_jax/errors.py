@@ -3,6 +3,7 @@
 The command line prints a `UserError` as one line. Any other exception is a bug and keeps its traceback.
 """
 
+import difflib
 import warnings
 from collections.abc import Sequence
 
@@ -48,6 +49,19 @@ def list_some(items: Sequence[str], limit: int = 10, *, separator: str = "; ") -
     """
     count = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *count])
+
+
+def closest(name: str, choices: Sequence[str]) -> str:
+    """Returns "; did you mean CHOICE?" for the choice most like a name, or "" if none is like it.
+
+    Example:
+        >>> closest("finetun", ["demo", "finetune", "generate"])
+        '; did you mean finetune?'
+        >>> closest("serve", ["demo", "finetune", "generate"])
+        ''
+    """
+    matches = difflib.get_close_matches(name.lower(), choices, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def warn_skipped(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_jax.config import QwenVLConfig
-from liger_jax.errors import LigerWarning, UserError
+from liger_jax.errors import LigerWarning, UserError, closest
 from liger_jax.files import CONFIG, local_folder
 from liger_jax.model.lora import adapted_parts, add_lora
 from liger_jax.model.params import PARTS, param_group, param_paths
@@ -128,10 +128,11 @@ def read_config(model: str) -> QwenVLConfig:
         80
     """
     presets = [name for name in vars(QwenVLConfig) if re.fullmatch(r"qwen.*_\d+b", name)]
-    if re.fullmatch(r"qwen\w+", model) and not Path(model).exists():
-        if model not in presets:
-            raise UserError(f"MODEL is {model!r}; expected one of {presets}, a folder or a hub id")
+    if model in presets and not Path(model).exists():
         return getattr(QwenVLConfig, model)()
+    if "/" not in model and not Path(model).exists():  # a hub id has an owner
+        hint = closest(model.replace("-", "_"), presets)
+        raise UserError(f"MODEL is {model!r}; expected one of {presets}, a folder or a hub id{hint}")
     return QwenVLConfig.from_hf(local_folder(model, [CONFIG]) / CONFIG)
 
 

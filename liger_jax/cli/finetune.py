@@ -163,7 +163,9 @@ def finetune(
             evaluation=evaluation,
         )
     if processes.is_first():
-        print(f"step {trained_steps} of {steps}: checkpoint and metrics.jsonl in {output}")
+        adapter = ", adapter" if lora_options else ""
+        hint = "; repeat the command to resume" if trained_steps < steps else ""
+        print(f"step {trained_steps} of {steps}: checkpoint{adapter} and metrics.jsonl in {output}{hint}")
     if trained_steps < steps:
         sys.exit(TERMINATED)
 

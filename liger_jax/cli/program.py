@@ -19,7 +19,7 @@ from liger_jax.cli.finetune import finetune
 from liger_jax.cli.generate import generate
 from liger_jax.cli.plan import plan
 from liger_jax.cli.tune import tune
-from liger_jax.errors import UserError
+from liger_jax.errors import UserError, closest
 from liger_jax.files import DISK_ERRORS, disk_error_code
 
 # In the order of the help text.
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str], prog: str) -> None:
         prog: name of the program in help texts.
     """
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-        hint = suggestions.closest(arguments[0], list(COMMANDS))
+        hint = closest(arguments[0], list(COMMANDS))
         print(f"liger-jax: command is {arguments[0]!r}; expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         sys.exit(USAGE)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:

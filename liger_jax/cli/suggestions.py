@@ -1,6 +1,5 @@
 """Suggestions of the command line for words that it does not know: close commands, and flags of other trainers."""
 
-import difflib
 from collections.abc import Sequence
 
 # Flags of transformers' Trainer, LLaMA-Factory and ms-swift -> what does the same here.
@@ -47,19 +46,6 @@ FLAGS_OF_OTHERS = {
     "warmup_ratio": "--warmup",
     "warmup_steps": "--warmup (a fraction of the steps)",
 }
-
-
-def closest(name: str, choices: Sequence[str]) -> str:
-    """Returns "; did you mean CHOICE?" for the choice most like a name, or "" if none is like it.
-
-    Example:
-        >>> closest("finetun", ["demo", "finetune", "generate"])
-        '; did you mean finetune?'
-        >>> closest("serve", ["demo", "finetune", "generate"])
-        ''
-    """
-    matches = difflib.get_close_matches(name.lower(), choices, n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def flags_of_others(arguments: Sequence[str]) -> list[str]:

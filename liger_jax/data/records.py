@@ -341,7 +341,8 @@ def _fill_markers(text: str, media: dict[str, list[Any]]) -> str | list[dict[str
         if i % 2 == 0:
             parts += [{"type": "text", "text": piece}] if piece else []
         elif not media[piece]:
-            raise UserError(f"the record has more markers <{piece}> than {piece}s; expected as many")
+            keys = " or ".join(map(repr, MEDIA[piece]))
+            raise UserError(f"the record has more markers <{piece}> than {piece}s; expected as many under {keys}")
         else:
             parts.append({"type": piece, piece: media[piece].pop(0)})
     return parts

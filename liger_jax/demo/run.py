@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +108,7 @@ def run_demo(
             contextlib.closing(batches),
             RunLog(output / METRICS, begin=0, steps=steps, progress=progress) as log,
         ):
+            log.note("compiling the training step")
             state = fit(state, batches, make_train_step(remat="none"), log)
 
         checkpoint = output / "checkpoint"
@@ -114,6 +116,8 @@ def run_demo(
         save_state(checkpoint, state)
         model, processor = load_model(checkpoint), Processor.from_pretrained(checkpoint)
 
+        if progress:
+            print(f"answering {held_out} questions about unseen digits", file=sys.stderr)
         stream = conversations(unseen, np.random.default_rng(1), cell=processor.image.factor)
         questions = list(itertools.islice(stream, held_out))
         shape = {"batch_size": EVALUATION_BATCH, "length": LENGTH, "patches": PATCHES}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from liger_jax.errors import UserError
 from liger_jax.inputs.sources import ENCODED, open_encoded
@@ -347,6 +347,11 @@ def _open_image(source: Any) -> Iterator[Image.Image | np.ndarray]:
             yield _open_file(file, name) if isinstance(source, ENCODED) else image
         except UserError:
             raise
+        except UnidentifiedImageError as error:  # its message shows the file as a Python object
+            raise UserError(
+                f"image {name} cannot be decoded (it is no image, or its header is damaged); expected a format that "
+                "Pillow reads"
+            ) from error
         except Exception as error:  # depending on the damage: OSError, SyntaxError, AssertionError, RuntimeError, ...
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(

@@ -129,8 +129,11 @@ def finetune(
             open_log(run, steps, progress=progress) as log,
         ):
             report_compilations(train_step, execution, log)
+            if run.resumes:
+                log.note(f"resuming from step {run.start}")
             if evaluator and evaluate_first:
-                log.write(run.start, evaluator(state.model, run.start))
+                log.write_evaluation(run.start, evaluator(state.model, run.start))
+            log.note("compiling the training step")
             return fit(
                 state,
                 batches,

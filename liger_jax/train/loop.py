@@ -91,7 +91,7 @@ def fit(
             if checkpoints and saving:
                 saver.save(state, step)
                 if checkpoints.evaluator and not stopping:
-                    log.write(step, checkpoints.evaluator(state.model, step))
+                    log.write_evaluation(step, checkpoints.evaluator(state.model, step))
                 stopping = stop_requested()  # perhaps during the evaluation
                 log.seconds_since_last()  # the next step's time starts here
             if stopping:

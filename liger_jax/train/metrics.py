@@ -155,6 +155,14 @@ class RunLog:
         if not self.bar.disable:
             self.bar.write(text, file=sys.stderr)
 
+    def write_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Logs the metrics of the held-out conversations, and prints them above the progress bar."""
+        self.write(step, values)
+        shown = (
+            f"{name} {f'{value:,}' if isinstance(value, int) else f'{value:.4g}'}" for name, value in values.items()
+        )
+        self.note(f"step {step}: {', '.join(shown)}")
+
     def write_step(self, step: int, values: dict[str, float]) -> None:
         """Logs a training step and advances the progress bar."""
         self.history.append({"step": step} | values)

@@ -10,7 +10,7 @@ import pytest
 
 import convert.assemble
 from convert import from_hf
-from liger_jax import Qwen2VL
+from liger_jax import Qwen2VL, QwenVL, QwenVLConfig, save_model
 from liger_jax.errors import UserError
 from liger_jax.model.params import param_paths
 from tests._support import hub_layout as hub
@@ -349,6 +349,12 @@ def test_index_that_disagrees_with_its_shards(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"has no weights, only \[.*\]; expected model\.safetensors or .*index\.json"
     ):
+        from_hf(tmp_path)
+
+
+def test_orbax_folder_is_named(tmp_path):
+    save_model(QwenVL.init(QwenVLConfig.tiny()), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"is an Orbax folder; expected .* convert\.open_model reads both"):
         from_hf(tmp_path)
 
 

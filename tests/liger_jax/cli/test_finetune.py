@@ -97,7 +97,8 @@ def test_command(config, processor, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["liger-jax", *arguments, *options.split()])
     main()
     printed = capsys.readouterr()
-    assert "step 2 of 2" in printed.out
+    assert printed.out == f"step 2 of 2: checkpoint and metrics.jsonl in {tmp_path / 'out'}\n"
+    assert "step 2: held_out_loss " in printed.err
     assert_quiet(printed.err, "left out 1 of 8 records")  # once, though the file is also the held-out one
     assert "held_out_loss" in (tmp_path / "out/metrics.jsonl").read_text()
     assert all(line["token_utilisation"] > 0.5 for line in logged(tmp_path / "out"))
@@ -117,7 +118,9 @@ def test_command(config, processor, tmp_path, monkeypatch, capsys):
         sys, "argv", ["liger-jax", *arguments, *options.split(), *["--lora", "4", "--lora-targets", "v_proj", "fc2"]]
     )
     main()
-    assert_quiet(capsys.readouterr().err, "left out 1 of 8 records")
+    printed = capsys.readouterr()
+    assert "step 2 of 2: checkpoint, adapter and metrics.jsonl in " in printed.out
+    assert_quiet(printed.err, "left out 1 of 8 records")
     model = load_model(tmp_path / "lora")
     assert adapted_parts(model) == {"text", "vision"}
     after = param_paths(model)

@@ -15,3 +15,7 @@ def test_plan_is_printed(capsys, monkeypatch):
     assert any(line.startswith("fsdp: 4.4") for line in lines)
     with pytest.raises(SystemExit, match="MODEL is 'qwen9'; expected one of"):
         main(["plan", "qwen9"])
+    with pytest.raises(SystemExit, match=r"MODEL is 'qwen2-vl-7b'; expected one of .*; did you mean qwen2_vl_7b\?"):
+        main(["plan", "qwen2-vl-7b"])
+    with pytest.raises(SystemExit, match="MODEL is '7b'; expected one of"):  # without a request to the hub
+        main(["plan", "7b"])

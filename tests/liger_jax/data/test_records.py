@@ -156,7 +156,9 @@ BROKEN = {
     "'from' is 'robot'": llava([("robot", "?")]),
     "turn is {'role': 'user'}; expected {'role'": {"messages": [{"role": "user"}]},
     "has 1 images, but 0 markers": llava([("human", "Which?"), ("gpt", "7")], image="a.png"),
-    "more markers <image> than images": llava([("human", "<image><image>"), ("gpt", "7")], image="a.png"),
+    "<image> than images; expected as many under 'images' or 'image'": llava(
+        [("human", "<image><image>"), ("gpt", "7")], image="a.png"
+    ),
     "more markers <video>": llava([("human", "<video>"), ("gpt", "7")]),
     "b.png', which does not exist": llava(image="b.png"),
     "both 'images' and 'image'": llava(image="a.png", images=["a.png"]),

@@ -80,4 +80,7 @@ def test_resumed_log_drops_later_steps(tmp_path):
 def test_notes_are_printed_with_the_progress_bar(progress, tmp_path, capsys):
     with RunLog(tmp_path / "metrics.jsonl", begin=0, steps=1, progress=progress) as log:
         log.note("compiled the training step")
-    assert ("compiled the training step\n" in capsys.readouterr().err) == progress
+        log.write_evaluation(1, {"held_out_loss": 2.5, "held_out_num_tokens": 1234567})
+    printed = capsys.readouterr().err
+    assert ("compiled the training step\n" in printed) == progress
+    assert ("step 1: held_out_loss 2.5, held_out_num_tokens 1,234,567\n" in printed) == progress
