@@ -21,7 +21,7 @@ class Blocks:
     num_warps: int  # warps per program
     programs: int = 0  # programs that share the blocks of rows; 0: one program per block
     columns: int = 0  # columns per block, in kernels that do not hold rows at full width
-    loads: int = 1  # iterations of a loop around a product whose loads are in flight at the same time
+    loads: int = 1  # iterations of a loop whose loads are in flight at the same time
 
 
 def blocks(op: str, *, rows: int, width: int) -> Blocks:
@@ -41,7 +41,7 @@ def rule(op: str, *, width: int) -> Blocks:
     block_width = 1 << max(width - 1, 0).bit_length()
     columns = min(block_width, COLUMNS.get(_family(op), block_width))
     rows = max(1, min(64, ELEMENTS[_family(op)] // columns))
-    num_warps = min(max(rows * columns // 512, 4), 16)
+    num_warps = min(max(rows * columns // PER_WARP.get(_family(op), 512), 4), 16)
     return Blocks(
         rows=rows,
         num_warps=num_warps,
@@ -51,15 +51,30 @@ def rule(op: str, *, width: int) -> Blocks:
     )
 
 
-# The rule's elements per block, and columns per block in kernels that do not hold rows at full width.
-ELEMENTS = {"one_row": 512, "qk_norm_rope": 2048, "norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192}
+# The rule's elements per block and per warp, and columns per block in kernels that do not hold rows at full width.
+ELEMENTS = {
+    **{"one_row": 512, "qk_norm_rope_forward": 1024, "qk_norm_rope_backward": 4096},
+    **{"norm": 4096, "gate": 2048, "rope": 2048, "cross_entropy": 8192},
+}
+PER_WARP = {"qk_norm_rope_forward": 256, "qk_norm_rope_backward": 256}  # so that they take at most 64 registers
 COLUMNS = {"one_row": 512, "gate": 1024, "cross_entropy": 4096}
 LOADS = {"one_row": 3}
-PROGRAMS = {"qk_norm_rope_backward": 528}
+PROGRAMS = {"qk_norm_rope_backward": 264}
 # The values that the tuner tries.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "one_row": {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4), "columns": (512, 1024), "loads": (1, 2, 3)},
-    "qk_norm_rope": {"rows": (8, 16), "num_warps": (2, 4, 8), "programs": (0, 264, 528, 660, 1056)},
+    "qk_norm_rope_forward": {
+        "rows": (8, 16, 32),
+        "num_warps": (4, 8, 16),
+        "programs": (0, 264, 660, 1320),
+        "loads": (1, 2),
+    },
+    "qk_norm_rope_backward": {
+        "rows": (8, 16, 32),
+        "num_warps": (4, 8, 16),
+        "programs": (132, 264, 528, 1056),
+        "loads": (1, 2),
+    },
     "norm": {"rows": (1, 2, 4), "num_warps": (2, 4, 8, 16), "programs": (0, 132, 264, 528)},
     "gate": {"rows": (1, 2, 4), "num_warps": (4, 8), "columns": (512, 1024, 2048)},
     "rope": {"rows": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +104,7 @@ def _backward_xla(static: StaticArgs, q, k, d_q, d_k, q_weight, k_weight, cos, s
     return d_q, d_k, d_q_weight, d_k_weight
 
 
-# ---- kernels: a program takes tiles of q, then tiles of k; a tile is some heads of one token --------------------------
+# ---- kernels: a program takes blocks of heads of q, or blocks of heads of k --------------------------------------------
 # Heads are held as the two halves that RoPE rotates. Refs: q [G T N, 2, D/2], k [G T K, 2, D/2], weights [G, 2, D/2], cos
 # and sin [G T, D/2]; T has all tokens of a group.
 
@@ -122,7 +122,7 @@ def norm_halves(x: Halves, weight: Halves, eps: float, dim: int, dtype: Any) -> 
 
 
 def rotate_halves(x: Halves, cos: jax.Array, sin: jax.Array) -> Halves:
-    """Inside a kernel: returns heads or one head, rotated by the angle of cos and sin [D/2]."""
+    """Inside a kernel: returns heads or one head, rotated by the angles of cos and sin [heads, D/2] or [D/2]."""
     first, second = x
     return [first * cos - second * sin, second * cos + first * sin]
 
@@ -149,77 +149,84 @@ def _backward_halves(
     return d_x, [a * b for a, b in zip(d_normed, x_hat, strict=True)]
 
 
-class _Tile(NamedTuple):
-    """Some heads of one token."""
+class _HeadBlock(NamedTuple):
+    """Some heads, of one token or of several."""
 
     rows: Any  # index of the heads in a ref [heads, 2, D/2]
-    token: Any
-    inside: jax.Array  # [D/2], the mask of elements that exist
-    size: int  # number of heads
+    token: jax.Array  # [heads], the token of each head
+    inside: jax.Array  # [heads, D/2], the mask of elements that exist
 
     def load(self, ref: Any) -> Any:
-        """Loads the heads of a ref [heads, 2, D/2], or the token's vector of a ref [tokens, D/2], in the ref's dtype."""
+        """Loads the heads of a ref [heads, 2, D/2], or their tokens' vectors of a ref [tokens, D/2], in the ref's dtype."""
         if len(ref.shape) == 2:
-            return _pallas.load(ref, (self.token, slice(None)), self.inside)
-        return [_pallas.load(ref, (self.rows, i, slice(None)), self._mask) for i in range(2)]
+            index = self.token[:, None], jnp.arange(self.inside.shape[1])[None, :]
+            return _pallas.load(ref, tuple(jnp.broadcast_to(i, self.inside.shape) for i in index), self.inside)
+        return [_pallas.load(ref, (self.rows, i, slice(None)), self.inside) for i in range(2)]
 
     def store(self, ref: Any, halves: Halves) -> None:
         """Stores the heads in a ref [heads, 2, D/2]."""
         for i, value in enumerate(halves):
-            _pallas.store(ref, (self.rows, i, slice(None)), value, self._mask)
-
-    @property
-    def _mask(self) -> jax.Array:
-        return jnp.broadcast_to(self.inside[None, :], (self.size, self.inside.size))
+            _pallas.store(ref, (self.rows, i, slice(None)), value, self.inside)
 
 
-class _Tiles(NamedTuple):
-    """The tiles of q or of k in each group, which the programs share. Grid (groups, programs)."""
+class _HeadPartition(NamedTuple):
+    """Divides the heads of q or of k among the programs of a grid (lanes, programs, groups).
 
-    number: int
-    size: int  # heads of a tile: a power of two that divides the heads of a token
+    The last lane takes the blocks of k, and the others take the blocks of q in turn, so that programs that run at the same
+    time work on the same tokens. A program takes every `programs`-th block of its lane.
+    """
+
+    rows: int  # heads of all tokens of a group
     per_token: int
     half: int  # D/2
+    first_lane: int
+    lanes: int
+    block_rows: int
     programs: int
+    steps: int  # blocks of a program
+    prefetch: bool
+    position: tuple[Any, ...] = ()  # inside a kernel: the program's lane, its index in the lane, and its group
 
-    def for_each(self, step: Callable, carry: Any, *refs: Any) -> Any:
-        """Runs carry = step(tile, carry, *values) for each of the program's tiles; returns the last carry.
+    def for_each_block(self, step: Callable, carry: Any, *refs: Any) -> Any:
+        """Runs carry = step(block, carry, *values) for each of the program's blocks; returns the last carry.
 
-        The values are the tile's part of `refs`, in float32. Each step loads the next tile before it works on its own, so
-        that memory is never idle.
+        The values are the block's part of `refs`, in float32. With `prefetch`, each step loads the next block before it
+        works on its own. This takes more registers, and so fewer programs run at the same time.
         """
-        group, program = _pallas.program_id(0), _pallas.program_id(1)
-        steps = _pallas.cdiv(self.number, self.programs)
+        lane, program, group = self.position
 
-        def tile(i):
-            in_group = program + i * self.programs
-            number = group * self.number + in_group
-            rows, inside = _pallas.span(number * self.size, self.size), self.in_half & (in_group < self.number)
-            return _Tile(rows, number // self.per_token, inside, self.size)
+        def block(i) -> _HeadBlock:
+            first = ((program + i * self.programs) * self.lanes + lane - self.first_lane) * self.block_rows
+            row = first + jnp.arange(self.block_rows)
+            inside = (row < self.rows)[:, None] & self.in_half[None, :]
+            token = group * (self.rows // self.per_token) + row // self.per_token
+            return _HeadBlock(_pallas.span(group * self.rows + first, self.block_rows), token, inside)
 
         def load(i):
-            return [tile(i).load(ref) for ref in refs]
+            return [block(i).load(ref) for ref in refs]
 
         def work(i, carry, values):
-            return step(tile(i), carry, *jax.tree.map(_widen, values))
+            return step(block(i), carry, *jax.tree.map(_widen, values))
 
         def load_and_work(i, state):
             carry, values = state
             next_values = load(i + 1)
             return work(i, carry, values), next_values
 
-        carry, values = jax.lax.fori_loop(0, steps - 1, load_and_work, (carry, load(0)))
-        return work(steps - 1, carry, values)
+        if not self.prefetch:
+            return jax.lax.fori_loop(0, self.steps, lambda i, carry: work(i, carry, load(i)), carry)
+        carry, values = jax.lax.fori_loop(0, self.steps - 1, load_and_work, (carry, load(0)))
+        return work(self.steps - 1, carry, values)
 
     def load_weight(self, ref: Any) -> Halves:
         """Loads the group's weight of a ref [groups, 2, D/2], in float32."""
-        return [_widen(_pallas.load(ref, (_pallas.program_id(0), i, slice(None)), self.in_half)) for i in range(2)]
+        return [_widen(_pallas.load(ref, (self.position[2], i, slice(None)), self.in_half)) for i in range(2)]
 
     def store_sum(self, ref: Any, sums: Halves) -> None:
-        """Stores the program's sums over heads in a ref [groups, programs, 2, D/2]."""
+        """Stores the program's sums over heads in a ref [groups, lanes, programs, 2, D/2]."""
+        lane, program, group = self.position
         for i, value in enumerate(sums):
-            index = (_pallas.program_id(0), _pallas.program_id(1), i, slice(None))
-            _pallas.store(ref, index, jnp.sum(value, axis=0), self.in_half)
+            _pallas.store(ref, (group, lane, program, i, slice(None)), jnp.sum(value, axis=0), self.in_half)
 
     @property
     def in_half(self) -> jax.Array:
@@ -230,77 +237,92 @@ def _widen(x: jax.Array) -> jax.Array:
     return x.astype(_validate.accumulation_dtype(x.dtype))
 
 
+def _for_q_or_k(partitions: Sequence[_HeadPartition], write: Callable, *refs: tuple[Any, Any]) -> None:
+    """Inside a kernel: runs write(partition, *refs) for the heads that this program takes. Each of `refs` is (q's, k's)."""
+    position = tuple(_pallas.program_id(i) for i in range(3))
+    for partition, own_refs in zip(partitions, zip(*refs, strict=True), strict=True):
+        own_lane = (partition.first_lane <= position[0]) & (position[0] < partition.first_lane + partition.lanes)
+        _pallas.when(own_lane)(functools.partial(write, partition._replace(position=position), *own_refs))
+
+
 def _qk_norm_rope_forward(
     q_ref, k_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, q_out_ref, k_out_ref,
-    *, static: StaticArgs, tiles: list[_Tiles],
+    *, static: StaticArgs, partitions: Sequence[_HeadPartition],
 ) -> None:  # fmt: skip
-    def write(tiles, x_ref, weight_ref, out_ref):
-        weight = tiles.load_weight(weight_ref)
+    def write(partition, x_ref, weight_ref, out_ref):
+        weight = partition.load_weight(weight_ref)
 
-        def step(tile, carry, x, cos, sin):
-            normed = norm_halves(x, weight, static.eps, 2 * tiles.half, out_ref.dtype)
-            tile.store(out_ref, rotate_halves(normed, cos, sin))
+        def step(block, carry, x, cos, sin):
+            normed = norm_halves(x, weight, static.eps, 2 * partition.half, out_ref.dtype)
+            block.store(out_ref, rotate_halves(normed, cos, sin))
             return carry
 
-        tiles.for_each(step, None, x_ref, cos_ref, sin_ref)
+        partition.for_each_block(step, None, x_ref, cos_ref, sin_ref)
 
-    write(tiles[0], q_ref, q_weight_ref, q_out_ref)
-    write(tiles[1], k_ref, k_weight_ref, k_out_ref)
+    _for_q_or_k(partitions, write, (q_ref, k_ref), (q_weight_ref, k_weight_ref), (q_out_ref, k_out_ref))
 
 
 def _qk_norm_rope_backward(
     q_ref, k_ref, d_q_out_ref, d_k_out_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref,
-    d_q_ref, d_k_ref, d_q_weight_ref, d_k_weight_ref, *, static: StaticArgs, tiles: list[_Tiles],
+    d_q_ref, d_k_ref, d_weights_ref, *, static: StaticArgs, partitions: Sequence[_HeadPartition],
 ) -> None:  # fmt: skip
-    def write(tiles, x_ref, d_out_ref, weight_ref, d_x_ref, d_weight_ref):
-        weight = tiles.load_weight(weight_ref)
+    def write(partition, x_ref, d_out_ref, weight_ref, d_x_ref):
+        weight = partition.load_weight(weight_ref)
 
-        def step(tile, sums, x, d_out, cos, sin):
-            d_x, d_weight = _backward_halves(x, d_out, weight, cos, sin, static.eps, 2 * tiles.half)
-            tile.store(d_x_ref, d_x)
+        def step(block, sums, x, d_out, cos, sin):
+            d_x, d_weight = _backward_halves(x, d_out, weight, cos, sin, static.eps, 2 * partition.half)
+            block.store(d_x_ref, d_x)
             return [a + b for a, b in zip(sums, d_weight, strict=True)]
 
-        zeros = [jnp.zeros((tiles.size, half.size), half.dtype) for half in weight]
-        tiles.store_sum(d_weight_ref, tiles.for_each(step, zeros, x_ref, d_out_ref, cos_ref, sin_ref))
+        zeros = [jnp.zeros((partition.block_rows, half.size), half.dtype) for half in weight]
+        partition.store_sum(d_weights_ref, partition.for_each_block(step, zeros, x_ref, d_out_ref, cos_ref, sin_ref))
 
-    write(tiles[0], q_ref, d_q_out_ref, q_weight_ref, d_q_ref, d_q_weight_ref)
-    write(tiles[1], k_ref, d_k_out_ref, k_weight_ref, d_k_ref, d_k_weight_ref)
+    refs = (q_ref, k_ref), (d_q_out_ref, d_k_out_ref), (q_weight_ref, k_weight_ref), (d_q_ref, d_k_ref)
+    _for_q_or_k(partitions, write, *refs)
 
 
-def _make_tiles(q: jax.Array, k: jax.Array, blocks: Blocks) -> list[_Tiles]:
-    """Returns the tiles of q and of k."""
+def _partition_heads(q: jax.Array, k: jax.Array, blocks: Blocks) -> list[_HeadPartition]:
+    """Returns the partitions of q and k: one block per program, unless `blocks.programs` sets the number of programs."""
     groups, *leading, _, dim = q.shape
-    sizes = [(heads, min(blocks.rows, heads & -heads)) for heads in (q.shape[-2], k.shape[-2])]
-    numbers = [math.prod(leading) * heads // size for heads, size in sizes]
-    programs = min(_pallas.cdiv(blocks.programs, groups) or max(numbers), max(numbers))
+    lanes_of_q = _pallas.cdiv(q.shape[-2], k.shape[-2])
+    sides = [(q.shape[-2], 0, lanes_of_q), (k.shape[-2], lanes_of_q, 1)]  # heads, first lane, lanes
+    tokens = math.prod(leading)
+    count = max(_pallas.cdiv(tokens * heads, blocks.rows * lanes) for heads, _, lanes in sides)
+    # Rounded down: one program more than fit on the GPU would run alone after all others.
+    programs = min(max(blocks.programs // (groups * (lanes_of_q + 1)), 1) if blocks.programs else count, count)
+    steps = _pallas.cdiv(count, programs)
     return [
-        _Tiles(number, size, heads // size, dim // 2, programs)
-        for number, (heads, size) in zip(numbers, sizes, strict=True)
+        _HeadPartition(
+            tokens * heads, heads, dim // 2, first_lane, lanes, blocks.rows, programs, steps, prefetch=blocks.loads > 1
+        )
+        for heads, first_lane, lanes in sides
     ]
 
 
-def _launch(kernel: Callable, static: StaticArgs, heads, weights, tables, partial_sums: int, interpret: bool, blocks):
+def _launch(kernel: Callable, static: StaticArgs, heads, weights, tables, interpret: bool, blocks, *, sums: bool):
     """Runs a kernel with refs (*heads, *weights, *tables, *results).
 
-    The results have the shapes of q and k, which come first in `heads`. They are followed by `partial_sums` gradients of
-    weights, which each program sums over its tiles.
+    The results have the shapes of q and k, which come first in `heads`. With `sums`, they are followed by the gradients of
+    the weights, which each program sums over its heads.
     """
     q, k, *_ = heads
     groups, dim = q.shape[0], q.shape[-1]
     blocks = blocks or _tuning.blocks(kernel.__name__.strip("_"), rows=q.size // dim, width=dim)
-    tiles = _make_tiles(q, k, blocks)
-    half, programs, wide = dim // 2, tiles[0].programs, _validate.accumulation_dtype(q.dtype)
+    of_q, of_k = _partition_heads(q, k, blocks)
+    half = dim // 2
     rows = [x.reshape(-1, 2, half) for x in heads]
-    results = _pallas.launch(
-        functools.partial(kernel, static=static, tiles=tiles),
+    partial_sums = (groups, of_q.lanes + of_k.lanes, of_q.programs, 2, half), _validate.accumulation_dtype(q.dtype)
+    q_out, k_out, *d_weights = _pallas.launch(
+        functools.partial(kernel, static=static, partitions=(of_q, of_k)),
         [*rows, *(x.reshape(groups, 2, half) for x in weights), *(x.reshape(-1, half) for x in tables)],
-        [(x.shape, x.dtype) for x in rows[:2]] + partial_sums * [((groups, programs, 2, half), wide)],
-        grid=(groups, programs),
+        [(x.shape, x.dtype) for x in rows[:2]] + [partial_sums] * sums,
+        grid=(of_q.lanes + of_k.lanes, of_q.programs, groups),
         num_warps=blocks.num_warps,
         interpret=interpret,
     )
-    sums = (jnp.sum(x, axis=1).reshape(groups, 2 * half) for x in results[2:])
-    return results[0].reshape(q.shape), results[1].reshape(k.shape), *sums
+    d_weights = [part for x in d_weights for part in jnp.split(x, (of_k.first_lane,), axis=1)]
+    d_weights = [jnp.sum(x, axis=(1, 2)).reshape(groups, dim) for x in d_weights]
+    return q_out.reshape(q.shape), k_out.reshape(k.shape), *d_weights
 
 
 def forward_kernel(
@@ -308,7 +330,7 @@ def forward_kernel(
 ):
     """As _forward_xla."""
     operands = (q, k), (q_weight, k_weight), (cos, sin)
-    return _launch(_qk_norm_rope_forward, static, *operands, 0, interpret, blocks)
+    return _launch(_qk_norm_rope_forward, static, *operands, interpret, blocks, sums=False)
 
 
 def backward_kernel(
@@ -316,7 +338,7 @@ def backward_kernel(
 ):
     """As _backward_xla."""
     operands = (q, k, d_q, d_k), (q_weight, k_weight), (cos, sin)
-    return _launch(_qk_norm_rope_backward, static, *operands, 2, interpret, blocks)
+    return _launch(_qk_norm_rope_backward, static, *operands, interpret, blocks, sums=True)
 
 
 # ---- the operation: N is the heads of q and those of k, which are sharded alike ----------------------------------------

@@ -55,10 +55,13 @@ def test_backward_saves_the_arguments_only():
     assert [(leaf.shape[-3:], leaf.dtype) for leaf in saved] == [(args[0].shape[-3:], jnp.bfloat16)]
 
 
-def test_program_takes_several_tiles():
-    """With few programs, each takes several tiles of q and of k of its group, and some take one tile less."""
-    static, blocks = module.StaticArgs(1e-6, "interpret"), Blocks(rows=2, num_warps=4, programs=6)
-    args = [jnp.stack(pair) for pair in zip(arguments(1, 7, 4, 2, 16), arguments(1, 7, 4, 2, 16), strict=True)]
+@pytest.mark.parametrize("loads", [1, 2])
+def test_program_takes_several_blocks(loads):
+    """With few programs, each takes several blocks of its lane and group. The last blocks reach past the last heads."""
+    static, blocks = module.StaticArgs(1e-6, "interpret"), Blocks(rows=4, num_warps=4, programs=12, loads=loads)
+    args = [jnp.stack(pair) for pair in zip(arguments(1, 9, 4, 2, 16), arguments(1, 9, 4, 2, 16), strict=True)]
+    partitions = module._partition_heads(*args[:2], blocks)
+    assert [(p.rows, p.lanes, p.programs, p.steps) for p in partitions] == [(36, 2, 2, 3), (18, 1, 2, 3)]
     args[0] = args[0].at[1].multiply(2.0)
     q, k, *constants = args
     d_q, d_k = random_like((q, k))
