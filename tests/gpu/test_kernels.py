@@ -324,7 +324,10 @@ def skip_without_fa4(implementation):
 
 
 def check_attention(implementation, args, ids, *, causal, max_segments=None):
-    """Asserts that the errors are at most 1.5 times those of XLA, and that all results are zero in padding."""
+    """Asserts that the errors are at most 1.5 times those of XLA, and that all results are zero in padding.
+
+    Where XLA computes float32 as it computes the reference, a rounding error of float32 is allowed as well.
+    """
     named = dict(zip(("segment_ids", "kv_segment_ids"), ids, strict=False))
 
     def run(implementation, args, **options):
@@ -341,7 +344,7 @@ def check_attention(implementation, args, ids, *, causal, max_segments=None):
     results, xla = run(implementation, args, max_segments=max_segments), run("xla", args)
     for result, reference, want in zip(results, xla, truth, strict=True):
         error, allowed = (root_mean_square(x.astype(jnp.float32) - want) for x in (result, reference))
-        assert error <= 1.5 * allowed
+        assert error <= 1.5 * allowed + np.finfo(np.float32).eps * root_mean_square(want)
     if ids:
         for x, ids_of_x in zip(results, (ids[0], ids[0], ids[-1], ids[-1]), strict=True):
             assert not jnp.where((ids_of_x == 0)[:, :, None, None], x, 0).any()

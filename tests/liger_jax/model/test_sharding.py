@@ -152,8 +152,8 @@ def test_only_weights_and_inputs_of_matmuls_are_gathered():
     shapes = gathered_shapes(compiled.as_text())
     activations = Counter(sorted_sizes(shape) for shape in shapes if sorted_sizes(shape) not in allowed)
     rows, tokens = 2, batch().shape[1]  # of a device
-    # The layers of the language model are scanned and so appear once. Their first gradient is gathered, too, and the input of
-    # the head.
+    # The layers of the language model are scanned and so appear once. Their first gradient is also gathered, and the head's
+    # input.
     assert activations == {sorted_sizes((rows, tokens, config.text.hidden_size)): 4 + 2}
 
 
