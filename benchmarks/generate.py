@@ -34,6 +34,8 @@ class Generate:
     length: int | None = None
     """Tokens of prompt and answer together, at most the model's number of positions (32768 for Qwen2-VL); by default, the
     prompt has 2048 tokens."""
+    mesh: tuple[str, ...] = ()
+    """Axes of a mesh of several GPUs, such as tensor=2, without peers. The rows are those of all GPUs together."""
     checkpoints: Path | None = None
     """Folder that keeps the checkpoint with random weights for other measurements of the same size."""
     results: Path = RESULTS
@@ -45,9 +47,17 @@ class Generate:
             raise UserError(f"length is {self.length}; expected at least {shortest}, for the image and the new tokens")
         labels = {} if self.length is None else {"prompt_tokens": self.prompt_tokens}
         peers = self.peers and self.length is None
-        return ModelCase(
-            "generate", self.size, self.rows, self.results, labels, peers=peers, checkpoints=self.checkpoints
-        ).run(self._measure)
+        case = ModelCase(
+            "generate",
+            self.size,
+            self.rows,
+            self.results,
+            labels,
+            peers=peers,
+            mesh=self.mesh,
+            checkpoints=self.checkpoints,
+        )
+        return case.run(self._measure)
 
     @property
     def prompt_tokens(self) -> int:

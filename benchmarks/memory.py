@@ -93,11 +93,15 @@ def count_weights(config: QwenVLConfig) -> dict[str, int]:
 
 
 def generation_gib(config: QwenVLConfig, *, rows: int = 1) -> float:
-    """Returns the memory that generation needs on one GPU after prompts as long as the sequences of the benchmarks."""
+    """Returns the memory that generation needs on one GPU after prompts as long as the sequences of the benchmarks.
+
+    The layers count twice, because their weights are packed for decoding, and so do keys and values: those of the prompts
+    are copied to the cache, which has room for new tokens.
+    """
     text, counts = config.text, count_weights(config)
     weights = sum(counts.values())  # the layers count twice
-    cache = 2 * rows * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * work.LENGTH
-    return 2 * (weights + cache) / GIB
+    keys_and_values = 2 * rows * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * work.LENGTH
+    return 2 * (weights + 2 * keys_and_values) / GIB
 
 
 def memory_table(records: list[dict]) -> str:

@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -25,7 +27,8 @@ from benchmarks.environment import GIB, check_for_gpu, device_kind, first_line, 
 from benchmarks.record import OURS, record_result, summary
 from convert import from_hf
 from liger_jax import Batch, QwenVL, QwenVLConfig
-from liger_jax.model.sharding import get_mesh, shard_batch
+from liger_jax.errors import UserError
+from liger_jax.model.sharding import MESH_AXES, get_mesh, make_mesh, shard_batch
 from pallas_kernels import _fa4, _pallas
 
 Size = Literal["2b", "7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b"]
@@ -53,29 +56,35 @@ class ModelCase:
     peers: bool = False
     length: int | None = None
     """Tokens of a sequence, for the peers; None for `work.LENGTH`."""
-    fsdp: int | None = None
-    """Number of GPUs to shard over; None for one GPU without a mesh."""
+    mesh: Sequence[str] = ()
+    """Axes of the mesh and their sizes, such as ["fsdp=2"]; without any, one GPU. Meshes have no peers."""
     checkpoints: Path | None = None
     """Folder that keeps the checkpoint for other benchmarks; None: the checkpoint is deleted."""
     consumes_model: bool = False
     """Whether a measurement donates the model's arrays, so that the next one needs a new model."""
 
     def run(self, measure: Callable[[QwenVL, int], dict]) -> Path:
-        """Measures the peers, then measure(model, batch size) in ascending order. Returns the file of results."""
+        """Measures the peers, then measure(model, batch size) in ascending order. Returns the file of results.
+
+        Raises:
+            UserError: A mesh that is not one of the model's, or that needs more GPUs than there are.
+        """
         file = self.directory / "model.json"
+        sizes = parse_mesh(self.mesh)
         common = {
             "package": OURS,
             "model": model_name(self.size),
-            "devices": self.fsdp or 1,
+            "devices": math.prod(sizes.values()),
+            **({"mesh": " ".join(self.mesh)} if self.mesh else {}),
             "versions": versions_of(PACKAGES),
             **({"attention": "fa4"} if fa4_is_used() else {}),
         }
-        with peer_checkpoint(self.size, self.peers, self.checkpoints) as checkpoint:
+        with peer_checkpoint(self.size, self.peers and not self.mesh, self.checkpoints) as checkpoint:
             # The peers run first, while JAX has not yet reserved the GPU's memory.
             losses = self._run_peers(checkpoint, file) if checkpoint else {}
             batch_sizes = sorted({*self.batch_sizes, *losses})
             common["device"] = device_kind()
-            mesh = jax.make_mesh((self.fsdp,), ("fsdp",)) if self.fsdp else None
+            mesh = make_mesh(**sizes)
             model = None
             for batch_size in batch_sizes:  # peak memory is that of the process, so the largest comes last
                 if model is None and checkpoint:
@@ -119,6 +128,22 @@ class ModelCase:
             if half and results and all("error" in result for result in results) and half not in (*losses, *remaining):
                 remaining.append(half)
         return losses
+
+
+def parse_mesh(axes: Sequence[str]) -> dict[str, int]:
+    """Returns the size of each axis of a mesh.
+
+    Raises:
+        UserError: An axis is not NAME=SIZE.
+
+    Example:
+        >>> parse_mesh(["fsdp=2", "tensor=4"])
+        {'fsdp': 2, 'tensor': 4}
+    """
+    parts = [re.fullmatch(rf"({'|'.join(MESH_AXES)})=([1-9]\d*)", axis) for axis in axes]
+    if None in parts:
+        raise UserError(f"mesh is {list(axes)}; expected sizes of axes among {MESH_AXES}, such as fsdp=2")
+    return {part[1]: int(part[2]) for part in parts if part}
 
 
 def preset_name(size: str) -> str:

@@ -16,6 +16,7 @@ CASE_FIELDS = (
     "prompt_tokens",
     "device",
     "devices",
+    "mesh",
     "remat",
     "unroll",
     "attention",

@@ -123,8 +123,8 @@ def _best_peer(result: dict, results: list[dict]) -> dict | None:
 
 def _work(result: dict) -> tuple:
     """Returns the fields in which a result and its peers must agree."""
-    names = ("what", "rows", "model", "device", "prompt_tokens", "tokens", "lora", "master_weights")
-    return *(result.get(name) for name in names), result.get("devices", 1)
+    names = ("what", "rows", "model", "device", "mesh", "prompt_tokens", "tokens", "lora", "master_weights")
+    return tuple(result.get(name) for name in names)
 
 
 def _cell(result: dict | None, *, package: bool = False) -> str:
@@ -147,7 +147,7 @@ def _package(result: dict) -> str:
 
 def _options(result: dict) -> str:
     options = [f"{result.get('tokens')} tokens each"] * ("tokens" in result)
-    options += [f"{result['devices']} GPUs"] * (result.get("devices", 1) > 1)
+    options += [f"{result['devices']} GPUs ({result['mesh']})"] if "mesh" in result else []
     options += [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
     options += ["float32 master weights"] * result.get("master_weights", False)
     options += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
@@ -418,8 +418,7 @@ def scaling_table(plans: list[dict], measured: list[dict]) -> str:
         if not plan["fits"]:
             cells = ["does not fit", "", f"{plan['gib']:.0f}", "", "", ""]
         else:
-            mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items()) or "none"
-            cells = [mesh, plan["remat"], f"{plan['gib']:.0f}", f"{plan['step_ms']:.0f} ms"]
+            cells = [_mesh_name(plan) or "none", plan["remat"], f"{plan['gib']:.0f}", f"{plan['step_ms']:.0f} ms"]
             cells += [f"{plan['tokens_per_s'] / 1e3:.0f}k", f"{plan['efficiency']:.0%}"]
         lines.append(f"| {_model(plan)} | {plan['gpus']} | {' | '.join(cells)} | {_measured_step(plan, measured)} |")
     kinds = ", ".join(dict.fromkeys(plan["gpu"] for plan in plans))
@@ -428,14 +427,18 @@ def scaling_table(plans: list[dict], measured: list[dict]) -> str:
     )
 
 
+def _mesh_name(plan: dict) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+
+
 def _measured_step(plan: dict, measured: list[dict]) -> str:
-    """Returns the fastest step that was measured with the model, number of GPUs and sequences of a plan, and its memory."""
+    """Returns the fastest step that was measured with the model, mesh and sequences of a plan, and its memory."""
     same = [
         r
         for r in _plain(measured)
         if r["package"] == OURS
         and r["what"] == "train"
-        and (r["model"], r.get("devices", 1)) == (plan["model"], plan["gpus"])
+        and (r["model"], r.get("mesh", "")) == (plan["model"], _mesh_name(plan))
         and (r["rows"], r["remat"]) == (4 * plan["gpus"], plan["remat"])
     ]
     if not same:

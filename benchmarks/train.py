@@ -57,8 +57,8 @@ class Train:
     """Activations that the backward pass recomputes. "auto" takes the fastest policy that fits in memory."""
     unroll: Unroll = "auto"
     """Layers to unroll instead of scanning over them. "auto" is the default of `make_train_step`."""
-    fsdp: int | None = None
-    """Number of GPUs to shard weights and batches over."""
+    mesh: tuple[str, ...] = ()
+    """Axes of a mesh of several GPUs, such as fsdp=2, without peers. The rows are those of all GPUs together."""
     profile: bool = False
     """Also write what a step spends its time on to profile_<size>_<options>_x<batch size>.json and .md."""
     checkpoints: Path | None = None
@@ -90,7 +90,7 @@ class Train:
             labels,
             peers=peers,
             length=self.length,
-            fsdp=self.fsdp,
+            mesh=self.mesh,
             checkpoints=self.checkpoints,
             consumes_model=True,
         )
@@ -116,7 +116,7 @@ class Train:
         options += ["mixed"] * self.mixed + ["lora"] * (self.lora is not None)
         options += ["master_weights"] * self.master_weights
         options += [self.remat] * (self.remat != "auto") + [f"unroll_{self.unroll}"] * (self.unroll != "auto")
-        options += [f"fsdp{self.fsdp}"] * (self.fsdp is not None)
+        options += [axis.replace("=", "") for axis in self.mesh]
         return self.results / f"profile_{'_'.join([self.size, *options])}_x{batch_size}"
 
 

@@ -144,7 +144,7 @@ class PlanOptions:
     """Keep float32 copies of the weights and float32 moments."""
     gpus_per_host: int = 8
     """GPUs that NVLink connects."""
-    nvlink: float = 145.0
+    nvlink: float = 310.0
     """Rate between GPUs of a host while a step runs, in GB/s per GPU."""
     network: float = 40.0
     """Rate between hosts, in GB/s per GPU."""

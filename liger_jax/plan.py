@@ -236,7 +236,7 @@ def plan_mesh(training: Training, mesh: Mapping[str, int], options: PlanOptions,
         memory_limit(options),
         traffic,
         compute_s=row_s * rows / split * SLOWDOWN[training.remat],
-        communication_s=sum(size / links.rate(mesh, axis) for axis, size in traffic.items()),
+        communication_s=sum(size / links.rate(mesh, axis, by_device=by_device) for axis, size in traffic.items()),
         ideal_s=row_s * batch_rows(options) / gpus,
         tokens=batch_rows(options) * options.length,
     )

@@ -25,7 +25,7 @@ def report(options: PlanOptions, plans: list[Plan], *, shown: int = 6) -> str:
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(best.memory).items() if size]
     lines += ["", f"{best.name}, GiB per GPU (computed): {', '.join(parts)}"]
     for axis, size in best.traffic.items():
-        rate = link_rates(options).rate(best.mesh, axis)
+        rate = link_rates(options).rate(best.mesh, axis, by_device=best.by_device)
         lines.append(
             f"{axis}: {size / 1e9:.2f} GB per GPU and step, {size / rate * 1e3:.0f} ms at {rate / 1e9:.0f} GB/s"
         )

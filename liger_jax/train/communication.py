@@ -10,9 +10,11 @@ from liger_jax.model.params import axis_sizes
 from liger_jax.train.memory import vision_runs_by_rows
 
 # Bytes per second that a GPU receives over NVLink while a step runs. Measured on two H200s as the bytes of a step over the
-# time that it takes longer than its computation, for the 2B: fsdp=2 moves 6.6 GB in 40 ms, data=2 4.4 GB in 37 ms, tensor=2
-# 8.2 GB in 57 ms.
-NVLINK = 145e9
+# time that it takes longer than its computation, for the 2B: fsdp=2 moves 4.4 GB in 14 ms, data=2 4.4 GB in 13 ms.
+NVLINK = 310e9
+# The share of this rate that collectives between the matmuls of a layer reach, which are small, and which the matmuls wait
+# for: tensor=2 moves 4.9 GB in 40 ms.
+WITHIN_LAYERS = 0.4
 # Bytes per second and GPU between hosts: one 400 Gb/s adapter per GPU, at 80 % of its data sheet. Not measured.
 NETWORK = 40e9
 
@@ -25,19 +27,22 @@ class Links:
     network: float = NETWORK
     gpus_per_host: int = 8
 
-    def rate(self, mesh: Mapping[str, int], axis: str) -> float:
+    def rate(self, mesh: Mapping[str, int], axis: str, *, by_device: bool) -> float:
         """Returns the rate of a collective over a mesh axis. The last axes of a mesh are within a host.
 
-        A ring that crosses hosts uses the network adapters of all its GPUs in a host.
+        A ring that crosses hosts uses the network adapters of all its GPUs in a host. `by_device`: see `estimate_memory`.
 
         Example:
             >>> links, mesh = Links(nvlink=100, network=10), {"data": 2, "fsdp": 4, "tensor": 4}
-            >>> [links.rate(mesh, axis) for axis in mesh]
-            [10, 20, 100]
+            >>> [links.rate(mesh, axis, by_device=False) for axis in mesh]
+            [10, 20, 40.0]
+            >>> links.rate({"fsdp": 8}, "fsdp", by_device=True)
+            100
         """
         inner = math.prod(size for name, size in list(mesh.items())[list(mesh).index(axis) + 1 :])
         within_host = max(1, min(mesh[axis], self.gpus_per_host // inner))
-        return self.nvlink if within_host == mesh[axis] else min(self.nvlink, self.network * within_host)
+        nvlink = self.nvlink if by_device or axis == "data" else self.nvlink * WITHIN_LAYERS
+        return nvlink if within_host == mesh[axis] else min(nvlink, self.network * within_host)
 
 
 def step_traffic(

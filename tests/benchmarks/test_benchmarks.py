@@ -298,6 +298,20 @@ def test_variants_of_training_are_separate_cases(tiny_models, tmp_path):
         Train(**common, lora=4, master_weights=True).run()
 
 
+def test_meshes_are_separate_cases_without_peers(tiny_models, tmp_path):
+    common = {"rows": (2,), "peers": True, "results": tmp_path}
+    Train(mesh=("fsdp=2",), remat="none", **common).run()
+    results = json.loads(Generate(mesh=("tensor=2",), **common).run().read_text())
+    assert [(r["what"], r["mesh"], r["devices"]) for r in results] == [
+        ("train", "fsdp=2", 2),
+        ("generate", "tensor=2", 2),
+    ]
+    assert "batch 2, 2 GPUs (fsdp=2)" in tables.model_table(results)
+    for mesh in (["fsdp2"], ["model=2"], ["data=0"]):
+        with pytest.raises(UserError, match="mesh is .*; expected sizes of axes among .*, such as fsdp=2"):
+            model.parse_mesh(mesh)
+
+
 @pytest.mark.parametrize(
     "size, name, title",
     [("qwen2_5_vl_3b", "qwen2.5-vl-3b", "Qwen2.5-VL 3B"), ("qwen3_vl_4b", "qwen3-vl-4b", "Qwen3-VL 4B")],
@@ -416,9 +430,16 @@ def test_scaling_table_marks_what_was_measured():
     """A plan's row shows the fastest measured step of the same work; a plan that does not fit shows its memory alone."""
     plan = {"model": "qwen2-vl-2b", "gpus": 2, "gpu": "H100", "mesh": {"fsdp": 2}, "remat": "dots", "fits": True}
     plan |= {"gib": 37.4, "step_ms": 430.2, "tokens_per_s": 38_060, "efficiency": 0.93}
-    step = {"package": record.OURS, "what": "train", "model": "qwen2-vl-2b", "devices": 2, "rows": 8, "remat": "dots"}
+    step = {
+        "package": record.OURS,
+        "what": "train",
+        "model": "qwen2-vl-2b",
+        "mesh": "fsdp=2",
+        "rows": 8,
+        "remat": "dots",
+    }
     step |= {"step_ms": 440.0, "peak_gib": 38.2, "device": "NVIDIA H200"}
-    others = [step | {"rows": 4, "step_ms": 1.0}, step | {"devices": 1, "step_ms": 2.0}, step | {"step_ms": 450.0}]
+    others = [step | {"rows": 4, "step_ms": 1.0}, step | {"mesh": "data=2", "step_ms": 2.0}, step | {"step_ms": 450.0}]
     large = plan | {"model": "qwen2-vl-72b", "fits": False, "gib": 318.0}
     lines = tables.scaling_table([plan, large], [*others, step]).splitlines()
     measured = "440 ms, 38 GiB on NVIDIA H200"

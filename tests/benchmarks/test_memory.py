@@ -23,8 +23,8 @@ def config_of(result):
 
 
 @pytest.mark.parametrize("result", MEASURED, ids=lambda r: f"{r['model']} x{r['rows']}")
-def test_estimate_is_within_16_percent_of_each_measured_generation(result):
-    assert generation_gib(config_of(result), rows=result["rows"]) == pytest.approx(result["peak_gib"], rel=0.16)
+def test_estimate_is_within_7_percent_of_each_measured_generation(result):
+    assert generation_gib(config_of(result), rows=result["rows"]) == pytest.approx(result["peak_gib"], rel=0.07)
 
 
 def test_stored_estimates_are_those_of_the_planner():
