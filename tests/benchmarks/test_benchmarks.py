@@ -308,7 +308,7 @@ def test_meshes_are_separate_cases_without_peers(tiny_models, tmp_path):
     ]
     assert "batch 2, 2 GPUs (fsdp=2)" in tables.model_table(results)
     for mesh in (["fsdp2"], ["model=2"], ["data=0"]):
-        with pytest.raises(UserError, match="mesh is .*; expected sizes of axes among .*, such as fsdp=2"):
+        with pytest.raises(UserError, match=r"mesh is .*; expected sizes of axes among .*, such as fsdp=2"):
             model.parse_mesh(mesh)
 
 
