@@ -6,12 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _pallas, _validate
+from pallas_kernels import _pallas, _sharding, _validate
 
-CLEARED_ROWS, CLEARED_COLUMNS = (
-    32,
-    256,
-)  # the rows of a program of `clear_rows`, and the columns that it writes at once
+CLEARED_ROWS = 32  # of a program of `clear_rows`
+CLEARED_COLUMNS = 256  # that it writes at once
 MIN_SLOTS = 2  # with a single slot, cuDNN treats the row as one unpacked sequence
 
 
@@ -81,6 +79,8 @@ def clear_in_place(x: jax.Array, segments: Segments) -> jax.Array:
         rows = x.reshape(segments.ids.size, -1)
         return clear_rows(rows, segments.ids.ravel(), segments.starts.shape[1], interpret=interpret).reshape(x.shape)
 
+    # in a shard_map, the results of other packages' kernels do not declare the mesh axes that they vary over
+    x = _sharding.varying_as(segments.ids, x)
     return _pallas.call_implementation(None, kernel, clear_outside, x, segments)
 
 
