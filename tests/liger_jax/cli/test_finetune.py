@@ -15,22 +15,11 @@ from convert import from_hf, load_adapter
 from convert.load import convert_checkpoint
 from liger_jax import Qwen2VL
 from liger_jax.checkpoint import load_model, save_model
-from liger_jax.demo.run import make_config
 from liger_jax.model.lora import TARGETS, adapted_parts
 from liger_jax.model.params import param_paths
 from tests._support.command_line import FINETUNE_FLAGS, call
-from tests._support.finetune_runs import demo_processor, logged, make_data
+from tests._support.finetune_runs import logged, make_data
 from tests._support.quiet import assert_quiet
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return demo_processor()
-
-
-@pytest.fixture(scope="module")
-def config(processor):
-    return make_config(processor)
 
 
 def test_flags_of_finetune(monkeypatch, capsys):

@@ -15,25 +15,8 @@ import pytest
 
 from liger_jax.data.dataset import make_dataset
 from liger_jax.data.loader import load_batches
-from liger_jax.demo.run import make_config
 from liger_jax.errors import UserError
 from liger_jax.options import Batching
-from tests._support.finetune_runs import demo_processor, make_data
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return demo_processor()
-
-
-@pytest.fixture(scope="module")
-def config(processor):
-    return make_config(processor)
-
-
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
 
 
 def test_workers_make_the_same_batches(config, processor, data):
