@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import _pallas, _sharding, _validate
 
-CLEARED_ROWS = 32  # of a program of `clear_rows`
-CLEARED_COLUMNS = 256  # that it writes at once
+CLEARED_ROWS = 32  # rows per program of `clear_rows`
+CLEARED_COLUMNS = 256  # columns that it writes at once
 MIN_SLOTS = 2  # with a single slot, cuDNN treats the row as one unpacked sequence
 
 

@@ -86,9 +86,8 @@ class QwenVL(nnx.Module):
             positions = batch.vision.token_positions
             features, deeper = self.visual(batch.vision, execution=execution, capture=capture)
             deepstack = Deepstack(deeper, positions).spread_over(x) if deeper else None
-            constrain = (
-                constrain_batch_and_seq if divides_rows(len(x)) else constrain_batch
-            )  # as the features are split
+            # split as the features are, so that setting them moves nothing
+            constrain = constrain_batch_and_seq if divides_rows(len(x)) else constrain_batch
             x = constrain(set_features(constrain(x), positions, features))
         if capture is not None:
             capture["inputs_embeds"] = x
