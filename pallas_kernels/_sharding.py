@@ -80,20 +80,21 @@ class ParallelOp:
     def layout(self, sharding: Any, shapes: Sequence[tuple[int, ...]], mesh: Any) -> Layout:
         """Returns the layout of the parallel axes, read from the sharding of the first operand.
 
-        An axis that cannot be divided evenly in every operand, such as few key heads over many devices, stays whole.
+        An axis that cannot be divided evenly in every operand stays whole, such as few key heads over many devices. So does
+        a row axis: the partitioner would pad the shards with garbage, which a sum over rows would include.
         """
         # An operand that is on no mesh may have a sharding without a spec.
         spec = tuple(getattr(sharding, "spec", None) or ())
         spec += (None,) * (len(shapes[0]) - len(spec))
         axes = [self._axes(operand, shapes) for operand in self.operands]
         layout: Layout = dict.fromkeys(self.parallel, ())
-        for axis, entry in zip(axes[0], spec, strict=True):
+        for axis, entry, size in zip(axes[0], spec, shapes[0], strict=True):
             if axis in layout:
-                layout[axis] += (entry,)
+                layout[axis] += (None if size % _num_shards(entry, mesh) else entry,)
         for axis in set(self.parallel) - {ROWS}:
-            shards = math.prod(mesh.shape[name] for name in _mesh_axes(layout[axis]))
+            (entry,) = layout[axis]
             sizes = [shape[names.index(axis)] for names, shape in zip(axes, shapes, strict=True) if axis in names]
-            if any(size % shards for size in sizes):
+            if any(size % _num_shards(entry, mesh) for size in sizes):
                 layout[axis] = (None,)
         return layout
 
@@ -312,6 +313,11 @@ def is_spread(*operands: jax.Array) -> bool:
 def _mesh_axes(entries: tuple) -> list[str]:
     """Returns the names of the mesh axes in entries of a PartitionSpec."""
     return [name for entry in entries if entry for name in (entry if isinstance(entry, tuple) else (entry,))]
+
+
+def _num_shards(entry: Any, mesh: Any) -> int:
+    """Returns the number of shards into which an entry of a PartitionSpec divides its axis."""
+    return math.prod(mesh.shape[name] for name in _mesh_axes((entry,)))
 
 
 def _varying_over(axes: set[str], x: jax.Array) -> jax.Array:
