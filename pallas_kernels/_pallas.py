@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import _sharding
+
 try:
     from jax.experimental.pallas import triton as plgpu
 except ImportError:  # a JAX that has dropped the backend
@@ -181,14 +183,17 @@ def call_implementation(implementation: str | None, kernel: Callable, xla: Calla
 
 
 def forward_only(op: str, local: Callable) -> Callable:
-    """Returns `local` as a function that raises NotImplementedError when differentiated, with any implementation."""
+    """Returns `local` as a function that raises NotImplementedError when differentiated, with any implementation.
+
+    In a shard_map, it marks its operands as varying over the same mesh axes, as `_sharding.align_operands` does.
+    """
     run = jax.custom_jvp(local, nondiff_argnums=(0,))
 
     @run.defjvp
     def no_gradient(static: Any, operands: tuple, tangents: tuple) -> Any:
         raise NotImplementedError(f"{op}: there is no gradient; expected a forward pass only, as in generation")
 
-    return run
+    return lambda static, *operands: run(static, *_sharding.vary_alike(*operands))
 
 
 @functools.cache

@@ -166,8 +166,16 @@ def align_operands(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...
     if AxisType.Explicit in mesh.axis_types:
         specs, _ = op.specs(_layout_by_type(op, operands, mesh))
         operands = tuple(jax.sharding.reshard(x, spec) for x, spec in zip(operands, specs, strict=True))
-    varying = {name for x in operands for name in jax.typeof(x).manual_axis_type.varying}
-    return tuple(_varying_over(varying, x) for x in operands)
+    return vary_alike(*operands)
+
+
+def vary_alike(*operands: Any) -> tuple[Any, ...]:
+    """Returns the operands marked as varying over the mesh axes that any of them varies over; None stays None.
+
+    A kernel reads all of its operands for each result. Has an effect only in a shard_map.
+    """
+    varying = {name for x in operands if x is not None for name in jax.typeof(x).manual_axis_type.varying}
+    return tuple(None if x is None else _varying_over(varying, x) for x in operands)
 
 
 def varying_as(like: jax.Array, x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
-from pallas_kernels import shapes
+from pallas_kernels import _pallas, shapes
 from tests._support.lowered import triton_calls
 
 OPS = {
@@ -183,3 +183,27 @@ def test_none_picks_kernels_inside_a_shard_map(op):
     mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
     run = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P())
     assert "one_row" in str(jax.make_jaxpr(run)(*operands(names, 1, 16, 8)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_outputs_sharded_inside_a_checked_shard_map(op):
+    """Regression: with a replicated x and a sharded weight, the kernel's result did not declare that it varies, which was a
+    TypeError, on a CPU as well.
+    """
+    function, names = OPS[op]
+    args = operands(names, 1, 16, 8)
+    mesh = jax.make_mesh((2,), ("tensor",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    outputs = {"weight": P("tensor"), "weights": P(None, "tensor"), "bias": P("tensor"), "residual": P(None, "tensor")}
+    specs = tuple(outputs.get(name, P()) for name in names)
+    run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(None, "tensor"))
+    assert distance(jax.jit(run)(*args), truth(names, *args)) < 1e-5
+    program = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count(_pallas.TRITON_CALL) == 1
+
+
+@pytest.mark.parametrize("op", ["norm_linear", "norm_swiglu"])
+def test_none_picks_xla_for_rows_wider_than_the_norm_supports(op):
+    """Regression: with several rows and a small weight, lowering for a GPU raised a ValueError of rms_norm."""
+    function, names = OPS[op]
+    assert triton_calls(function, *abstract(names, 2, 65_537, 4)) == 0
+    assert triton_calls(function, *abstract(names, 1, 65_537, 4)) == 1
