@@ -33,7 +33,7 @@ def row_losses(implementation: str | None, options: Options, logits, labels, cla
         return stats_kernel(options, logits, labels, *_or_none(weights), interpret=interpret)
 
     operands = logits, labels, *_present(class_weights)
-    stats = _pallas.call_implementation(_xla_if_empty(implementation, logits), kernel, xla, *operands)
+    stats = _pallas.call_implementation(implementation, kernel, xla, *operands)
     return _cross_entropy_math.row_losses(options, stats, labels, class_weights, logits.shape[-1])
 
 
@@ -47,7 +47,7 @@ def gradient(implementation: str | None, options: Options, logits, labels, class
         return gradient_kernel(options, logits, labels, *_or_none(weights), lse, cotangent, interpret=interpret)
 
     operands = logits, labels, lse, cotangent, *_present(class_weights)
-    return _pallas.call_implementation(_xla_if_empty(implementation, logits), kernel, xla, *operands)
+    return _pallas.call_implementation(implementation, kernel, xla, *operands)
 
 
 def row_losses_and_gradient(
@@ -64,7 +64,7 @@ def row_losses_and_gradient(
         return stats_and_gradient_kernel(options, logits, labels, *_or_none(weights), cotangent, interpret=interpret)
 
     operands = logits, labels, cotangent, *_present(class_weights)
-    stats, dlogits = _pallas.call_implementation(_xla_if_empty(implementation, logits), kernel, xla, *operands)
+    stats, dlogits = _pallas.call_implementation(implementation, kernel, xla, *operands)
     return _cross_entropy_math.row_losses(options, stats, labels, class_weights, logits.shape[-1]), dlogits
 
 
@@ -74,10 +74,6 @@ def _present(class_weights):
 
 def _or_none(weights: tuple) -> tuple:
     return weights or (None,)
-
-
-def _xla_if_empty(implementation: str | None, logits: jax.Array) -> str | None:
-    return implementation if logits.size else "xla"
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------------

@@ -168,9 +168,11 @@ def call_implementation(implementation: str | None, kernel: Callable, xla: Calla
     """Calls kernel(*operands, interpret=...) or xla(*operands).
 
     None is resolved when the program is lowered, by the platform that it is lowered for: a process without a GPU can lower
-    for one, and vice versa.
+    for one, and vice versa. XLA processes empty operands, such as those of a vmap over no problems: a kernel has no program
+    for them.
     """
-    if implementation == "xla" or (implementation is None and plgpu is None):
+    is_empty = any(x.size == 0 for x in jax.tree.leaves(operands))
+    if implementation == "xla" or is_empty or (implementation is None and plgpu is None):
         return xla(*operands)
     if plgpu is None:
         raise NotImplementedError(

@@ -204,12 +204,13 @@ def run(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
         all_batched = (True,) * len(op.results)
         if not op.folds:
             return _over_problems(op, size, batched, operands), all_batched
-        stacked = (
+        stacked = [
             x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
             for x, is_batched in zip(operands, batched, strict=True)
-        )
-        results = run(op, *(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in stacked))
-        return tuple(r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results), all_batched
+        ]
+        length = stacked[0].shape[1]  # of the leading axis, the same in all operands and results of a problem
+        results = run(op, *(x.reshape(size * length, *x.shape[2:]) for x in stacked))
+        return tuple(r.reshape(size, length, *r.shape[1:]) for r in results), all_batched
 
     return call(*operands)
 

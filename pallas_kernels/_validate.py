@@ -29,7 +29,7 @@ def rows(op: str, implementation: str | None, x: jax.Array, **vectors: jax.Array
         raise ValueError(
             f"{op}: x has {x.shape[-1]} columns; expected at most {WIDEST_ROW} for implementation {implementation!r}"
         )
-    return "xla" if x.size == 0 or x.shape[-1] > WIDEST_ROW else implementation
+    return "xla" if x.shape[-1] > WIDEST_ROW else implementation
 
 
 def floating(op: str, **arrays: jax.Array) -> None:

@@ -133,7 +133,7 @@ def _activate(op: str, activation: str, implementation: str | None, **arrays: ja
     gate, *_ = arrays.values()
     for name, array in arrays.items():
         _validate.shape(op, name, array.shape, gate.shape)
-    static = StaticArgs(activation, implementation if implementation and gate.size else "xla")
+    static = StaticArgs(activation, implementation or "xla")
     grouped = [array[None] if gate.ndim else array[None, None] for array in arrays.values()]
     (out,) = _OPERATION(static, *grouped, *(None,) * (2 - len(grouped)))
     return out.reshape(gate.shape)

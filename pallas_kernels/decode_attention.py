@@ -99,7 +99,7 @@ def decode_attention(
             f"{op}: implementation {implementation!r} does not support this call: {'; '.join(unsupported)}"
         )
     preferred = pallas_preferred(batch, qkv, keys, values) and not unsupported
-    if not qkv.size or (implementation is None and not preferred):
+    if implementation is None and not preferred:
         implementation = "xla"
     static = StaticArgs(float(eps), implementation)
     return _decode_attention(static, qkv, cos, sin, keys, values, valid, slot, q_weight, k_weight)
@@ -131,6 +131,8 @@ def _check(op: str, qkv, cos, sin, keys, values, valid, slot) -> None:
         ("slot", slot, ()),
     ):
         _validate.shape(op, name, array.shape, expected)
+    if not slots:
+        raise ValueError(f"{op}: keys has shape {keys.shape}; expected S >= 1, a slot for the new token")
     query_heads = heads - 2 * key_heads
     if not key_heads or query_heads <= 0 or query_heads % key_heads:
         raise ValueError(f"{op}: qkv has {heads} heads, keys has {key_heads}; expected N + 2 K where K divides N")

@@ -57,7 +57,8 @@ def norm_linear(
         rounds the normalized x, and XLA also the product. There is no gradient.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or a Pallas kernel is requested by name for more than 64 rows.
+        ValueError: a shape or dtype does not fit, or a Pallas kernel is requested by name for more than 64 rows,
+            or at H > 65536 for several rows.
         NotImplementedError: the operation is differentiated.
 
     Example:
@@ -174,10 +175,12 @@ def _checked(
     if rows > MAX_ROWS and implementation in ("triton", "interpret"):
         raise ValueError(f"{op}: x has {rows} rows; expected at most {MAX_ROWS} for implementation {implementation!r}")
 
+    if rows > 1 and "norm_weight" in vectors:
+        implementation = _validate.rows(op, implementation, x)  # the norm is a kernel of its own, over whole rows
     preferred = pallas_preferred(rows, *operands.values()) and (
         rows == 1 or weight.nbytes <= PREFERRED_MAX_WEIGHT_BYTES
     )
-    use_xla = not x.size or not weight.size or (implementation is None and not preferred)
+    use_xla = implementation is None and not preferred
     return StaticArgs(float(eps), "xla" if use_xla else implementation, implementation)
 
 

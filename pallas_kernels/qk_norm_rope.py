@@ -66,7 +66,7 @@ def qk_norm_rope(
     _validate.same_dtype(op, q=q, k=k)
     _validate.shape(op, "q_weight", q_weight.shape, q.shape[-1:])
     _validate.shape(op, "k_weight", k_weight.shape, q.shape[-1:])
-    static = StaticArgs(float(eps), implementation if q.size and k.size else "xla")
+    static = StaticArgs(float(eps), implementation)
     q, k = _OPERATION(static, *(x[None] for x in (q, k, q_weight, k_weight, cos, sin)))
     return q[0], k[0]
 

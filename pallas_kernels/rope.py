@@ -120,9 +120,7 @@ class StaticArgs(NamedTuple):
 
 
 def _rotate(op: DifferentiableOp, sections: tuple[int, int, int] | None, implementation: str | None, q, k, cos, sin):
-    return op(
-        StaticArgs(sections, 1, implementation if implementation and q.size and k.size else "xla"), q, k, cos, sin
-    )
+    return op(StaticArgs(sections, 1, implementation or "xla"), q, k, cos, sin)
 
 
 # ---- XLA implementation: q [B, T, N, D], k [B, T, K, D], cos and sin [(3,) B, T, D/2] --------------------------------

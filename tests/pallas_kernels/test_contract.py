@@ -103,6 +103,12 @@ WRONG = {
         qkv, *[angles[:, 0]] * 2, cache, cache, ones, 3.7
     ),
     "valid has shape": lambda: pk.decode_attention(qkv, *[angles[:, 0]] * 2, cache, cache, ones[:, :5], 3),
+    "keys has shape (1, 0, 2, 8)": lambda: pk.decode_attention(
+        qkv, *[angles[:, 0]] * 2, *[random(1, 0, 2, 8)] * 2, ones[:, :0], 0
+    ),
+    "norm_linear: x has 65537 columns": lambda: pk.norm_linear(
+        np.ones((2, 65_537)), np.ones(65_537), np.ones((1, 65_537)), implementation="interpret"
+    ),
     "q_weight is given alone": lambda: pk.decode_attention(
         qkv, *[angles[:, 0]] * 2, cache, cache, ones, 3, q_weight=vector
     ),

@@ -115,6 +115,17 @@ def test_vmap_equals_xla(name):
         close(*jax.jit(lambda *args, kernel=kernel, xla=xla: (kernel(*args), xla(*args)))(*args))
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "cross_entropy"])
+def test_vmap_over_no_problems_is_empty(name):
+    """Regression: a ZeroDivisionError, from the grid of the kernel or from the number of rows of a problem."""
+    op = OPS[name]
+    args = [jnp.zeros((0, *x.shape), x.dtype) for x in op.make((2, 3), 8)]
+    for implementation in (None, "interpret"):
+        results = jax.vmap(functools.partial(op.run, implementation=implementation))(*args)
+        want = jax.eval_shape(op.run, *op.make((2, 3), 8))
+        assert jax.tree.map(lambda x: x.shape, results) == jax.tree.map(lambda x: (0, *x.shape), want)
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "quick_gelu"])
 def test_gradients_through_scan_and_remat_equal_xla(name):
     """The gradients of a scan over rematerialized layers, as in a model, equal those of XLA."""
