@@ -65,7 +65,7 @@ KINDS = (
 )
 
 # Keys of an assistant's message that say whether it is trained.
-LOSS_KEYS = ("loss", "weight", "train", "trainable", "loss_scale")
+LOSS_KEYS = ("loss", "weight", "train", "training", "trainable", "loss_scale")
 # Settings of a message part, as in qwen-vl-utils; sample_fps is the rate of a video's frames.
 PART_SETTINGS = ("min_pixels", "max_pixels", "sample_fps")
 # Settings of a message part that qwen-vl-utils supports and this package does not.
