@@ -30,7 +30,7 @@ from liger_jax.inputs.messages import (
     UNSUPPORTED_SETTINGS,
     Conversation,
     Message,
-    check_part_settings,
+    check_media_part,
     check_text,
     is_trained,
 )
@@ -407,9 +407,7 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
     for kind in KINDS:
         if not kind.matches(part):
             continue
-        check_part_settings(part)
-        if not _is_empty(part.get("text")):
-            raise UserError(f"part is {part!r:.100}, with a text and of type {kind.name!r}; expected a part for each")
+        check_media_part(part)
         value = next((part[key] for key in kind.keys if part.get(key)), None)
         if value is None and not media[kind.name]:
             raise UserError(f"part is {part!r:.60}, and the record lists no more {kind.argument}; expected one for it")

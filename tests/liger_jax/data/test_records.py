@@ -382,6 +382,9 @@ def test_text_of_an_image_part_was_dropped(folder):
         record["messages"][0]["content"] = [part]
         with pytest.raises(UserError, match=r"expected a part for each|the part has 'image'"):
             read_conversations(write(folder, record))
+    part = {"type": "image", "image": image_bytes(), "text": "A cat."}
+    with pytest.raises(UserError, match="with both media and a text"):
+        Processor(train_tokenizer([]))([{"role": "user", "content": [part]}])
 
 
 @pytest.mark.parametrize("key", ["fps", "nframes", "min_frames", "max_frames"])
