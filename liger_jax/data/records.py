@@ -9,8 +9,9 @@ image or video. Content may also be a list of parts; a part without its own imag
 A video is the list of its frames. A part may set `min_pixels`, `max_pixels`, and for a video `sample_fps`, the rate of its
 frames per second (otherwise 2), as in qwen-vl-utils.
 
-A turn of the assistant is not trained if it has "loss", "weight", "train", "trainable" or "loss_scale" with false or 0. Keys
-that are known to change a record's meaning, but are not supported, are refused by name. Other unknown keys are reported.
+A turn of the assistant is not trained if it has one of `LOSS_KEYS` ("loss", "weight", ...) with false or 0. Keys of records,
+turns and parts that are known to change their meaning, but are not supported, are refused by name. Other unknown keys are
+reported, unless they hold the only image or video of a record: it is never trained without that.
 """
 
 import json
@@ -26,9 +27,10 @@ from liger_jax.inputs.messages import (
     KINDS,
     LOSS_KEYS,
     PART_SETTINGS,
+    UNSUPPORTED_SETTINGS,
     Conversation,
     Message,
-    check_part_settings,
+    check_media_part,
     check_text,
     is_trained,
 )
@@ -39,16 +41,19 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 FORMATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 # Keys under which a record lists its images or videos.
 MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
-# Keys of records and turns that would change what is trained, by their meaning.
+RECORD_KEYS = {*FORMATS, *MEDIA["image"], *MEDIA["video"], "system", "id", *LOSS_KEYS}
+# Keys of records, turns and parts that would change what is trained, by their meaning.
 REFUSED = {
     "preferences": {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "label"}
     | {"kto_tag", "preference", "preferred", "margin"},
     "tools": {"tools", "functions", "function_call", "tool_calls", "tool_call_id", "tool_choice"},
     "grounding": {"objects", "bbox", "bboxes", "bbox_type", "boxes", "ref", "refs", "polygons"},
     "audio": {"audio", "audios", "audio_path", "audio_url", "input_audio"},
-    "masks of tokens": {"loss_mask", "mask", "masks", "train_detail", "training_detail", "train_on_turn"},
+    "masks of tokens": {"loss_mask", "mask", "masks", "masked", "train_detail", "training_detail", "train_on_turn"}
+    | {"completion_mask", "assistant_masks", "output_with_loss", "loss_weight", "sample_weight"},
+    "reasoning": {"reasoning_content", "thinking"},
 }
-TRAINING_ONLY = ("preferences", "masks of tokens")  # meanings that do not change a question
+TRAINING_ONLY = ("preferences", "masks of tokens", "reasoning")  # meanings that do not change a question
 # Keys under which other programs list images and videos.
 FOREIGN_MEDIA = {
     "image": {"image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_base64"}
@@ -56,8 +61,20 @@ FOREIGN_MEDIA = {
     | {"picture", "pictures", "photo", "photos", "pixel_values"},
     "video": {"video_path", "video_paths", "video_url", "video_urls", "video_file", "video_files", "frames"},
 }
-# Markers of ms-swift and other trainers that nothing fills here, and Qwen-VL's own placeholders for the tokens of images.
-LEFT_OVER = re.compile(r"<(?:bbox|ref-object|audio|\|(?:image|video)_pad\|)>")
+# Markers that nothing fills here: those of ms-swift, the placeholders of Qwen-VL and other models (also numbered ones), and
+# the path of an image in the text, as the first Qwen-VL has it. Texts are split at `MARKER` first.
+LEFT_OVER = re.compile(
+    r"<(?:bbox|ref-object|audio)>"
+    r"|<\|?(?:image|video)(?:[-_ ]?(?:pad|placeholder|here|\d+))?\|?>"
+    r"|<img>[^<]*</img>",
+    re.IGNORECASE,
+)
+# Values that are images or videos, whatever their key is called.
+MEDIA_VALUE = re.compile(
+    r"data:(?:image|video)/.*|\S+\.(?:avif|bmp|gif|heic|jpe?g|png|tiff?|webp|avi|mkv|mov|mp4|webm)",
+    re.IGNORECASE | re.DOTALL,
+)
+PART_KEYS = {"type", "text", *PART_SETTINGS, *UNSUPPORTED_SETTINGS}  # and the kind's own
 MARKER = re.compile(r"\n?<(image|video)>\n?")  # the line breaks around a marker belong to it, as in LLaVA's own loader
 
 
@@ -83,7 +100,7 @@ def read_conversations(
             and is not supported. The message names the record.
 
     Warns:
-        UserWarning: records or turns have other unknown keys; the warning counts each of them.
+        UserWarning: records, turns or parts have other unknown keys; the warning counts each of them.
 
     Example:
         >>> import json, tempfile
@@ -136,13 +153,15 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} does not exist; expected a file of conversations") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not readable as UTF-8 ({error}); expected a file of conversations") from error
+        raise UserError(
+            f"{path} is not readable as UTF-8 ({error}); expected a JSON list or JSON lines in UTF-8"
+        ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of conversations") from error
     records: list[tuple[int, Any]]
     if text.lstrip().startswith("["):
         try:
-            unit, records = "record", list(enumerate(json.loads(text), start=1))
+            unit, records = "record", list(enumerate(_parse_json(text), start=1))
         except (ValueError, RecursionError) as error:  # invalid JSON, or brackets nested too deeply
             raise UserError(f"{path} is malformed ({error}); expected a JSON list or JSON lines") from error
     else:
@@ -150,22 +169,51 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
-                    records.append((number, json.loads(line)))
+                    records.append((number, _parse_json(line)))
                 except (ValueError, RecursionError) as error:
+                    if not records:
+                        _refuse_one_object(path, text)
                     records.append((number, error))
     for number, record in records:
         name = record.get("id") if isinstance(record, Mapping) else None
         yield f"{unit} {number}" + ("" if name is None else f" (id {name!r:.60})"), record
 
 
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object. Raises ValueError if it has a key twice: the earlier value would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {repeated!r:.60} twice: {values!r:.100}")
+    return values
+
+
+def _refuse_one_object(path: Path, text: str) -> None:
+    """Raises UserError if the file is one JSON object over several lines: the splits of a dataset, or one record."""
+    try:
+        keys = sorted(_parse_json(text))
+    except (ValueError, TypeError, RecursionError):
+        return
+    raise UserError(f"{path} is one object with the keys {keys!r:.300}; expected a JSON list or JSON lines")
+
+
 def _require_answer(conversation: Conversation) -> Conversation:
     """Returns the conversation unchanged. Raises UserError if the assistant says nothing in it, or nothing to train."""
-    answers = [message for message in conversation if message["role"] == "assistant" and message["content"]]
+    answers = [message for message in conversation if message["role"] == "assistant" and not _is_silent(message)]
     if not answers:
         raise UserError("the record has no answer; expected an assistant turn")
     if not any(map(is_trained, answers)):
         raise UserError("the record has no answer to train; expected an assistant turn without loss false or weight 0")
     return conversation
+
+
+def _is_silent(message: Message) -> bool:
+    content = message["content"]
+    return not content if isinstance(content, str) else all(part.get("text") == "" for part in content)
 
 
 # ---- one record ------------------------------------------------------------------------------------------------------
@@ -180,7 +228,7 @@ def parse_record(
         record: parsed JSON, or the error of a line that is not JSON.
         folder: absolute folder that relative paths refer to.
         training: check masks and preferences, which only training uses.
-        ignored: counts the unknown keys of records and turns.
+        ignored: counts the unknown keys of records, turns and parts.
 
     Raises:
         UserError: the record is broken.
@@ -200,11 +248,7 @@ def parse_record(
         raise UserError(f"{turns_key!r} is {turns!r:.60}; expected a list of turns")
     if training and not all(_mask_value(record, key) for key in LOSS_KEYS):
         raise UserError("the record itself has a mask that is false or 0; expected masks in its turns")
-    known = {*FORMATS, *(key for keys in MEDIA.values() for key in keys), "system", "id", *LOSS_KEYS}
-    _check_keys(record, "record", known, training, ignored)
-    for turn in turns:
-        if isinstance(turn, Mapping):
-            _check_keys(turn, "turn", {*FORMATS[turns_key], *LOSS_KEYS}, training, ignored)
+    _check_all_keys(record, turns_key, training, ignored)
     media = {kind: _record_media(record, kind, folder) for kind in MEDIA}
     listed = {kind: len(sources) for kind, sources in media.items()}
     messages = [_message(turn, *FORMATS[turns_key], media, folder) for turn in turns]
@@ -213,25 +257,72 @@ def parse_record(
     if record.get("system"):  # LLaMA-Factory's key
         if messages[0]["role"] == "system":
             raise UserError("the record has a system message in 'system' and in its turns; expected one of them")
-        messages.insert(0, _message({"role": "system", "content": record["system"]}, "role", "content", media, folder))
+        messages.insert(0, _message({"role": "system", "system": record["system"]}, "role", "system", media, folder))
     for kind, unused in media.items():
         if unused:
             raise UserError(
                 f"the record has {listed[kind]} {kind}s, but {listed[kind] - len(unused)} markers <{kind}> in its texts; "
                 "expected a marker for each"
             )
+    if not any(listed.values()):
+        _refuse_unread_media(record, turns_key, messages)
     return messages
+
+
+def _check_all_keys(record: Mapping[str, Any], turns_key: str, training: bool, ignored: Counter[str]) -> None:
+    """Checks the keys of a record, of its turns and of their parts; see `_check_keys`."""
+    _check_keys(record, "record", RECORD_KEYS, training, ignored)
+    _, content_key = FORMATS[turns_key]
+    for turn in record[turns_key]:
+        if not isinstance(turn, Mapping):
+            continue
+        _check_keys(turn, "turn", {*FORMATS[turns_key], *LOSS_KEYS}, training, ignored)
+        parts = turn.get(content_key)
+        for part in parts if isinstance(parts, list) else []:
+            if not isinstance(part, Mapping):
+                continue
+            is_text = _is_text(part)
+            own_keys = () if is_text else next((kind.keys for kind in KINDS if kind.matches(part)), ())
+            if is_text or own_keys:  # `_parse_part` refuses other types
+                _check_keys(part, "part", {*PART_KEYS, *own_keys}, training, ignored)
+
+
+def _refuse_unread_media(record: Mapping[str, Any], turns_key: str, messages: Sequence[Message]) -> None:
+    """Raises UserError if a record without images and videos has one under a key that is not known."""
+    contents = [message["content"] for message in messages]
+    if any(part["type"] in MEDIA for content in contents if not isinstance(content, str) for part in content):
+        return
+    turns = [("turn", turn, FORMATS[turns_key]) for turn in record[turns_key]]
+    for place, values, known in [("record", record, RECORD_KEYS), *turns]:
+        for key, value in values.items():
+            if key not in known and _holds_media(value):
+                raise UserError(
+                    f"the {place} has {key!r:.60} ({value!r:.60}), and no image or video is read from the record; expected "
+                    "images under 'images' or 'image', and videos under 'videos' or 'video'"
+                )
+
+
+def _holds_media(value: Any) -> bool:
+    """Returns whether a value is the source of an image or a video, or a list of them."""
+    for source in value if isinstance(value, list) else [value]:
+        path = source.get("path") if isinstance(source, Mapping) else source
+        if isinstance(source, Mapping) and isinstance(source.get("bytes"), str):  # as exported from a table of images
+            continue
+        if not isinstance(path, str) or not MEDIA_VALUE.fullmatch(path):
+            return False
+    return value != []
 
 
 def _check_keys(
     values: Mapping[str, Any], place: str, known: Collection[str], training: bool, ignored: Counter[str]
 ) -> None:
-    """Counts the unknown keys of a record or turn. Raises UserError for those that would change its meaning."""
+    """Counts the unknown keys of a record, turn or part. Raises UserError for those that would change its meaning."""
     for key, value in values.items():
         if key in known or _is_empty(value):
             continue
         for meaning, keys in REFUSED.items():
-            if key in keys and (training or meaning not in TRAINING_ONLY):
+            is_meant = key in keys or (place == "part" and meaning == "masks of tokens" and key in LOSS_KEYS)
+            if is_meant and (training or meaning not in TRAINING_ONLY):
                 raise UserError(
                     f"the {place} has {key!r} ({value!r:.60}), which is not supported ({meaning}); expected none"
                 )
@@ -246,18 +337,15 @@ def _check_media_key(key: str, place: str) -> None:
             raise UserError(f"the {place} has {key!r}; expected its {kind}s under {expected}")
 
 
-def _check_part_keys(part: Mapping[str, Any], own: Collection[str]) -> None:
-    """Raises UserError if a part has an image or a video under a key other than its own ones."""
-    for key, value in part.items():
-        if key not in own and not _is_empty(value):
-            _check_media_key(key, "part")
-
-
 def _is_empty(value: Any) -> bool:
-    """Returns whether a value says nothing: null, "", [], {}, the same as JSON text, or an object of such values."""
-    if isinstance(value, Mapping):
-        return all(map(_is_empty, value.values()))
-    return value is None or value in ("", [], "[]", "{}")
+    """Returns whether a value says nothing: null, "", [], {}, the same as JSON text, or a list or object of such values."""
+    values = [value]
+    for each in values:  # grows: a recursion would have a limit
+        if isinstance(each, Mapping | list):
+            values.extend(each.values() if isinstance(each, Mapping) else each)
+        elif each is not None and each not in ("", "[]", "{}"):
+            return False
+    return True
 
 
 def _mask_value(values: Mapping[str, Any], key: str) -> bool:
@@ -274,7 +362,7 @@ def _apply_mask(message: Message, turn: Mapping[str, Any]) -> Message:
 
 def _record_media(record: Mapping, kind: str, folder: Path) -> list[Any]:
     """Returns the images or videos that a record lists, in order."""
-    listed = [record[key] for key in MEDIA[kind] if record.get(key) not in (None, [])]
+    listed = [record[key] for key in MEDIA[kind] if not _is_empty(record.get(key))]
     if len(listed) > 1:
         raise UserError(f"the record has both {' and '.join(map(repr, MEDIA[kind]))}; expected one of them")
     values = listed[0] if listed else []
@@ -287,7 +375,9 @@ def _resolve_media(kind: str, value: Any, folder: Path) -> Any:
     """Returns the source of an image, or the list of sources of a video's frames; see `resolve_source`."""
     if kind == "video":
         if not isinstance(value, list) or not value or any(isinstance(frame, list) for frame in value):
-            raise UserError(f"video is {value!r:.60}; expected a list of its frames, like ['1.png', '2.png']")
+            raise UserError(
+                f"video is {value!r:.60}; expected a list of its frames, as in 'videos': [['1.png', '2.png']]"
+            )
         return [resolve_source(frame, folder) for frame in value]
     return resolve_source(value, folder)
 
@@ -311,15 +401,13 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
     """Returns one part of a message as parts for the Processor, with its own image or video or the record's next one."""
     if not isinstance(part, Mapping):
         raise UserError(f"part is {part!r:.60}; expected {{'type': 'text', 'text': ...}} or a part with an image")
-    if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
-        _check_part_keys(part, ())
+    if _is_text(part):
         parts = _fill_markers(part["text"], media)
         return [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
     for kind in KINDS:
         if not kind.matches(part):
             continue
-        check_part_settings(part)
-        _check_part_keys(part, kind.keys)
+        check_media_part(part)
         value = next((part[key] for key in kind.keys if part.get(key)), None)
         if value is None and not media[kind.name]:
             raise UserError(f"part is {part!r:.60}, and the record lists no more {kind.argument}; expected one for it")
@@ -328,12 +416,18 @@ def _parse_part(part: Any, media: dict[str, list[Any]], folder: Path) -> list[di
     raise UserError(f"part is {part!r:.60}; expected one of type 'text', 'image' or 'video'")
 
 
+def _is_text(part: Mapping[str, Any]) -> bool:
+    return isinstance(part.get("text"), str) and part.get("type", "text") == "text"
+
+
 def _fill_markers(text: str, media: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
     """Returns a text unchanged, or as parts: each of its markers takes the first image or video left in `media`."""
     check_text(text)
-    if left_over := LEFT_OVER.search(text):
-        raise UserError(f"a text has the marker {left_over[0]}, which nothing fills; expected text, <image> or <video>")
     pieces = MARKER.split(text)  # text, kind, text, kind, ..., text
+    if left_over := next(filter(None, map(LEFT_OVER.search, pieces[::2])), None):
+        raise UserError(
+            f"a text has the marker {left_over[0]:.100}, which nothing fills; expected text, <image> or <video>"
+        )
     if len(pieces) == 1:
         return text
     parts = []

@@ -349,7 +349,7 @@ def _open_image(source: Any) -> Iterator[Image.Image | np.ndarray]:
             raise
         except UnidentifiedImageError as error:  # its message shows the file as a Python object
             raise UserError(
-                f"image {name} cannot be decoded (it is no image, or its header is damaged); expected a format that "
+                f"image {name} cannot be decoded (its format is unknown, or its header is damaged); expected a format that "
                 "Pillow reads"
             ) from error
         except Exception as error:  # depending on the damage: OSError, SyntaxError, AssertionError, RuntimeError, ...

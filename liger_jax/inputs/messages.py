@@ -65,7 +65,7 @@ KINDS = (
 )
 
 # Keys of an assistant's message that say whether it is trained.
-LOSS_KEYS = ("loss", "weight", "train", "trainable", "loss_scale")
+LOSS_KEYS = ("loss", "weight", "train", "training", "trainable", "loss_scale")
 # Settings of a message part, as in qwen-vl-utils; sample_fps is the rate of a video's frames.
 PART_SETTINGS = ("min_pixels", "max_pixels", "sample_fps")
 # Settings of a message part that qwen-vl-utils supports and this package does not.
@@ -200,7 +200,7 @@ class MediaReader:
         )
 
     def _part_item(self, kind: Kind, part: Mapping[str, Any]) -> MediaItem:
-        check_part_settings(part)
+        check_media_part(part)
         values = [part[key] for key in kind.keys if part.get(key) is not None]
         source = values[0] if values else self._next(kind)
         if isinstance(source, Mapping) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
@@ -264,8 +264,10 @@ def check_text(text: str) -> None:
         ) from error
 
 
-def check_part_settings(part: Mapping[str, Any]) -> None:
-    """Raises UserError if a media part has settings that would change the image but are not implemented."""
+def check_media_part(part: Mapping[str, Any]) -> None:
+    """Raises UserError if a media part also has a text, or settings that would change it but are not implemented."""
+    if part.get("text"):
+        raise UserError(f"part is {part!r:.100}, with both media and a text; expected a part for each")
     if unsupported := [name for name in UNSUPPORTED_SETTINGS if part.get(name) is not None]:
         raise UserError(
             f"part sets {', '.join(unsupported)}, which is not supported; expected one of {', '.join(PART_SETTINGS)}"

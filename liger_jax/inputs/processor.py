@@ -214,7 +214,7 @@ class Processor:
             add_generation_prompt: append the opening of an assistant turn, to generate an answer.
             add_vision_id: write "Picture 1: ", "Video 1: " before images and videos.
             labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere. An answer with
-                `"loss": False` (or weight, train, trainable or loss_scale 0) is not trained.
+                `"loss": False` (or weight, train, training, trainable or loss_scale 0) is not trained.
             padding: side on which shorter rows of a batch are padded. transformers needs "left" for generation.
             min_pixels: lower limit of the size of each image and frame (Qwen3-VL: of all frames of a video together), in
                 place of the checkpoint's. A limit that is not passed is adjusted if it conflicts with the other.

@@ -56,7 +56,8 @@ KEYS = st.sampled_from(
         *("messages", "conversations", "images", "image", "videos", "video", "system", "id", "from", "value", "role"),
         *("content", "type", "text", "image_url", "url", "path", "bytes", "min_pixels", "max_pixels", "fps", "nframes"),
         "sample_fps",
-        *("loss", "weight", "train", "trainable", "loss_scale", "tools", "chosen", "objects", "audio", "img", "note"),
+        *("loss", "weight", "train", "training", "trainable", "loss_scale"),
+        *("tools", "chosen", "objects", "audio", "img", "pics", "note"),
         *ODD_TEXTS,
     ]
 )
@@ -100,11 +101,18 @@ def texts_of(messages, content_key) -> str:
     )
 
 
+def is_empty(value) -> bool:
+    """Returns whether a value holds nothing, at any depth."""
+    if isinstance(value, dict | list):
+        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+    return value in (None, "", "[]", "{}")
+
+
 def media_of(record, turns, content_key) -> Counter:
     """Returns the numbers of images and videos that a record holds, in its lists and in its parts."""
     media: Counter = Counter()
     for kind, keys in MEDIA.items():
-        for value in (record[key] for key in keys if record.get(key) not in (None, [])):
+        for value in (record[key] for key in keys if not is_empty(record.get(key))):
             media[kind] += len(value) if isinstance(value, list) else 1
         for part in (part for turn in turns for part in parts_of(turn[content_key])):
             if isinstance(part.get("text"), str) and part.get("type", "text") == "text":

@@ -1,6 +1,7 @@
 """Files of conversations: every format gives the same messages, and errors name the broken record."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -169,6 +170,8 @@ BROKEN = {
     "and is not valid base64": llava(image="?" * 2000),  # longer than a file's name can be
     "does not exist and is not": llava(image="a/long/path/to/an/image/that/has/a/mistake/in/it/somewhere.png"),
     "no answer": llava([("human", "Which?")]),
+    "has no answer; expected an assistant turn": {"messages": [{"role": "assistant", "content": [{"text": ""}]}]},
+    "'system' is 3; expected a text": llava(system=3, image="a.png"),
     "'role' is ['user']": {"messages": [{"role": ["user"], "content": "?"}]},
     "no.png', which does not exist": llava(image="file:///no.png"),
     "which is not a file": llava(image="."),
@@ -215,6 +218,29 @@ def test_broken_files(folder):
         read_conversations(bad, on_error="ignore")
 
 
+def test_repeated_keys_were_dropped(folder):
+    """JSON allows a key twice, and Python keeps the last value: a turn or an image was lost without a word."""
+    turn = '{"role": "user", "content": "lost", "content": "q"}'
+    line = f'{{"messages": [{turn}, {{"role": "assistant", "content": "a"}}]}}'
+    path = folder / "data.jsonl"
+    path.write_text(json.dumps(chat([("human", "q"), ("gpt", "a")])) + "\n" + line)
+    with pytest.raises(UserError, match=r"line 2: the line is not JSON .an object has the key 'content' twice"):
+        read_conversations(path)
+    path.write_text(f"[{line}]")
+    with pytest.raises(UserError, match=r"is malformed .an object has the key 'content' twice"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize("text", [{"train": [], "test": []}, {"messages": [{"role": "user", "content": "q"}]}])
+def test_one_object_over_several_lines_is_named(folder, text):
+    """It was "line 1 is not JSON". Such files hold the splits of a dataset, one record, or a description of datasets."""
+    path = folder / "data.json"
+    path.write_text(json.dumps(text, indent=2))
+    for on_error in ("raise", "skip"):
+        with pytest.raises(UserError, match=rf"data\.json is one object with the keys {re.escape(str(sorted(text)))}"):
+            read_conversations(path, on_error=on_error)
+
+
 # ---- keys that change the meaning of a record: they were dropped, and the record was trained
 
 
@@ -223,7 +249,7 @@ def trained_texts(processor, conversation):
     return processor.tokenizer.decode(labels[labels >= 0].tolist())
 
 
-@pytest.mark.parametrize("key", ["loss", "weight", "train", "trainable", "loss_scale"])
+@pytest.mark.parametrize("key", ["loss", "weight", "train", "training", "trainable", "loss_scale"])
 @pytest.mark.parametrize("numbers", [False, True])
 def test_masked_turns_were_trained(folder, key, numbers):
     off, on = (0, 1.0) if numbers else (False, True)
@@ -285,6 +311,7 @@ MEANINGFUL = {
     "img": llava(Q, img="a.png"),
     "image_url": llava(Q, image_url="a.png"),
     "video_path": llava(Q, video_path="a.mp4"),
+    "sample_weight": chat(Q, sample_weight=0.5),
 }
 
 
@@ -294,7 +321,9 @@ def test_keys_that_change_the_meaning_are_refused_by_name(folder, key):
         read_conversations(write(folder, MEANINGFUL[key]))
 
 
-@pytest.mark.parametrize("key", ["tool_calls", "function_call", "images", "image", "image_path"])
+@pytest.mark.parametrize(
+    "key", ["tool_calls", "function_call", "images", "image", "image_path", "masked", "reasoning_content", "thinking"]
+)
 def test_keys_of_turns_are_refused_by_name(folder, key):
     record = chat(Q)
     record["messages"][1][key] = [{"function": {"name": "weather", "arguments": "{}"}}]
@@ -314,6 +343,50 @@ def test_image_of_a_part_under_another_key_is_refused(folder, key):
         read_conversations(write(folder, record))
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["a.png", ["a.png", "b/C.JPEG"], "data:image/png;base64,", {"bytes": "iVBORw0KGgo=", "path": None}, "a.mp4"],
+)
+def test_images_under_any_other_key_were_dropped(folder, value):
+    """And the record trained without them. Next to the images of a record, such a value is only reported."""
+    for place in ("record", "turn"):
+        record = chat(Q)
+        (record if place == "record" else record["messages"][0])["pics"] = value
+        with pytest.raises(UserError, match=f"record 1: the {place} has 'pics' .*, and no image or video is read"):
+            read_conversations(write(folder, record))
+    with pytest.warns(UserWarning, match="ignored unknown keys .'pics' of records: 1."):
+        assert len(read_conversations(write(folder, llava(image="a.png", pics=value)))) == 1
+    for text in ("It is in a.png", "a.pdf", {"bytes": 800}, []):
+        with pytest.warns(UserWarning, match="ignored unknown keys"):
+            assert len(read_conversations(write(folder, chat(Q, pics=text, source="x")))) == 1
+
+
+@pytest.mark.parametrize("key", ["bbox", "weight", "loss", "thinking"])
+def test_keys_of_parts_were_not_checked(folder, key):
+    """A masked part was trained, and nothing reported unknown keys of parts."""
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"text": "a"}]}]}
+    part = record["messages"][1]["content"][0]
+    part["cache_control"] = {"type": "ephemeral"}
+    with pytest.warns(UserWarning, match="ignored unknown keys .'cache_control' of parts: 1."):
+        assert len(read_conversations(write(folder, record))) == 1
+    part[key] = 0
+    with pytest.raises(UserError, match=f"the part has '{key}' .0., which is not supported"):
+        read_conversations(write(folder, record))
+
+
+def test_text_of_an_image_part_was_dropped(folder):
+    parts = [{"type": "image", "image": "a.png", "text": ""}, {"type": "text", "text": "Which?", "image": None}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "7"}]}
+    assert len(read_conversations(write(folder, record))[0][0]["content"]) == 2
+    for part in ({"type": "image", "image": "a.png", "text": "A cat."}, {"image": "a.png", "text": "A cat."}):
+        record["messages"][0]["content"] = [part]
+        with pytest.raises(UserError, match=r"expected a part for each|the part has 'image'"):
+            read_conversations(write(folder, record))
+    part = {"type": "image", "image": image_bytes(), "text": "A cat."}
+    with pytest.raises(UserError, match="with both media and a text"):
+        Processor(train_tokenizer([]))([{"role": "user", "content": [part]}])
+
+
 @pytest.mark.parametrize("key", ["fps", "nframes", "min_frames", "max_frames"])
 def test_frame_rates_next_to_frames_were_ignored(folder, key):
     content = [{"type": "video", "video": ["a.png", "a.png"], key: 2}]
@@ -324,10 +397,14 @@ def test_frame_rates_next_to_frames_were_ignored(folder, key):
             read()
 
 
-@pytest.mark.parametrize("marker", ["<bbox>", "<ref-object>", "<audio>", "<|image_pad|>", "<|video_pad|>"])
+MARKERS = ["<bbox>", "<ref-object>", "<audio>", "<|image_pad|>", "<|video_pad|>", "<Image>", "<image_1>", "<image 2>"]
+MARKERS += ["<|image|>", "<|image_1|>", "<ImageHere>", "<image-placeholder>", "<img>a.png</img>"]
+
+
+@pytest.mark.parametrize("marker", MARKERS)
 @pytest.mark.parametrize("turn", [0, 1])
 def test_left_over_markers_were_trained_as_text(folder, marker, turn):
-    """Or, for Qwen2-VL's own, ended the run when the conversation was loaded."""
+    """Or, for Qwen2-VL's own, ended the run when the conversation was loaded. Those of other models lost their images."""
     turns = [list(pair) for pair in Q]
     turns[turn][1] = f"It is {marker} there."
     with pytest.raises(UserError, match=f"a text has the marker {re.escape(marker)}, which nothing fills"):
@@ -339,6 +416,8 @@ def test_empty_and_null_keys_are_accepted(folder):
     empty = {"tools": "[]", "objects": {"ref": [], "bbox": []}, "label": None, "chosen": "", "audios": [], "img": None}
     for record in (chat(Q) | {"conversations": None} | empty, llava(Q) | {"messages": [], "images": []}):
         assert len(read_conversations(write(folder, record))) == 1
+    for nothing in ("", [], {}, [None], [""], {"bytes": None, "path": None}):  # all but [] and null were refused
+        assert len(read_conversations(write(folder, chat(Q, image=nothing, videos=nothing)))) == 1
     record = llava(image="a.png", images=[], videos=None)
     assert read_conversations(write(folder, record))[0][0]["content"][0]["image"] == str(folder / "a.png")
 
@@ -360,6 +439,10 @@ def test_deep_nesting_was_a_recursion_error(folder):
     (folder / "lines.jsonl").write_text('{"a":' * 100_000)
     with pytest.raises(UserError, match=r"lines\.jsonl, line 1: the line is not JSON"):
         read_conversations(folder / "lines.jsonl")
+    for nested in ('{"a":' * 900 + "7" + "}" * 900, "[" * 900 + "]" * 900):  # within the limits of the JSON reader
+        (folder / "lines.jsonl").write_text(json.dumps(chat(Q))[:-1] + f', "objects": {{}}, "note": {nested}}}')
+        with pytest.warns(UserWarning) if "7" in nested else contextlib.nullcontext():
+            assert len(read_conversations(folder / "lines.jsonl")) == 1
     for record in ({"id": "x" * 5000}, {"x" * 5000: 1}):
         with pytest.raises(UserError, match="expected a record with one of") as raised:
             read_conversations(write(folder, record))

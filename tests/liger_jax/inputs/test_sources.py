@@ -50,7 +50,7 @@ def test_error_names_a_truncated_file(processor, broken_file):
 
 def test_error_names_a_file_that_is_not_an_image(processor, tmp_path):
     (tmp_path / "note.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"note\.png' cannot be decoded \(it is no image, or its header is damaged\)"):
+    with pytest.raises(ValueError, match=r"note\.png' cannot be decoded \(its format is unknown, or its header"):
         processor([user({"type": "image", "image": tmp_path / "note.png"})])
 
 
