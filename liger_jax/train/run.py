@@ -49,6 +49,8 @@ MAY_CHANGE = (
     *("steps", "optimization", "execution", "saving", "evaluation"),
     *("batching.accumulate", "batching.skip_broken", "batching.workers"),
 )
+# Options within these that decide which arrays the optimizer's state has.
+MUST_STAY = ("optimization.freeze", "optimization.master_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +201,13 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
         UserError: the records differ, and the message names all differences; or the stored record is damaged.
     """
     differences = _differences(read_json_object(folder / RECORD), record)
-    if listed := [f"{name} was {a!r} and is {b!r}" for name, a, b in differences if not name.startswith(MAY_CHANGE)]:
+    refused = [
+        (name, before, after)
+        for name, before, after in differences
+        # a user's own optimizer has neither option, and a state that may be the same
+        if not name.startswith(MAY_CHANGE) or (name in MUST_STAY and None not in (before, after))
+    ]
+    if listed := [f"{name} was {before!r} and is {after!r}" for name, before, after in refused]:
         raise UserError(
             f"The run in {folder} has other settings: {'; '.join(listed)}. "
             "Use the same settings to resume it, or another output folder"
