@@ -204,14 +204,20 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
     refused = [
         (name, before, after)
         for name, before, after in differences
-        # a user's own optimizer has neither option, and a state that may be the same
-        if not name.startswith(MAY_CHANGE) or (name in MUST_STAY and None not in (before, after))
+        if not name.startswith(MAY_CHANGE) or (name in MUST_STAY and _changes_state(before, after))
     ]
     if listed := [f"{name} was {before!r} and is {after!r}" for name, before, after in refused]:
         raise UserError(
             f"The run in {folder} has other settings: {'; '.join(listed)}. "
             "Use the same settings to resume it, or another output folder"
         )
+
+
+def _changes_state(before: Any, after: Any) -> bool:
+    """Returns whether a new value of an option in MUST_STAY changes the optimizer's arrays. The order of parts does not."""
+    if None in (before, after):  # a user's own optimizer, whose arrays may be the same
+        return False
+    return set(before) != set(after) if isinstance(before, list) else before != after
 
 
 def _differences(stored: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

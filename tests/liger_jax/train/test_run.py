@@ -56,6 +56,7 @@ def test_record_is_compared_by_name(tmp_path):
         {"steps": 9},
         {"optimization": {"learning_rate": 1.0}},
         {"optimization": None},
+        {"optimization": {"learning_rate": 0.1, "freeze": ["merger", "vision"]}},
         {"saving": {"save_every": 1}},
         {"execution": {"remat": "full"}},
         {"evaluation": {"eval_generate": 1}},
@@ -64,7 +65,8 @@ def test_record_is_compared_by_name(tmp_path):
     ids=str,
 )
 def test_options_that_may_change(tmp_path, change):
-    record = {"steps": 3, "optimization": {"learning_rate": 0.1}, "batching": {"seed": 0, "workers": None}}
+    optimization = {"learning_rate": 0.1, "freeze": ["vision", "merger"]}
+    record = {"steps": 3, "optimization": optimization, "batching": {"seed": 0, "workers": None}}
     write_record(tmp_path, record)
     check_record(tmp_path, record | change)
 
