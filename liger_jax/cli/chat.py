@@ -63,7 +63,11 @@ def respond(session: "Chat", line: str, images: list[Any]) -> list[Any]:
     if command.startswith("/"):
         print("expected a question, /image PATH, /reset or /quit")
     elif line:
-        print_stream(session.stream(line, images=images))
+        pieces = session.stream(line, images=images)
+        try:
+            print_stream(pieces)
+        except KeyboardInterrupt:  # the question and its images are in the chat already
+            print()
         return []
     return images
 

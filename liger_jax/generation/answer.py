@@ -85,7 +85,7 @@ def answer_batch(
         model: the model.
         processor: the model's processor.
         batch: the prompts, one per row.
-        options: generation options, except for the seed.
+        options: generation options, except for the seed and the padding token.
         seeds: one seed per prompt.
         batch_size: rows of the padded batch.
 
@@ -96,7 +96,9 @@ def answer_batch(
     prompts = batch.shape[0]
     rows = [*range(prompts), *[0] * (batch_size - prompts)]
     padded = jax.tree.map(lambda array: np.asarray(array)[rows], batch)
-    options = dataclasses.replace(options, seed=[seeds[row] for row in rows])
+    # decoding drops this token; that of the options may be text: "!" if no end token is known
+    pad_token = processor.tokenizer.pad_token_id
+    options = dataclasses.replace(options, seed=[seeds[row] for row in rows], pad_token_id=pad_token)
     try:
         tokens, failed = generate_with(model, padded, options, processor), {}
     except NonFiniteLogitsError as error:

@@ -36,7 +36,8 @@ class Chat:
         options: the fields of `GenerationOptions`; `vars(GenerationOptions.from_hf(folder))` has the checkpoint's.
 
     Attributes:
-        messages: the conversation so far, with `{"type": "image"}` in place of each image.
+        messages: the conversation so far, with `{"type": "image"}` in place of each image. Between questions, texts may be
+            edited and messages without images removed; `reset` removes images.
 
     Raises:
         UserError: an option is out of range, or requests more than one text per question.

@@ -49,6 +49,8 @@ MAY_CHANGE = (
     *("steps", "optimization", "execution", "saving", "evaluation"),
     *("batching.accumulate", "batching.skip_broken", "batching.workers"),
 )
+# Options within these that decide which arrays the optimizer's state has.
+MUST_STAY = ("optimization.freeze", "optimization.master_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +201,23 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
         UserError: the records differ, and the message names all differences; or the stored record is damaged.
     """
     differences = _differences(read_json_object(folder / RECORD), record)
-    if listed := [f"{name} was {a!r} and is {b!r}" for name, a, b in differences if not name.startswith(MAY_CHANGE)]:
+    refused = [
+        (name, before, after)
+        for name, before, after in differences
+        if not name.startswith(MAY_CHANGE) or (name in MUST_STAY and _changes_state(before, after))
+    ]
+    if listed := [f"{name} was {before!r} and is {after!r}" for name, before, after in refused]:
         raise UserError(
             f"The run in {folder} has other settings: {'; '.join(listed)}. "
             "Use the same settings to resume it, or another output folder"
         )
+
+
+def _changes_state(before: Any, after: Any) -> bool:
+    """Returns whether a new value of an option in MUST_STAY changes the optimizer's arrays. The order of parts does not."""
+    if None in (before, after):  # a user's own optimizer, whose arrays may be the same
+        return False
+    return set(before) != set(after) if isinstance(before, list) else before != after
 
 
 def _differences(stored: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

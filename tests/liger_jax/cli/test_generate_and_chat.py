@@ -79,3 +79,22 @@ def test_ctrl_c_stops_an_answer_but_not_the_chat(checkpoint, monkeypatch, capsys
     monkeypatch.setattr(chat, "print_stream", interrupted)
     call(monkeypatch, "chat", checkpoint / "orbax")
     assert capsys.readouterr().out.endswith("\n" + expected(checkpoint, "Hello") + "\n")
+
+
+def test_images_of_a_stopped_answer_were_sent_again_with_the_next_question(checkpoint, monkeypatch):
+    typed = iter([f"/image {checkpoint / 'dog.png'}", "What is this?", "And now?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    sent, stream = [], Chat.stream
+
+    def record(self, question, *, images):
+        sent.append((question, len(images)))
+        return stream(self, question, images=images)
+
+    def interrupted(pieces):
+        next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "stream", record)
+    monkeypatch.setattr(chat, "print_stream", interrupted)
+    call(monkeypatch, "chat", checkpoint / "orbax")
+    assert sent == [("What is this?", 1), ("And now?", 0)]

@@ -1,17 +1,20 @@
 """Answers to a file of questions equal those to each question alone, in any batch, interrupted or not."""
 
 import base64
+import dataclasses
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import liger_jax.generation.answer_file
-from liger_jax import generate, prepare
+from liger_jax import Chat, generate, prepare
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.generation.answer_file import answer_file
+from liger_jax.generation.generate import generate_with
 from liger_jax.generation.options import GenerationOptions
 from tests._support.demo_model import model_and_processor
 
@@ -103,6 +106,26 @@ BROKEN = {
     4: ({"messages": [{"role": "user", "content": "<image>?"}], "image": "data:image/png;base64,AAAA"}, "image"),
     5: ({"messages": [{"role": "user", "content": "long " * 5000}]}, "max_position_embeddings"),
 }
+
+
+@pytest.mark.parametrize("end", ["stop string", "end token"])
+def test_padding_after_the_end_was_part_of_an_answer(end, tmp_path):
+    """Without a padding token, rows end with the first end token or 0, which is "!": either may be text."""
+    model, processor = model_and_processor()
+    config = dataclasses.replace(model.config, eos_token_ids=(), pad_token_id=None)
+    model = jax.tree.map(lambda weights: weights, model)
+    model.config = config
+    questions = [[{"role": "user", "content": text}] for text in ("Which?", "And now?")]
+    options = GenerationOptions(max_new_tokens=20, repetition_penalty=1.5)
+    batch = prepare(config, **processor(questions[0], add_generation_prompt=True))
+    tokens = generate_with(model, batch, options)[0]
+    ends = {"stop string": {"stop_strings": processor.decode(tokens[5:7])}, "end token": {"eos_token_id": tokens[6]}}
+    ended = dataclasses.replace(options, **ends[end])
+    data = write(tmp_path / "in.jsonl", [{"messages": question} for question in questions])
+    answer_file(model, processor, data, tmp_path / "out.jsonl", options=ended, batch_size=2, progress=False)
+    answers = {record: line["answer"] for record, line in read(tmp_path / "out.jsonl").items()}
+    assert answers[1] == Chat(model, processor, **vars(ended)).ask("Which?")
+    assert len(answers[1]) < len(processor.decode(tokens))
 
 
 def test_broken_records_are_skipped_on_request(tmp_path):

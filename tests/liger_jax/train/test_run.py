@@ -1,6 +1,7 @@
 """A run's record: equal data have equal fingerprints, all differences are named, and an incomplete record is ignored."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def test_record_is_compared_by_name(tmp_path):
         {"steps": 9},
         {"optimization": {"learning_rate": 1.0}},
         {"optimization": None},
+        {"optimization": {"learning_rate": 0.1, "freeze": ["merger", "vision"]}},
         {"saving": {"save_every": 1}},
         {"execution": {"remat": "full"}},
         {"evaluation": {"eval_generate": 1}},
@@ -63,9 +65,22 @@ def test_record_is_compared_by_name(tmp_path):
     ids=str,
 )
 def test_options_that_may_change(tmp_path, change):
-    record = {"steps": 3, "optimization": {"learning_rate": 0.1}, "batching": {"seed": 0, "workers": None}}
+    optimization = {"learning_rate": 0.1, "freeze": ["vision", "merger"]}
+    record = {"steps": 3, "optimization": optimization, "batching": {"seed": 0, "workers": None}}
     write_record(tmp_path, record)
     check_record(tmp_path, record | change)
+
+
+@pytest.mark.parametrize(("option", "before", "after"), [("freeze", [], ["vision"]), ("master_weights", True, False)])
+def test_options_of_the_optimizer_that_decide_its_arrays_were_refused_by_the_names_of_arrays(
+    tmp_path, option, before, after
+):
+    """The message was a list of all arrays of the optimizer. A user's own optimizer may have the same ones."""
+    write_record(tmp_path, {"optimization": {option: before}})
+    message = rf"optimization\.{option} was {re.escape(repr(before))} and is {re.escape(repr(after))}\. Use the same"
+    with pytest.raises(UserError, match=message):
+        check_record(tmp_path, {"optimization": {option: after}})
+    check_record(tmp_path, {"optimization": None})
 
 
 def test_damaged_record(tmp_path):
