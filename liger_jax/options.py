@@ -44,8 +44,7 @@ class LayerExecution:
     remat: Remat = "none"
     """Activations to recompute in the backward pass, from none (most memory) to full; auto: the fastest choice that fits."""
     unroll: Unroll = "none"
-    """Layers to unroll instead of scanning over them, for faster steps and longer compilation; auto: vision or all, and
-    none with remat full, where unrolling costs memory."""
+    """Layers to unroll, not scan, for faster steps and longer compilation; auto: vision or all, or none with remat full."""
 
     @property
     def unrolled(self) -> Literal["none", "vision", "all"]:

@@ -72,8 +72,11 @@ def describe_gpus(gpu: str, count: int) -> list[Any]:
     try:
         return topologies.get_topology_desc(gpu, "cuda", topology=f"1x1x{count}", target_config=target).devices
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        message = "JAX's CUDA plugin cannot compile here; expected jax[cuda12], 0.11 or newer, installed"
-        raise UserError(f"{message}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise UserError(
+            f"JAX {jax.__version__} cannot compile for GPUs here ({reason}); expected jax[cuda12] with JAX 0.11 or newer "
+            "(Python 3.12 or newer)"
+        ) from error
 
 
 def _abstract_state(training: Training, mesh: Mesh) -> TrainState:
