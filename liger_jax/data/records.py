@@ -69,7 +69,7 @@ LEFT_OVER = re.compile(
     r"|<img>[^<]*</img>",
     re.IGNORECASE,
 )
-# Values that are images or videos, whatever their key is called.
+# Values that are images or videos under any key.
 MEDIA_VALUE = re.compile(
     r"data:(?:image|video)/.*|\S+\.(?:avif|bmp|gif|heic|jpe?g|png|tiff?|webp|avi|mkv|mov|mp4|webm)",
     re.IGNORECASE | re.DOTALL,
