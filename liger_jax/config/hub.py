@@ -153,11 +153,12 @@ def _read_theta(*sources: Mapping[str, Any]) -> float:
 
 
 def _read_tie(hub: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    """Returns tie_word_embeddings of the root, or else of text_config; without a value, False."""
-    tie = _first_value("tie_word_embeddings", hub, text)
-    if tie is not None and not isinstance(tie, bool):
-        raise UserError(f"tie_word_embeddings is {tie!r:.60}; expected true or false")
-    return bool(tie)
+    """Returns whether tie_word_embeddings is true at the root or in text_config, which transformers 4 reads."""
+    ties = [source["tie_word_embeddings"] for source in (hub, text) if source.get("tie_word_embeddings") is not None]
+    for tie in ties:
+        if not isinstance(tie, bool):
+            raise UserError(f"tie_word_embeddings is {tie!r:.60}; expected true or false")
+    return any(ties)
 
 
 def read_end_tokens(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -47,13 +47,15 @@ def test_tie_word_embeddings_in_text_config():
     [
         ({"tie_word_embeddings": None}, {"tie_word_embeddings": True}, True),
         ({}, {"tie_word_embeddings": True}, True),
-        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, False),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, True),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": None}, False),
         ({"tie_word_embeddings": None}, {"tie_word_embeddings": None}, False),
         ({}, {}, False),
     ],
 )
-def test_null_for_tie_word_embeddings_counted_as_false(root, text, expected):
-    """text_config's value decides if the root has none."""
+def test_null_and_contradictions_for_tie_word_embeddings_counted_as_false(root, text, expected):
+    """Either level ties, as in transformers 5.24. A checkpoint that is tied by mistake is refused: its head differs."""
     hub = Qwen2VLConfig.tiny().to_hf()
     del hub["tie_word_embeddings"], hub["text_config"]["tie_word_embeddings"]
     hub["text_config"] |= text
@@ -330,7 +332,9 @@ def test_omitted_values_are_those_of_transformers():
         del bare["text_config"][name]
     text = QwenVLConfig.from_hf(bare).text
     assert (text.head_dim, text.rope_theta, text.max_position_embeddings) == (128, 500_000.0, 128_000)
-    assert "rms_norm_eps" in width and QwenVLConfig.from_hf(width | {"rms_norm_eps": None}).text.rms_norm_eps == 1e-5
+    for size in ("2b", "2.5-3b"):  # that of Qwen2-VL was 1e-6
+        hub = hub_config(size)
+        assert "rms_norm_eps" in hub and QwenVLConfig.from_hf(hub | {"rms_norm_eps": None}).text.rms_norm_eps == 1e-5
 
 
 def test_full_attention_layers_in_any_order():
