@@ -321,6 +321,37 @@ def test_unsupported_values_of_newer_families_are_refused(size, values, message)
         QwenVLConfig.from_hf(hub_config(size, **values))
 
 
+def test_rope_scaling_next_to_rope_parameters_was_ignored():
+    """As a user adds it to a file of transformers 5, which prefers it."""
+    hub = QwenVLConfig.tiny().to_hf()
+    rope = hub["text_config"]["rope_parameters"]
+    for scaling, message in (
+        ({"rope_type": "yarn", "factor": 4.0}, "YaRN"),
+        ({"rope_type": "linear", "factor": 4.0} | rope | {"rope_type": "linear"}, "rope_scaling / rope_parameters is"),
+        (
+            {"type": "mrope", "mrope_section": [3, 3, 2]},
+            "rope_scaling is .* and rope_parameters is .*; expected one of them",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            QwenVLConfig.from_hf(hub | {"text_config": hub["text_config"] | {"rope_scaling": scaling}})
+    same = {"type": "mrope", "rope_type": "mrope", "mrope_section": rope["mrope_section"]}
+    equal = QwenVLConfig.from_hf(hub | {"text_config": hub["text_config"] | {"rope_scaling": same}})
+    assert equal == QwenVLConfig.from_hf(hub)
+
+
+def test_rotation_of_the_tower_was_ignored():
+    """A type that is not implemented, and rope_theta outside rope_parameters."""
+    hub = QwenVLConfig.tiny().to_hf()
+    vision = hub["vision_config"]
+    with pytest.raises(UserError, match="vision rope_type is 'yarn'; expected 'axial'"):
+        QwenVLConfig.from_hf(
+            hub | {"vision_config": vision | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}
+        )
+    del vision["rope_parameters"]
+    assert QwenVLConfig.from_hf(hub | {"vision_config": vision | {"rope_theta": 7}}).vision.rope_theta == 7.0
+
+
 def test_omitted_values_are_those_of_transformers():
     """Files without a key that equals its default. transformers' default width of Qwen2.5-VL's tower fits no checkpoint."""
     seconds, width = (hub_config("2.5-3b") for _ in range(2))
