@@ -75,8 +75,8 @@ def convert_checkpoint(
 ) -> str:
     """Converts a checkpoint from Hugging Face's format to Orbax, or back.
 
-    Tokenizer and processor files are copied. For Hugging Face, LoRA is merged into the weights; `save_adapter` writes it
-    separately.
+    Tokenizer and processor files are copied, in place of those in the target. For Hugging Face, LoRA is merged into the
+    weights; `save_adapter` writes it separately.
 
     Args:
         source: an Orbax folder (a saved model, or a training run: its latest step), a Hugging Face folder, or a hub id.
