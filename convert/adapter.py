@@ -19,6 +19,7 @@ from convert.weights import list_file
 from convert.writer import staged_folder, write_safetensors
 from liger_jax import processes
 from liger_jax.checkpoint import float_dtype
+from liger_jax.config.hub import is_integer, is_number
 from liger_jax.errors import NotFoundError, UserError
 from liger_jax.files import read_json_object, write_json
 from liger_jax.model import QwenVL
@@ -67,11 +68,16 @@ def adapter_table(family: str) -> tuple[Row, ...]:
 def _lora_rows(row: Row) -> tuple[Row, Row]:
     """Returns the rows of A and B for a weight: `(N D) H` becomes `r H` and `(N D) r`."""
     outputs, inputs = re.findall(r"\([^)]*\)|\w+", row.hub_axes)
-    module, path = PREFIX + current_name(row.hub).removesuffix(".weight"), row.path.removesuffix("/kernel")
+    path = row.path.removesuffix("/kernel")
     return (
-        Row(f"{module}.lora_A.weight", f"r {inputs}", f"{path}/lora/a"),
-        Row(f"{module}.lora_B.weight", f"{outputs} r", f"{path}/lora/b"),
+        Row(_peft_name(row.hub, "A"), f"r {inputs}", f"{path}/lora/a"),
+        Row(_peft_name(row.hub, "B"), f"{outputs} r", f"{path}/lora/b"),
     )
+
+
+def _peft_name(hub: str, matrix: str) -> str:
+    """Returns PEFT's name of the matrix A or B of a weight, with transformers 4.52 and later."""
+    return f"{PREFIX}{current_name(hub).removesuffix('.weight')}.lora_{matrix}.weight"
 
 
 def save_adapter(model: QwenVL, directory: str | Path, *, base_model: str | None = None) -> None:
@@ -169,13 +175,15 @@ def load_adapter(
     if missing:
         files = sorted(path.name for path in folder.iterdir())
         raise NotFoundError(f"{folder} has no {' and no '.join(missing)}, only {files}; expected a PEFT adapter")
-    options, dtype = dataclasses.asdict(read_adapter_config(folder / CONFIG, model)), float_dtype(dtype)
+    tensors = list_file(folder / WEIGHTS)
+    adapted = {_current_peft_name(tensor.name) for tensor in tensors}
+    options, dtype = dataclasses.asdict(read_adapter_config(folder / CONFIG, model, adapted)), float_dtype(dtype)
     abstract = jax.eval_shape(lambda model: add_lora(model, **options, dtype=dtype), model)
     leaves = lora_leaves(abstract)
     sizes = _read_sizes(model, leaves)
     expected = {tensor.name: tensor for tensor in hub_tensors(leaves, sizes, adapter_table(model.config.family))}
     complaint = f"{folder / WEIGHTS} has tensors that do not fit its {CONFIG} and the model"
-    stored = match_tensors(expected, list_file(folder / WEIGHTS), complaint, rename=_current_peft_name)
+    stored = match_tensors(expected, tensors, complaint, rename=_current_peft_name)
     pairs = [(stored[name], tensor) for name, tensor in expected.items()]
     values = param_paths(model) | load_parameters(
         leaves, get_mesh(model), pairs, sizes, allow_non_finite=allow_non_finite
@@ -183,8 +191,14 @@ def load_adapter(
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[path] for path in param_paths(abstract)])
 
 
-def read_adapter_config(file: Path, model: QwenVL) -> LoraOptions:
+def read_adapter_config(file: Path, model: QwenVL, stored: Collection[str] = ()) -> LoraOptions:
     """Returns the LoRA options in an adapter_config.json for a model.
+
+    Args:
+        file: the adapter_config.json.
+        model: the model that the adapter was trained for.
+        stored: names of the adapter's tensors, as `_current_peft_name` spells them. They tell which version of transformers
+            named the modules, if the target modules adapt other layers with each.
 
     Raises:
         UserError: it is not LoRA, has no rank or alpha, adapts no module, or sets an unsupported option that changes the
@@ -199,9 +213,11 @@ def read_adapter_config(file: Path, model: QwenVL) -> LoraOptions:
         raise UserError(
             f"{file}: init_lora_weights is {init!r:.60}, which changes the base weights; expected one of {INITS}"
         )
-    rank, alpha, rslora = config.pop("r", None), config.pop("lora_alpha", None), config.pop("use_rslora", False)
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+    rank, alpha, rslora = config.pop("r", None), config.pop("lora_alpha", None), config.pop("use_rslora", None)
+    if not is_integer(rank) or not is_number(alpha):
         raise UserError(f"{file}: r is {rank!r:.60} and lora_alpha is {alpha!r:.60}; expected numbers")
+    if not isinstance(rslora, bool | None):
+        raise UserError(f"{file}: use_rslora is {rslora!r:.60}; expected true or false")
     modules, excluded = config.pop("target_modules", None), config.pop("exclude_modules", None)
     for name, value in (("target_modules", modules), ("exclude_modules", excluded)):
         if not (
@@ -213,39 +229,52 @@ def read_adapter_config(file: Path, model: QwenVL) -> LoraOptions:
         raise UserError(
             f"{file}: {unsupported!r:.300} is not supported; expected plain LoRA with the same options in all layers"
         )
-    rows = adapted_rows(model.config.family)
-    names = {name: rows[path].hub for name, path in find_targets(model).items()}
     try:
-        targets = [name for name, hub in names.items() if _matches(modules, hub) and not _matches(excluded, hub)]
+        targets = _find_adapted(model, modules, excluded, stored)
     except re.error as error:
         raise UserError(
             f"{file}: target_modules is {modules!r:.300} and exclude_modules is {excluded!r:.300}; expected valid regular "
             f"expressions ({error})"
         ) from error
     if not targets:
-        raise UserError(f"{file}: target_modules is {modules!r:.300}; expected some of {list(names)}")
+        raise UserError(f"{file}: target_modules is {modules!r:.300}; expected some of {list(find_targets(model))}")
     try:
         return LoraOptions(rank=rank, alpha=alpha, targets=targets, rslora=bool(rslora))
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 
+def _find_adapted(
+    model: QwenVL,
+    modules: str | Collection[str] | None,
+    excluded: str | Collection[str] | None,
+    stored: Collection[str],
+) -> list[str]:
+    """Returns the layers that PEFT would adapt, some of `TARGETS`, under the module names of one version of transformers."""
+    rows = adapted_rows(model.config.family)
+    hub = {target: rows[path].hub.replace("{i}", "0") for target, path in find_targets(model).items()}
+    choices = []
+    for spell in (current_name, original_name):
+        names = {target: spell(weight).removesuffix(".weight") for target, weight in hub.items()}
+        choices.append([t for t, name in names.items() if _matches(modules, name) and not _matches(excluded, name)])
+    adapted = [target for target, weight in hub.items() if _peft_name(weight, "A") in stored]
+    return adapted if adapted and adapted in choices else max(choices, key=len)
+
+
 def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ("none", "", [], {})
 
 
-def _matches(modules: str | Collection[str] | None, hub: str) -> bool:
-    """Returns whether PEFT would adapt the module with the weight `hub`.
+def _matches(modules: str | Collection[str] | None, name: str) -> bool:
+    """Returns whether PEFT's target_modules or exclude_modules contain a module.
 
-    `modules` is PEFT's target_modules or exclude_modules: a regular expression, or a list of names or of their last parts.
+    They are a regular expression, or a list of names or of their last parts.
     """
     if modules == "all-linear":
         return True
-    name = hub.removesuffix(".weight").replace("{i}", "0")
-    names = (original_name(name), current_name(name))
     if isinstance(modules, str):
-        return any(re.fullmatch(modules, name) for name in names)
-    return any(f".{name}".endswith(f".{module}") for name in names for module in modules or ())
+        return re.fullmatch(modules, name) is not None
+    return any(f".{name}".endswith(f".{module}") for module in modules or ())
 
 
 def _current_peft_name(name: str) -> str:

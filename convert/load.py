@@ -1,6 +1,5 @@
 """Opens a model in any format, and converts checkpoints between the formats."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -12,24 +11,25 @@ from convert.reader import find_checkpoint, from_hf
 from convert.writer import to_hf
 from liger_jax.checkpoint import is_model, load_model, save_model
 from liger_jax.errors import UserError
-from liger_jax.files import GENERATION_CONFIG, check_new_folder, read_json_object, write_json
+from liger_jax.files import GENERATION_CONFIG, atomic_write, check_new_folder, read_json_object, write_json
 from liger_jax.model import QwenVL
 from liger_jax.model.lora import lora_config, merge_lora
 
-# Files of a checkpoint that are copied unchanged: generation settings, tokenizer, chat template, image processor.
+# Files of a checkpoint that are copied unchanged. They replace the whole group in the target, where a file of an earlier
+# checkpoint would take precedence.
 COMPANIONS = (
-    GENERATION_CONFIG,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
+    (GENERATION_CONFIG,),
+    (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.json",
+        "chat_template.jinja",
+    ),
+    ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
 )
 
 
@@ -75,8 +75,8 @@ def convert_checkpoint(
 ) -> str:
     """Converts a checkpoint from Hugging Face's format to Orbax, or back.
 
-    Tokenizer and processor files are copied. For Hugging Face, LoRA is merged into the weights; `save_adapter` writes it
-    separately.
+    Tokenizer and processor files are copied, in place of those in the target. For Hugging Face, LoRA is merged into the
+    weights; `save_adapter` writes it separately.
 
     Args:
         source: an Orbax folder (a saved model, or a training run: its latest step), a Hugging Face folder, or a hub id.
@@ -116,9 +116,7 @@ def convert_checkpoint(
         to_hf(model, target, max_shard_size=max_shard_size)
     else:
         save_model(model, target, overwrite=overwrite, allow_non_finite=allow_non_finite)
-    for name in COMPANIONS:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    _copy_companions(folder, target)
     # the end tokens of a source whose config.json alone names them
     if model.config.eos_token_ids and read_json_object(target / GENERATION_CONFIG).get("eos_token_id") is None:
         settings = read_json_object(target / GENERATION_CONFIG)
@@ -130,3 +128,14 @@ def convert_checkpoint(
         f"{source} ({source_format}) -> {target} ({to}): {count:,} parameters, {amount} as "
         f"{leaves[0].dtype}, in {time.perf_counter() - started:.1f} s"
     )
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copies the generation settings, the tokenizer and the processor that a checkpoint has."""
+    for group in COMPANIONS:
+        names = [name for name in group if (source / name).is_file()]
+        for name in names:
+            # replaces a link, instead of writing to the file that it points to
+            atomic_write(target / name, (source / name).read_bytes())
+        for name in set(group).difference(names) if names else ():
+            (target / name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from convert.assemble import make_assembler
 from convert.table import EMBEDDING, LM_HEAD, SPELLING, HubTensor, hub_tensors, read_sizes, table_of
-from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights
+from convert.weights import FLOATS, StoredTensor, list_tensors, open_weights, refuse_other_folder
 from liger_jax.checkpoint import float_dtype
 from liger_jax.config import QwenVLConfig, VisionConfig
 from liger_jax.errors import UserError, list_some
@@ -63,6 +63,8 @@ def from_hf(
     """
     dtype = float_dtype(dtype)
     folder = find_checkpoint(path_or_repo_id, revision=revision, cache_dir=cache_dir, allow_pickle=allow_pickle)
+    if not (folder / CONFIG).is_file():
+        refuse_other_folder(folder)
     _refuse_quantized_config(folder)
     config = QwenVLConfig.from_hf(folder)
     abstract = QwenVL.abstract(config, dtype=dtype)
@@ -204,11 +206,15 @@ def _check_tied_head(head: StoredTensor, embedding: StoredTensor, rows: int = 65
     with contextlib.ExitStack() as stack:
         head_file = stack.enter_context(open_weights(head.file))
         embedding_file = stack.enter_context(open_weights(embedding.file))
-        length = head.shape[0]
+        length = embedding.shape[0]
         slices = [(start, min(start + rows, length)) for start in range(0, length, rows)]
-        equal = head.shape == embedding.shape and all(
-            np.array_equal(head_file.read(head.name, *part), embedding_file.read(embedding.name, *part))
-            for part in slices
+        equal = (
+            head.shape == embedding.shape
+            and head.dtype in FLOATS
+            and all(
+                np.array_equal(head_file.read(head.name, *part), embedding_file.read(embedding.name, *part))
+                for part in slices
+            )
         )
     if not equal:
         raise UserError(

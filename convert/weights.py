@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,19 @@ from liger_jax.files import read_json_object, wrong_content
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# Patterns of names in folders that hold something else, and what the error says of them.
+OTHER_FOLDERS = {
+    "*.gguf": "has its weights only as GGUF {names}; expected unquantized weights, {SINGLE} or {INDEX}",
+    "adapter_config.json": "is a PEFT adapter; expected its base model, to which convert.load_adapter adds the adapter",
+    "global_step*": "is a DeepSpeed checkpoint, {names}; expected {SINGLE} or {INDEX}, as its zero_to_fp32.py writes them "
+    "with --safe_serialization",
+    "pytorch_model_fsdp_*": "is an FSDP checkpoint, {names}; expected {SINGLE} or {INDEX}, as `accelerate merge-weights` "
+    "writes them",
+    "*.distcp": "is a torch.distributed checkpoint, {names}; expected {SINGLE} or {INDEX}, as `accelerate "
+    "merge-weights` writes them",
+    "checkpoint-*": "has its weights in {names}; expected one of these folders",
+}
 
 # Names of dtypes in a safetensors header. All others (integers, 8-bit floats) are not weights of this model.
 FLOATS = {
@@ -49,7 +63,7 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[StoredTens
         return list_file(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _list_shards(folder / INDEX)
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).is_file()]
     if pickles and not allow_pickle:
         raise UserError(
             f"{folder} has its weights only as pickle files {pickles}; expected {SINGLE} or {INDEX}. Loading a pickle can "
@@ -59,16 +73,20 @@ def list_tensors(folder: Path, *, allow_pickle: bool = False) -> list[StoredTens
         return list_file(folder / PICKLE)
     if (folder / PICKLE_INDEX).is_file():
         return _list_shards(folder / PICKLE_INDEX)
-    files = sorted(path.name for path in folder.iterdir())
-    if gguf := [name for name in files if name.endswith(".gguf")]:
-        raise UserError(
-            f"{folder} has its weights only as GGUF {gguf}; expected unquantized weights, {SINGLE} or {INDEX}"
-        )
     if is_model(folder):
         raise NotFoundError(
             f"{folder} is an Orbax folder; expected a Hugging Face folder. convert.open_model reads both"
         )
+    refuse_other_folder(folder)
+    files = sorted(path.name for path in folder.iterdir())
     raise NotFoundError(f"{folder} has no weights, only {files!r:.300}; expected {SINGLE} or {INDEX}")
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Raises NotFoundError for a folder without weights that is an adapter or a training checkpoint, by name."""
+    for pattern, problem in OTHER_FOLDERS.items():
+        if names := sorted(path.name for path in folder.glob(pattern)):
+            raise NotFoundError(f"{folder} {problem.format(names=f'{names!r:.100}', SINGLE=SINGLE, INDEX=INDEX)}")
 
 
 def _list_shards(index: Path) -> list[StoredTensor]:
@@ -150,15 +168,31 @@ def _open_pickle(file: Path) -> Weights:
     except Exception as error:  # depending on the damage: EOFError, UnpicklingError, RuntimeError, ...
         problem = wrong_content(file) or f"unreadable ({str(error).splitlines()[0]})"
         raise UserError(f"{file} is {problem}; expected a pickle of weights") from error
+    if odd := _not_a_tensor(state):
+        raise UserError(f"{file} holds {odd}; expected {{tensor name: tensor}}, as save_pretrained writes it")
     dtypes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
     def describe(name):
         return tuple(state[name].shape), dtypes.get(state[name].dtype, str(state[name].dtype))
 
     def read(name, start=None, stop=None):
-        tensor = state[name][start:stop].contiguous()
+        tensor = state[name].detach()[start:stop].contiguous()
         if tensor.dtype == torch.bfloat16:  # torch cannot convert bfloat16 to numpy
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
     return Weights(list(state), describe, read)
+
+
+def _not_a_tensor(state: Any) -> str | None:
+    """Returns what a pickle holds, or its first entry that is not a dense tensor in memory under a name; None if all are."""
+    import torch
+
+    if not isinstance(state, dict):
+        return type(state).__name__
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            return f"{name!r:.60} of type {type(value).__name__}"
+        if value.layout != torch.strided or value.is_meta:
+            return f"{name!r:.60}, which is {'on the meta device' if value.is_meta else 'sparse'}"
+    return None

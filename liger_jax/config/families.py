@@ -48,6 +48,7 @@ FAMILIES = {
         architecture="Qwen2VLForConditionalGeneration",
         vision_activation="quick_gelu",
         vision_keys={"embed_dim": "embed_dim", "hidden_size": "hidden_size", "mlp_ratio": "intermediate_size"},
+        omitted_text={"rms_norm_eps": 1e-5},
         omitted_vision={"mlp_ratio": 4},
         rope_keys={"type": "mrope"},
     ),

@@ -87,9 +87,14 @@ def _read_numbers(source: Mapping[str, Any], names: tuple[str, ...]) -> dict[str
 
 
 def _read_rope(text: Mapping[str, Any]) -> Mapping[str, Any]:
-    rope = {**_read_object("rope_scaling", text.get("rope_scaling"))}
-    rope |= _read_object("rope_parameters", text.get("rope_parameters"))
-    rope_types = [rope.get("rope_type", "default"), rope.get("type", "mrope")]
+    scaling, parameters = (_read_object(name, text.get(name)) for name in ("rope_scaling", "rope_parameters"))
+    rope_types = [part.get(name, "default") for part in (scaling, parameters) for name in ("rope_type", "type")]
+    differing = [name for name in scaling if parameters.get(name, scaling[name]) != scaling[name]]
+    if set(differing) - {"rope_type", "type"}:
+        raise UserError(
+            f"rope_scaling is {scaling!r:.200} and rope_parameters is {parameters!r:.200}; expected one of them"
+        )
+    rope = {**scaling, **parameters}
     if any(name not in ("default", "mrope") for name in rope_types) or not isinstance(rope.get("mrope_section"), list):
         raise UserError(
             f"rope_scaling / rope_parameters is {rope!r:.200}; expected type 'mrope' with an mrope_section "
@@ -109,7 +114,11 @@ def _read_vision(vision: Mapping[str, Any], member: Family) -> VisionConfig:
         # other numbers have no effect in transformers
         values["full_attention_layers"] = tuple(sorted({layer for layer in full if 0 <= layer < depth}))
     rope = _read_object("rope_parameters of vision_config", vision.get("rope_parameters"))
-    return VisionConfig(**values, rope_theta=_read_theta(rope, {"rope_theta": 10_000.0}))
+    if rope.get("rope_type", "axial") not in ("axial", "default"):
+        raise UserError(
+            f"vision rope_type is {rope['rope_type']!r:.60}; expected 'axial' (no other value is implemented)"
+        )
+    return VisionConfig(**values, rope_theta=_read_theta(rope, vision, {"rope_theta": 10_000.0}))
 
 
 def _read_mlp_ratio(ratio: Any, values: Mapping[str, Any]) -> Any:
@@ -153,11 +162,12 @@ def _read_theta(*sources: Mapping[str, Any]) -> float:
 
 
 def _read_tie(hub: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    """Returns tie_word_embeddings of the root, or else of text_config; without a value, False."""
-    tie = _first_value("tie_word_embeddings", hub, text)
-    if tie is not None and not isinstance(tie, bool):
-        raise UserError(f"tie_word_embeddings is {tie!r:.60}; expected true or false")
-    return bool(tie)
+    """Returns whether tie_word_embeddings is true at the root or in text_config, which transformers 4 reads."""
+    ties = [source["tie_word_embeddings"] for source in (hub, text) if source.get("tie_word_embeddings") is not None]
+    for tie in ties:
+        if not isinstance(tie, bool):
+            raise UserError(f"tie_word_embeddings is {tie!r:.60}; expected true or false")
+    return any(ties)
 
 
 def read_end_tokens(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

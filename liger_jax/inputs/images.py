@@ -27,7 +27,6 @@ LARGEST_LEVEL, SMALLEST_STD = 1e6, 1e-6
 FIXED_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 # The names of the limits here, and in the `size` entry of transformers' JSON.
 LIMIT_KEYS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-FEWEST_FRAMES, MOST_FRAMES = 4, 768  # of a video that is sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,8 @@ class VisionSettings:
     merge_size: int = 2
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    min_frames: int = 4  # of a video that is sampled
+    max_frames: int = 768
 
     @property
     def factor(self) -> int:
@@ -81,15 +82,16 @@ class VisionSettings:
     def sample(self, frames: int, fps: float, target_fps: float) -> np.ndarray:
         """Returns the frames of a video to keep: evenly spaced from the first one on, and an even number of them.
 
-        The rule is that of transformers for Qwen2-VL and Qwen2.5-VL: 4 to 768 frames, and not more than there are.
+        The rule is that of transformers for Qwen2-VL and Qwen2.5-VL: `min_frames` to `max_frames`, and not more than there
+        are.
 
         Example:
             >>> VisionSettings().sample(100, 25.0, 2.0).tolist()
             [0, 12, 25, 37, 50, 62, 75, 87]
         """
         merge = self.temporal_patch_size
-        count = min(max(frames / fps * target_fps, FEWEST_FRAMES), MOST_FRAMES // merge * merge, frames)
-        count = math.floor(count / merge) * merge or frames
+        count = min(max(frames / fps * target_fps, self.min_frames), self.max_frames, frames)
+        count = math.floor(count / merge) * merge or min(merge, frames)
         return (np.arange(count) * (frames / count)).astype(np.float32).astype(int)  # float32, as in transformers
 
     @classmethod
@@ -161,7 +163,7 @@ def _read_limits(config: Mapping[str, Any]) -> dict[str, int]:
 
 def _read_value(name: str, value: Any) -> Any:
     """Returns a value of transformers' JSON as that of a field of VisionSettings. Raises UserError for another form."""
-    if name in ("min_pixels", "max_pixels"):
+    if name in ("min_pixels", "max_pixels", "min_frames", "max_frames"):
         return None if value is None else _positive_integer(name, value)
     if name not in ("image_mean", "image_std"):
         if (size := _positive_integer(name, value)) > LARGEST_PATCH:

@@ -220,7 +220,8 @@ class Processor:
                 place of the checkpoint's. A limit that is not passed is adjusted if it conflicts with the other.
             max_pixels: upper limit, likewise.
             fps: the rate of the given frames, in frames per second: one for all videos, or one for each.
-            target_fps: sample the given frames at this rate, by the rule of the family; None uses all frames.
+            target_fps: sample the given frames at this rate, by the rule of the family, within the checkpoint's min_frames
+                and max_frames; None uses all frames.
             video_prompt: how Qwen3-VL's prompts have videos. "4.57": the timestamped frames replace the template's
                 `<|vision_start|><|video_pad|><|vision_end|>`, as in transformers 4.57, vLLM and training. "hf5": they
                 replace `<|video_pad|>` alone, as in transformers 5.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from liger_jax.errors import UserError
-from liger_jax.inputs.images import FEWEST_FRAMES, LIMIT_KEYS, MOST_FRAMES, VisionSettings, check_aspect_ratio
+from liger_jax.inputs.images import LIMIT_KEYS, VisionSettings, check_aspect_ratio
 
 DEFAULT_FPS = 2.0  # frames per second of videos without a rate, the rate at which qwen-vl-utils samples
 
@@ -42,7 +42,7 @@ class ClipSettings(VisionSettings):
             >>> ClipSettings().sample(53, 30.0, 2.0).tolist()
             [0, 17, 35, 52]
         """
-        count = min(max(int(frames / fps * target_fps), FEWEST_FRAMES), MOST_FRAMES, frames)
+        count = min(max(int(frames / fps * target_fps), self.min_frames), self.max_frames, frames)
         return np.linspace(0, frames - 1, count).round().astype(int)
 
     def to_hf(self) -> dict[str, Any]:

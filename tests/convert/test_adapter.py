@@ -187,6 +187,14 @@ def test_target_modules(folder, modules, excluded, targets):
     assert read_adapter_config(folder / CONFIG, parity.model()).targets == tuple(targets)
 
 
+def test_expression_counted_for_the_names_of_every_version(folder):
+    """Under the names of older versions, "not language_model" holds for all layers. The tensors tell the version."""
+    change_config(folder, target_modules=r"^(?!.*(?:language_model|patch_embed)).*(?:proj|qkv|fc1|fc2|mlp\.0|mlp\.2)$")
+    save_file({n: v for n, v in load_file(folder / WEIGHTS).items() if "visual" in n}, folder / WEIGHTS)
+    targets = lora_config(load_adapter(parity.model(), folder)).targets
+    assert targets == ("qkv", "attn.proj", "fc1", "fc2", "mlp.0", "mlp.2")
+
+
 # ---- errors
 
 
@@ -224,6 +232,8 @@ def test_one_error_lists_all_mismatches(folder):
         {"init_lora_weights": "pissa_niter_4"},
         {"an_option_of_the_future": "on"},
         {"peft_type": "IA3"},
+        {"use_rslora": "false"},
+        {"lora_alpha": True},
         {"r": None},
         {"r": 0},
         {"target_modules": "("},

@@ -111,6 +111,33 @@ def test_files_in_the_target_are_kept(source):
     assert load_model(target).config.text.hidden_size == hub.H
 
 
+def test_overwriting_left_processor_files_that_take_precedence(source, tmp_path):
+    """A template and settings of videos of an earlier checkpoint. A source without a tokenizer leaves the target's."""
+    target = tmp_path / "target"
+    target.mkdir()
+    earlier = ("chat_template.json", "video_preprocessor_config.json", "processor_config.json", "notes.json")
+    for name in earlier:
+        (target / name).write_text("{}")
+    convert_checkpoint(source, target, overwrite=True)
+    assert [name for name in earlier if (target / name).exists()] == ["notes.json"]
+    (source / "tokenizer.json").unlink()
+    convert_checkpoint(source, target, overwrite=True)
+    assert (target / "tokenizer.json").exists()
+
+
+def test_overwriting_wrote_through_links(source, tmp_path):
+    """Into the cache of the hub, or another checkpoint's tokenizer; a link to the source's own ended in a SameFileError."""
+    target, blob = tmp_path / "target", tmp_path / "blob"
+    target.mkdir()
+    blob.write_text("cached")
+    (target / "tokenizer.json").symlink_to(blob)
+    (target / "preprocessor_config.json").symlink_to(source / "preprocessor_config.json")
+    convert_checkpoint(source, target, overwrite=True)
+    assert blob.read_text() == "cached"
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        assert (target / name).read_text() == (source / name).read_text() and not (target / name).is_symlink()
+
+
 def test_overwriting_removes_weights_of_the_other_format(source, tmp_path):
     """A folder holds one model: weights that would be loaded in its place are deleted."""
     target = tmp_path / "target"

@@ -11,7 +11,7 @@ import pytest
 import convert.assemble
 from convert import from_hf
 from liger_jax import Qwen2VL, QwenVL, QwenVLConfig, save_model
-from liger_jax.errors import UserError
+from liger_jax.errors import NotFoundError, UserError
 from liger_jax.model.params import param_paths
 from tests._support import hub_layout as hub
 from tests._support import parity
@@ -79,6 +79,18 @@ def test_tied_checkpoint_may_hold_an_equal_head(tmp_path):
     state["lm_head.weight"] = state["lm_head.weight"][1:]
     with pytest.raises(ValueError, match="differs"):
         from_hf(hub.write(tmp_path / "shorter", state, tied=True))
+    state["lm_head.weight"] = np.array(1, np.float32)  # was an IndexError
+    with pytest.raises(ValueError, match="differs"):
+        from_hf(hub.write(tmp_path / "number", state, tied=True))
+
+
+def test_tied_float8_head_ended_in_an_attribute_error(tmp_path):
+    import ml_dtypes
+
+    state = hub.tensors()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].astype(ml_dtypes.float8_e4m3fn)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        from_hf(hub.write(tmp_path, state, tied=True))
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("float64", "float32"), ("float32", "bfloat16")])
@@ -416,3 +428,65 @@ def test_pickles_need_permission(tmp_path, monkeypatch):
     weight_map = {tensor: name for part, name in zip(parts, names, strict=True) for tensor in part}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert from_hf(tmp_path, allow_pickle=True).config.text.hidden_size == hub.H
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            lambda tensor: {"state_dict": {"a": tensor}},
+            "holds 'state_dict' of type dict; expected {tensor name: tensor}",
+        ),
+        (lambda tensor: {"a": tensor, "step": 3}, "holds 'step' of type int"),
+        (lambda tensor: {1: tensor}, "holds 1 of type Tensor"),
+        (lambda tensor: [tensor], "holds list"),
+        (lambda tensor: {"a": tensor.to_sparse()}, "holds 'a', which is sparse"),
+        (lambda tensor: {"a": tensor.to("meta")}, "holds 'a', which is on the meta device"),
+    ],
+)
+def test_pickles_of_other_contents_ended_in_an_attribute_error(tmp_path, content, message):
+    torch = pytest.importorskip("torch")
+    hub.write(tmp_path, {})
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(content(torch.ones(2)), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"pytorch_model\.bin {message}"):
+        from_hf(tmp_path, allow_pickle=True)
+
+
+def test_pickled_parameters_ended_in_a_runtime_error(tmp_path):
+    """A state_dict(keep_vars=True) holds parameters, which record gradients."""
+    torch = pytest.importorskip("torch")
+    state = hub.tensors()
+    hub.write(tmp_path, state)
+    (tmp_path / "model.safetensors").unlink()
+    parameters_of = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in state.items()}
+    torch.save(parameters_of, tmp_path / "pytorch_model.bin")
+    assert_equal(
+        parameters(from_hf(tmp_path, dtype="float32", allow_pickle=True)),
+        hub.expected_parameters(state),
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["global_step9/", "scheduler.pt", "training_args.bin"], r"is a DeepSpeed checkpoint, \['global_step9'\]"),
+        (["pytorch_model_fsdp_0/", "training_args.bin"], "is an FSDP checkpoint.*accelerate merge-weights"),
+        ([".metadata", "__0_0.distcp"], "is a torch.distributed checkpoint.*accelerate merge-weights"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter; expected its base model"),
+        (["checkpoint-20/", "checkpoint-9/"], r"has its weights in \['checkpoint-20', 'checkpoint-9'\]"),
+        (["training_args.bin", "optimizer.pt"], r"has no weights, only .*; expected model\.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_checkpoints_of_trainers_were_called_pickles(tmp_path, names, message, config):
+    """training_args.bin and scheduler.pt hold no weights, so allow_pickle=True does not help."""
+    hub.write(tmp_path, {})
+    (tmp_path / "model.safetensors").unlink()
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("{}")
+    if not config:
+        (tmp_path / "config.json").unlink()
+        message = "config.json does not exist" if "has no weights" in message else message
+    with pytest.raises(NotFoundError, match=message):
+        from_hf(tmp_path)

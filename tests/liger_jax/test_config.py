@@ -47,13 +47,15 @@ def test_tie_word_embeddings_in_text_config():
     [
         ({"tie_word_embeddings": None}, {"tie_word_embeddings": True}, True),
         ({}, {"tie_word_embeddings": True}, True),
-        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, False),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, True),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": None}, False),
         ({"tie_word_embeddings": None}, {"tie_word_embeddings": None}, False),
         ({}, {}, False),
     ],
 )
-def test_null_for_tie_word_embeddings_counted_as_false(root, text, expected):
-    """text_config's value decides if the root has none."""
+def test_null_and_contradictions_for_tie_word_embeddings_counted_as_false(root, text, expected):
+    """Either level ties, as in transformers 5.24. A checkpoint that is tied by mistake is refused: its head differs."""
     hub = Qwen2VLConfig.tiny().to_hf()
     del hub["tie_word_embeddings"], hub["text_config"]["tie_word_embeddings"]
     hub["text_config"] |= text
@@ -319,6 +321,37 @@ def test_unsupported_values_of_newer_families_are_refused(size, values, message)
         QwenVLConfig.from_hf(hub_config(size, **values))
 
 
+def test_rope_scaling_next_to_rope_parameters_was_ignored():
+    """As a user adds it to a file of transformers 5, which prefers it."""
+    hub = QwenVLConfig.tiny().to_hf()
+    rope = hub["text_config"]["rope_parameters"]
+    for scaling, message in (
+        ({"rope_type": "yarn", "factor": 4.0}, "YaRN"),
+        ({"rope_type": "linear", "factor": 4.0} | rope | {"rope_type": "linear"}, "rope_scaling / rope_parameters is"),
+        (
+            {"type": "mrope", "mrope_section": [3, 3, 2]},
+            "rope_scaling is .* and rope_parameters is .*; expected one of them",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            QwenVLConfig.from_hf(hub | {"text_config": hub["text_config"] | {"rope_scaling": scaling}})
+    same = {"type": "mrope", "rope_type": "mrope", "mrope_section": rope["mrope_section"]}
+    equal = QwenVLConfig.from_hf(hub | {"text_config": hub["text_config"] | {"rope_scaling": same}})
+    assert equal == QwenVLConfig.from_hf(hub)
+
+
+def test_rotation_of_the_tower_was_ignored():
+    """A type that is not implemented, and rope_theta outside rope_parameters."""
+    hub = QwenVLConfig.tiny().to_hf()
+    vision = hub["vision_config"]
+    with pytest.raises(UserError, match="vision rope_type is 'yarn'; expected 'axial'"):
+        QwenVLConfig.from_hf(
+            hub | {"vision_config": vision | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}
+        )
+    del vision["rope_parameters"]
+    assert QwenVLConfig.from_hf(hub | {"vision_config": vision | {"rope_theta": 7}}).vision.rope_theta == 7.0
+
+
 def test_omitted_values_are_those_of_transformers():
     """Files without a key that equals its default. transformers' default width of Qwen2.5-VL's tower fits no checkpoint."""
     seconds, width = (hub_config("2.5-3b") for _ in range(2))
@@ -330,7 +363,9 @@ def test_omitted_values_are_those_of_transformers():
         del bare["text_config"][name]
     text = QwenVLConfig.from_hf(bare).text
     assert (text.head_dim, text.rope_theta, text.max_position_embeddings) == (128, 500_000.0, 128_000)
-    assert "rms_norm_eps" in width and QwenVLConfig.from_hf(width | {"rms_norm_eps": None}).text.rms_norm_eps == 1e-5
+    for size in ("2b", "2.5-3b"):  # that of Qwen2-VL was 1e-6
+        hub = hub_config(size)
+        assert "rms_norm_eps" in hub and QwenVLConfig.from_hf(hub | {"rms_norm_eps": None}).text.rms_norm_eps == 1e-5
 
 
 def test_full_attention_layers_in_any_order():

@@ -42,6 +42,18 @@ def test_sampled_frames_equal_transformers(case):
     np.testing.assert_array_equal(frames, STORED[f"frames/{case}"])
 
 
+def test_limits_on_frames_in_the_settings_were_ignored():
+    """min_frames and max_frames of video_preprocessor_config.json, by the rules of transformers."""
+    limits = {"min_frames": 3, "max_frames": 5}
+    settings = [kind.from_hf(limits) for kind in (VisionSettings, ClipSettings)]
+    assert [kind.sample(100, 25.0, 2.0).tolist() for kind in settings] == [[0, 25, 50, 75], [0, 25, 50, 74, 99]]
+    assert [kind.sample(100, 25.0, 0.1).tolist() for kind in settings] == [[0, 50], [0, 50, 99]]
+    assert [type(kind).from_hf(kind.to_hf()) for kind in settings] == settings
+    assert VisionSettings.from_hf({"min_frames": None, "max_frames": 4096}) == VisionSettings(max_frames=4096)
+    with pytest.raises(UserError, match="max_frames is 'all'; expected a positive integer"):
+        VisionSettings.from_hf({"max_frames": "all"})
+
+
 def test_a_single_frame_is_kept():
     """transformers divides by zero."""
     assert VisionSettings().sample(1, 1.0, 2.0).tolist() == [0]
