@@ -154,9 +154,10 @@ class Chat:
 
     def _prefill_turn(self, ids: np.ndarray, batch: Batch, cached: int) -> DecodeSession:
         """Prefills the batch after the first `cached` tokens of the cache. Returns the session that decodes the answer."""
-        positions, mesh = batch.shape[1], get_mesh(self.model)
-        slots = bucket(max(cached + positions, len(ids) + self.options.max_new_tokens), SLOTS)
+        mesh = get_mesh(self.model)
         batch = shard_batch(batch, mesh)
+        positions = batch.shape[1]  # on a mesh, with padding that splits them evenly: it needs slots, too
+        slots = bucket(max(cached + positions, len(ids) + self.options.max_new_tokens), SLOTS)
         with mesh_context(mesh):
             if cached and self._session:
                 cache, self._prompt, self._answer = self._session.cache, [], []  # the cache is donated

@@ -13,12 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from liger_jax.model.sharding import BATCH_AXES, auto_axes, axes_size, param_shardings, sequence_axes, tensor_axes
+from liger_jax.model.sharding import (
+    BATCH_AXES,
+    auto_axes,
+    axes_size,
+    inside_shard_map,
+    param_shardings,
+    sequence_axes,
+    tensor_axes,
+)
 
 
 def divides_rows(rows: int) -> bool:
     """Returns whether the current mesh splits heads over `tensor`, which could split this number of rows instead."""
-    return bool(tensor_axes()) and not sequence_axes() and rows % axes_size(row_axes()) == 0
+    if inside_shard_map() or not tensor_axes() or sequence_axes():
+        return False
+    return rows % axes_size(row_axes()) == 0
 
 
 def row_axes() -> tuple[str, ...]:

@@ -141,7 +141,7 @@ def _scan(steps: list[Callable], x: jax.Array, layers: Any, taps: Sequence[int],
         update, extras = after_first[0], jnp.stack(after_first[1])
     if taps:
         slots = jnp.array([taps.index(i) if i in taps else len(taps) for i in range(count)]).reshape(-1, period)
-        tapped = jnp.zeros((len(x), len(taps) + 1, *x.shape[1:]), x.dtype)
+        tapped = jnp.zeros_like(x, shape=(len(x), len(taps) + 1, *x.shape[1:]))  # varying as x in a shard_map
 
     def body(carry, group):
         (x, tapped), (weights, numbers, slots) = carry, group

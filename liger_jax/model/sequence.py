@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from liger_jax.model.sharding import BATCH_AXES, auto_axes, axes_size, constrain_batch, sequence_axes
+from liger_jax.model.sharding import BATCH_AXES, auto_axes, axes_size, constrain_batch, inside_shard_map, sequence_axes
 
 BEYOND = 2**30  # past the end of any sequence
 
@@ -66,14 +66,15 @@ AttendRows = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 def attend_by_heads(attend: AttendRows, q: jax.Array, k: jax.Array, v: jax.Array, rows: Any) -> jax.Array:
     """Returns attend(q, k, v, rows), computed with the heads split over `tensor` and `sequence`, and whole rows.
 
-    Without a mesh, and where `tensor` divides the key heads and nothing splits the positions, it is a plain call. The layout
-    is spelled out in a shard_map: the partitioner would store some saved activations split by positions, and move those of
-    all layers at once.
+    Without a mesh, inside a caller's `shard_map`, and where `tensor` divides the key heads and nothing splits the positions,
+    it is a plain call. The layout is spelled out in a shard_map: the partitioner would store some saved activations split by
+    positions, and move those of all layers at once.
     """
     tensor, sequence, batch_axes = auto_axes(("tensor",)), sequence_axes(), auto_axes(BATCH_AXES)
     devices = axes_size(tensor + sequence)
     (batch, length, heads, dim), key_heads = q.shape, k.shape[2]
-    if not (sequence or key_heads % devices) or batch % axes_size(batch_axes) or length % axes_size(sequence):
+    is_split = (sequence or key_heads % devices) and not inside_shard_map()
+    if not is_split or batch % axes_size(batch_axes) or length % axes_size(sequence):
         return attend(q, k, v, rows)
     plan, group = plan_heads(heads, key_heads, devices), heads // key_heads
     whole_groups = heads == math.prod(plan)
@@ -157,10 +158,14 @@ def _set_rows(x: jax.Array, positions: jax.Array, features: jax.Array) -> jax.Ar
 
 
 def splits_sequence(rows: int, *sizes: int) -> bool:
-    """Returns whether the current mesh splits sequences, and divides a number of rows, and positions and patches."""
+    """Returns whether the current mesh splits sequences, and divides a number of rows, and positions and patches.
+
+    Inside a caller's `shard_map`, where the functions here could not run one of their own, it does not count as split.
+    """
     sequence = sequence_axes()
     return (
         bool(sequence)
+        and not inside_shard_map()
         and not rows % axes_size(auto_axes(BATCH_AXES))
         and not any(n % axes_size(sequence) for n in sizes)
     )

@@ -372,6 +372,15 @@ def on_mesh() -> bool:
     return any(kind != AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types)
 
 
+def inside_shard_map() -> bool:
+    """Returns whether the caller runs a `shard_map` over some axes of the current mesh, or all.
+
+    Another one inside would hide from JAX that its operands vary over these axes, so that gradients of weights would not be
+    summed over them.
+    """
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of `names` that are Auto axes of the current mesh, over which the partitioner may split arrays."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -184,6 +184,28 @@ def test_on_a_mesh():
         assert single_device == sharded
 
 
+def test_padding_of_a_mesh_has_slots(monkeypatch):
+    """Regression: three devices pad 64 new positions to 66. A cache with room for 64 was filled from an earlier slot on, and
+    the last tokens of the previous turn were overwritten.
+    """
+    monkeypatch.setattr(liger_jax.generation.chat, "SLOTS", 64)
+    model, processor = model_and_processor()
+    mesh = jax.make_mesh((3,), ("sequence",), devices=jax.devices()[:3])
+    chat = Chat(jax.device_put(model, param_shardings(model, mesh)), processor, **OPTIONS)
+    ids = 5 + np.arange(164) % 50
+    whole = prepare(model.config, input_ids=ids[None])
+    first = prepare(model.config, input_ids=ids[None, :128])
+    second = prepare(
+        model.config, input_ids=ids[None, 128:], position_ids=whole.position_ids[:, :, 128:164].swapaxes(0, 1)
+    )
+    chat._session = chat._prefill_turn(ids[:128], first, 0)
+    before = np.asarray(chat._session.cache.keys[0])[:, :128]
+    session = chat._prefill_turn(ids, second, 128)
+    np.testing.assert_array_equal(np.asarray(session.cache.keys[0])[:, :128], before)
+    session.run()
+    np.testing.assert_array_equal(session.result().tokens, generate(model, whole, **OPTIONS))
+
+
 def test_reset_keeps_the_system_message():
     chat = Chat(*model_and_processor(), system="Read.", **OPTIONS)
     first = chat.ask("Which digit?")

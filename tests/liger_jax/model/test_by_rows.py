@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from liger_jax import QwenVL, QwenVLConfig, loss_fn, prepare
 from liger_jax.model import by_rows
@@ -71,3 +72,32 @@ def test_windows_and_deepstack(family):
     np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * largest), split_grads, grads)
+
+
+def test_tower_inside_a_shard_map_over_other_axes():
+    """Regression: the tower ran in a second shard_map, and JAX did not sum its gradients over the caller's axis."""
+    config, mesh = QwenVLConfig.tiny(), make_mesh(data=2, tensor=2)
+    pixels = np.random.default_rng(1).normal(size=(64, config.vision.patch_values)).astype(np.float32)
+    ids = np.full((4, 24), 7)
+    ids[:, 2:6] = config.image_token_id
+    vision = prepare(config, input_ids=ids, pixel_values=pixels, image_grid_thw=np.array([[1, 4, 4]] * 4)).vision
+
+    def loss(tower, vision):
+        return jnp.sum(jnp.sin(tower(vision)[0]))
+
+    def local_loss(tower, vision):
+        return jax.lax.psum(loss(tower, vision), "data")
+
+    specs = {"in_specs": (P(), P("data")), "out_specs": P(), "axis_names": {"data"}}
+    split_loss = jax.shard_map(local_loss, mesh=mesh, **specs)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    tower = QwenVL.init(config, dtype="float32").visual
+    tower = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), tower)
+    placed = jax.tree.map(
+        lambda w, like: jax.device_put(w, like.sharding), tower, QwenVL.init(config, mesh=mesh).visual
+    )
+    expected, expected_grads = jax.jit(jax.value_and_grad(loss))(tower, vision)
+    value, grads = jax.jit(jax.value_and_grad(split_loss))(placed, vision)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for grad, expected_grad in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5 * np.abs(expected_grad).max())

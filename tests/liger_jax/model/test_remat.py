@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from liger_jax import Qwen2VL, Qwen2VLConfig
@@ -188,3 +190,18 @@ def test_dots_saves_no_intermediate_result_twice(capsys):
         for line in lines
     )
     assert reasons == {"operand": 3, "attention": 2, "residual": 1, "dot_general": 1}
+
+
+def test_taps_inside_a_checked_shard_map():
+    """Regression: the array of tapped outputs did not vary over the mesh, as the outputs do, which was a TypeError."""
+    data = arrays()
+
+    def last_tap(x, weights):
+        execution = LayerExecution("none", "none")
+        return scan_layers(lambda x, w: (x @ w, None), x, weights, execution, tower="vision", taps=(1, 4))[2][1]
+
+    mesh = Mesh(jax.devices()[:ROWS], ("data",))
+    mapped = jax.jit(jax.shard_map(last_tap, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")))
+    np.testing.assert_allclose(
+        mapped(data["x"], data["weights"]), np.linalg.multi_dot([data["x"], *data["weights"][:5]]), rtol=1e-4
+    )

@@ -6,16 +6,18 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from convert import from_hf, to_hf_state
 from liger_jax import TrainState, make_train_step
 from liger_jax.model.params import param_paths
-from liger_jax.model.sequence import attend_by_heads, plan_heads
+from liger_jax.model.sequence import attend_by_heads, plan_heads, set_features
 from liger_jax.model.sharding import (
     batch_shardings,
     get_mesh,
@@ -182,3 +184,27 @@ def test_heads_that_do_not_divide(heads, key_heads, sizes):
         results = run(functools.partial(attend_by_heads, attend))
     for name, actual, value in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
         assert_near(actual, value, tolerance=1e-5, name=name)
+
+
+@pytest.mark.parametrize("sizes", [{"sequence": 2}, {"tensor": 2}])  # the second has fewer key heads than devices
+def test_gradients_inside_a_shard_map_over_other_axes(sizes):
+    """Regression: attention and features ran in a second shard_map, whose gradients JAX refused or did not sum over data."""
+    x, weight = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((2, 8, 2, 4), (4,)))
+    positions = np.array([[3, 1], [7, 2]])
+
+    def attend(q, k, v, ids):
+        return pk.attention(q, k, v, causal=True, segment_ids=ids)
+
+    def loss(weight, x, positions):
+        operand = x * weight
+        out = attend_by_heads(attend, operand, operand[:, :, :1], operand[:, :, :1], jnp.ones(x.shape[:2], jnp.int32))
+        out = set_features(out[:, :, 0], positions, operand[:, :2, 1])
+        return jnp.sum(jnp.sin(out * weight))
+
+    def local_loss(*operands):
+        return jax.lax.psum(loss(*operands), "data")
+
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P(), "axis_names": {"data"}}
+    split_loss = jax.shard_map(local_loss, mesh=make_mesh(data=2, **sizes), **specs)
+    expected, actual = (jax.jit(jax.value_and_grad(f))(weight, x, positions) for f in (loss, split_loss))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), actual, expected)
