@@ -103,7 +103,7 @@ def convert_checkpoint(
         raise UserError(f"SRC and DST are both {target}; expected different folders")
     if is_model(source):
         source_format: Literal["orbax", "hf"] = "orbax"
-        folder = Path(source)
+        folder = find_checkpoint(source, revision=revision)
         model = load_model(folder, dtype=dtype, allow_non_finite=allow_non_finite)
     else:
         source_format = "hf"

@@ -41,9 +41,12 @@ def local_folder(
 
     Raises:
         NotFoundError: there is no such folder, and no such repository on the hub (or, offline, in the cache).
+        UserError: a revision of a folder, which has none.
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
+        if revision is not None:
+            raise UserError(f"revision is {revision!r}, and {path} is a folder; expected a hub id, or no revision")
         return path
     if path.exists():
         raise NotFoundError(f"{path} is a file; expected {CHECKPOINT_SOURCE}")

@@ -47,6 +47,11 @@ def test_missing_files_and_folders(tmp_path):
     assert local_folder(tmp_path, ["*.json"]) == tmp_path
 
 
+def test_revision_of_a_folder_was_ignored(tmp_path):
+    with pytest.raises(UserError, match="revision is 'v2', and .* is a folder; expected a hub id, or no revision"):
+        local_folder(tmp_path, ["*.json"], revision="v2")
+
+
 def test_make_folder(tmp_path):
     assert make_folder(tmp_path / "a" / "b").is_dir()
     assert make_folder(tmp_path / "a" / "b").is_dir()
