@@ -48,7 +48,7 @@ def test_missing_files_and_folders(tmp_path):
 
 
 def test_revision_of_a_folder_was_ignored(tmp_path):
-    with pytest.raises(UserError, match="revision is 'v2', and .* is a folder; expected a hub id, or no revision"):
+    with pytest.raises(UserError, match=r"revision is 'v2', and .* is a folder; expected a hub id, or no revision"):
         local_folder(tmp_path, ["*.json"], revision="v2")
 
 
