@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import _pallas, shapes
-from tests._support.lowered import triton_calls
+from tests._support.lowered import lowered_for_cuda, triton_calls
 
 OPS = {
     "norm_linear": (pk.norm_linear, ("x", "norm_weight", "weight", "bias")),
@@ -192,13 +192,13 @@ def test_outputs_sharded_inside_a_checked_shard_map(op):
     """
     function, names = OPS[op]
     args = operands(names, 1, 16, 8)
-    mesh = jax.make_mesh((2,), ("tensor",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
-    outputs = {"weight": P("tensor"), "weights": P(None, "tensor"), "bias": P("tensor"), "residual": P(None, "tensor")}
+    outputs = {"weight": P("data"), "weights": P(None, "data"), "bias": P("data"), "residual": P(None, "data")}
     specs = tuple(outputs.get(name, P()) for name in names)
-    run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(None, "tensor"))
-    assert distance(jax.jit(run)(*args), truth(names, *args)) < 1e-5
-    program = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count(_pallas.TRITON_CALL) == 1
+    split = functools.partial(jax.shard_map, function, in_specs=specs, out_specs=P(None, "data"))
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    assert distance(jax.jit(split(mesh=mesh))(*args), truth(names, *args)) < 1e-5
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    assert lowered_for_cuda(lambda *args: split()(*args), *shapes, mesh_shape=(2,)).count(_pallas.TRITON_CALL) == 1
 
 
 @pytest.mark.parametrize("op", ["norm_linear", "norm_swiglu"])
