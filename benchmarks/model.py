@@ -83,7 +83,7 @@ class ModelCase:
             # The peers run first, while JAX has not yet reserved the GPU's memory.
             losses = self._run_peers(checkpoint, file) if checkpoint else {}
             batch_sizes = sorted({*self.batch_sizes, *losses})
-            common["device"] = device_kind()
+            common |= {"device": device_kind(), **memory_limit()}
             mesh = make_mesh(**sizes)
             model = None
             for batch_size in batch_sizes:  # peak memory is that of the process, so the largest comes last
@@ -218,6 +218,14 @@ class HostMemory:
 def device_peak() -> float:
     """Returns the largest device memory that this process has used so far, in GiB; 0 where the device does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / GIB
+
+
+def memory_limit() -> dict[str, float]:
+    """Returns the device memory that JAX may use, in GiB, if XLA_PYTHON_CLIENT_MEM_FRACTION sets it: as on a smaller GPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ or "bytes_limit" not in stats:
+        return {}
+    return {"memory_limit_gib": round(stats["bytes_limit"] / GIB, 1)}
 
 
 def load(checkpoint: Path, mesh) -> tuple[QwenVL, dict]:

@@ -17,6 +17,7 @@ CASE_FIELDS = (
     "device",
     "devices",
     "mesh",
+    "memory_limit_gib",
     "remat",
     "unroll",
     "attention",

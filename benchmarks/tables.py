@@ -148,6 +148,7 @@ def _package(result: dict) -> str:
 def _options(result: dict) -> str:
     options = [f"{result.get('tokens')} tokens each"] * ("tokens" in result)
     options += [f"{result['devices']} GPUs ({result['mesh']})"] if "mesh" in result else []
+    options += [f"limited to {result.get('memory_limit_gib')} GiB a GPU"] * ("memory_limit_gib" in result)
     options += [f"LoRA of rank {result.get('lora')}"] * ("lora" in result)
     options += ["float32 master weights"] * result.get("master_weights", False)
     options += [f'remat "{result.get("remat")}"'] * (result.get("remat", "dots") not in ("dots", "auto"))
@@ -292,7 +293,9 @@ def headline_table(model: list[dict], ops: list[dict]) -> str:
 
 def _plain(results: list[dict]) -> list[dict]:
     """Returns the results without LoRA, master weights or another length."""
-    return [r for r in results if not {"lora", "master_weights", "prompt_tokens", "tokens"} & r.keys()]
+    return [
+        r for r in results if not {"lora", "master_weights", "prompt_tokens", "tokens", "memory_limit_gib"} & r.keys()
+    ]
 
 
 def _find(results: list[dict], fields: dict) -> dict:

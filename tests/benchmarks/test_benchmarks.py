@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -310,6 +311,21 @@ def test_meshes_are_separate_cases_without_peers(tiny_models, tmp_path):
     for mesh in (["fsdp2"], ["model=2"], ["data=0"]):
         with pytest.raises(UserError, match=r"mesh is .*; expected sizes of axes among .*, such as fsdp=2"):
             model.parse_mesh(mesh)
+
+
+def test_a_lowered_limit_of_memory_is_a_separate_case(monkeypatch, tmp_path):
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 3 * 2**30})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert model.memory_limit() == {}
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert model.memory_limit() == {"memory_limit_gib": 3.0}
+    usual = {"package": OURS, "what": "train", "model": "qwen2-vl-2b", "rows": 4, "step_ms": 1.0, "peak_gib": 1.0}
+    usual |= {"versions": {"jax": "1"}, "device": "Pretended GPU"}
+    for result in (usual, usual | model.memory_limit()):
+        record_result(tmp_path / "model.json", result)
+    results = json.loads((tmp_path / "model.json").read_text())
+    assert tables.model_table(results).count("batch 4, limited to 3.0 GiB a GPU |") == 1 and len(results) == 2
 
 
 @pytest.mark.parametrize(
