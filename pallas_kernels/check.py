@@ -43,7 +43,7 @@ def main(names: Sequence[str] = ()) -> int:
     where = device.device_kind if on_gpu else f"{device.device_kind}, in Pallas's interpreter: there is no NVIDIA GPU"
     print(f"\nkernels against XLA on {where}")
     print("difference: the largest one of values and gradients in bfloat16, relative to the largest entry")
-    print(f"{'operation':<22}{'uses':<8}{'difference':<40}why")
+    print(f"{'operation':<22}{'uses':<8}{'difference':<46}why")
     failures = []
     with jax.default_device(device):
         for operation in (OPERATIONS[name] for name in names or OPERATIONS):
@@ -54,7 +54,7 @@ def main(names: Sequence[str] = ()) -> int:
             differences = ", ".join(
                 f"{name} {'FAILED' if failed else text}" for name, (text, failed) in results.items()
             )
-            print(f"{operation.name:<22}{uses:<8}{differences:<40}{reason}", flush=True)
+            print(f"{operation.name:<22}{uses:<8}{differences:<46}{reason}", flush=True)
     if kind := _tuning.device_kind():
         measured = _tuning.file_of(kind).exists()
         print("block sizes:", "measured for this GPU" if measured else "defaults; `liger-jax tune` measures this GPU's")
