@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from liger_jax.options import Optimization as Optimization
     from liger_jax.options import Saving as Saving
     from liger_jax.train.finetune import finetune as finetune
+    from liger_jax.train.loss import loss_fn as loss_fn
     from liger_jax.train.optimizer import make_optimizer as make_optimizer
     from liger_jax.train.step import TrainState as TrainState
-    from liger_jax.train.step import loss_fn as loss_fn
     from liger_jax.train.step import make_train_step as make_train_step
 
 __version__ = "0.2.0"
@@ -60,7 +60,7 @@ _MODULES = {
     "finetune": "train.finetune",
     "generate": "generation.generate",
     "load_model": "checkpoint",
-    "loss_fn": "train.step",
+    "loss_fn": "train.loss",
     "make_optimizer": "train.optimizer",
     "make_train_step": "train.step",
     "merge_lora": "model.lora",

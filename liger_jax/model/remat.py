@@ -180,10 +180,13 @@ def apply_to_tokens(
     to divide them. The gradient of the weights is summed over the blocks in float32. Not on a mesh, where every block would
     gather the weights again.
     """
-    batch, tokens = x.shape[:2]
-    possible = (n for n in BLOCKS if batch * tokens % n == 0 and batch * tokens >= n * MIN_BLOCK)
-    blocks = next(possible, None) if execution.remat == "full" and not on_mesh() else None
-    return _in_blocks(function, blocks, weights, x) if blocks else function(weights, x)
+    blocks = count_blocks(x.shape[0] * x.shape[1]) if execution.remat == "full" and not on_mesh() else 1
+    return _in_blocks(function, blocks, weights, x) if blocks > 1 else function(weights, x)
+
+
+def count_blocks(tokens: int) -> int:
+    """Returns into how many blocks a batch with so many tokens is divided; 1 if it has too few."""
+    return next((n for n in BLOCKS if tokens % n == 0 and tokens >= n * MIN_BLOCK), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -14,7 +14,7 @@ from liger_jax.inputs.messages import Conversation, is_trained
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import QwenVL
 from liger_jax.model.sharding import get_mesh, mesh_context, shard_batch
-from liger_jax.train.step import loss_fn
+from liger_jax.train.loss import loss_fn
 
 
 def evaluate(model: QwenVL, batches: Iterable[Batch], *, share: RowShare | None = None) -> dict[str, float]:

@@ -18,8 +18,9 @@ from liger_jax.errors import LigerWarning, UserError, list_some
 from liger_jax.inputs.batch import Batch
 from liger_jax.model import QwenVL
 from liger_jax.model.lora import adapted_parts
+from liger_jax.train.loss import Metrics
 from liger_jax.train.metrics import RunLog, batch_work, step_rates
-from liger_jax.train.step import Metrics, TrainState
+from liger_jax.train.step import TrainState
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +27,14 @@ from liger_jax.config import QwenVLConfig
 from liger_jax.inputs.batch import Batch, prepare
 from liger_jax.model import QwenVL
 from liger_jax.model.params import axis_sizes, find_row, param_group, param_paths
-from liger_jax.model.sharding import param_shardings
+from liger_jax.model.remat import count_blocks
+from liger_jax.model.sharding import BATCH_AXES, get_mesh, param_shardings
 from liger_jax.options import Remat
 from liger_jax.train.data_parallel import splits_only_rows
-from liger_jax.train.step import loss_fn
+from liger_jax.train.loss import loss_fn
 
 # Arrays of a layer that are alive at once in its backward pass, from measured peaks: as wide as the MLP, and as the tower.
-# The policies that recompute the MLP hold two more of the first kind.
+# The policies that recompute the MLP hold two more of the first kind; "full" may hold them for a block of tokens at a time.
 WIDE_ARRAYS = {"none": 4, "dots": 4, "narrow": 6, "attention": 6, "full": 6}
 NARROW_ARRAYS = 10
 
@@ -85,7 +86,8 @@ class Training:
     @functools.cached_property
     def activations(self) -> dict[str, int]:
         """The bytes that the forward pass of one row saves for the gradients, in both towers together and in vision."""
-        save = functools.partial(saved_bytes, self.model, remat=self.remat, frozen=tuple(self.frozen))
+        is_trained = [param_group(path) not in self.frozen for path in param_paths(self.model)]
+        save = functools.partial(saved_bytes, self.model, remat=self.remat, is_trained=is_trained)
         everything, text = save(self.row), save(dataclasses.replace(self.row, vision=None))
         return {"text": everything, "vision": everything - text}  # held in the backward pass of each tower
 
@@ -113,11 +115,16 @@ def sample_row(config: QwenVLConfig, *, length: int, patches: int) -> Batch:
     return prepare(config, input_ids=ids, labels=labels, **images)
 
 
-def saved_bytes(model: QwenVL, batch: Batch, *, remat: Remat, frozen: tuple[str, ...] = ()) -> int:
-    """Returns the bytes that the forward pass saves for the backward pass, without those of the weights themselves."""
+def saved_bytes(model: QwenVL, batch: Batch, *, remat: Remat, is_trained: Sequence[bool]) -> int:
+    """Returns the bytes that the forward pass saves for the backward pass, without those of the weights themselves.
+
+    Args:
+        model, batch: arrays or their shapes.
+        remat: rematerialization policy.
+        is_trained: for each weight, whether its gradient is computed.
+    """
     structure: Any  # JAX does not type the methods of tree structures
-    leaves, structure = jax.tree.flatten(model)
-    is_trained = [param_group(path) not in frozen for path in param_paths(model)]
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
     def residuals(leaves: list[jax.Array], batch: Batch):
@@ -184,9 +191,36 @@ def estimate_memory(
     in_text = sum(size for path, size in trained.items() if not path.startswith("visual/"))
     peaks = []
     for tower, gradients in (("text", in_text), ("vision", sum(trained.values()))):
-        activations, working = training.activations[tower], _working_bytes(training, tower)
-        peaks.append((rows * activations // split, gradients, rows * working // split))
+        working = _working_bytes(training, tower, rows, on_mesh=math.prod(mesh.values()) > 1)
+        peaks.append((rows * training.activations[tower] // split, gradients, working // split))
     return StepMemory(sum(weights.values()), optimizer, gathered, *max(peaks, key=sum))
+
+
+def least_temporaries(
+    model: QwenVL, batch: Batch, *, remat: Remat, is_trained: Sequence[bool], by_device: bool, parts: int = 1
+) -> int:
+    """Returns bytes that a training step surely needs on each device in addition to its arguments.
+
+    They are nine tenths of what `estimate_memory` counts for the text layers, without the working set.
+
+    Args:
+        model: placed arrays; they may have an optimizer and a mesh of the user's own.
+        batch: all rows.
+        remat, is_trained: see `saved_bytes`.
+        by_device: see `estimate_memory`.
+        parts: in which the batch is computed, one after the other.
+    """
+    mesh = get_mesh(model)
+    sizes: Mapping[str, int] = {} if mesh is None else mesh.shape
+    rows = max(1, batch.shape[0] // (parts * math.prod(sizes.get(name, 1) for name in BATCH_AXES)))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    split = math.prod(sizes.get(name, 1) for name in ("sequence", "tensor"))
+    activations = saved_bytes(model, batch, remat=remat, is_trained=is_trained) // split
+    trained = zip(param_paths(model).items(), is_trained, strict=True)
+    in_text = [leaf for (path, leaf), has_gradient in trained if has_gradient and not path.startswith("visual/")]
+    gradients = sum(leaf.nbytes if by_device else device_bytes(leaf) for leaf in in_text)
+    gathered = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) if by_device and sizes.get("fsdp", 1) > 1 else 0
+    return (activations + gradients + gathered) * 9 // 10
 
 
 def vision_runs_by_rows(mesh: Mapping[str, int], rows: int) -> bool:
@@ -198,6 +232,12 @@ def vision_runs_by_rows(mesh: Mapping[str, int], rows: int) -> bool:
     """
     tensor = mesh.get("tensor", 1)
     return tensor > 1 and mesh.get("sequence", 1) == 1 and rows % tensor == 0
+
+
+def device_bytes(leaf: jax.Array) -> int:
+    """Returns the bytes of an array on each of its devices; of a NumPy array, all of them."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def abstract_mesh(mesh: Mapping[str, int]) -> AbstractMesh:
@@ -223,12 +263,15 @@ def _bytes_of_two_layers(config: QwenVLConfig, whole: Mapping[str, int], mesh: M
     return tables + 2 * layers // config.text.num_hidden_layers // mesh.get("tensor", 1)
 
 
-def _working_bytes(training: Training, tower: str) -> int:
-    """Returns the bytes of the temporaries in the backward pass of a layer, for one row."""
-    sizes, wide, row = axis_sizes(training.config), WIDE_ARRAYS[training.remat], training.row
+def _working_bytes(training: Training, tower: str, rows: int, *, on_mesh: bool) -> int:
+    """Returns the bytes of the temporaries in the backward pass of a layer."""
+    sizes, row = axis_sizes(training.config), training.row
     if tower == "text":
-        positions, units = row.shape[1], wide * sizes["F"] + NARROW_ARRAYS * sizes["H"]
+        tokens, hidden, wide = rows * row.shape[1], sizes["H"], sizes["F"]
     else:
-        positions = 0 if row.vision is None else row.vision.pixel_values.shape[1]
-        units = wide * sizes["I"] + NARROW_ARRAYS * sizes["E"]
-    return positions * units * training.model.language_model.norm.weight.dtype.itemsize
+        patches = 0 if row.vision is None else row.vision.pixel_values.shape[1]
+        tokens, hidden, wide = rows * patches, sizes["E"], sizes["I"]
+    blocks = count_blocks(tokens) if training.remat == "full" and not on_mesh else 1
+    units = WIDE_ARRAYS[training.remat] * wide // blocks + NARROW_ARRAYS * hidden
+    sums = 3 * wide * hidden * 4 if blocks > 1 else 0  # of the gradients of the MLP over blocks, in float32
+    return tokens * units * training.model.language_model.norm.weight.dtype.itemsize + sums

@@ -1,4 +1,4 @@
-"""The training loss, the training state and the training step."""
+"""The training state and the training step."""
 
 import dataclasses
 import functools
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-import pallas_kernels as pk
 from liger_jax import processes, runtime
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE, Batch
@@ -20,7 +19,6 @@ from liger_jax.model import QwenVL
 from liger_jax.model.remat import REMAT
 from liger_jax.model.sharding import (
     auto_mesh,
-    constrain_batch_and_seq,
     get_mesh,
     mesh_context,
     param_shardings,
@@ -31,80 +29,15 @@ from liger_jax.model.sharding import (
 )
 from liger_jax.options import LayerExecution, Remat, Unroll
 from liger_jax.train.data_parallel import Reduce, gradients_by_device, row_axes, split_update, splits_only_rows
+from liger_jax.train.loss import Metrics, check_labels, loss_fn, next_token_labels
 from liger_jax.train.master_weights import MasterState
+from liger_jax.train.memory import device_bytes, least_temporaries
 from liger_jax.train.optimizer import read_grad_stats, warn_if_updates_vanish
 
 # The choices of remat="auto", from the fastest to the one that needs the least memory.
 AUTO_REMAT: tuple[Remat, ...] = ("dots", "narrow", "attention", "full")
 
 logger = logging.getLogger(__name__)
-Metrics = dict[str, jax.Array]
-
-
-def next_token_labels(batch: Batch) -> jax.Array:
-    """Returns the label that each position predicts, [B, T]: that of the next position in the same sequence, or IGNORE.
-
-    Raises:
-        UserError: the batch has no labels.
-    """
-    check_labels(batch)
-    labels, segments = jnp.asarray(batch.labels), jnp.asarray(batch.segment_ids)
-    next_labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
-    same_sequence = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1))) & (segments > 0)
-    return jnp.where(same_sequence, next_labels, IGNORE)
-
-
-def check_labels(batch: Batch) -> None:
-    """Raises UserError if the batch has no labels."""
-    if batch.labels is None:
-        raise UserError("batch.labels is None; expected labels, which prepare(..., labels=) adds")
-
-
-def loss_fn(
-    model: QwenVL,
-    batch: Batch,
-    num_items: jax.Array | float | None = None,
-    *,
-    remat: Remat = "none",
-    unroll: Unroll = "none",
-) -> tuple[jax.Array, Metrics]:
-    """Returns the next-token cross entropy, computed without materializing the logits.
-
-        loss = - sum over trained tokens of log p(token | previous tokens) / num_items
-
-    Args:
-        model: the model.
-        batch: a batch with labels. The labels are shifted here, as in Hugging Face's models.
-        num_items: divisor of the sum; by default, the number of trained tokens. When a batch is split over several calls,
-            pass the total over all calls.
-        remat: activations to recompute in the backward pass, see `liger_jax.LayerExecution`.
-        unroll: layers to unroll instead of scanning over them, see `liger_jax.LayerExecution`.
-
-    Returns:
-        loss: float32 scalar.
-        metrics: {"loss", "num_tokens", "accuracy"}: the loss, the number of trained tokens, and the fraction of them that
-            argmax predicts correctly. Without trained tokens, all metrics and gradients are 0.
-
-    Raises:
-        UserError: the batch has no labels.
-
-    Example:
-        >>> import jax, numpy as np
-        >>> from liger_jax import QwenVL, QwenVLConfig, loss_fn, prepare
-        >>> model = QwenVL.init(QwenVLConfig.tiny(), dtype="float32")
-        >>> ids = np.array([[5, 6, 7]])
-        >>> loss, metrics = jax.jit(loss_fn)(model, prepare(model.config, input_ids=ids, labels=ids))
-        >>> int(metrics["num_tokens"])
-        2
-    """
-
-    def run(model: QwenVL, batch: Batch, num_items: jax.Array | float | None) -> tuple[jax.Array, Metrics]:
-        targets = next_token_labels(batch)
-        hidden = constrain_batch_and_seq(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
-        loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
-        return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
-
-    return run_on_auto_axes(run, model, batch, num_items)
 
 
 @functools.partial(
@@ -158,7 +91,7 @@ def make_train_step(*, remat: Remat = "auto", accumulate: int = 1, unroll: Unrol
     Args:
         remat: which activations the backward pass recomputes: "none", "dots", "narrow", "attention" or "full", see
             `liger_jax.model.remat`. "auto" tries all but "none" in this order and takes the first that fits in memory,
-            according to the compiler.
+            according to the compiler. It skips those that cannot fit.
         accumulate: number of parts in which the batch is computed, one after the other. The gradient is that of the whole
             batch: the loss of each part is divided by the number of trained tokens in all parts.
         unroll: layers to unroll instead of scanning over them: "none", "vision" (the vision tower) or "all". "auto" is
@@ -226,14 +159,21 @@ class TrainStep:
         start = time.perf_counter()
         remats = AUTO_REMAT if self.execution.remat == "auto" else (self.execution.remat,)
         rows, length = batch.shape
+
+        def agree(fits: bool) -> bool:
+            """Returns whether it fits for all processes: they run one program, even if their devices' memory differs."""
+            return all(processes.exchange(fits)) if processes.spans(leaves) else fits
+
         choices = [(remat, by_device) for remat in remats for by_device in self._by_device_choices(mesh, rows)]
-        for choice in choices:
+        for choice in choices[:-1]:
+            if not agree(self._may_fit_memory(leaves, structure, batch, *choice)):
+                continue  # compiling takes up to half a minute
             compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
-            fits = _fits_memory(compiled)
-            if processes.spans(leaves):  # all run the same program, even if the memory of their devices differs
-                fits = all(processes.exchange(fits))
-            if fits or choice == choices[-1]:
+            if agree(_fits_memory(compiled)):
                 break
+        else:
+            choice = choices[-1]
+            compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
         self.chosen_remat, self.by_device = choice
         reason = " (the fastest that fits in memory)" if self.execution.remat == "auto" else ""
         unrolled = dataclasses.replace(self.execution, remat=self.chosen_remat).unrolled
@@ -251,6 +191,18 @@ class TrainStep:
         if mesh is None or not splits_only_rows(mesh) or rows % (mesh.size * self.accumulate):
             return (False,)
         return (True, False) if mesh.shape.get("fsdp", 1) > 1 else (True,)
+
+    def _may_fit_memory(
+        self, leaves: list[jax.Array], structure: Any, batch: Batch, remat: Remat, by_device: bool
+    ) -> bool:
+        """Returns False if a step surely needs more memory than there is, which takes a second, not a compilation."""
+        limit = _memory_limit()
+        if limit is None:
+            return True
+        state = structure.unflatten(leaves)
+        options: dict[str, Any] = {"remat": remat, "by_device": by_device, "parts": self.accumulate}
+        temporaries = least_temporaries(state.model, batch, is_trained=reads_gradients(state), **options)
+        return sum(map(device_bytes, [*leaves, *jax.tree.leaves(batch)])) + temporaries <= limit
 
     def _compile_choice(
         self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch, remat: Remat, by_device: bool
@@ -278,10 +230,14 @@ def _shapes(leaves: list[jax.Array]) -> tuple:
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
+def _memory_limit() -> int | None:
+    """Returns the bytes that a device may use, or None if it does not report them."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def _fits_memory(compiled) -> bool:
     """Returns whether a program's arguments and temporaries fit in memory, or True if the device does not report it."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    memory = compiled.memory_analysis()
+    limit, memory = _memory_limit(), compiled.memory_analysis()
     if limit is None or memory is None:
         return True
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes <= limit
@@ -336,10 +292,15 @@ def train_step(
 
 def used_gradients(state: TrainState, grads: QwenVL) -> list[jax.Array]:
     """Returns the gradients that the optimizer reads. Those of frozen parts need not be computed."""
+    return [grad for grad, is_read in zip(jax.tree.leaves(grads), reads_gradients(state), strict=True) if is_read]
+
+
+def reads_gradients(state: TrainState) -> list[bool]:
+    """Returns for each weight whether the optimizer reads its gradient."""
+    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.model)
     update = jax.make_jaxpr(state.optimizer.update)(grads, state.opt_state, state.model).jaxpr
     used = {id(variable) for equation in update.eqns for variable in equation.invars} | set(map(id, update.outvars))
-    leaves = jax.tree.leaves(grads)
-    return [grad for grad, variable in zip(leaves, update.invars, strict=False) if id(variable) in used]
+    return [id(variable) in used for variable in update.invars[: len(jax.tree.leaves(grads))]]
 
 
 def _select(finite: jax.Array, new: Any, old: Any) -> Any:

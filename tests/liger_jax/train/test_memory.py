@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from liger_jax import QwenVL, QwenVLConfig, TrainState
+from liger_jax.model.params import param_group, param_paths
 from liger_jax.options import PlanOptions
 from liger_jax.plan import make_training
-from liger_jax.train.memory import Training, estimate_memory, sample_row, saved_bytes
+from liger_jax.train.memory import Training, estimate_memory, least_temporaries, sample_row, saved_bytes
 from liger_jax.train.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "model.json"
@@ -41,6 +42,22 @@ def test_estimate_is_within_2_percent_of_each_measured_training_step(result):
     assert estimate / 2**30 == pytest.approx(result["peak_gib"], rel=tolerance)
 
 
+@pytest.mark.parametrize("result", MEASURED, ids=title)
+def test_least_memory_is_below_each_measured_training_step(result):
+    """So that no policy is skipped that fits; but not far below, so that policies that cannot fit are skipped."""
+    config = getattr(QwenVLConfig, result["model"].replace("-", "_").replace(".", "_"))()
+    options = PlanOptions(
+        length=2048, patches=4096, lora=result.get("lora"), master_weights=result.get("master_weights", False)
+    )
+    training, rows = make_training(config, options, result["remat"]), result["rows"]
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), training.row)
+    is_trained = [param_group(path) not in training.frozen for path in param_paths(training.model)]
+    arguments = estimate_memory(training, {}, rows)
+    least = arguments.weights + arguments.optimizer
+    least += least_temporaries(training.model, batch, remat=training.remat, is_trained=is_trained, by_device=False)
+    assert 0.7 < least / 2**30 / result["peak_gib"] < 0.97
+
+
 @functools.cache
 def training(remat="dots"):
     config = QwenVLConfig.tiny()
@@ -65,7 +82,8 @@ def test_saved_bytes_follow_the_policy():
     sizes = [training(remat).activations["text"] for remat in ("dots", "narrow", "attention", "full")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
     one = training()
-    frozen = saved_bytes(one.model, one.row, remat="dots", frozen=("vision", "merger"))
+    in_text = [param_group(path) == "text" for path in param_paths(one.model)]
+    frozen = saved_bytes(one.model, one.row, remat="dots", is_trained=in_text)
     assert frozen < one.activations["text"] - one.activations["vision"] / 2
 
 
@@ -75,7 +93,9 @@ def test_saved_bytes_are_those_of_rows(family):
     config = QwenVLConfig.tiny(family=family)
     row = sample_row(config, length=64, patches=64)
     rows = jax.tree.map(lambda x: np.concatenate([x, x]), row)
-    one, two = (saved_bytes(QwenVL.abstract(config), batch, remat="dots") for batch in (row, rows))
+    model = QwenVL.abstract(config)
+    is_trained = [True] * len(jax.tree.leaves(model))
+    one, two = (saved_bytes(model, batch, remat="dots", is_trained=is_trained) for batch in (row, rows))
     assert two == pytest.approx(2 * one, rel=0.01)
 
 

@@ -18,8 +18,10 @@ from liger_jax.inputs.batch import IGNORE
 from liger_jax.model.params import param_paths
 from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import LayerExecution
+from liger_jax.train.loss import next_token_labels
+from liger_jax.train.memory import least_temporaries
 from liger_jax.train.optimizer import make_optimizer
-from liger_jax.train.step import AUTO_REMAT, gradients, next_token_labels, train_step, used_gradients
+from liger_jax.train.step import AUTO_REMAT, TrainStep, gradients, train_step, used_gradients
 from tests._support import parity
 
 SCENARIO = "batch_left"
@@ -71,6 +73,28 @@ def test_update_equals_the_gradient_of_transformers(options):
         rounding = np.finfo(np.float32).eps * np.abs(to_hf_state(parity.model())[key]).max() / RATE
         scale = np.abs(value).max()
         parity.assert_near(update[key], value, tolerance=parity.TOLERANCE + 2 * rounding / scale, name=key)
+
+
+def test_policies_that_cannot_fit_are_not_compiled(monkeypatch):
+    """By their activations; those of a frozen tower do not count. The last policy is compiled without a check."""
+    tried = []
+    monkeypatch.setattr(TrainStep, "_compile_choice", lambda *args: tried.append(args[-2]))
+    monkeypatch.setattr(step_module, "_fits_memory", lambda compiled: True)
+    state, frozen = (
+        TrainState.create(parity.model(), make_optimizer(1e-3, freeze=parts)) for parts in ((), ("vision", "merger"))
+    )
+
+    def least(state, remat):
+        trained = step_module.reads_gradients(state)
+        temporaries = least_temporaries(state.model, batch(), remat=remat, is_trained=trained, by_device=False)
+        return temporaries + sum(x.nbytes for x in jax.tree.leaves((state, batch())))
+
+    sizes = [least(state, remat) for remat in AUTO_REMAT]
+    assert sizes == sorted(set(sizes), reverse=True) and least(frozen, "dots") < sizes[0]
+    for limit, expected in ((sizes[0], "dots"), (sizes[1], "narrow"), (sizes[2], "attention"), (sizes[3] - 1, "full")):
+        monkeypatch.setattr(step_module, "_memory_limit", lambda limit=limit: limit)
+        make_train_step().compile(state, batch())
+        assert tried.pop() == expected and not tried
 
 
 def test_accumulation_weights_tokens_equally():
