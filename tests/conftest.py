@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import shutil
+import signal
 
 # Most of the time goes into compiling programs that then run for milliseconds, so compile with fewer optimizations.
 if shutil.which("nvidia-smi"):
@@ -20,6 +21,9 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that any test can build a mesh
 jax.config.update("jax_default_matmul_precision", "highest")  # a GPU rounds float32 products to tf32 otherwise
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a script; tests send this signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.set_threshold(50_000)  # tracing allocates many objects that live on: collecting them often takes a tenth of the time
 

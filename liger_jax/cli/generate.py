@@ -75,4 +75,4 @@ def generate(
             media=media,
             skip_broken=skip_broken,
         )
-        print(f"{count} answers in {output}")
+        print(f"answers in {output}: {count}")

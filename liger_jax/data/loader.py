@@ -69,8 +69,12 @@ def load_batches(
 
 
 def default_workers(processes: int = 1) -> int:
-    """Returns the number of workers of a process that shares the cores of its host with others: up to 4 each."""
-    return max(0, min(4, (os.cpu_count() or 1) // processes // 2 - 1))
+    """Returns the number of workers of one of the processes on a host: up to 4, leaving half of its cores free.
+
+    Its cores are an equal share of the host's, or fewer if the scheduler grants it fewer.
+    """
+    cores = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // processes)
+    return max(0, min(4, cores // 2 - 1))
 
 
 def _copies(batches: Any) -> Generator[Batch, None, None]:

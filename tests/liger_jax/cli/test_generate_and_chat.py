@@ -41,7 +41,7 @@ def test_generate_answers_a_file(checkpoint, monkeypatch, capsys, tmp_path):
     line = json.loads((tmp_path / "out.jsonl").read_text())
     assert line == {"record": 1, "content": line["content"], "answer": answer}
     printed = capsys.readouterr()
-    assert "1 answers in" in printed.out and "100% 1/1 [" in printed.err
+    assert "answers in" in printed.out and printed.out.endswith(": 1\n") and "100% 1/1 [" in printed.err
     assert_quiet(printed.err)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from liger_jax.data.dataset import make_dataset
-from liger_jax.data.loader import load_batches
+from liger_jax.data.loader import default_workers, load_batches
 from liger_jax.errors import UserError
 from liger_jax.options import Batching
 
@@ -43,6 +43,16 @@ def test_killed_worker_is_an_error(config, processor, data):
     worker.kill()
     with pytest.raises(UserError, match=r"data worker ended with exit code -9; expected .* fewer workers"):
         list(batches)
+
+
+@pytest.mark.parametrize(
+    "granted, host, processes, workers", [(16, 16, 1, 4), (16, 16, 4, 1), (4, 64, 1, 1), (4, 64, 8, 1), (1, 64, 1, 0)]
+)
+def test_workers_by_default(monkeypatch, granted, host, processes, workers):
+    """Half of the cores that a process has: of those of the host, or of those that a scheduler such as SLURM grants it."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(granted)))
+    monkeypatch.setattr(os, "cpu_count", lambda: host)
+    assert default_workers(processes) == workers
 
 
 def test_signals_do_not_reach_starting_workers():
