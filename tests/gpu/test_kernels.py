@@ -123,6 +123,65 @@ def test_last_rows_of_more_than_two_to_the_31_elements(name):
         assert float(jnp.max(jnp.abs(whole - part))) <= 2**-7 * float(jnp.max(jnp.abs(part)))
 
 
+def large_problem(name, implementation, *, tokens=8192, heads=64, key_heads=8, dim=128, slots=66_000):
+    """Returns a function, the operands of one problem, and an operand that all problems share, if there is one."""
+    options = {"implementation": implementation}
+
+    def with_gradients(function, count):
+        def run(*args):
+            out, pullback = jax.vjp(lambda *inputs: function(*inputs, *args[count:]), *args[:count])
+            return out, pullback(out)
+
+        return run
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (1, tokens, n, dim), "bfloat16")
+        for key, n in zip(keys, (heads, key_heads, key_heads), strict=True)
+    )
+    angles = jax.random.normal(keys[0], (1, tokens, dim // 2))
+    tables, weight = (jnp.cos(angles), jnp.sin(angles)), jnp.ones(dim, "bfloat16")
+    if name == "causal attention":
+        return with_gradients(functools.partial(pk.attention, causal=True, **options), 3), (q, k, v), ()
+    if name == "attention over segments":
+        ids = jnp.arange(tokens)[None] // (tokens // 3) + 1
+        attend = with_gradients(lambda q, k, v, ids: pk.attention(q, k, v, segment_ids=ids, **options), 3)
+        return attend, (q, k, v, ids), ()
+    if name == "rope":
+        return with_gradients(functools.partial(pk.rope, **options), 2), (q, k, *tables), ()
+    if name == "qk_norm_rope":
+        rotate = with_gradients(lambda q, k, *tables: pk.qk_norm_rope(q, k, weight, weight, *tables, **options), 2)
+        return rotate, (q, k, *tables), ()
+
+    def decode(*args):
+        out, keys, values = pk.decode_attention(*args, **options)
+        return out, keys[:, -2:], values[:, -2:]
+
+    qkv = jax.random.normal(keys[0], (1, heads + 2 * key_heads, dim), "bfloat16")
+    cache = jax.random.normal(keys[1], (1, slots, key_heads, dim), "bfloat16")
+    row = qkv, *(table[:, 0] for table in tables), cache, cache[:, ::-1], jnp.ones((1, slots), jnp.int32)
+    return decode, row, (jnp.int32(slots - 1),)
+
+
+def check_last_of_many_problems(run, operands, shared, *, problems):
+    """Asserts that the last of many equal problems in one call gives what it gives alone, to one bfloat16 ulp."""
+    run = jax.jit(run)
+    repeated = (jnp.broadcast_to(x, (problems, *x.shape[1:])) + jnp.zeros((), x.dtype) for x in operands)
+    results = jax.tree.leaves(run(*repeated, *shared))
+    for whole, alone in zip(results, jax.tree.leaves(run(*operands, *shared)), strict=True):
+        whole, alone = (x.astype(jnp.float32) for x in (whole[-1:], alone))
+        assert float(jnp.max(jnp.abs(whole - alone))) <= 2**-7 * float(jnp.max(jnp.abs(alone)))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    "name", ["causal attention", "attention over segments", "rope", "qk_norm_rope", "decode_attention"]
+)
+def test_last_of_the_rows_of_more_than_two_to_the_31_elements(name):
+    """33 rows: of 8192 tokens and 64 heads of 128, or of a cache of 66,000 slots and 8 heads."""
+    check_last_of_many_problems(*large_problem(name, "triton"), problems=33)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
