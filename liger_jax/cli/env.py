@@ -6,6 +6,12 @@ from importlib import metadata
 from liger_jax import names
 
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
+OPTIONAL = (
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "fa4-jax",
+    "nvidia-cutlass-dsl",
+)  # listed where they are installed
 
 
 def env(check: bool = False) -> None:
@@ -20,11 +26,12 @@ def env(check: bool = False) -> None:
     import jax
 
     print(f"python {platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
+    for package in (*PACKAGES, *OPTIONAL):
         try:
             print(package, metadata.version(package))
         except metadata.PackageNotFoundError:
-            print(package, "not installed as a package")
+            if package in PACKAGES:
+                print(package, "not installed as a package")
     if overwriting := names.other_distributions():
         print("warning: packages of liger-jax were also installed, and overwritten, by", ", ".join(overwriting))
     print("platform", jax.default_backend())

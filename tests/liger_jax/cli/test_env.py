@@ -1,5 +1,7 @@
 """`liger-jax env`."""
 
+from importlib import metadata
+
 import pytest
 
 import liger_jax.cli as cli
@@ -13,6 +15,14 @@ def test_env_shows_versions_and_devices(monkeypatch, capsys):
     for line in ("python ", "jax ", "flax ", "platform ", "device 0 "):
         assert line in output.out
     assert_quiet(output.err)
+
+
+def test_env_lists_packages_for_gpus_where_they_are_installed(monkeypatch, capsys):
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1.0" if name == "fa4-jax" else installed(name))
+    call(monkeypatch, "env")
+    lines = capsys.readouterr().out.splitlines()
+    assert "fa4-jax 0.1.0" in lines and not any("not installed" in line for line in lines)
 
 
 def test_env_check_ends_with_the_status_of_the_kernels(monkeypatch, capsys):
