@@ -292,10 +292,9 @@ def headline_table(model: list[dict], ops: list[dict]) -> str:
 
 
 def _plain(results: list[dict]) -> list[dict]:
-    """Returns the results without LoRA, master weights or another length."""
-    return [
-        r for r in results if not {"lora", "master_weights", "prompt_tokens", "tokens", "memory_limit_gib"} & r.keys()
-    ]
+    """Returns the results without LoRA, master weights, another length or a lowered limit of memory."""
+    special = {"lora", "master_weights", "prompt_tokens", "tokens", "memory_limit_gib"}
+    return [r for r in results if not special & r.keys()]
 
 
 def _find(results: list[dict], fields: dict) -> dict:

@@ -6,12 +6,8 @@ from importlib import metadata
 from liger_jax import names
 
 PACKAGES = ("liger-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pillow")
-OPTIONAL = (
-    "jax-cuda12-plugin",
-    "jax-cuda13-plugin",
-    "fa4-jax",
-    "nvidia-cutlass-dsl",
-)  # listed where they are installed
+# Those for GPUs are listed where they are installed.
+OPTIONAL = ("jax-cuda12-plugin", "jax-cuda13-plugin", "fa4-jax", "nvidia-cutlass-dsl")
 
 
 def env(check: bool = False) -> None:
