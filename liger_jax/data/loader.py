@@ -73,7 +73,9 @@ def default_workers(processes: int = 1) -> int:
 
     Its cores are an equal share of the host's, or fewer if the scheduler grants it fewer.
     """
-    cores = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // processes)
+    cores = (os.cpu_count() or 1) // processes
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cores = min(cores, len(os.sched_getaffinity(0)))
     return max(0, min(4, cores // 2 - 1))
 
 

@@ -204,7 +204,7 @@ def least_temporaries(
     They are nine tenths of what `estimate_memory` counts for the text layers, without the working set.
 
     Args:
-        model: placed arrays; they may have an optimizer and a mesh of the user's own.
+        model: placed arrays, or their shapes and shardings; they may have an optimizer and a mesh of the user's own.
         batch: all rows.
         remat, is_trained: see `saved_bytes`.
         by_device: see `estimate_memory`.
@@ -216,10 +216,14 @@ def least_temporaries(
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
     split = math.prod(sizes.get(name, 1) for name in ("sequence", "tensor"))
     activations = saved_bytes(model, batch, remat=remat, is_trained=is_trained) // split
-    trained = zip(param_paths(model).items(), is_trained, strict=True)
-    in_text = [leaf for (path, leaf), has_gradient in trained if has_gradient and not path.startswith("visual/")]
-    gradients = sum(leaf.nbytes if by_device else device_bytes(leaf) for leaf in in_text)
-    gathered = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) if by_device and sizes.get("fsdp", 1) > 1 else 0
+    gradients = gathered = 0
+    for (path, leaf), has_gradient in zip(param_paths(model).items(), is_trained, strict=True):
+        if path.startswith("visual/"):
+            continue
+        shard = device_bytes(leaf)
+        computed = leaf.size * leaf.dtype.itemsize if by_device else shard
+        gradients += computed if has_gradient else 0
+        gathered += computed if computed > shard else 0  # weights that are not split are arguments
     return (activations + gradients + gathered) * 9 // 10
 
 
@@ -234,9 +238,10 @@ def vision_runs_by_rows(mesh: Mapping[str, int], rows: int) -> bool:
     return tensor > 1 and mesh.get("sequence", 1) == 1 and rows % tensor == 0
 
 
-def device_bytes(leaf: jax.Array) -> int:
-    """Returns the bytes of an array on each of its devices; of a NumPy array, all of them."""
-    shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+def device_bytes(leaf: Any) -> int:
+    """Returns the bytes of an array, or of its shape, on each of its devices; without a sharding, all of them."""
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
 
 

@@ -166,7 +166,7 @@ class TrainStep:
 
         choices = [(remat, by_device) for remat in remats for by_device in self._by_device_choices(mesh, rows)]
         for choice in choices[:-1]:
-            if not agree(self._may_fit_memory(leaves, structure, batch, *choice)):
+            if not agree(self._may_fit_memory(leaves, structure, mesh, batch, *choice)):
                 continue  # compiling takes up to half a minute
             compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
             if agree(_fits_memory(compiled)):
@@ -193,15 +193,17 @@ class TrainStep:
         return (True, False) if mesh.shape.get("fsdp", 1) > 1 else (True,)
 
     def _may_fit_memory(
-        self, leaves: list[jax.Array], structure: Any, batch: Batch, remat: Remat, by_device: bool
+        self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch, remat: Remat, by_device: bool
     ) -> bool:
         """Returns False if a step surely needs more memory than there is, which takes a second, not a compilation."""
         limit = _memory_limit()
         if limit is None:
             return True
         state = structure.unflatten(leaves)
+        with mesh_context(mesh and auto_mesh(mesh)):  # as in the step, for an optimizer that names axes
+            is_trained = reads_gradients(state)
         options: dict[str, Any] = {"remat": remat, "by_device": by_device, "parts": self.accumulate}
-        temporaries = least_temporaries(state.model, batch, is_trained=reads_gradients(state), **options)
+        temporaries = least_temporaries(state.model, batch, is_trained=is_trained, **options)
         return sum(map(device_bytes, [*leaves, *jax.tree.leaves(batch)])) + temporaries <= limit
 
     def _compile_choice(
@@ -297,10 +299,11 @@ def used_gradients(state: TrainState, grads: QwenVL) -> list[jax.Array]:
 
 def reads_gradients(state: TrainState) -> list[bool]:
     """Returns for each weight whether the optimizer reads its gradient."""
-    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.model)
-    update = jax.make_jaxpr(state.optimizer.update)(grads, state.opt_state, state.model).jaxpr
+    # without their shardings: Explicit axes would not match gradients that have none
+    model, opt_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.model, state.opt_state))
+    update = jax.make_jaxpr(state.optimizer.update)(model, opt_state, model).jaxpr  # gradients have the model's shapes
     used = {id(variable) for equation in update.eqns for variable in equation.invars} | set(map(id, update.outvars))
-    return [id(variable) in used for variable in update.invars[: len(jax.tree.leaves(grads))]]
+    return [id(variable) in used for variable in update.invars[: len(jax.tree.leaves(model))]]
 
 
 def _select(finite: jax.Array, new: Any, old: Any) -> Any:

@@ -55,6 +55,13 @@ def test_workers_by_default(monkeypatch, granted, host, processes, workers):
     assert default_workers(processes) == workers
 
 
+def test_workers_without_a_scheduler(monkeypatch):
+    """Regression: macOS does not say which cores are granted, and the default number of workers was an AttributeError."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert default_workers(4) == 1
+
+
 def test_signals_do_not_reach_starting_workers():
     """Regression: Ctrl-C in the seconds in which workers import their packages ended them, each with a traceback."""
 

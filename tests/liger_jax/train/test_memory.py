@@ -8,12 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from liger_jax import QwenVL, QwenVLConfig, TrainState
 from liger_jax.model.params import param_group, param_paths
+from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import PlanOptions
 from liger_jax.plan import make_training
-from liger_jax.train.memory import Training, estimate_memory, least_temporaries, sample_row, saved_bytes
+from liger_jax.train.memory import Training, device_bytes, estimate_memory, least_temporaries, sample_row, saved_bytes
 from liger_jax.train.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "model.json"
@@ -56,6 +58,28 @@ def test_least_memory_is_below_each_measured_training_step(result):
     least = arguments.weights + arguments.optimizer
     least += least_temporaries(training.model, batch, remat=training.remat, is_trained=is_trained, by_device=False)
     assert 0.7 < least / 2**30 / result["peak_gib"] < 0.97
+
+
+def test_least_memory_is_that_of_placed_weights():
+    """Regression: whole weights on a mesh with `fsdp`, which are arguments of the step, also counted as gathered.
+
+    Shapes with shardings count as arrays do.
+    """
+    model, mesh = QwenVL.init(QwenVLConfig.tiny()), make_mesh(fsdp=4)
+    whole = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    split = jax.device_put(model, param_shardings(model, mesh))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), split)
+    batch, is_trained = sample_row(model.config, length=64, patches=64), [True] * len(jax.tree.leaves(model))
+
+    def least(model):
+        options = {"remat": "full", "is_trained": is_trained}
+        return [least_temporaries(model, batch, by_device=by_device, **options) for by_device in (True, False)]
+
+    assert least(whole) == least(model)
+    in_text = sum(leaf.nbytes for path, leaf in param_paths(model).items() if not path.startswith("visual/"))
+    assert 0.85 * in_text < least(split)[0] - least(whole)[0] < 0.9 * in_text  # gathered: all but the vectors
+    assert least(shapes) == least(split)
+    assert [*map(device_bytes, jax.tree.leaves(shapes))] == [*map(device_bytes, jax.tree.leaves(split))]
 
 
 @functools.cache

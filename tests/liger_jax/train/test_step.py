@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import liger_jax.train.step as step_module
 from convert import to_hf_state
@@ -95,6 +96,28 @@ def test_policies_that_cannot_fit_are_not_compiled(monkeypatch):
         monkeypatch.setattr(step_module, "_memory_limit", lambda limit=limit: limit)
         make_train_step().compile(state, batch())
         assert tried.pop() == expected and not tried
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_choice_of_a_policy_reads_the_optimizer_as_the_step_does(kind, monkeypatch):
+    """Regression: on GPUs, the check of memory ran the optimizer's update on Explicit axes, or without the mesh it names."""
+
+    def update(grads, state, params=None):
+        grads = jax.tree.map(lambda x, total: x * jnp.vdot(total, total), grads, state)  # sums over sharded dimensions
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), grads), state
+
+    tried = []
+    monkeypatch.setattr(TrainStep, "_compile_choice", lambda *args: tried.append(args[-2:]))
+    monkeypatch.setattr(step_module, "_fits_memory", lambda compiled: True)
+    monkeypatch.setattr(step_module, "_memory_limit", lambda: 2**40)
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(kind,), devices=jax.devices()[:2])
+    model = jax.device_put(parity.model(), param_shardings(parity.model(), mesh))
+    optimizer = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    state = TrainState.create(model, optimizer)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for arguments in (state, shapes):
+        make_train_step().compile(arguments, batch())
+        assert tried.pop() == ("dots", True)
 
 
 def test_accumulation_weights_tokens_equally():
