@@ -19,29 +19,31 @@ from liger_jax.train.memory import Training, device_bytes, estimate_memory, leas
 from liger_jax.train.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "model.json"
-MEASURED = [
+STEPS = [
     result
     for result in json.loads(RESULTS.read_text())
-    if (result["package"], result["what"], result.get("devices", 1)) == ("liger-jax", "train", 1)
-    if "peak_gib" in result and "tokens" not in result
+    if (result["package"], result["what"]) == ("liger-jax", "train") and "peak_gib" in result
 ]
+MEASURED = [result for result in STEPS if "mesh" not in result]
+ON_MESHES = [result for result in STEPS if "mesh" in result]
 
 
 def title(result):
-    names = ("model", "rows", "remat", "unroll", "lora", "master_weights")
+    names = ("model", "rows", "tokens", "mesh", "memory_limit_gib", "remat", "unroll", "lora", "master_weights")
     return " ".join(str(result[name]) for name in names if name in result)
 
 
 def case(result):
-    """Returns what the memory of a row depends on: model, remat policy, LoRA and master weights."""
-    return result["model"], result["remat"], result.get("lora"), result.get("master_weights", False)
+    """Returns what the memory of a row depends on: model, remat policy, length, LoRA and master weights."""
+    lora, master_weights = result.get("lora"), result.get("master_weights", False)
+    return result["model"], result["remat"], result.get("tokens", 2048), lora, master_weights
 
 
 @functools.cache
-def measured_training(model, remat, lora, master_weights):
+def measured_training(model, remat, length, lora, master_weights):
     """Returns a training of the benchmark."""
     config = getattr(QwenVLConfig, model.replace("-", "_").replace(".", "_"))()
-    options = PlanOptions(length=2048, patches=4096, lora=lora, master_weights=master_weights)
+    options = PlanOptions(length=length, patches=4096, lora=lora, master_weights=master_weights)
     return make_training(config, options, remat)
 
 
@@ -51,6 +53,15 @@ def test_estimate_is_within_2_percent_of_each_measured_training_step(result):
     estimate = estimate_memory(measured_training(*case(result)), {}, result["rows"]).total
     tolerance = 0.04 if result["unroll"] == "all" else 0.02
     assert estimate / 2**30 == pytest.approx(result["peak_gib"], rel=tolerance)
+
+
+@pytest.mark.parametrize("result", ON_MESHES, ids=title)
+def test_estimate_is_within_3_percent_of_each_measured_step_on_a_mesh(result):
+    """Where the memory was limited, weights were gathered by layer."""
+    training, mesh, by_device = measured_training(*case(result)), result["mesh"], "memory_limit_gib" not in result
+    sizes = {name: int(size) for name, size in (axis.split("=") for axis in mesh.split())}
+    estimate = estimate_memory(training, sizes, result["rows"], by_device=by_device).total
+    assert estimate / 2**30 == pytest.approx(result["peak_gib"], rel=0.03)
 
 
 @pytest.mark.parametrize("result", {case(result): result for result in MEASURED}.values(), ids=title)
