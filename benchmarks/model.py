@@ -95,11 +95,15 @@ class ModelCase:
                 elif model is None:
                     model = QwenVL.init(load_preset(self.size), mesh=mesh)
                 case = {**common, "what": self.benchmark, **self.labels, "rows": batch_size}
+                case |= {} if checkpoint else {"without_peers": True}
+                earlier_peak = device_peak()
                 try:
                     result = measure(model, batch_size)
                 except Exception as error:
                     print(summary({**case, "error": first_line(error)}), flush=True)
                     break  # a larger batch would also fail
+                if result.get("peak_gib", 0) <= earlier_peak:  # that of an earlier case, or not reported
+                    result = {name: value for name, value in result.items() if name != "peak_gib"}
                 record_result(file, {**case, **result})
                 _compare_losses(result.get("losses", []), losses.get(batch_size, []))
                 if self.consumes_model:

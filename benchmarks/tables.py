@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import start
@@ -82,7 +82,7 @@ TITLES = {
 }
 CELLS: dict[str, Callable[[dict], str]] = {
     "convert": lambda r: f"{r['seconds']:.1f} s, {r['host_gib_above_start']:.1f} GiB of host memory",
-    "train": lambda r: f"{r['step_ms']:.0f} ms, {r['peak_gib']:.1f} GiB" + _rates(r) + _compilation(r),
+    "train": lambda r: _step_cell(r) + _rates(r) + _compilation(r),
     "train mixed": lambda r: CELLS["train"](r),
     "generate": lambda r: f"{r['ms_per_token']:.2f} ms per token, prefill {r['prefill_ms']:.0f} ms" + _compilation(r),
     "start": lambda r: (
@@ -106,7 +106,9 @@ def model_table(results: list[dict]) -> str:
         title = TITLES[result["what"]].format(**{"prompt_tokens": 2048} | result | {"model": _model(result)})
         peer = _best_peer(result, results)
         device = "" if result.get("device") == usual_device else f", on an {result['device']}"
-        lines.append(f"| {title}{_options(result)}{device} | {_cell(result)} | {_cell(peer, package=True)} |")
+        peer_cell = _cell(peer, [_package(peer)] if peer else [])
+        notes = ["peer measured in another run"] if peer_cell and result.get("without_peers") else []
+        lines.append(f"| {title}{_options(result)}{device} | {_cell(result, notes)} | {peer_cell} |")
     return "\n".join([*lines, "", _measured_on(results)])
 
 
@@ -127,14 +129,12 @@ def _work(result: dict) -> tuple:
     return tuple(result.get(name) for name in names)
 
 
-def _cell(result: dict | None, *, package: bool = False) -> str:
+def _cell(result: dict | None, notes: Sequence[str] = ()) -> str:
     if result is None:
         return ""
     if "error" in result:
         return result["error"]
-    notes = [_package(result)] if package else []
-    notes = [note for note in (*notes, result.get("note")) if note]
-    return CELLS[result["what"]](result) + (f" ({', '.join(notes)})" if notes else "")
+    return CELLS[result["what"]](result) + (f" ({', '.join(notes)})" if any(notes) else "")
 
 
 def _package(result: dict) -> str:
@@ -317,7 +317,7 @@ def _fastest(results: list[dict], benchmark: str, measure: str) -> list[dict]:
 
 
 def _step_cell(result: dict) -> str:
-    return f"{result['step_ms']:.0f} ms, {result['peak_gib']:.1f} GiB"
+    return f"{result['step_ms']:.0f} ms" + (f", {result['peak_gib']:.1f} GiB" if "peak_gib" in result else "")
 
 
 def _token_cell(result: dict) -> str:
@@ -434,7 +434,7 @@ def _mesh_name(plan: dict) -> str:
 
 
 def _measured_step(plan: dict, measured: list[dict]) -> str:
-    """Returns the fastest step that was measured with the model, mesh and sequences of a plan, and its memory."""
+    """Returns the fastest step that was measured with a plan's model, mesh and sequences, as it runs by default."""
     same = [
         r
         for r in _plain(measured)
@@ -442,11 +442,12 @@ def _measured_step(plan: dict, measured: list[dict]) -> str:
         and r["what"] == "train"
         and (r["model"], r.get("mesh", "")) == (plan["model"], _mesh_name(plan))
         and (r["rows"], r["remat"]) == (4 * plan["gpus"], plan["remat"])
+        and r.get("unroll") != "all"
     ]
     if not same:
         return ""
     best = min(same, key=lambda r: r["step_ms"])
-    return f"{best['step_ms']:.0f} ms, {best['peak_gib']:.0f} GiB on {best['device']}"
+    return f"{_step_cell(best)} on {best['device']}"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

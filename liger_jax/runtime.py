@@ -15,6 +15,15 @@ from liger_jax.errors import LigerWarning
 # Only cuBLAS matmuls: autotuning Triton's takes three quarters of the compilation time and saves at most 1 % of a step.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
+# The decode loop is one CUDA graph, its condition included, so that the host dispatches it once, not once per token. XLA's
+# default types of commands are these without WHILE and CONDITIONAL, and by default a graph has at least five commands.
+DECODE_COMPILER_OPTIONS: dict[str, str | int] = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
+
 
 def step_compiler_options(mesh: Any) -> dict[str, str | bool]:
     """Returns the compiler options of a training step.

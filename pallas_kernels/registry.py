@@ -233,6 +233,11 @@ _HEADS = [(8192, 128), (16_384, _VISION.head_dim)]
 _VOCABS = sorted({text.vocab for text in _TEXT})
 
 
+def _mlp_widths(text: shapes.TextSizes) -> tuple[int, int]:
+    """Returns the width of an MLP, and that on each of two devices which share it."""
+    return text.intermediate, text.intermediate // 2
+
+
 def _module(name: str) -> Any:
     return importlib.import_module(f"pallas_kernels.{name}")  # the package exports functions of the same names
 
@@ -520,7 +525,7 @@ _TABLE = (
             _decode_kernel(
                 "norm_swiglu",
                 {"x": "1 H", "norm_weight": "H", "weight": "2 O H"},
-                [(text.intermediate, text.hidden) for text in _ALL_TEXT],
+                [(width, text.hidden) for text in _ALL_TEXT for width in _mlp_widths(text)],
             )
         ],
     ),
@@ -537,7 +542,7 @@ _TABLE = (
                 [
                     (text.hidden, depth)
                     for text in _ALL_TEXT
-                    for depth in (text.heads * text.head_dim, text.intermediate)
+                    for depth in (text.heads * text.head_dim, *_mlp_widths(text))
                 ],
             )
         ],

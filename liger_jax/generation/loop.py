@@ -170,7 +170,7 @@ def decode_weights(model: QwenVL, layout: DecodeLayout) -> PackedModel:
     return PackedModel.from_model(model.language_model, model.head, layout)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "state"))
+@functools.partial(jax.jit, donate_argnames=("cache", "state"), compiler_options=runtime.DECODE_COMPILER_OPTIONS)
 def decode_loop(
     weights: PackedModel,
     cache: KVCache,

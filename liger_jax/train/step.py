@@ -177,8 +177,9 @@ class TrainStep:
         self.chosen_remat, self.by_device = choice
         reason = " (the fastest that fits in memory)" if self.execution.remat == "auto" else ""
         unrolled = dataclasses.replace(self.execution, remat=self.chosen_remat).unrolled
+        patches = f" with {batch.vision.pixel_values.shape[1]} patches each" if batch.vision else ""
         self.report(
-            f"compiled the training step for {rows} x {length} tokens in {time.perf_counter() - start:.0f} s: "
+            f"compiled the training step for {rows} x {length} tokens{patches} in {time.perf_counter() - start:.0f} s: "
             f"remat {self.chosen_remat}{reason}, unrolled layers: {unrolled}"
         )
         return compiled

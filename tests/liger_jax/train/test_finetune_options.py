@@ -49,11 +49,11 @@ def test_no_conversations(config, processor, tmp_path):
 @pytest.mark.parametrize(
     "unroll, steps, options, chosen",
     [
-        ("auto", 5000, {"pack_length": 64}, "all"),
-        ("auto", 5000, {"length": 64, "patches": 64}, "all"),
-        ("auto", 4999, {"pack_length": 64}, "auto"),
-        ("auto", 5000, {"length": 64}, "auto"),
-        ("none", 5000, {"pack_length": 64}, "none"),
+        ("auto", 2000, {"pack_length": 64}, "all"),
+        ("auto", 2000, {"length": 64, "patches": 64}, "all"),
+        ("auto", 1999, {"pack_length": 64}, "auto"),
+        ("auto", 2000, {"length": 64}, "auto"),
+        ("none", 2000, {"pack_length": 64}, "none"),
     ],
 )
 def test_long_runs_with_one_program_unroll_all_layers(unroll, steps, options, chosen):

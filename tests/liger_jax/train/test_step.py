@@ -184,8 +184,9 @@ def test_compilations_are_reported():
     step(state, batch())
     (line,) = lines
     rows, length = batch().shape
+    patches = batch().vision.pixel_values.shape[1]
     assert re.fullmatch(
-        rf"compiled the training step for {rows} x {length} tokens in \d+ s: "
+        rf"compiled the training step for {rows} x {length} tokens with {patches} patches each in \d+ s: "
         r"remat dots \(the fastest that fits in memory\), unrolled layers: vision",
         line,
     )
