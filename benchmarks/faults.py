@@ -33,7 +33,7 @@ KILLS = 5  # in a run
 CONVERSATIONS = 64
 TIMEOUT = 300  # seconds after which a process counts as hanging
 PROGRESS = re.compile(
-    r"(measuring: )?\d+% \d+/\d+ \[.*\]|compiled the training step for .* tokens in .*|unrolling all layers: .*"
+    r"(measuring: )?\d+% \d+/\d+ \[.*\]|compiled the training step for .*|unrolling all layers: .*"
     r"|resuming from step \d+|compiling the training step|step \d+: held_out_.*|answering \d+ questions about unseen digits"
 )
 MEASURED = ("per_second", "utilisation", "peak_memory_gib")  # metrics that differ between equal runs
@@ -144,8 +144,9 @@ class Lab:
         self.compare(output)
         return lines
 
-    def compare(self, output: Path, last: int = STEPS) -> None:
-        """Raises TrialError unless all checkpoints and logged steps up to `last` equal those of the reference."""
+    def compare(self, output: Path, last: int | None = None) -> None:
+        """Raises TrialError unless checkpoints and logged steps up to `last`, by default all, equal those of the reference."""
+        last = STEPS if last is None else last
         steps = sorted(int(path.name) for path in output.iterdir() if path.name.isdigit())
         if not steps or steps[-1] != last:
             raise TrialError(f"checkpoints of steps {steps}; expected {last} as the last one")

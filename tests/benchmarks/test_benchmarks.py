@@ -458,7 +458,7 @@ def test_scaling_table_marks_what_was_measured():
     others = [step | {"rows": 4, "step_ms": 1.0}, step | {"mesh": "data=2", "step_ms": 2.0}, step | {"step_ms": 450.0}]
     large = plan | {"model": "qwen2-vl-72b", "fits": False, "gib": 318.0}
     lines = tables.scaling_table([plan, large], [*others, step]).splitlines()
-    measured = "440 ms, 38 GiB on NVIDIA H200"
+    measured = "440 ms, 38.2 GiB on NVIDIA H200"
     assert lines[2] == f"| Qwen2-VL 2B | 2 | fsdp=2 | dots | 37 | 430 ms | 38k | 93% | {measured} |"
     assert lines[3] == "| Qwen2-VL 72B | 2 | does not fit |  | 318 |  |  |  |  |"
     assert "computed, for H100" in lines[-1]

@@ -20,6 +20,7 @@ def run_faults(monkeypatch, results, *options):
 def test_killed_run_equals_an_uninterrupted_one(monkeypatch, tmp_path, capsys):
     """With the real command, in processes of its own. Rows of faults that are not repeated are kept."""
     monkeypatch.setattr(faults, "KILLS", 1)
+    monkeypatch.setattr(faults, "STEPS", 20)
     (tmp_path / "faults.json").write_text(json.dumps([{"fault": "disk full", "tried": 5, "passed": 5, "printed": "a"}]))
     rows = run_faults(monkeypatch, tmp_path, "--only", FAULT, "--trials", "1")
     (row,) = (row for name, row in rows.items() if FAULT in name)
