@@ -145,7 +145,7 @@ class Lab:
         return lines
 
     def compare(self, output: Path, last: int | None = None) -> None:
-        """Raises TrialError unless checkpoints and logged steps up to `last`, by default all, equal those of the reference."""
+        """Raises TrialError unless checkpoints and logged steps up to `last` (default: all) equal those of the reference."""
         last = STEPS if last is None else last
         steps = sorted(int(path.name) for path in output.iterdir() if path.name.isdigit())
         if not steps or steps[-1] != last:
