@@ -14,7 +14,7 @@ The operations take arrays, know nothing about models, and depend only on JAX. E
 An implementation that does not support a call raises.
 """
 
-from pallas_kernels._fa4 import cache_kernels
+from pallas_kernels._fa4_cache import cache_kernels
 from pallas_kernels._sharding import split_rows_over
 from pallas_kernels.activations import geglu, gelu_tanh, quick_gelu, swiglu
 from pallas_kernels.add_rms_norm import add_rms_norm

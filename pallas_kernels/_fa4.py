@@ -1,9 +1,9 @@
-"""FlashAttention-4 through the optional package fa4-jax. This is the only file that imports it.
+"""FlashAttention-4 through the optional package fa4-jax. This file and `_fa4_cache` alone import it.
 
 The package wraps Tri Dao's CuTe kernels, which reach 60 to 65 % of the peak of an H200, in three JAX primitives. `attention`
 needs the forward pass and the backward pass separately, for a gradient rule that all implementations share, and so uses the
 primitives instead of the package's functions. The kernels compile when a program is lowered, in each process unless
-`cache_kernels` keeps them.
+`_fa4_cache` keeps them.
 
 Rows that hold segments become one long sequence that is cut at their starts ("varlen"). The cuts are data: one kernel serves
 every packing. Other segment ids are compared in the kernel, block by block, without skipping any.
@@ -13,13 +13,12 @@ import dataclasses
 import functools
 import importlib.util
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _pallas
+from pallas_kernels import _fa4_cache, _pallas
 from pallas_kernels.segments import Segments, clear_in_place, clear_outside
 
 BACKEND = "cute"  # the kernels; fa4-jax also has "reference", plain JAX for any platform
@@ -47,7 +46,7 @@ def import_problem() -> str | None:
     try:
         import fa4_jax.kernels  # noqa: F401
 
-        _keep_kernels()
+        _fa4_cache.install()
     except Exception as error:  # a broken installation can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
@@ -55,42 +54,6 @@ def import_problem() -> str | None:
         )
         return f"the package fa4-jax cannot be imported ({reason})"
     return None
-
-
-def cache_kernels(folder: str | Path) -> None:
-    """Keeps compiled FlashAttention-4 kernels in a folder, for later processes; JAX's compilation cache does not hold them.
-
-    Compiling those of Qwen2-VL's training step takes 20 s, loading them 3 s. Has no effect without the package fa4-jax, or
-    after `attention` has been called.
-
-    Example:
-        >>> from pallas_kernels import cache_kernels
-        >>> cache_kernels("/tmp/kernels")
-    """
-    global _kernel_folder
-    _kernel_folder = Path(folder)
-
-
-_kernel_folder: Path | None = None
-
-
-class _NoServer:
-    """An empty cache server. The package looks into its folder only where it also has a server."""
-
-    def hgetall(self, key: str) -> dict:
-        return {}
-
-    def hset(self, key: str, mapping: dict) -> None:
-        """Stores nothing."""
-
-
-def _keep_kernels() -> None:
-    """Tells the package that compiles the kernels to keep them in the folder, if there is one."""
-    if _kernel_folder is not None:
-        import cutejax
-
-        options = {"url": "none", "hmac_key": "none", "client_factory": _NoServer}
-        cutejax.configure_cache(**options, spool_dir=str(_kernel_folder))
 
 
 def preferred(q: jax.Array, kv_segmented: bool) -> bool:

@@ -11,6 +11,10 @@ Those marked "small" run every kernel on little data, for compute-sanitizer (mem
 """
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -373,6 +377,36 @@ def test_fa4_is_picked_without_segments(causal):
     keys = jax.random.split(jax.random.key(1), 4)
     args = [jax.random.normal(key, (1, 256, 4, 64), jnp.bfloat16) for key in keys]
     check_attention(None, args, [], causal=causal)
+
+
+def test_later_processes_load_fa4s_kernels(tmp_path):
+    """They generate no code, and attention has the same values."""
+    skip_without_fa4("fa4")
+    program = textwrap.dedent("""
+        import sys
+        import jax, jax.numpy as jnp
+        import pallas_kernels as pk
+
+        pk.cache_kernels(sys.argv[1])
+        q, k, v = (jax.random.normal(jax.random.key(n), (2, 256, n, 80), jnp.bfloat16) for n in (4, 2, 2))
+        ids = {"segment_ids": jnp.ones((2, 256), jnp.int32), "max_segments": 2}
+        attend = lambda *args: pk.attention(*args, implementation="fa4", **ids)
+        if "later" in sys.argv:
+            pk._fa4.import_problem()
+            import cutejax
+            cutejax.compiler.compile_tvm_ffi = None
+        print(*jax.device_get(attend(q, k, v)).astype(float).ravel()[::997])
+        jax.grad(lambda *args: attend(*args).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)[0].block_until_ready()
+    """)
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    first, later = (
+        subprocess.run(
+            [sys.executable, "-c", program, tmp_path, *arguments], env=environment, capture_output=True, text=True
+        )
+        for arguments in ([], ["later"])
+    )
+    assert later.returncode == 0, later.stderr
+    assert first.stdout == later.stdout != ""
 
 
 def skip_without_fa4(implementation):

@@ -28,7 +28,7 @@ def test_compilation_cache(tmp_path):
     """The cache is in the user's cache folder by default. The environment can choose another folder or disable it."""
     code = (
         "import jax; from liger_jax import runtime; runtime.enable_compilation_cache(); "
-        "from pallas_kernels import _fa4; print(jax.config.jax_compilation_cache_dir, _fa4._kernel_folder)"
+        "from pallas_kernels import _fa4_cache; print(jax.config.jax_compilation_cache_dir, _fa4_cache._folder)"
     )
 
     def cache_folder(**variables):

@@ -182,18 +182,3 @@ def test_call_unsupported_by_fa4_raises(monkeypatch):
         monkeypatch.setattr(_fa4._pallas, "compute_capability", lambda capability=capability: capability)
         with pytest.raises(NotImplementedError, match=reason):
             fa4(*data(dtype=dtype, dim=dim)[:3])
-
-
-@pytest.mark.parametrize("folder", [None, "kernels"])
-def test_kernels_are_kept_in_the_folder(folder, monkeypatch):
-    """The package has a folder of compiled kernels, which it only uses next to a server: it is given an empty one."""
-    calls = []
-    package = {"configure_cache": lambda **options: calls.append(options)}
-    monkeypatch.setitem(sys.modules, "cutejax", types.SimpleNamespace(**package))
-    monkeypatch.setattr(_fa4, "_kernel_folder", folder)
-    _fa4._keep_kernels()
-    assert [options["spool_dir"] for options in calls] == [folder] * (folder is not None)
-    for options in calls:
-        server = options["client_factory"]()
-        server.hset("key", mapping={"so": b"code"})
-        assert server.hgetall("key") == {}
