@@ -183,9 +183,9 @@ def _describe_contents(value: Any) -> str:
 def _name(value: Any) -> str:
     """Returns the name by which a class or function can be imported."""
     name = value.__qualname__
-    found: Any = sys.modules.get(value.__module__)
+    importable: Any = sys.modules.get(value.__module__)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    if found is not value:  # such as a function defined inside another one, on whose variables it may depend
+        importable = getattr(importable, part, None)
+    if importable is not value:  # such as a function defined inside another one, on whose variables it may depend
         raise Undescribable(f"{value.__module__}.{name}")
     return f"{value.__module__}.{name}".removeprefix("builtins.")
