@@ -1,11 +1,11 @@
 """Keeps the compiled kernels of FlashAttention-4 in a folder, where later processes find them without generating code.
 
-The package fa4-jax describes its kernels in Python, and cutejax compiles them. cutejax has a cache, too, but its key is a
-hash of the generated code, so each process generates the code of every kernel first. If everything else is cached, this is
-half of the time that a training step takes to compile. Within a process, cutejax reuses a kernel for calls with equal keys,
-which hold its functions, objects, dtypes and shapes. This file writes such a key down, with the versions and files of the
-packages, the GPU and the settings, and remembers the hash of the code that it led to. A key with anything that has no
-complete description, such as a function inside another one, is left to cutejax.
+The package fa4-jax describes its kernels in Python, and cutejax compiles them. cutejax has a disk cache, but its key is a
+hash of the generated code, so every process has to generate the code first. With everything else cached, that is half of a
+training step's compile time. Within a process, cutejax looks kernels up by a key of functions, objects, dtypes and shapes.
+This file turns that key into text, adds the packages' versions and sources, the GPU and the settings, and stores the hash of
+the code under it. cutejax alone handles keys that cannot be described completely, such as those with a nested function, and
+the kernels of other packages.
 """
 
 import enum
@@ -24,8 +24,10 @@ import numpy as np
 
 from pallas_kernels import _pallas
 
-# Objects of their classes are described by their attributes, and their files are part of every key.
+# Instances of their classes are described by their attributes. Their source files are part of every key.
 PACKAGES = "fa4_jax", "cutejax"
+NAMED = *PACKAGES, "builtins", "cutlass", "numpy"  # whose functions and classes are described by name
+SETTINGS = "CUTE_DSL", "FA_"  # prefixes of environment variables on which generated code may depend
 
 _folder: Path | None = None
 
@@ -33,8 +35,9 @@ _folder: Path | None = None
 def cache_kernels(folder: str | Path) -> None:
     """Keeps compiled FlashAttention-4 kernels in a folder, for later processes; JAX's compilation cache does not hold them.
 
-    Compiling those of Qwen2-VL's training step takes 10 to 20 s, loading them less than a second. Whoever can write to the
-    folder can run code in these processes. Has no effect without the package fa4-jax, or after `attention` has been called.
+    Qwen2-VL's training step takes 10 to 20 s to compile its kernels and less than a second to load them. Anyone who can
+    write to the folder can run code in these processes. Has no effect without the package fa4-jax, or after `attention` has
+    been called.
 
     Example:
         >>> from pallas_kernels import cache_kernels
@@ -58,16 +61,17 @@ def install() -> None:
     """Makes cutejax keep its kernels in the folder, if there is one, and find them there."""
     if _folder is None:
         return
-    import cutejax
-
-    options = {"url": "none", "hmac_key": "none", "client_factory": _NoServer}
-    cutejax.configure_cache(**options, spool_dir=str(_folder))
     try:
-        find, environment = cutejax.registry.get_or_build, _environment()
-    except (ImportError, AttributeError, OSError):  # another version of cutejax, whose own cache has to do
+        import cutejax
+
+        if not cutejax.cache_config().active:  # else the user chose a cache
+            options = {"url": "none", "hmac_key": "none", "ttl": 0, "client_factory": _NoServer}
+            cutejax.configure_cache(**options, spool_dir=str(_folder))
+        find = cutejax.registry.get_or_build
+        if not isinstance(find, functools.partial):  # else it was replaced before
+            cutejax.registry.get_or_build = functools.partial(_get_or_build, find, _folder, _environment())
+    except Exception:  # an unknown version of cutejax: attention works without a cache
         return
-    if not isinstance(find, functools.partial):  # else it was replaced before
-        cutejax.registry.get_or_build = functools.partial(_get_or_build, find, _folder, environment)
 
 
 def _get_or_build(find: Callable[..., Any], folder: Path, environment: str, *args: Any, **options: Any) -> Any:
@@ -78,62 +82,73 @@ def _get_or_build(find: Callable[..., Any], folder: Path, environment: str, *arg
     return find(*args, **options)
 
 
-def _load_or_build(
-    folder: Path, environment: str, key: Any, build: Callable[[], tuple[Any, str | None]]
-) -> tuple[Any, str | None]:
-    """Returns a compiled kernel and the hash of its code: those found for the key, else build()'s, which it remembers."""
+def _load_or_build(folder: Path, environment: str, key: Any, build: Callable[[], Any]) -> Any:
+    """Returns (kernel, hash of its code). Loads them if the key is known; otherwise calls build() and notes the hash."""
     from cutejax import cache
 
     try:
         note = folder / f"{digest(environment, key)}.code"
     except Undescribable:
-        return build()
+        return _build_anyway(build)
     try:
         code = note.read_text()
         path = cache.lookup(code)
         if path is not None:
             return cache.load_so(path, code), code
-    except Exception:  # no note yet, or a damaged file, of which cutejax makes a new one
+    except Exception:  # no note yet, or a damaged file
         pass
-    kernel, new_code = build()
-    if new_code is not None:
-        try:
+    built = _build_anyway(build)
+    try:
+        _, code = built
+        if cache.lookup(code) is not None:
             unfinished = note.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(new_code)
+            unfinished.write_text(code)
             unfinished.replace(note)
-        except OSError:  # a folder that cannot be written to
-            pass
-    return kernel, new_code
+    except Exception:  # the kernel is not in the cache, or the folder cannot be written to
+        pass
+    return built
+
+
+def _build_anyway(build: Callable[[], Any]) -> Any:
+    """Returns build(), without the folder if it fails: it may be read-only or full, or its kernels may not load."""
+    import cutejax
+
+    try:
+        return build()
+    except cutejax.CompileTimeout:
+        raise
+    except Exception:
+        with cutejax.cache_override(enabled=False):
+            return build()
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
 class Undescribable(Exception):
-    """Raised for a value whose description would not determine it."""
+    """Raised for a value that cannot be described completely."""
 
 
 def digest(environment: str, key: Any) -> str:
     """Returns a hash of a key of cutejax and of everything else that a kernel depends on.
 
     Raises:
-        Undescribable: the key has no complete description.
+        Undescribable: the key cannot be described completely.
     """
     return hashlib.sha256(f"{environment}\n{describe(key)}".encode()).hexdigest()
 
 
 def _environment() -> str:
-    """Returns what compiled kernels depend on, apart from their keys: compilers, the packages' files, GPU and settings."""
+    """Returns what kernels and their keys depend on: compilers, sources, this file, settings and the GPU."""
     from cutejax import fingerprint
 
     folders = [Path(str(importlib.import_module(name).__file__)).parent for name in PACKAGES]
-    files = [
-        f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}"
-        for folder in folders
-        for file in sorted(folder.rglob("*.py"))
-    ]
-    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("CUTE_DSL"))
-    return "\n".join([*fingerprint.static_env_lines(), *files, *settings, str(_pallas.compute_capability())])
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (Path(__file__), *files)]
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(SETTINGS))
+    device = jax.devices()[0]
+    gpu = device.device_kind, getattr(device, "core_count", None), _pallas.compute_capability()
+    return "\n".join([*fingerprint.static_env_lines(), *sources, *settings, str(gpu)])
 
 
 _PLAIN = (type(None), bool, int, float, str, bytes)
@@ -147,11 +162,11 @@ def describe(value: Any) -> str:
     Generating code adds attributes to the objects that describe a kernel, so an object keeps its first description.
 
     Raises:
-        Undescribable: there is none.
+        Undescribable: the value cannot be described completely.
 
     Example:
         >>> describe({"tile": (64, 128), "causal": True})
-        "dict(tuple('tile', tuple(64, 128)), tuple('causal', True))"
+        "dict[tuple['tile', tuple[64, 128]], tuple['causal', True]]"
     """
     kind = type(value)
     if kind in _PLAIN or isinstance(value, np.dtype):
@@ -160,32 +175,31 @@ def describe(value: Any) -> str:
         return _name(value)
     if isinstance(value, enum.Enum):
         return f"{_name(kind)}.{value.name}"
-    if isinstance(value, jax.tree_util.PyTreeDef) and "<" not in str(value):  # no object without a description
+    if isinstance(value, jax.tree_util.PyTreeDef) and not any(text in str(value) for text in ("CustomNode", "<")):
         return str(value)
     if kind in (tuple, list, dict):
-        return _describe_contents(value)
-    for base in (kind, *(base for base in kind.__mro__ if base not in (object, dict))):
+        return f"{_name(kind)}[{_describe_items(value)}]"
+    for base in kind.__mro__[:-1] or [object]:
         # a class of another package, perhaps not written in Python, or one with slots could hold more
-        if base.__module__.partition(".")[0] not in PACKAGES or "__slots__" in vars(base):
+        if base is not dict and (base.__module__.partition(".")[0] not in PACKAGES or "__slots__" in vars(base)):
             raise Undescribable(_name(kind))
     if id(value) not in _described:
-        _described[id(value)] = value, _describe_contents(value)
+        items = _describe_items(value) if isinstance(value, dict) else ""
+        _described[id(value)] = value, f"{_name(kind)}[{items}] with {describe(vars(value))}"
     return _described[id(value)][1]
 
 
-def _describe_contents(value: Any) -> str:
-    contents = value.items() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    attributes = getattr(value, "__dict__", {}).items()
-    texts = (", ".join(map(describe, part)) for part in (contents, attributes))
-    return f"{_name(type(value))}({' | '.join(filter(None, texts))})"
+def _describe_items(value: Any) -> str:
+    return ", ".join(map(describe, value.items() if isinstance(value, dict) else value))
 
 
 def _name(value: Any) -> str:
-    """Returns the name by which a class or function can be imported."""
+    """Returns the name by which a function or class can be imported."""
     name = value.__qualname__
     importable: Any = sys.modules.get(value.__module__)
     for part in name.split("."):
         importable = getattr(importable, part, None)
-    if importable is not value:  # such as a function defined inside another one, on whose variables it may depend
+    # not so a function defined inside another one, on whose variables it may depend
+    if importable is not value or value.__module__.partition(".")[0] not in NAMED:
         raise Undescribable(f"{value.__module__}.{name}")
     return f"{value.__module__}.{name}".removeprefix("builtins.")
