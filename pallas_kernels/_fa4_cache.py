@@ -15,6 +15,7 @@ import importlib
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _load_or_build(folder: Path, environment: str, key: Any, build: Callable[[],
     try:
         note = folder / f"{digest(environment, key)}.code"
     except Undescribable:
-        return _build_anyway(build)
+        return _build_anyway(folder, build)
     try:
         code = note.read_text()
         path = cache.lookup(code)
@@ -97,7 +98,7 @@ def _load_or_build(folder: Path, environment: str, key: Any, build: Callable[[],
             return cache.load_so(path, code), code
     except Exception:  # no note yet, or a damaged file
         pass
-    built = _build_anyway(build)
+    built = _build_anyway(folder, build)
     try:
         _, code = built
         if cache.lookup(code) is not None:
@@ -109,7 +110,7 @@ def _load_or_build(folder: Path, environment: str, key: Any, build: Callable[[],
     return built
 
 
-def _build_anyway(build: Callable[[], Any]) -> Any:
+def _build_anyway(folder: Path, build: Callable[[], Any]) -> Any:
     """Returns build(), without the folder if it fails: it may be read-only or full, or its kernels may not load."""
     import cutejax
 
@@ -117,9 +118,13 @@ def _build_anyway(build: Callable[[], Any]) -> Any:
         return build()
     except cutejax.CompileTimeout:
         raise
-    except Exception:
-        with cutejax.cache_override(enabled=False):
-            return build()
+    except Exception as error:
+        cutejax.configure_cache(enabled=False)
+        built = build()  # raises the same error if the folder is not its cause
+        warnings.warn(
+            f"FlashAttention-4's kernels cannot be kept in {folder} ({error}); each process compiles them", stacklevel=2
+        )
+        return built
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
