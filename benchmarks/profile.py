@@ -26,8 +26,8 @@ GROUPS = {  # a pattern of the kernels of each; the first match counts
     "norms": r"(layer|rms)_norm_(forward|backward)",
 }
 NOTES = {  # why a group is not at its floor, by a pattern of its name and operation; the sizes are those of the 2B
-    "^matmuls": "the floor is the rate of large square matrices; these have sides from 256 to 16384",
-    "^attention": "no floor: it depends on the segments. Most of it is the vision tower, with heads of 80",
+    "^matmuls": "the floor is the rate of large square matrices; many of these are smaller or long and narrow",
+    "^attention": "no floor: it depends on the segments",
     "^copies": "a scan takes weights out of their stacks and puts results into theirs; gradients of unrolled layers enter "
     "their stacks; a residual is copied before a matmul adds to it",
     "^zero fills": "a scan initializes stacks that are then overwritten",
