@@ -213,7 +213,8 @@ class Processor:
             videos: sources for the video parts without one, likewise.
             add_generation_prompt: append the opening of an assistant turn, to generate an answer.
             add_vision_id: write "Picture 1: ", "Video 1: " before images and videos.
-            labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere. An answer with
+            labels: also return `labels`: the assistant's answers with their end token, and -100 elsewhere. An answer is what
+                the chat template renders after the generation prompt, with any reasoning that it keeps. An answer with
                 `"loss": False` (or weight, train, training, trainable or loss_scale 0) is not trained.
             padding: side on which shorter rows of a batch are padded. transformers needs "left" for generation.
             min_pixels: lower limit of the size of each image and frame (Qwen3-VL: of all frames of a video together), in
@@ -377,7 +378,7 @@ class Processor:
             for row, offsets, conversation, text, render in zip(
                 rows, offset_mapping, conversations, texts, renderers, strict=True
             ):
-                spans = self._answer_spans(conversation, text, render)
+                spans = self._answer_spans(conversation, text, render, options)
                 videos = [match.span() for match in TIMED_VIDEO.finditer(text)]
                 offsets = np.array(offsets, np.int64).reshape(-1, 2)
                 row["labels"] = self._labels(row["input_ids"], offsets, spans, videos)
@@ -410,32 +411,45 @@ class Processor:
         return np.where(trained, input_ids, IGNORE)
 
     def _answer_spans(
-        self, conversation: Conversation, text: str, render: Callable[[Conversation], str]
+        self, conversation: Conversation, text: str, render: Callable[..., str], options: dict[str, bool]
     ) -> list[tuple[int, int]]:
-        """Returns the (begin, end) of each of the assistant's answers in the rendered text.
+        """Returns the (begin, end) of each trained answer of the assistant in the rendered text.
 
         Renders the conversation again, with marks around the answers. This works with any template, even if a user's text
         contains the template's own control tokens.
+
+        An answer begins after the generation prompt of its turn, so the reasoning that a template writes before the content
+        is trained, also if it is empty. A turn that is rendered without its reasoning begins with its content.
         """
         if any(mark in text for mark in (BEGIN, END)):
             raise UserError(f"text contains {BEGIN!r} or {END!r}; expected neither, since they mark answers internally")
         if not any(message["role"] == "assistant" for message in conversation):
             raise UserError("conversation has no assistant message; expected one, since labels=True")
-        trained = [is_trained(message) for message in conversation]
-        if not any(trained):
+        trained = [index for index, message in enumerate(conversation) if is_trained(message)]
+        if not trained:
             raise UserError("no assistant message is trained; expected one without loss false or weight 0")
-        marked = render(
-            [_mark(message) if train else message for message, train in zip(conversation, trained, strict=True)]
-        )
+        marked = render([_mark(message) if index in trained else message for index, message in enumerate(conversation)])
+        answers = marked.split(END)[:-1]  # each after the text before it
         if marked.replace(BEGIN, "").replace(END, "") != text:
             raise UserError(
                 "the chat template changes the assistant's messages; expected one that copies them, since labels=True"
             )
-        spans, removed = [], 0
-        for match in re.finditer(f"{BEGIN}(.*?){END}", marked, re.DOTALL):
-            begin = match.start() - removed
-            spans.append((begin, begin + len(match[1])))
-            removed += len(BEGIN) + len(END)
+        if len(answers) != len(trained) or not all(BEGIN in answer for answer in answers):
+            raise UserError(
+                f"the chat template renders {sum(BEGIN in answer for answer in answers)} whole answers of {len(trained)} "
+                "trained messages; expected one of each, since labels=True"
+            )
+        other = render(conversation, options={**options, "add_generation_prompt": not options["add_generation_prompt"]})
+        shorter, longer = sorted((text, other), key=len)
+        opening = longer.removeprefix(shorter)  # of an assistant's turn
+        spans, end = [], 0
+        for index, answer in zip(trained, answers, strict=True):
+            begin = end + answer.index(BEGIN)
+            end += len(answer.replace(BEGIN, ""))
+            if index and not text[:begin].endswith(opening):
+                prompt = render(conversation[:index], options={**options, "add_generation_prompt": True})
+                begin = min(begin, len(prompt)) if text.startswith(prompt) else begin
+            spans.append((begin, end))
         return spans
 
     def _check_placeholders(
@@ -515,9 +529,18 @@ def _default_template(template: Any, folder: Path) -> str:
 
 
 def _mark(message: Message) -> Message:
-    """Returns the message with marks around its content."""
+    """Returns the message with marks around its content.
+
+    Templates for reasoning may drop or move what precedes the content of <think> or the text after </think>, so these have a
+    mark, too. The first mark that is rendered counts.
+    """
     content = message["content"]
     if isinstance(content, str):
-        return {**message, "content": BEGIN + content + END}
+        return {**message, "content": BEGIN + _mark_reasoning(content) + END}
     begin, end = ({"type": "text", "text": mark} for mark in (BEGIN, END))
-    return {**message, "content": [begin, *content, end]}
+    parts = [{**part, "text": _mark_reasoning(part["text"])} if "text" in part else part for part in content]
+    return {**message, "content": [begin, *parts, end]}
+
+
+def _mark_reasoning(text: str) -> str:
+    return re.sub("</?think>\\n*", lambda tag: tag[0] + BEGIN, text)  # after the newlines, which templates strip
