@@ -29,6 +29,7 @@ class Family:
     architecture: str  # its class in transformers
     vision_activation: str  # hidden_act of its vision_config
     vision_keys: Mapping[str, str]  # key in vision_config -> field of VisionConfig, in addition to VISION_KEYS
+    free_head_dim: bool = False  # transformers reads head_dim; else it is always hidden_size / num_attention_heads
     text: dict[str, Any] = dataclasses.field(default_factory=dict)  # the values of switches
     vision: dict[str, Any] = dataclasses.field(default_factory=dict)
     # values of all published checkpoints
@@ -70,7 +71,7 @@ FAMILIES = {
             "intermediate_size": 3420,
             "window_size": 112,
             "full_attention_layers": (7, 15, 23, 31),
-            "tokens_per_second": 2.0,
+            "tokens_per_second": 2,
         },
         omitted_text={"rms_norm_eps": 1e-5},
         # also a hidden_size of 3584, which no published checkpoint has: 1280 is far more likely
@@ -88,6 +89,7 @@ FAMILIES = {
             "num_position_embeddings": "position_table_side",
             "deepstack_visual_indexes": "deepstack_layers",
         },
+        free_head_dim=True,
         text={"attention_bias": False, "qk_norm": True, "mrope_interleaved": True},
         vision={"mlp": "gelu_tanh", "patch_bias": True, "video_time": "text"},
         published_text={

@@ -9,7 +9,7 @@ from liger_jax.config.towers import TextConfig, VisionConfig
 from liger_jax.errors import UserError
 
 LARGEST_FLOAT = 3e38  # about float32's
-_FLOATS = ("rms_norm_eps", "initializer_range", "tokens_per_second")
+_FLOATS = ("rms_norm_eps", "initializer_range")
 _OPTIONAL_TEXT = ("head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range")
 _REQUIRED_TEXT = tuple(name for name in TEXT_KEYS if name not in _OPTIONAL_TEXT)
 
@@ -145,14 +145,12 @@ _READ = {
     "num_position_embeddings": _read_table_side,
     "fullatt_block_indexes": _read_layers,
     "deepstack_visual_indexes": _read_layers,
-    "tokens_per_second": lambda value, _: float(value) if is_number(value) else value,
 }
 _WRITE = {
     "mlp_ratio": lambda size, vision: size // vision.embed_dim,
     "num_position_embeddings": lambda side, _: side**2,
     "fullatt_block_indexes": lambda layers, _: list(layers),
     "deepstack_visual_indexes": lambda layers, _: list(layers),
-    "tokens_per_second": lambda value, _: int(value) if value == int(value) else value,
 }
 
 

@@ -322,6 +322,12 @@ def _family_errors(config: QwenVLConfig) -> list[str]:
                 errors.append(f"{part}.{field.name} is {value!r:.60}; expected {expected!r}")
             if field.name in keys[part] and field.name in ("window_size", "position_table_side") and not value:
                 errors.append(f"{part}.{field.name} is {value}; expected at least 1")
+    text = config.text
+    if not member.free_head_dim and text.head_dim * text.num_attention_heads != text.hidden_size:
+        errors.append(
+            f"text.head_dim is {text.head_dim}; expected hidden_size / num_attention_heads, "
+            f"{text.hidden_size} / {text.num_attention_heads}"
+        )
     if "mlp_ratio" in member.vision_keys and config.vision.intermediate_size % config.vision.embed_dim:
         errors.append(
             f"vision.intermediate_size is {config.vision.intermediate_size}; expected a multiple of embed_dim "

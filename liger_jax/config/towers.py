@@ -27,7 +27,7 @@ class VisionConfig:
     deepstack_layers: tuple[int, ...] = ()  # the layers whose outputs are also added to the first text layers
     # how the time of a video enters: one position per grid row; positions in proportion to seconds; as text in the prompt
     video_time: Literal["frames", "seconds", "text"] = "frames"
-    tokens_per_second: float = 1.0  # positions per second of video, with video_time "seconds"
+    tokens_per_second: int = 1  # positions per second of video, with video_time "seconds"
 
     @property
     def head_dim(self) -> int:

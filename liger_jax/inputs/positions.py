@@ -107,7 +107,7 @@ def _video_steps(config: QwenVLConfig, second_per_grid_ts, videos: int) -> np.nd
             )
         if not (np.isfinite(seconds) & (seconds > 0)).all():
             raise UserError(f"second_per_grid_ts is {seconds.tolist()!s:.60}; expected positive, finite numbers")
-    rate = config.vision.tokens_per_second if config.vision.video_time == "seconds" else 1.0
+    rate = config.vision.tokens_per_second if config.vision.video_time == "seconds" else 1
     return np.minimum(np.minimum(seconds, LARGEST_TIME) * rate, LARGEST_TIME)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 # Sizes that could be mistaken for each other differ.
-V, H, N, K, D, F, LAYERS = 50, 24, 3, 1, 16, 40, 3  # text: vocabulary, width, heads, kv heads, head size, MLP, layers
+V, N, K, D, F, LAYERS = 50, 5, 1, 16, 40, 3  # text: vocabulary, heads, kv heads, head size, MLP, layers
+H = N * D  # width
 E, BLOCKS, C, T, P = 16, 2, 3, 2, 4  # vision: width, layers, channels, frames, patch side; 2 heads of 8
 M = 4 * E
 

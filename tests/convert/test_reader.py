@@ -163,6 +163,7 @@ def test_host_memory(tmp_path):
             start, end = end, end + 2 * math.prod(shape)
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
         hub.write(folder / "big", {}, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                  num_attention_heads=hidden // hub.D,
                   vision_config=hub.CONFIG["vision_config"] | {"hidden_size": hidden})
         text = json.dumps(header).encode()
         with (folder / "big" / "model.safetensors").open("wb") as file:
@@ -213,7 +214,7 @@ def test_one_error_lists_all_mismatches(tmp_path):
     for line in (
         "missing: model.layers.1.mlp.up_proj.weight; visual.merger.ln_q.bias",
         "unexpected: model.layers.3.mlp.up_proj.weight; visual.extra",
-        "wrong shape: model.norm.weight [25], expected [24]",
+        "wrong shape: model.norm.weight [81], expected [80]",
         "not floating point: model.layers.0.mlp.down_proj.weight I8, expected one of",
         str(tmp_path),
     ):

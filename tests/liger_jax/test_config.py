@@ -125,7 +125,7 @@ def test_alias_and_derived_sizes():
         ("qwen2_5_vl", {"norm": "batch_norm"}, "vision.norm is 'batch_norm'; expected one of"),
         ("qwen2_5_vl", {"norm": "layer_norm"}, "Not a Qwen2.5-VL .*vision.norm is 'layer_norm'; expected 'rms_norm'"),
         ("qwen2_5_vl", {"position_table_side": 4}, "vision.position_table_side is 4; expected 0"),
-        ("qwen2_5_vl", {"tokens_per_second": -1.0}, "vision.tokens_per_second is -1.0; expected a number from 0"),
+        ("qwen2_5_vl", {"tokens_per_second": -1}, "vision.tokens_per_second is -1; expected an integer from 0"),
         (
             "qwen2_vl",
             {"intermediate_size": 100},
@@ -143,6 +143,18 @@ def test_switches_that_contradict_each_other_are_refused(family, changes, messag
     config = QwenVLConfig.tiny(family=family)
     with pytest.raises(UserError, match=message):
         dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_size_that_transformers_ignores_is_refused(family):
+    """Qwen2-VL and Qwen2.5-VL were written with it; transformers read their weights in other shapes and failed."""
+    config = QwenVLConfig.tiny(family=family)
+    text = dataclasses.replace(config.text, head_dim=24, mrope_section=(4, 4, 4))
+    if family == "qwen3_vl":
+        assert dataclasses.replace(config, text=text).to_hf()["text_config"]["head_dim"] == 24
+        return
+    with pytest.raises(UserError, match=r"text.head_dim is 24; expected hidden_size / num_attention_heads, 64 / 4"):
+        dataclasses.replace(config, text=text)
 
 
 def test_unknown_family_is_refused():
@@ -302,7 +314,8 @@ def test_values_of_the_wrong_type_ended_in_a_type_error(values, message):
         ("2.5-3b", {"vision_config__hidden_act": "quick_gelu"}, "vision hidden_act is 'quick_gelu'; expected 'silu'"),
         ("2.5-3b", {"vision_config__fullatt_block_indexes": 7}, "vision.full_attention_layers is 7; expected a tuple"),
         ("2.5-3b", {"vision_config__window_size": 8}, "vision.window_size is 8; expected a multiple of 28"),
-        ("2.5-3b", {"vision_config__tokens_per_second": "2"}, "vision.tokens_per_second is '2'; expected a number"),
+        ("2.5-3b", {"vision_config__tokens_per_second": "2"}, "vision.tokens_per_second is '2'; expected an integer"),
+        ("2.5-3b", {"vision_config__tokens_per_second": 2.5}, "vision.tokens_per_second is 2.5; expected an integer"),
         (
             "3-4b",
             {"vision_config__num_position_embeddings": 2305},
