@@ -25,7 +25,11 @@ class ProcessorFamily:
 
     @functools.cached_property
     def default_chat_template(self) -> str:
-        """The chat template of checkpoints without one. It renders the same text as the published one."""
+        """The chat template of checkpoints without one.
+
+        It renders the same text as the published one, but raises an error for tool calls and reasoning, and that of Qwen3-VL
+        also for roles other than system, user and assistant.
+        """
         template = resources.files("liger_jax").joinpath("assets", self.chat_template)
         return template.read_text(encoding="utf-8").strip()
 

@@ -257,6 +257,25 @@ def test_default_template_of_qwen3_vl(processors):
         processors["qwen3_vl"]([messages[3], messages[0]])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
+def test_default_templates_refuse_what_they_do_not_render(family, key):
+    """It was dropped, without an error."""
+    processor, question = Processor(train_tokenizer([]), family=family), user("?")
+    answer = {"role": "assistant", "content": "Calling."}
+    processor([question, answer | {key: None}])
+    with pytest.raises(
+        UserError, match=r"template refuses .*tool_calls or reasoning_content, which this template does not"
+    ):
+        processor([question, answer | {key: [{"name": "f", "arguments": {}}]}])
+
+
+def test_default_template_of_qwen3_vl_refuses_other_roles(processors):
+    """The answer of a tool was a turn of its own; the published template renders it as one of the user."""
+    with pytest.raises(UserError, match=r"template refuses .*the role tool, which this template does not render"):
+        processors["qwen3_vl"]([user("?"), {"role": "tool", "content": "4"}])
+
+
 def test_a_tokenizer_serves_several_members():
     tokenizer = train_tokenizer([])
     processors = {family: Processor(tokenizer, family=family) for family in FAMILIES}
