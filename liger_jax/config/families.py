@@ -112,12 +112,12 @@ FAMILIES = {
     ),
 }
 
-# Members that are not supported, so that the error can name them.
+# Members that are not supported, so that the error can name them: by the start of their model_type, which may be that of a
+# part, such as "qwen2_5_omni_thinker". The first that matches counts.
 UNSUPPORTED = {
     "qwen3_vl_moe": "Qwen3-VL with a mixture of experts",
-    "qwen3_5": "Qwen3.5",
     "qwen3_5_moe": "Qwen3.5 with a mixture of experts",
+    "qwen3_5": "Qwen3.5",
     "qwen2_5_omni": "Qwen2.5-Omni",
-    "qwen3_omni_moe": "Qwen3-Omni",
-    "qwen_vl": "the first Qwen-VL",
+    "qwen3_omni": "Qwen3-Omni",
 }

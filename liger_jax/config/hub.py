@@ -24,7 +24,7 @@ def read_config(hub: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[s
     family = hub.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         *names, last = map(repr, FAMILIES)
-        unsupported = UNSUPPORTED.get(family) if isinstance(family, str) else None
+        unsupported = _unsupported_member(hub)
         hint = f" ({unsupported} is not supported)" if unsupported else ""
         raise UserError(f"model_type is {family!r:.60}; expected {', '.join(names)} or {last}{hint}")
     member = FAMILIES[family]
@@ -67,6 +67,14 @@ def vision_to_hf(vision: VisionConfig, member: Family) -> dict[str, Any]:
     same = {name: getattr(vision, name) for name in VISION_KEYS}
     write = {key: _WRITE.get(key, lambda value, _: value) for key in member.vision_keys}
     return same | {key: write[key](getattr(vision, name), vision) for key, name in member.vision_keys.items()}
+
+
+def _unsupported_member(hub: Mapping[str, Any]) -> str | None:
+    """Returns the name of a member of the family that is not supported, or None for other models."""
+    model_type = hub.get("model_type")
+    if model_type == "qwen" and "visual" in hub:  # the text models of that name have no vision tower
+        return "the first Qwen-VL"
+    return next((name for start, name in UNSUPPORTED.items() if str(model_type).startswith(start)), None)
 
 
 def _read_object(name: str, *values: Any) -> Mapping[str, Any]:

@@ -97,12 +97,32 @@ def test_weights_of_another_member_are_refused(tmp_path):
         from_hf(tmp_path)
 
 
-@pytest.mark.parametrize("member", ["qwen3_vl_moe", "qwen3_5", "qwen2_5_omni"])
-def test_unsupported_members_are_named(member, tmp_path):
-    hub = json.loads((REFERENCES / "model_qwen3_vl" / "config.json").read_text()) | {"model_type": member}
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_vl_moe", "Qwen3-VL with a mixture of experts"),
+        ("qwen3_vl_moe_text", "Qwen3-VL with a mixture of experts"),
+        ("qwen3_5", "Qwen3.5"),
+        ("qwen3_5_text", "Qwen3.5"),
+        ("qwen3_5_moe", "Qwen3.5 with a mixture of experts"),
+        ("qwen3_5_moe_text", "Qwen3.5 with a mixture of experts"),
+        ("qwen2_5_omni", "Qwen2.5-Omni"),
+        ("qwen2_5_omni_thinker", "Qwen2.5-Omni"),
+        ("qwen3_omni", "Qwen3-Omni"),
+        ("qwen3_omni_moe", "Qwen3-Omni"),
+        ("qwen3_omni_moe_thinker", "Qwen3-Omni"),
+        ("qwen", "the first Qwen-VL"),
+        ("qwen3_next", None),  # no member of the family
+    ],
+)
+def test_unsupported_members_are_named(model_type, name, tmp_path):
+    """Those of a part, and the first Qwen-VL, whose model_type is "qwen", were not."""
+    hub = json.loads((REFERENCES / "model_qwen3_vl" / "config.json").read_text()) | {"model_type": model_type}
+    hub |= {"visual": hub["vision_config"]} if model_type == "qwen" else {}
     (tmp_path / "config.json").write_text(json.dumps(hub))
-    with pytest.raises(UserError, match=rf"config\.json: model_type is '{member}'; .* \(Qwen.* is not supported\)"):
+    with pytest.raises(UserError, match=rf"config\.json: model_type is '{model_type}'; expected 'qwen2_vl'") as error:
         from_hf(tmp_path)
+    assert str(error.value).endswith(f" ({name} is not supported)" if name else "or 'qwen3_vl'")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
