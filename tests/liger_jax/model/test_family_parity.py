@@ -11,8 +11,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from convert import to_hf_state
+from convert import from_hf, to_hf, to_hf_state
 from liger_jax import QwenVLConfig, loss_fn, prepare
 from liger_jax.model.params import param_paths
 from tests._support import family_parity as parity
@@ -133,8 +134,6 @@ def test_packed_rows_and_padding_sides(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_have_the_hubs_spelling(family):
     """The reference was written by transformers' save_pretrained; from_hf and to_hf_state keep every name and bit."""
-    from safetensors.numpy import load_file
-
     stored = load_file(REFERENCES / f"model_{family}" / "model.safetensors")
     state = to_hf_state(parity.model(family))
     assert state.keys() == stored.keys()
@@ -142,6 +141,35 @@ def test_checkpoints_have_the_hubs_spelling(family):
         np.testing.assert_array_equal(state[key], value, err_msg=key)
     hub = json.loads((REFERENCES / f"model_{family}" / "config.json").read_text())
     assert QwenVLConfig.from_hf(hub).to_hf()["architectures"] == hub["architectures"]
+
+
+def test_vision_tower_without_deepstack(tmp_path):
+    """As that of Qwen3.5. Logits equal those of deepstack mergers whose outputs are zero; checkpoints have no mergers."""
+    stored = load_file(REFERENCES / "model_qwen3_vl" / "model.safetensors")
+    hub = json.loads((REFERENCES / "model_qwen3_vl" / "config.json").read_text())
+    bare_hub = hub | {"vision_config": hub["vision_config"] | {"deepstack_visual_indexes": []}}
+    bare = {name: value for name, value in stored.items() if "deepstack" not in name}
+    zeros = {
+        name: 0 * value if "deepstack" in name and "linear_fc2" in name else value for name, value in stored.items()
+    }
+    models = {}
+    for name, config, tensors in (("bare", bare_hub, bare), ("zeros", hub, zeros)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        models[name] = from_hf(tmp_path / name, dtype="float32")
+    assert models["bare"].config.vision.deepstack_layers == () and len(bare) < len(stored)
+
+    batch = parity.batch("qwen3_vl", "image")
+    logits, expected = (jax.jit(lambda model, batch: model(batch))(model, batch) for model in models.values())
+    assert_near(np.asarray(logits), np.asarray(expected), tolerance=1e-6, name="logits")
+
+    to_hf(models["bare"], tmp_path / "written")
+    written = load_file(tmp_path / "written" / "model.safetensors")
+    assert written.keys() == bare.keys()
+    for key, value in bare.items():
+        np.testing.assert_array_equal(written[key], value, err_msg=key)
+    assert from_hf(tmp_path / "written", dtype="float32").config == models["bare"].config
 
 
 @pytest.mark.parametrize(("family", "grid"), [("qwen2_5_vl", [1, 10, 18]), ("qwen3_vl", [1, 6, 10])])
