@@ -24,12 +24,13 @@ from benchmarks.tables import pages
 from convert import to_hf
 from liger_jax import QwenVL, cli, save_model
 from liger_jax.cli.program import COMMANDS
+from liger_jax.config.families import FAMILIES
 from liger_jax.demo.data import load_digits
 from liger_jax.demo.run import make_config, make_processor
 from tests._support.snippets import BASH, MARKED, commands
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = {"Qwen2-VL": "qwen2_vl", "Qwen2.5-VL": "qwen2_5_vl", "Qwen3-VL": "qwen3_vl"}
+FAMILY_OF = {member.name: family for family, member in FAMILIES.items()}
 # The last value of a flag counts.
 SHORTER = {
     "finetune": shlex.split("--steps 2 --save-every 2 --batch-size 2 --accumulate 1 --workers 0 --max-new-tokens 2"),
@@ -69,7 +70,7 @@ def hub(tmp_path_factory):
     def snapshot_download(repo_id: str, **_) -> str:
         owner, _, name = repo_id.partition("/")
         assert owner == "Qwen" and name.endswith("B-Instruct"), repo_id
-        return str(download(FAMILIES[name.rsplit("-", 2)[0]]))
+        return str(download(FAMILY_OF[name.rsplit("-", 2)[0]]))
 
     return snapshot_download
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from liger_jax import QwenVLConfig, prepare
+from liger_jax.config.families import FAMILIES
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import bucket
 from liger_jax.inputs.layout import split_at_frames
@@ -196,7 +197,7 @@ def test_pad_rows():
     assert batch.pad_rows(2) is batch
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("whole_frames", [True, False])
 def test_split_positions(family, whole_frames):
     """Appended positions have no labels, and every patch keeps its token and its frame, wherever it is moved to."""

@@ -9,6 +9,7 @@ import pytest
 from liger_jax import QwenVLConfig, prepare
 from liger_jax.errors import UserError
 from liger_jax.inputs.layout import arrange, count_slots, item_layout, window_order
+from tests._support import family_parity
 from tests._support.parity import REFERENCES
 
 STORED = np.load(REFERENCES / "family_inputs.npz")
@@ -145,7 +146,7 @@ def test_transposed_images_share_a_program():
     assert structures[0] == structures[1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", family_parity.FAMILIES)
 def test_rows_that_are_added_have_no_patches(family):
     config = QwenVLConfig.tiny(family=family)
     ids = np.array([[5, config.image_token_id, config.image_token_id, 6]])

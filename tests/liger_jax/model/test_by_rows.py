@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from liger_jax import QwenVL, QwenVLConfig, loss_fn, prepare
 from liger_jax.model import by_rows
 from liger_jax.model.sharding import make_mesh, mesh_context, shard_batch
+from tests._support import family_parity
 
 MESHES = {"tensor": {"tensor": 2}, "data-tensor": {"data": 2, "tensor": 2}, "fsdp-tensor": {"fsdp": 2, "tensor": 2}}
 
@@ -52,7 +53,7 @@ def test_only_rows_that_divide_on_meshes_with_tensor():
     assert not by_rows.divides_rows(4)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", family_parity.FAMILIES)
 def test_windows_and_deepstack(family):
     """The loss and the gradients of the vision tower equal one device's."""
     config, rows = QwenVLConfig.tiny(family=family), 2

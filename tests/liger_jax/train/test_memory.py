@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from liger_jax import QwenVL, QwenVLConfig, TrainState
+from liger_jax.config.families import FAMILIES
 from liger_jax.model.params import param_group, param_paths
 from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import PlanOptions
@@ -127,7 +128,7 @@ def test_saved_bytes_follow_the_policy():
     assert frozen < one.activations["text"] - one.activations["vision"] / 2
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_saved_bytes_are_those_of_rows(family):
     """Regression: weights counted as activations where layers differ, whose loops save parts of a stack of weights."""
     config = QwenVLConfig.tiny(family=family)
