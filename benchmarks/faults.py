@@ -33,7 +33,7 @@ KILLS = 5  # in a run
 CONVERSATIONS = 64
 TIMEOUT = 300  # seconds after which a process counts as hanging
 PROGRESS = re.compile(
-    r"(measuring: )?\d+% \d+/\d+ \[.*\]|compiled the training step for .*|unrolling all layers: .*"
+    r"(measuring: )?\d+% \d+/\d+ \[.*\]|compiled the training step for .*"
     r"|resuming from step \d+|compiling the training step|step \d+: held_out_.*|answering \d+ questions about unseen digits"
 )
 MEASURED = ("per_second", "utilisation", "peak_memory_gib")  # metrics that differ between equal runs

@@ -25,16 +25,13 @@ from liger_jax.inputs.messages import Conversation
 from liger_jax.inputs.processor import Processor
 from liger_jax.model import QwenVL
 from liger_jax.model.sharding import get_mesh
-from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving, Unroll
+from liger_jax.options import Batching, Evaluation, LayerExecution, Optimization, Saving
 from liger_jax.train.evaluation import compare_answers, evaluate, split_last_answer
 from liger_jax.train.loop import Checkpoints, catch_signals, fit
 from liger_jax.train.metrics import HELD_OUT, RunLog
 from liger_jax.train.optimizer import build_optimizer
 from liger_jax.train.run import Run, RunOptions, lock_run, make_record, open_run
-from liger_jax.train.step import TrainState, TrainStep, make_train_step
-
-# Unrolling all layers saves Qwen2-VL 2B 8 ms a step and Qwen3-VL 4B 21 ms, and takes 10 s longer to compile (H200).
-LONG_RUN = 2000  # steps
+from liger_jax.train.step import LONG_RUN, TrainState, make_train_step
 
 
 def finetune(
@@ -72,7 +69,8 @@ def finetune(
         steps: number of steps of the whole run, including those before a resumption.
         optimizer: options for AdamW, or any optax transformation. A resumed run needs one with the same state structure.
         batching: how conversations become batches.
-        execution: how the layers run. unroll="auto" unrolls all layers in a long run that compiles a single program.
+        execution: how the layers run. unroll="auto" unrolls all layers in a run of 2,000 steps or more that compiles a
+            single program, except with remat "full".
         saving: when checkpoints are written.
         held_out: conversations for evaluation whenever a checkpoint is saved. A resumed run first evaluates its latest
             checkpoint, if that has not been done.
@@ -103,8 +101,12 @@ def finetune(
     validate(options, model.config, conversations=len(conversations), held_out=len(held_out))
     if optimization:
         optimizer = build_optimizer(optimization, steps, seed=batching.seed)
-    unroll = choose_unroll(execution, steps, batching)
-    train_step = make_train_step(remat=execution.remat, accumulate=batching.accumulate, unroll=unroll)
+    train_step = make_train_step(
+        remat=execution.remat,
+        accumulate=batching.accumulate,
+        unroll=execution.unroll,
+        long_run=is_long_run(steps, batching),
+    )
 
     share = make_share(model, batching)
     rows = None if share is None else share.rows
@@ -128,7 +130,7 @@ def finetune(
             checkpoint_manager(run.folder, max_to_keep=saving.max_to_keep, asynchronous=saving.asynchronous) as manager,
             open_log(run, steps, progress=progress) as log,
         ):
-            report_compilations(train_step, execution, log)
+            train_step.report = log.note
             if run.resumes:
                 log.note(f"resuming from step {run.start}")
             if evaluator and evaluate_first:
@@ -191,22 +193,10 @@ def open_log(run: Run, steps: int, *, progress: bool) -> RunLog:
     return RunLog(run.metrics, begin=run.start, steps=steps, tensorboard=run.tensorboard, progress=progress)
 
 
-def choose_unroll(execution: LayerExecution, steps: int, batching: Batching) -> Unroll:
-    """Returns which layers to unroll: with "auto", all of them if the faster steps make up for the longer compilation.
-
-    Not with remat "full", which is chosen for the least memory.
-    """
+def is_long_run(steps: int, batching: Batching) -> bool:
+    """Returns whether a run compiles a single program and has so many steps that it pays to compile longer."""
     compiles_once = batching.pack_length is not None or None not in (batching.length, batching.patches)
-    if execution.unroll == "auto" and execution.remat != "full" and compiles_once and steps >= LONG_RUN:
-        return "all"
-    return execution.unroll
-
-
-def report_compilations(train_step: TrainStep, requested: LayerExecution, log: RunLog) -> None:
-    """Prints what the step compiles, and whether `choose_unroll` changed the requested execution."""
-    train_step.report = log.note
-    if train_step.execution.unroll != requested.unroll:
-        log.note(f"unrolling all layers: faster from {LONG_RUN} steps on, if all batches have one shape")
+    return compiles_once and steps >= LONG_RUN
 
 
 def validate(options: RunOptions, config: QwenVLConfig, *, conversations: int, held_out: int) -> None:

@@ -1,10 +1,9 @@
-"""Options of finetune that are rejected before anything is written, and the layers that it unrolls."""
+"""Options of finetune that are rejected before anything is written, and which runs are long."""
 
 import pytest
 
 from liger_jax.errors import UserError
-from liger_jax.options import Batching, LayerExecution, Optimization
-from liger_jax.train.finetune import choose_unroll
+from liger_jax.options import Optimization
 from tests._support.finetune_runs import make_data, run
 
 REJECTED = {
@@ -47,18 +46,20 @@ def test_no_conversations(config, processor, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "unroll, steps, options, chosen",
+    "steps, options, is_long",
     [
-        ("auto", 2000, {"pack_length": 64}, "all"),
-        ("auto", 2000, {"length": 64, "patches": 64}, "all"),
-        ("auto", 1999, {"pack_length": 64}, "auto"),
-        ("auto", 2000, {"length": 64}, "auto"),
-        ("none", 2000, {"pack_length": 64}, "none"),
+        (2000, {"pack_length": 64}, True),
+        (2000, {"length": 64, "patches": 64}, True),
+        (1999, {"pack_length": 64}, False),
+        (2000, {"length": 64}, False),
     ],
 )
-def test_long_runs_with_one_program_unroll_all_layers(unroll, steps, options, chosen):
-    """A run whose batches have several shapes compiles several programs, for which "auto" only unrolls the vision tower."""
-    assert choose_unroll(LayerExecution(unroll=unroll), steps, Batching(**options)) == chosen
-    least_memory = LayerExecution("full", unroll)
-    assert choose_unroll(least_memory, steps, Batching(**options)) == unroll
-    assert least_memory.unrolled == "none"
+def test_step_of_a_long_run(config, processor, data, tmp_path, monkeypatch, steps, options, is_long):
+    """A run whose batches have several shapes compiles several programs, for which a longer compilation does not pay."""
+
+    def make_train_step(*, long_run, **_):
+        raise UserError(f"long_run is {long_run}")
+
+    monkeypatch.setattr("liger_jax.train.finetune.make_train_step", make_train_step)
+    with pytest.raises(UserError, match=f"long_run is {is_long}"):
+        run(config, processor, data, tmp_path / "run", steps=steps, **({"length": None, "patches": None} | options))

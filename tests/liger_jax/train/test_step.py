@@ -192,6 +192,26 @@ def test_compilations_are_reported():
     )
 
 
+@pytest.mark.parametrize(
+    "options, fits, remat, unrolled",
+    [
+        ({}, True, "dots", "vision"),
+        ({"long_run": True}, True, "dots", "all"),
+        ({"long_run": True}, False, "full", "none"),
+        ({"long_run": True, "remat": "full"}, True, "full", "none"),
+        ({"long_run": True, "unroll": "none"}, True, "dots", "none"),
+        ({"unroll": "all"}, False, "full", "all"),
+    ],
+)
+def test_layers_to_unroll_are_chosen_for_the_chosen_policy(options, fits, remat, unrolled, monkeypatch):
+    """Regression: a long run unrolled all layers also where only remat "full", the policy with the least memory, fits."""
+    executions = []
+    monkeypatch.setattr(step_module, "_flat_train_step", lambda *_, execution, **__: executions.append(execution))
+    monkeypatch.setattr(step_module, "_fits_memory", lambda compiled: fits)
+    make_train_step(**options).compile(fresh_state(), batch())
+    assert executions[-1] == LayerExecution(remat, unrolled)
+
+
 def test_state_is_donated():
     """The step deletes the old state's arrays: a run needs memory for one state, not two."""
     state = fresh_state()
