@@ -39,6 +39,14 @@ AUTO_REMAT: tuple[Remat, ...] = ("dots", "narrow", "attention", "full")
 # Unrolling all layers saves Qwen2-VL 2B 8 ms a step and Qwen3-VL 4B 21 ms, and takes 10 s longer to compile (H200).
 LONG_RUN = 2000  # steps
 
+# Why the step has its remat policy, for the report: by whether "auto" chose it, and whether it fits in memory.
+REMAT_REASONS = {
+    (True, True): " (the fastest that fits in memory)",
+    (True, False): " (none fits in memory; this one needs the least)",
+    (False, True): "",
+    (False, False): " (does not fit in memory)",
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -95,7 +103,7 @@ def make_train_step(
     Args:
         remat: which activations the backward pass recomputes: "none", "dots", "narrow", "attention" or "full", see
             `liger_jax.model.remat`. "auto" tries all but "none" in this order and takes the first that fits in memory,
-            according to the compiler. It skips those that cannot fit.
+            according to the compiler, or else "full". It skips those that cannot fit.
         accumulate: number of parts in which the batch is computed, one after the other. The gradient is that of the whole
             batch: the loss of each part is divided by the number of trained tokens in all parts.
         unroll: layers to unroll instead of scanning over them: "none", "vision" (the vision tower) or "all". "auto" is
@@ -175,13 +183,14 @@ class TrainStep:
             if not agree(self._may_fit_memory(leaves, structure, mesh, batch, *choice)):
                 continue  # compiling takes up to half a minute
             compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
-            if agree(_fits_memory(compiled)):
+            if fits := agree(_fits_memory(compiled)):
                 break
         else:
             choice = choices[-1]
             compiled = self._compile_choice(leaves, structure, mesh, batch, *choice)
+            fits = _fits_memory(compiled)  # for the report, of which each process makes its own
         self.chosen_remat, self.by_device = choice
-        reason = " (the fastest that fits in memory)" if self.execution.remat == "auto" else ""
+        reason = REMAT_REASONS[self.execution.remat == "auto", fits]
         unrolled = self._execution_with(self.chosen_remat).unrolled
         patches = f" with {batch.vision.pixel_values.shape[1]} patches each" if batch.vision else ""
         self.report(

@@ -177,7 +177,7 @@ def test_overfits_one_batch():
 
 
 def test_compilations_are_reported():
-    """Each compilation is one line, which names the choices; a second batch of the same shape compiles nothing."""
+    """Each compilation is one line, which explains the choices; a second batch of the same shape compiles nothing."""
     step, lines = make_train_step(), []
     step.report = lines.append
     state, _ = step(fresh_state(), batch())
@@ -190,6 +190,20 @@ def test_compilations_are_reported():
         r"remat dots \(the fastest that fits in memory\), unrolled layers: vision",
         line,
     )
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [({}, " (none fits in memory; this one needs the least)"), ({"remat": "full"}, " (does not fit in memory)")],
+)
+def test_policy_that_does_not_fit_is_reported(options, reason, monkeypatch):
+    """Regression: the report called the last policy the fastest that fits in memory, also if it did not fit."""
+    monkeypatch.setattr(TrainStep, "_compile_choice", lambda *_: None)
+    monkeypatch.setattr(step_module, "_fits_memory", lambda compiled: False)
+    step, lines = make_train_step(**options), []
+    step.report = lines.append
+    step.compile(fresh_state(), batch())
+    assert f"remat full{reason}, unrolled layers" in lines[0]
 
 
 @pytest.mark.parametrize(
