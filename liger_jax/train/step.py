@@ -46,6 +46,12 @@ REMAT_REASONS = {
     (False, True): "",
     (False, False): " (does not fit in memory)",
 }
+# Why unroll="auto" takes each choice, for the report.
+UNROLL_REASONS = {
+    "none": "with remat full, a scan needs less memory",
+    "vision": f"all pay off from {LONG_RUN} steps with one batch shape on",
+    "all": f"they pay off from {LONG_RUN} steps with one batch shape on",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -192,10 +198,11 @@ class TrainStep:
         self.chosen_remat, self.by_device = choice
         reason = REMAT_REASONS[self.execution.remat == "auto", fits]
         unrolled = self._execution_with(self.chosen_remat).unrolled
+        why_unrolled = f" ({UNROLL_REASONS[unrolled]})" if self.execution.unroll == "auto" else ""
         patches = f" with {batch.vision.pixel_values.shape[1]} patches each" if batch.vision else ""
         self.report(
             f"compiled the training step for {rows} x {length} tokens{patches} in {time.perf_counter() - start:.0f} s: "
-            f"remat {self.chosen_remat}{reason}, unrolled layers: {unrolled}"
+            f"remat {self.chosen_remat}{reason}, unrolled layers: {unrolled}{why_unrolled}"
         )
         return compiled
 
