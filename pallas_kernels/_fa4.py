@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _fa4_cache, _pallas
+from pallas_kernels import _fa4_cache, _pallas, _sharding
 from pallas_kernels.segments import Segments, clear_in_place, clear_outside
 
 BACKEND = "cute"  # the kernels; fa4-jax also has "reference", plain JAX for any platform
@@ -85,10 +85,11 @@ def forward(
     from fa4_jax.attention import fa4_fwd_p
 
     config, data = _describe(ids, segments, scale, causal, q.shape[1])
+    options = {"cfg": config, "need_lse": True}
     if segments is None:
-        out, lse = fa4_fwd_p.bind(q, k, v, *data, cfg=config, need_lse=True)
+        out, lse = _bind(fa4_fwd_p, q, k, v, *data, **options)
         return out, lse
-    out, lse = fa4_fwd_p.bind(*map(_join_rows, (q, k, v)), *data, cfg=config, need_lse=True)
+    out, lse = _bind(fa4_fwd_p, *map(_join_rows, (q, k, v)), *data, **options)
     return clear_in_place(out.reshape(q.shape), segments), lse.reshape(-1, *q.shape[:2]).swapaxes(0, 1)
 
 
@@ -111,16 +112,20 @@ def backward(
     # A kernel of the backward pass accumulates into operands that its results alias. If another operand is a slice, such as
     # that of a scan's layer, XLA (of jax 0.11) fuses the slice into the call and loses the aliases: gradients become wrong.
     q, k, v, out, grad = jax.lax.optimization_barrier((q, k, v, out, grad))
+    options = {"cfg": config, "has_d_lse": False}
     if segments is None:
-        dq, dk, dv = fa4_vjp_p.bind(q, k, v, out, lse, grad, *data, cfg=config, has_d_lse=False)
+        dq, dk, dv = _bind(fa4_vjp_p, q, k, v, out, lse, grad, *data, **options)
         return dq, dk, dv
     flat_lse = lse.swapaxes(0, 1).reshape(lse.shape[1], -1)
     q_rows, k_rows, v_rows, out_rows, grad_rows = map(_join_rows, (q, k, v, out, grad))
-    grads = fa4_vjp_p.bind(
-        q_rows, k_rows, v_rows, out_rows, flat_lse, grad_rows, *data, cfg=config, has_d_lse=False
-    )  # fmt: skip
+    grads = _bind(fa4_vjp_p, q_rows, k_rows, v_rows, out_rows, flat_lse, grad_rows, *data, **options)
     dq, dk, dv = (clear_outside(dx.reshape(x.shape), segments) for dx, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
+
+
+def _bind(primitive: Any, q: jax.Array, *operands: jax.Array, **options: Any) -> list[jax.Array]:
+    """Calls a primitive of fa4-jax. In a shard_map, its results would lose the mesh axes that its operands vary over."""
+    return [_sharding.varying_as(q, x) for x in primitive.bind(q, *operands, **options)]
 
 
 def _describe(

@@ -119,6 +119,26 @@ def test_sharded_batch_and_heads_need_no_collective(kind, hopper):
         assert_close(jax.jit(local)(*placed), reference(*args, SEGMENTS, causal=True))
 
 
+@needs_fa4
+@pytest.mark.parametrize("implementation", ["fa4", None])
+@pytest.mark.parametrize(
+    "num_ids, options",
+    [(0, {}), (1, {}), (1, {"max_segments": 4}), (2, {})],
+    ids=["whole rows", "ids", "slots", "ids of keys"],
+)
+def test_in_a_checked_shard_map(num_ids, options, implementation, hopper, monkeypatch):
+    """Regression: results of fa4-jax's primitives lost the mesh axes that they vary over, unlike those of XLA's branch."""
+    monkeypatch.setattr(_fa4, "preferred", lambda q, kv_segmented: True)
+    args, ids = data(), (SEGMENTS,) * num_ids
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
+    rows, heads = P("data"), P("data", None, "tensor")
+    attend = functools.partial(pk.attention, causal=True, implementation=implementation, **options)
+    local = jax.shard_map(
+        gradients(attend), mesh=mesh, in_specs=(*[heads] * 4, *[rows] * num_ids), out_specs=(heads,) * 4
+    )
+    assert_close(jax.jit(local)(*args, *ids), reference(*args, *ids, causal=True))
+
+
 def test_slots_reach_to_the_next_start():
     """Padding belongs to the slot before it, which does not use it; unused slots are empty."""
     segments = pk.find_segments(jnp.array([[0, 1, 1, 0, 2], [0] * 5, [1, 2, 2, 0, 0]]), 3)
