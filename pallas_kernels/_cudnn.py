@@ -29,7 +29,6 @@ def unsupported_reason(
     reasons = {
         f"q has dtype {q.dtype}; expected bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),
         f"D is {q.shape[-1]}; expected a multiple of 8 up to {max_dim}": q.shape[-1] % 8 or q.shape[-1] > max_dim,
-        "q or k is empty": not q.size or not k.size,
         f"causal with {q.shape[1]} queries and {k.shape[1]} keys; expected equal numbers": causal
         and q.shape[1] != k.shape[1],
         "segment_ids without max_segments; expected both": segmented and max_segments is None,

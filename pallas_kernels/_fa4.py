@@ -32,7 +32,6 @@ def unsupported_reason(q: jax.Array, k: jax.Array) -> str | None:
     reasons = {
         f"q has dtype {q.dtype}; expected bfloat16 or float16": q.dtype not in DTYPES,
         f"D is {q.shape[-1]}; expected a multiple of 8 up to 128": q.shape[-1] % 8 or q.shape[-1] > 128,
-        "q or k is empty": not q.size or not k.size,
         f"the GPU has compute capability {capability}; expected at least 9.0": capability is None or capability < 9.0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None) or import_problem()

@@ -113,11 +113,11 @@ def _choose_backend(
     `unsupported` has the reason why a backend does not support the call, or None; `preferred` says whether
     implementation=None may pick it. For None, this is the choice on NVIDIA GPUs; other platforms always use XLA.
     """
+    if not q.size or not k.size:
+        return "xla"
     requested = None if implementation is None else BACKENDS[implementation]
     if requested and (reason := unsupported[requested]):
         raise NotImplementedError(f"{op}: implementation {implementation!r} does not support this call: {reason}")
-    if not q.size or not k.size:
-        return "xla"
     if requested:
         return requested
     if q.shape[1] == 1:
