@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels import _fa4_cache, _pallas, _sharding
 from pallas_kernels.segments import Segments, clear_in_place, clear_outside
 
+VERSION = "0.1"  # of fa4-jax, as in pyproject.toml: its primitives are not a public interface, and may change
 BACKEND = "cute"  # the kernels; fa4-jax also has "reference", plain JAX for any platform
 DTYPES = jnp.bfloat16, jnp.float16
 MIN_QUERIES = 128  # of a row, for None to pick it: the backward pass launches three to five kernels
@@ -39,19 +40,25 @@ def unsupported_reason(q: jax.Array, k: jax.Array) -> str | None:
 
 @functools.cache
 def import_problem() -> str | None:
-    """Returns why fa4-jax cannot be imported, or None. Warns if it is installed."""
+    """Returns why fa4-jax cannot be used, or None. Warns if it is installed."""
     if importlib.util.find_spec("fa4_jax") is None:
         return "the package fa4-jax is not installed; expected `pip install liger-jax[fa4]`, with Python 3.12 or newer"
     try:
-        import fa4_jax.kernels  # noqa: F401
+        import fa4_jax
+
+        if not f"{fa4_jax.__version__}.".startswith(f"{VERSION}."):
+            raise ImportError(f"its version is {fa4_jax.__version__}; expected {VERSION}")
+        import fa4_jax.kernels
+        from fa4_jax import MaskMod  # noqa: F401
+        from fa4_jax.attention import AttnConfig, fa4_fwd_p, fa4_vjp_p  # noqa: F401
 
         _fa4_cache.install()
     except Exception as error:  # a broken installation can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
-            f"fa4-jax is installed and cannot be imported ({reason}); attention does not use it", stacklevel=2
+            f"fa4-jax is installed and cannot be used ({reason}); attention uses another implementation", stacklevel=2
         )
-        return f"the package fa4-jax cannot be imported ({reason})"
+        return f"the package fa4-jax cannot be used ({reason})"
     return None
 
 

@@ -6,7 +6,9 @@ The values are checked through fa4-jax's reference backend, where the package is
 import functools
 import importlib
 import sys
+import tomllib
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -176,23 +178,65 @@ def test_none_picks_fa4_where_it_is_faster(tokens, options, capability, problem,
     assert picked == [backend]
 
 
-def test_missing_or_broken_package_is_named(monkeypatch):
-    """By name, "fa4" raises with the reason. An installed package that cannot be imported warns once, and is not picked."""
+@pytest.fixture
+def fresh_import(monkeypatch):
+    """Forgets whether fa4-jax can be imported on this machine, which has a Hopper GPU, before and after a test."""
     monkeypatch.setattr(_fa4._pallas, "compute_capability", lambda: 9.0)
-    q, k, v, _ = data(dtype=jnp.bfloat16, tokens=256, sources=256)
+    _fa4.import_problem.cache_clear()
+    yield
+    _fa4.import_problem.cache_clear()
+
+
+def test_missing_package_is_named(fresh_import, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    _fa4.import_problem.cache_clear()
     with pytest.raises(NotImplementedError, match=r"'fa4' does not support this call: .*pip install liger-jax\[fa4\]"):
-        fa4(q, k, v)
+        fa4(*data(dtype=jnp.bfloat16, tokens=256, sources=256)[:3])
+
+
+@pytest.mark.parametrize(
+    "version, missing, reason",
+    [
+        ("0.1.0", "fa4_jax.kernels", "fa4_jax.kernels"),
+        ("0.1.7", "fa4_vjp_p", "cannot import name 'fa4_vjp_p'"),
+        ("0.1.7", "MaskMod", "cannot import name 'MaskMod'"),
+        ("0.10.0", None, "its version is 0.10.0; expected 0.1"),
+        ("0.2.0", None, "its version is 0.2.0; expected 0.1"),
+        ("0.1", None, None),
+    ],
+)
+def test_package_that_cannot_be_used(fresh_import, monkeypatch, version, missing, reason):
+    """It warns once, and is not picked. By name, "fa4" raises with the reason.
+
+    Regression: a version without the names that `attention` imports from it raised ImportError while a program was traced.
+    """
+    names = {
+        "fa4_jax": {"__version__": version, "MaskMod": object},
+        "fa4_jax.attention": dict.fromkeys(("AttnConfig", "fa4_fwd_p", "fa4_vjp_p")),
+        "fa4_jax.kernels": {},
+    }
+    for name, values in names.items():
+        package = types.ModuleType(name)
+        vars(package).update({key: value for key, value in values.items() if key != missing})
+        monkeypatch.setitem(sys.modules, name, None if name == missing else package)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "fa4_jax", types.ModuleType("fa4_jax"))
-    monkeypatch.setitem(sys.modules, "fa4_jax.kernels", None)  # importing it raises
-    _fa4.import_problem.cache_clear()
-    with pytest.warns(UserWarning, match="fa4-jax is installed and cannot be imported"):
+    if reason is None:
+        assert _fa4.import_problem() is None
+        return
+    q, k, v, _ = data(dtype=jnp.bfloat16, tokens=256, sources=256)
+    with pytest.warns(UserWarning, match=f"fa4-jax is installed and cannot be used .*{reason}") as warned:
         pk.attention(q, k, v)
-    with pytest.raises(NotImplementedError, match="fa4-jax cannot be imported"):
+    pk.attention(q, k, v)
+    assert len(warned) == 1
+    with pytest.raises(NotImplementedError, match=f"fa4-jax cannot be used .*{reason}"):
         fa4(q, k, v)
-    _fa4.import_problem.cache_clear()
+
+
+def test_version_is_the_one_that_is_installed():
+    optional = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (requirement,) = optional["fa4"]
+    assert requirement.startswith(f"fa4-jax[cu13]>={_fa4.VERSION},<0.2;")
 
 
 def test_call_unsupported_by_fa4_raises(monkeypatch):
