@@ -31,7 +31,7 @@ class DamagedError(UserError):
 
 
 class LigerWarning(UserWarning):
-    """Category of this project's warnings. The command line prints them as one line, and no others."""
+    """Category of this package's warnings. The command line prints them and those of pallas_kernels, each as one line."""
 
 
 class DataWarning(LigerWarning):

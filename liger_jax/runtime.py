@@ -73,7 +73,9 @@ QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "er
 
 
 def silence_packages() -> None:
-    """Silences warnings and logs of other packages, and prints `LigerWarning`s as one line, for the rest of the process.
+    """Silences warnings and logs of other packages, and prints this project's warnings as one line each.
+
+    It lasts for the rest of the process.
 
     Python's own switches (`-W`, PYTHONWARNINGS) choose the warnings if they are set.
     """
@@ -86,6 +88,8 @@ def silence_packages() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", LigerWarning)
+        # Those of pallas_kernels are recognized by the module: to import a category of its own would be to import JAX.
+        warnings.filterwarnings("default", category=UserWarning, module=r"pallas_kernels\.")
     warnings.showwarning = _print_warning
 
 

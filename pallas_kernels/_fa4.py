@@ -56,7 +56,7 @@ def import_problem() -> str | None:
     except Exception as error:  # a broken installation can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
-            f"fa4-jax is installed and cannot be used ({reason}); attention uses another implementation", stacklevel=2
+            f"fa4-jax is installed and cannot be used ({reason}); attention uses another implementation", stacklevel=1
         )
         return f"the package fa4-jax cannot be used ({reason})"
     return None

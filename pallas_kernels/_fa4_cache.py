@@ -122,7 +122,7 @@ def _build_anyway(folder: Path, build: Callable[[], Any]) -> Any:
         cutejax.configure_cache(enabled=False)
         built = build()  # raises the same error if the folder is not its cause
         warnings.warn(
-            f"FlashAttention-4's kernels cannot be kept in {folder} ({error}); each process compiles them", stacklevel=2
+            f"FlashAttention-4's kernels cannot be kept in {folder} ({error}); each process compiles them", stacklevel=1
         )
         return built
 

@@ -1,6 +1,7 @@
 """Help is quick and complete, only this project's messages are printed, and a user's mistake is reported in one line."""
 
 import errno
+import importlib.machinery
 import json
 import logging
 import os
@@ -8,14 +9,18 @@ import re
 import subprocess
 import sys
 import time
+import types
 import warnings
 
+import jax.numpy as jnp
 import pytest
 
 import liger_jax
 import liger_jax.cli as cli
+import pallas_kernels as pk
 from liger_jax.cli.program import BUG_HINT
 from liger_jax.errors import LigerWarning, UserError
+from pallas_kernels import _fa4, _fa4_cache
 from tests._support.command_line import CALL, ROOT, call, run_process
 from tests._support.quiet import assert_quiet
 
@@ -98,6 +103,44 @@ def test_warnings_are_one_line_without_source(monkeypatch, capsys):
     call(monkeypatch, "env")
     assert_quiet(capsys.readouterr().err, "warning: data.json: left out 1 of 2")
     assert (list(warnings.filters), logging.root.manager.disable) == (filters, level)
+
+
+def use_broken_fa4(folder):
+    """Meets an installed fa4-jax that cannot be imported."""
+    _fa4.import_problem.cache_clear()
+    q = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
+    pk.attention(q, q, q)
+    _fa4.import_problem.cache_clear()
+
+
+def build_in_read_only_folder(folder):
+    """Builds a kernel, which fails until the cache of kernels is disabled."""
+    failures = [OSError("Read-only file system")]
+
+    def build():
+        if failures:
+            raise failures.pop()
+
+    _fa4_cache._build_anyway(folder, build)
+
+
+@pytest.mark.parametrize(
+    "problem, message",
+    [
+        (use_broken_fa4, "fa4-jax is installed and cannot be used"),
+        (build_in_read_only_folder, "FlashAttention-4's kernels cannot be kept in"),
+    ],
+)
+def test_warnings_of_the_kernels_were_silent(problem, message, tmp_path, monkeypatch, capsys):
+    fa4_jax, cutejax = types.ModuleType("fa4_jax"), types.ModuleType("cutejax")
+    fa4_jax.__spec__ = importlib.machinery.ModuleSpec("fa4_jax", None)
+    vars(cutejax).update(CompileTimeout=TimeoutError, configure_cache=lambda enabled: None)
+    for package in (fa4_jax, cutejax):
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setattr(_fa4._pallas, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr("jax.default_backend", lambda: problem(tmp_path) or "cpu")
+    call(monkeypatch, "env")
+    assert_quiet(capsys.readouterr().err, message)
 
 
 def failing_env(monkeypatch, error):
