@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 
 import jax
@@ -13,17 +14,20 @@ from jax.sharding import AxisType, PartitionSpec
 
 import liger_jax.train.step as step_module
 from convert import to_hf_state
-from liger_jax import TrainState, loss_fn, make_train_step
+from liger_jax import QwenVL, QwenVLConfig, TrainState, loss_fn, make_train_step
 from liger_jax.errors import UserError
 from liger_jax.inputs.batch import IGNORE
 from liger_jax.model.params import param_paths
+from liger_jax.model.remat import REMAT
 from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import LayerExecution
 from liger_jax.train.loss import next_token_labels
-from liger_jax.train.memory import least_temporaries
+from liger_jax.train.memory import least_temporaries, sample_row
 from liger_jax.train.optimizer import make_optimizer
 from liger_jax.train.step import AUTO_REMAT, TrainStep, gradients, train_step, used_gradients
+from pallas_kernels import _fa4
 from tests._support import parity
+from tests._support.lowered import count_calls
 
 SCENARIO = "batch_left"
 RATE = 0.25
@@ -144,6 +148,22 @@ def test_recomputed_matmuls():
 
     dots, narrow, attention, full = (count_matmuls(remat) for remat in AUTO_REMAT)
     assert narrow == dots + 3 and attention > narrow and full >= attention
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fa4_jax") is None, reason="fa4-jax is not installed")
+@pytest.mark.parametrize("unroll", ["none", "all"])
+@pytest.mark.parametrize("remat", REMAT)
+def test_forward_kernels_run_once(remat, unroll, monkeypatch):
+    """No policy but "full" runs FlashAttention-4's forward kernels again in the backward pass."""
+    monkeypatch.setattr(_fa4._pallas, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(_fa4, "import_problem", lambda: None)
+    monkeypatch.setattr(_fa4, "BACKEND", "reference")
+    config = QwenVLConfig.tiny()
+    shapes = jax.eval_shape(lambda: QwenVL.init(config, dtype="bfloat16")), sample_row(config, length=256, patches=256)
+    grads = functools.partial(gradients, num_items=None, execution=LayerExecution(remat, unroll))
+    layers = config.text.num_hidden_layers + config.vision.depth
+    assert count_calls("fa4_vjp", grads, *shapes) == layers
+    assert count_calls("fa4_fwd", grads, *shapes) == layers * (2 if remat == "full" else 1)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
