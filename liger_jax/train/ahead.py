@@ -1,7 +1,8 @@
 """Compiles a training step for GPUs that this machine need not have, to read the compiler's analysis of its memory.
 
 JAX's CUDA plugin (jax[cuda12], JAX 0.11 or newer) brings the whole compiler. It needs no GPU, only a description of one, and
-the environment that `liger_jax.runtime.compile_without_gpus` sets.
+the environment that `liger_jax.runtime.compile_without_gpus` sets. Attention is cuDNN's: FlashAttention-4 compiles its
+kernels only for a GPU of the process.
 """
 
 import functools
