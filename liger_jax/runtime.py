@@ -39,8 +39,12 @@ def step_compiler_options(mesh: Any) -> dict[str, str | bool]:
 def enable_compilation_cache() -> None:
     """Caches compiled programs in ~/.cache/liger-jax, so that later processes start faster.
 
-    The environment variable JAX_COMPILATION_CACHE_DIR sets another folder, and JAX_ENABLE_COMPILATION_CACHE=false disables
-    the cache.
+    Commands that run a model call it first. Call it before anything compiles. The environment variable
+    JAX_COMPILATION_CACHE_DIR sets another folder, and JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
+
+    Example:
+        >>> from liger_jax.runtime import enable_compilation_cache
+        >>> enable_compilation_cache()  # doctest: +SKIP
     """
     import jax
 
