@@ -227,6 +227,22 @@ def least_temporaries(
     return (activations + gradients + gathered) * 9 // 10
 
 
+def most_temporaries(model: QwenVL, batch: Batch) -> int:
+    """Returns bytes that `least_temporaries` does not exceed. Nothing is traced, so this takes no time.
+
+    They are two copies of the weights and, for each token and patch in each layer, what remat "none" saves at most.
+
+    Args:
+        model, batch: arrays or their shapes.
+    """
+    sizes, config = axis_sizes(model.config), model.config
+    patches = 0 if batch.vision is None else math.prod(batch.vision.pixel_values.shape[:2])
+    units = math.prod(batch.shape) * config.text.num_hidden_layers * (4 * sizes["F"] + 16 * sizes["H"])
+    units += patches * config.vision.depth * (4 * sizes["I"] + 16 * sizes["E"])
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
+    return 2 * weights + units * model.language_model.norm.weight.dtype.itemsize
+
+
 def vision_runs_by_rows(mesh: Mapping[str, int], rows: int) -> bool:
     """Returns whether `tensor` splits the rows of the vision tower instead of its heads; see `liger_jax.model.by_rows`.
 

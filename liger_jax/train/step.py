@@ -31,7 +31,7 @@ from liger_jax.options import LayerExecution, Remat, Unroll
 from liger_jax.train.data_parallel import Reduce, gradients_by_device, row_axes, split_update, splits_only_rows
 from liger_jax.train.loss import Metrics, check_labels, loss_fn, next_token_labels
 from liger_jax.train.master_weights import MasterState
-from liger_jax.train.memory import device_bytes, least_temporaries
+from liger_jax.train.memory import device_bytes, least_temporaries, most_temporaries
 from liger_jax.train.optimizer import read_grad_stats, warn_if_updates_vanish
 
 # The choices of remat="auto", from the fastest to the one that needs the least memory.
@@ -230,11 +230,13 @@ class TrainStep:
         if limit is None:
             return True
         state = structure.unflatten(leaves)
+        arguments = sum(map(device_bytes, [*leaves, *jax.tree.leaves(batch)]))
+        if arguments + most_temporaries(state.model, batch) <= limit:
+            return True
         with mesh_context(mesh and auto_mesh(mesh)):  # as in the step, for an optimizer that names axes
             is_trained = reads_gradients(state)
         options: dict[str, Any] = {"remat": remat, "by_device": by_device, "parts": self.accumulate}
-        temporaries = least_temporaries(state.model, batch, is_trained=is_trained, **options)
-        return sum(map(device_bytes, [*leaves, *jax.tree.leaves(batch)])) + temporaries <= limit
+        return arguments + least_temporaries(state.model, batch, is_trained=is_trained, **options) <= limit
 
     def _compile_choice(
         self, leaves: list[jax.Array], structure: Any, mesh: Mesh | None, batch: Batch, remat: Remat, by_device: bool
@@ -255,7 +257,9 @@ class TrainStep:
             step = functools.partial(run_on_auto_axes, step, out_shardings=(placed, whole))
         with mesh_context(mesh):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-            return jitted.lower(leaves, batch).compile(compiler_options=runtime.step_compiler_options(mesh))
+            with runtime.without_garbage_collection():
+                lowered = jitted.lower(leaves, batch)
+            return lowered.compile(compiler_options=runtime.step_compiler_options(mesh))
 
 
 def _shapes(leaves: list[jax.Array]) -> tuple:
@@ -312,8 +316,7 @@ def train_step(
         grads, metrics = _accumulated_gradients(state.model, batch, num_items, accumulate, execution=execution)
     norm = optax.tree.norm(used_gradients(state, grads))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    optimizer = optax.with_extra_args_support(state.optimizer)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.model, finite=finite)
+    updates, opt_state = _traced_once(state.optimizer)(grads, state.opt_state, state.model, finite=finite)
     stats = {"grad_norm": norm, "skipped_update": 1.0 - finite} | read_grad_stats(opt_state)
     model = _select(finite, optax.apply_updates(state.model, updates), state.model)
     model = model if specs is None else split_update(model, specs)
@@ -331,9 +334,16 @@ def reads_gradients(state: TrainState) -> list[bool]:
     """Returns for each weight whether the optimizer reads its gradient."""
     # without their shardings: Explicit axes would not match gradients that have none
     model, opt_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.model, state.opt_state))
-    update = jax.make_jaxpr(state.optimizer.update)(model, opt_state, model).jaxpr  # gradients have the model's shapes
+    trace, finite = jax.make_jaxpr(_traced_once(state.optimizer)), jax.ShapeDtypeStruct((), bool)
+    update = trace(model, opt_state, model, finite=finite).jaxpr  # gradients have the model's shapes
     used = {id(variable) for equation in update.eqns for variable in equation.invars} | set(map(id, update.outvars))
     return [id(variable) in used for variable in update.invars[: len(jax.tree.leaves(model))]]
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_once(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """Returns the optimizer's update as a function that a step traces once: for `reads_gradients` and for the update."""
+    return jax.jit(optax.with_extra_args_support(optimizer).update, inline=True)
 
 
 def _select(finite: jax.Array, new: Any, old: Any) -> Any:

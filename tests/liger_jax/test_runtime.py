@@ -1,5 +1,6 @@
 """Settings of JAX: the compilation cache, and the warning about an unused GPU."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -22,6 +23,13 @@ def test_unused_gpu_is_reported(monkeypatch):
         runtime.warn_if_gpu_is_unused()
     config.jax_platforms = "cpu"
     runtime.warn_if_gpu_is_unused()
+
+
+def test_garbage_collection_is_paused_and_resumed():
+    with pytest.raises(KeyError), runtime.without_garbage_collection():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
 
 
 def test_compilation_cache(tmp_path):

@@ -13,10 +13,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from liger_jax import QwenVL, QwenVLConfig, TrainState
 from liger_jax.config.families import FAMILIES
 from liger_jax.model.params import param_group, param_paths
+from liger_jax.model.remat import REMAT
 from liger_jax.model.sharding import make_mesh, param_shardings
 from liger_jax.options import PlanOptions
 from liger_jax.plan import make_training
-from liger_jax.train.memory import Training, device_bytes, estimate_memory, least_temporaries, sample_row, saved_bytes
+from liger_jax.train.memory import (
+    Training,
+    device_bytes,
+    estimate_memory,
+    least_temporaries,
+    most_temporaries,
+    sample_row,
+    saved_bytes,
+)
 from liger_jax.train.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "model.json"
@@ -75,6 +84,16 @@ def test_least_memory_is_below_each_measured_training_step(result):
     least = arguments.weights + arguments.optimizer
     least += least_temporaries(training.model, batch, remat=training.remat, is_trained=is_trained, by_device=False)
     assert 0.7 < least / 2**30 / result["peak_gib"] < 0.97
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("patches", [0, 64, 192])
+def test_most_memory_is_above_the_least_with_every_policy(family, patches):
+    model = QwenVL.abstract(QwenVLConfig.tiny(family=family))
+    batch = sample_row(model.config, length=64, patches=patches)
+    options = {"is_trained": [True] * len(jax.tree.leaves(model)), "by_device": True}
+    least = [least_temporaries(model, batch, remat=remat, **options) for remat in REMAT]
+    assert max(least) < most_temporaries(model, batch) < 5 * max(least)
 
 
 def test_least_memory_is_that_of_placed_weights():

@@ -114,6 +114,7 @@ def test_choice_of_a_policy_reads_the_optimizer_as_the_step_does(kind, monkeypat
     monkeypatch.setattr(TrainStep, "_compile_choice", lambda *args: tried.append(args[-2:]))
     monkeypatch.setattr(step_module, "_fits_memory", lambda compiled: True)
     monkeypatch.setattr(step_module, "_memory_limit", lambda: 2**40)
+    monkeypatch.setattr(step_module, "most_temporaries", lambda *_: 2**40)  # so that the check is made
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(kind,), devices=jax.devices()[:2])
     model = jax.device_put(parity.model(), param_shardings(parity.model(), mesh))
     optimizer = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
@@ -122,6 +123,29 @@ def test_choice_of_a_policy_reads_the_optimizer_as_the_step_does(kind, monkeypat
     for arguments in (state, shapes):
         make_train_step().compile(arguments, batch())
         assert tried.pop() == ("dots", True)
+
+
+def test_policy_that_surely_fits_is_not_checked(monkeypatch):
+    """The check traces the model and the optimizer, which takes as long as tracing the step."""
+    tried = []
+    monkeypatch.setattr(TrainStep, "_compile_choice", lambda *args: tried.append(args[-2]))
+    monkeypatch.setattr(step_module, "_fits_memory", lambda compiled: True)
+    monkeypatch.setattr(step_module, "least_temporaries", lambda *args, **options: pytest.fail("it was checked"))
+    monkeypatch.setattr(step_module, "_memory_limit", lambda: 2**40)
+    make_train_step().compile(TrainState.create(parity.model(), make_optimizer(1e-3)), batch())
+    assert tried == ["dots"]
+
+
+def test_optimizer_may_require_whether_the_gradients_are_finite():
+    """Regression: the step found out which gradients the optimizer reads without passing `finite`."""
+
+    def update(grads, state, params=None, *, finite):
+        return jax.tree.map(lambda x: jnp.where(finite, -0.01 * x, 0), grads), state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    state = TrainState.create(jax.tree.map(jnp.copy, parity.model()), optimizer)
+    _, metrics = make_train_step()(state, batch())
+    assert np.isfinite(metrics["loss"]) and metrics["skipped_update"] == 0
 
 
 def test_accumulation_weights_tokens_equally():
