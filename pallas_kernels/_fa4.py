@@ -115,6 +115,9 @@ def backward(
     from fa4_jax.attention import fa4_vjp_p
 
     config, data = _describe(ids, segments, scale, causal, q.shape[1])
+    if segments is None and ids is not None:
+        # The kernel multiplies 0 by the product of each masked pair of `grad` and v, which is infinite if both are large.
+        grad, v = (jnp.where(x_ids[:, :, None, None] != 0, x, 0) for x, x_ids in zip((grad, v), ids, strict=True))
     # A kernel of the backward pass accumulates into operands that its results alias. If another operand is a slice, such as
     # that of a scan's layer, XLA (of jax 0.11) fuses the slice into the call and loses the aliases: gradients become wrong.
     q, k, v, out, grad = jax.lax.optimization_barrier((q, k, v, out, grad))

@@ -345,6 +345,20 @@ def test_fa4_is_as_exact_as_xla(heads, key_heads, dim, causal, packed, dtype):
     check_attention("fa4", args, [ids] if packed else [], causal=causal, max_segments=4 if packed else None)
 
 
+@pytest.mark.parametrize("max_segments", [None, 4])
+@pytest.mark.parametrize("dim, causal", [(64, False), (80, False), (128, True)])
+def test_fa4_ignores_large_values_in_padding(dim, causal, max_segments):
+    """Regression: without max_segments, the product of a gradient and a value, both in padding or one, became infinite."""
+    skip_without_fa4("fa4")
+    ids = np.ones((2, 640), np.int32)
+    ids[0, 200:300], ids[0, 300:], ids[1, 500:] = 0, 2, 0
+    args = [
+        jnp.where((ids == 0)[:, :, None, None], 3e38, jax.random.normal(key, (2, 640, 4, dim), jnp.bfloat16))
+        for key in jax.random.split(jax.random.key(dim), 4)
+    ]
+    check_attention("fa4", args, [ids], causal=causal, max_segments=max_segments)
+
+
 def test_fa4_reads_slices_of_a_scan():
     """XLA fused the slices into the call and lost the zeros that the backward kernel accumulates to."""
     skip_without_fa4("fa4")
