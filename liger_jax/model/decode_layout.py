@@ -116,6 +116,17 @@ class DecodeLayout:
         """Constrains a tree to PartitionSpecs; returns it unchanged on a single device."""
         return jax.lax.with_sharding_constraint(tree, specs) if self.mesh_axes else tree
 
+    def copy_key_heads(self, x: jax.Array) -> jax.Array:
+        """Returns keys or values [..., B, T, K, D] with `key_head_copies` of each head, in adjacent places.
+
+        More devices split the copies than there are heads. Without a constraint, the partitioner would carry that split
+        back to the heads themselves, and to RoPE, which cannot run on it.
+        """
+        if self.key_head_copies == 1:
+            return x
+        x = self.constrain(x, P(*(None,) * (x.ndim - 4), *self.spec("B T K D")))
+        return jnp.repeat(x, self.key_head_copies, axis=-2)
+
     def on_each_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """Returns the function, run by each device on its shards; the function itself for a single device."""
         if not self.mesh_axes:

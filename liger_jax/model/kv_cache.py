@@ -38,7 +38,7 @@ class KVCache:
     ) -> Self:
         """Returns a cache of T + room slots from a prompt's keys and values [L, B, T, K, D] and segment_ids [B, T]."""
         layers = range(len(keys))
-        keys, values = (jnp.repeat(x, layout.key_head_copies, axis=3) for x in (keys, values))
+        keys, values = (layout.copy_key_heads(x) for x in (keys, values))
         valid = (segment_ids > 0).astype(jnp.int32)
         return cls(tuple(keys[i] for i in layers), tuple(values[i] for i in layers), valid, layout).grow(room)
 
@@ -75,7 +75,7 @@ class KVCache:
         Returns:
             The attention output [B, T, N, D], and the layer's (keys, values) with k and v written to the slots.
         """
-        k, v = (jnp.repeat(x, self.layout.key_head_copies, axis=2) for x in (k, v))
+        k, v = (self.layout.copy_key_heads(x) for x in (k, v))
         kv_segment_ids = jnp.concatenate([self.valid, segment_ids], axis=1)
         keys, values = (
             jnp.concatenate([cached[layer], new], axis=1) for cached, new in ((self.keys, k), (self.values, v))

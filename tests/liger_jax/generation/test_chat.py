@@ -173,10 +173,14 @@ def test_turns_of_equal_size_do_not_recompile():
     assert "/jax/core/compile/backend_compile_duration" not in events
 
 
-def test_on_a_mesh():
-    """Weights and rows are sharded; an empty row pads the batch."""
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"tensor": 4}])
+def test_on_a_mesh(axes):
+    """Weights and rows are sharded; an empty row pads the batch.
+
+    Regression: with more devices than key heads, the second turn failed. The partitioner split RoPE's keys as their copies.
+    """
     model, processor = model_and_processor()
-    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes))
     split = jax.device_put(model, param_shardings(model, mesh))
     chats = [Chat(chat_model, processor, **OPTIONS) for chat_model in (model, split)]
     for question in ("Which digit?", "And now?"):

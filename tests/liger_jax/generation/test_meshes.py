@@ -75,6 +75,13 @@ def test_vmap_over_seeds():
     np.testing.assert_array_equal(sample(np.array([2, 3]))[1], generate(model(), prompts(), **options))
 
 
+def test_users_program_with_more_devices_than_key_heads():
+    """Regression: in one program, the partitioner carried the split of the cache's copied heads back to RoPE, and failed."""
+    sharded = on_mesh(model(), tensor=4)
+    tokens = jax.jit(lambda m, batch: generate(m, batch, **COMMON))(sharded, prompts())
+    np.testing.assert_array_equal(tokens, generate(model(), prompts(), **COMMON))
+
+
 @pytest.mark.filterwarnings("ignore:.*does not divide")
 def test_sizes_that_do_not_divide():
     """Three devices each have all 4 heads, 160 MLP columns and 320 tokens of the vocabulary."""
