@@ -132,9 +132,13 @@ class QwenVL(nnx.Module):
         batch has images; inputs_embeds [B,T,H], text_layers [L,B,T,H] before deepstack is added, final_hidden [B,T,H],
         logits [B,T,V].
         """
-        capture: dict[str, jax.Array] = {}
-        capture["logits"] = self.logits(self.hidden_states(batch, capture=capture))
-        return capture
+
+        def run(model: Self, batch: Batch) -> dict[str, jax.Array]:
+            capture: dict[str, jax.Array] = {}
+            capture["logits"] = model.logits(model.hidden_states(batch, capture=capture))
+            return capture
+
+        return run_on_auto_axes(run, self, batch)
 
     def summary(self, batch: Batch | None = None) -> str:
         """Returns a table of the model's parameters and, for a batch, of the shapes of its activations.

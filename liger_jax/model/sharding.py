@@ -200,6 +200,8 @@ def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = No
 
     The results have Explicit axes again. On Auto axes, this is a plain call in which the mesh of the arguments is the
     current one, so that activations are constrained in a user's own `jax.jit`, too. Without a mesh, it is a plain call.
+    Outside of `jax.jit` and `jax.set_mesh`, it is a compiled program: there, JAX would need arrays that are already on the
+    mesh, and could not see the mesh of arrays within `jax.grad`.
 
     Args:
         function: a function of pytrees of arrays.
@@ -208,13 +210,14 @@ def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = No
         out_shardings: the sharding of each result, instead: a pytree of `NamedSharding`, or a prefix of it.
     """
     meshes, has_context = _meshes(args), not jax.sharding.get_abstract_mesh().empty
+    if meshes and not (has_context or is_inside_trace()):
+        return jax.jit(functools.partial(run_on_auto_axes, function, rows_of=rows_of, out_shardings=out_shardings))(
+            *args
+        )
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         with mesh_context(None if has_context else next(iter(meshes), None)):
             return function(*args)
-    if not (has_context or is_inside_trace(args)):
-        with jax.set_mesh(get_mesh(args)):  # JAX's operations need the devices outside of `jax.jit`
-            return run_on_auto_axes(function, *args, rows_of=rows_of, out_shardings=out_shardings)
     if out_shardings is None:
         rows = None if rows_of is None else next(iter(jax.typeof(rows_of).sharding.spec), None)
         out_shardings = NamedSharding(mesh, P() if rows is None else P(rows))  # scalars allow no P(None)

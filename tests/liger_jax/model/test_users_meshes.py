@@ -125,6 +125,24 @@ def test_eager_call_on_explicit_axes():
     parity.assert_near(logits, expected()[0], tolerance=1e-5)
 
 
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_eager_calls_on_auto_axes(axis):
+    """Without jit and `jax.set_mesh`, of a batch that is not placed.
+
+    Regression: attention by heads failed in `jax.grad`, and constraints with `sequence` failed in every call.
+    """
+    on_mesh = QwenVL.init(config(), dtype="float32", mesh=jax.make_mesh((4,), (axis,), axis_types=(AUTO,)))
+    unplaced = jax.tree.map(jnp.asarray, batch())
+    grads = jax.grad(lambda model: loss_fn(model, batch())[0])(on_mesh)
+    updated = jax.tree.map(lambda weight, grad: weight - 0.1 * grad, on_mesh, grads)
+    activations = on_mesh.activations(unplaced)
+    parity.assert_near(on_mesh(batch()), expected()[0], tolerance=1e-5)
+    parity.assert_near(activations["logits"], expected()[0], tolerance=1e-5)
+    assert activations["text_layers"].shape[1:] == activations["inputs_embeds"].shape
+    for weight, reference in zip(jax.tree.leaves(updated), jax.tree.leaves(expected()[2]), strict=True):
+        parity.assert_near(weight, reference, tolerance=1e-5)
+
+
 def test_activations_stay_split_in_a_users_program():
     """Without `jax.set_mesh`, a forward pass on fsdp=4 gathers weights alone, as in our own step."""
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AUTO,))
