@@ -86,14 +86,20 @@ def row_axes() -> tuple[str, ...]:
 
 
 def _sum_over_mesh(grad: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
-    """Returns the sum of a gradient over `axes`, split by `spec`."""
-    for axis, names in enumerate(spec):
-        if names is not None and (count := count_shards(names)) > 1:
-            shape = *grad.shape[:axis], count, grad.shape[axis] // count, *grad.shape[axis + 1 :]
-            grad = jax.lax.psum_scatter(jnp.moveaxis(grad.reshape(shape), axis, 0), names)
-    unsplit = tuple(name for name in axes if name not in _names(spec))
+    """Returns the sum of a gradient over `axes`, split by `spec`.
+
+    It is scattered over the last axes of the mesh first. These are within a host, so that what crosses hosts is smallest.
+    """
+    entries, order = [_axis_names(entry) for entry in spec], jax.sharding.get_abstract_mesh().axis_names
+    split = [axis for axis, names in enumerate(entries) if count_shards(names) > 1]
+    for axis in sorted(split, key=lambda axis: order.index(entries[axis][0]), reverse=True):
+        count = count_shards(entries[axis])
+        shape = *grad.shape[:axis], count, grad.shape[axis] // count, *grad.shape[axis + 1 :]
+        grad = jax.lax.psum_scatter(jnp.moveaxis(grad.reshape(shape), axis, 0), entries[axis])
+    unsplit = tuple(name for name in axes if all(name not in names for names in entries))
     return jax.lax.psum(grad, unsplit) if unsplit else grad
 
 
-def _names(spec: P) -> set[str]:
-    return {name for names in spec if names is not None for name in ((names,) if isinstance(names, str) else names)}
+def _axis_names(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that an entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

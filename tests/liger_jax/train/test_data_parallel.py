@@ -1,6 +1,7 @@
 """On meshes that split rows, each device computes whole gradients of its rows: equal to one device's, in few collectives."""
 
 import functools
+import math
 import re
 from collections import Counter
 
@@ -90,6 +91,24 @@ def test_collectives():
     assert not counts
     entry = hlo[hlo.index("\nENTRY") :]
     assert len(re.findall(COLLECTIVES, entry)) == len(re.findall(COLLECTIVES, hlo))
+
+
+def test_gradients_are_scattered_within_hosts_first():
+    """Regression: whole gradients were reduced over `data`, whose devices are on different hosts, and then over `fsdp`."""
+    step, state, _ = trained(data=2, fsdp=2)
+    [compiled] = step.compiled.values()
+    groups = {"fsdp": "{{0,1},{2,3}}", "data": "{{0,2},{1,3}}"}
+    lines = re.findall(r"= f32\[([\d,]*)\]\S* reduce-scatter\(.*replica_groups=(\S+),", compiled.as_text())
+    received = {
+        axis: sum(math.prod(map(int, shape.split(","))) for shape, found in lines if found == group)
+        for axis, group in groups.items()
+    }
+    leaves = jax.tree.leaves(state.model)
+    over_fsdp = sum(leaf.size for leaf in leaves if "fsdp" in leaf.sharding.spec)
+    assert received["fsdp"] == over_fsdp // 2
+    assert received["data"] == over_fsdp // 4 + sum(
+        leaf.size // 2 for leaf in leaves if "fsdp" not in leaf.sharding.spec
+    )
 
 
 def test_weights_are_gathered_by_layer_if_whole_ones_do_not_fit(monkeypatch):
