@@ -128,7 +128,7 @@ class PlanOptions:
     remat: Remat = "auto"
     """Activations to recompute; auto: the fastest choice that fits."""
     data: int | None = None
-    """GPUs that each hold all weights; without any of these four flags, all meshes are compared."""
+    """GPUs that each hold all weights; without any of these four flags, meshes are compared."""
     fsdp: int | None = None
     """GPUs that split the weights and the batch."""
     sequence: int | None = None

@@ -18,6 +18,7 @@ from liger_jax.errors import LigerWarning, UserError, closest
 from liger_jax.files import CONFIG, local_folder
 from liger_jax.model.lora import adapted_parts, add_lora
 from liger_jax.model.params import PARTS, param_group, param_paths
+from liger_jax.model.sequence import plan_heads
 from liger_jax.options import Optimization, Part, PlanOptions, Remat
 from liger_jax.train.communication import Links, step_traffic
 from liger_jax.train.data_parallel import splits_only_rows
@@ -93,10 +94,12 @@ class Plan:
     """Time of a step without communication."""
     communication_s: float
     """Time by which communication makes the step longer."""
-    ideal_s: float
-    """Time of a step on GPUs that need no communication and recompute nothing."""
+    alone_s: float
+    """Time that one GPU with its part of the batch and the same remat takes, without communication and padded heads."""
     tokens: int
     """Positions in a step."""
+    splits_heads: bool = True
+    """Whether `tensor` divides the attention heads. If not, each GPU projects all of them, which `compute_s` leaves out."""
 
     @property
     def fits(self) -> bool:
@@ -109,7 +112,7 @@ class Plan:
     @property
     def efficiency(self) -> float:
         """The speed per GPU relative to one GPU with its part of the batch and the same remat."""
-        return self.compute_s / self.step_s
+        return self.alone_s / self.step_s
 
     @property
     def name(self) -> str:
@@ -140,7 +143,7 @@ def make_plans(config: QwenVLConfig, options: PlanOptions) -> list[Plan]:
     """Returns one plan per mesh, with the fastest remat that fits: those that fit first, the fastest first.
 
     Raises:
-        UserError: no mesh of this many GPUs divides the batch.
+        UserError: no mesh of this many GPUs divides the batch and splits its rows within a host.
 
     Example:
         >>> plans = make_plans(QwenVLConfig.tiny(), PlanOptions(gpus=4, length=64, patches=64, remat="dots"))
@@ -163,30 +166,37 @@ def make_plans(config: QwenVLConfig, options: PlanOptions) -> list[Plan]:
     if not plans:
         raise UserError(
             f"batch_size is {batch_rows(options)}; expected a multiple of data x fsdp for a mesh of {options.gpus} GPUs "
-            "whose tensor divides the attention heads"
+            f"whose sequence x tensor is within a host of {options.gpus_per_host}. Name the mesh, such as "
+            f"sequence={options.gpus}, to split rows over hosts"
         )
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory.total))
 
 
 def meshes(config: QwenVLConfig, options: PlanOptions) -> Iterator[dict[str, int]]:
-    """Yields the meshes to compare: the one that the options name, or all whose `tensor` is within a host.
+    """Yields the meshes to compare: the one that the options name, or all whose `sequence` and `tensor` are within a host.
 
-    Only meshes that divide the batch, and whose `tensor` divides the attention heads.
+    Only meshes that divide the batch, and whose `tensor` divides the attention heads. `sequence` is among them if the GPUs
+    cannot share the rows evenly: where they can, it takes as much memory as `fsdp`, and communicates more.
     """
     if fixed := named_mesh(options):
         yield {name: size for name, size in fixed.items() if size > 1}
         return
     divisors = [n for n in range(1, options.gpus + 1) if options.gpus % n == 0]
-    for data, fsdp, tensor in itertools.product(divisors, repeat=3):
-        whole_heads = config.text.num_attention_heads % tensor == 0 == config.vision.num_heads % tensor
+    splits_of_rows = divisors if batch_rows(options) % options.gpus else (1,)
+    for data, fsdp, sequence, tensor in itertools.product(divisors, divisors, splits_of_rows, divisors):
         if (
-            data * fsdp * tensor == options.gpus
+            data * fsdp * sequence * tensor == options.gpus
             and batch_rows(options) % (data * fsdp) == 0
-            and whole_heads
-            and options.gpus_per_host % tensor == 0
+            and divides_heads(config, tensor)
+            and options.gpus_per_host % (sequence * tensor) == 0
         ):
-            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+            sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
             yield {name: size for name, size in sizes.items() if size > 1}
+
+
+def divides_heads(config: QwenVLConfig, tensor: int) -> bool:
+    """Returns whether a number of GPUs can share the query heads of both towers evenly."""
+    return config.text.num_attention_heads % tensor == 0 == config.vision.num_heads % tensor
 
 
 def make_training(config: QwenVLConfig, options: PlanOptions, remat: Remat) -> Training:
@@ -214,7 +224,7 @@ def _make_training(
 
 def plan_mesh(training: Training, mesh: Mapping[str, int], options: PlanOptions, *, by_device: bool) -> Plan:
     """Returns the plan of one mesh and one way to run the step on it."""
-    config, gpus = training.config, math.prod(mesh.values())
+    config = training.config
     rows = -(-batch_rows(options) // math.prod(mesh.get(name, 1) for name in ("data", "fsdp")))
     weights = {path: leaf.size * leaf.dtype.itemsize for path, leaf in param_paths(training.model).items()}
     trained = {path: size for path, size in weights.items() if param_group(path) not in training.frozen}
@@ -224,10 +234,12 @@ def plan_mesh(training: Training, mesh: Mapping[str, int], options: PlanOptions,
     traffic = step_traffic(config, mesh, training.row, rows, weights=weights, trained=trained, by_device=by_device)
     links = link_rates(options)
     adapted = adapted_parts(training.model) if options.lora else ()
-    flops = step_flops(config, training.row, frozen=training.frozen, adapted=adapted)
+    split, text = math.prod(mesh.get(name, 1) for name in ("sequence", "tensor")), config.text
+    heads = math.prod(plan_heads(text.num_attention_heads, text.num_key_value_heads, split))
+    count_flops = functools.partial(step_flops, config, training.row, frozen=training.frozen, adapted=adapted)
     peak = next(peak for pattern, peak in PEAKS if re.search(pattern, f"{options.gpu} SXM"))
-    row_s = flops / peak / utilization(sum(leaf.size for leaf in param_paths(training.model).values()))
-    split = math.prod(mesh.get(name, 1) for name in ("sequence", "tensor"))
+    rate = peak * utilization(sum(leaf.size for leaf in param_paths(training.model).values()))
+    seconds_per_flop = rows / split * SLOWDOWN[training.remat] / rate
     return Plan(
         dict(mesh),
         training.remat,
@@ -235,10 +247,11 @@ def plan_mesh(training: Training, mesh: Mapping[str, int], options: PlanOptions,
         memory,
         memory_limit(options),
         traffic,
-        compute_s=row_s * rows / split * SLOWDOWN[training.remat],
+        compute_s=count_flops(heads=heads) * seconds_per_flop,
         communication_s=sum(size / links.rate(mesh, axis, by_device=by_device) for axis, size in traffic.items()),
-        ideal_s=row_s * batch_rows(options) / gpus,
+        alone_s=count_flops() * seconds_per_flop,
         tokens=batch_rows(options) * options.length,
+        splits_heads=divides_heads(config, mesh.get("tensor", 1)),
     )
 
 

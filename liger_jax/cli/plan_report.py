@@ -29,6 +29,11 @@ def report(options: PlanOptions, plans: list[Plan], *, shown: int = 6) -> str:
         lines.append(
             f"{axis}: {size / 1e9:.2f} GB per GPU and step, {size / rate * 1e3:.0f} ms at {rate / 1e9:.0f} GB/s"
         )
+    if not best.splits_heads:
+        lines.append(
+            f"tensor={best.mesh['tensor']} does not divide the attention heads: each GPU projects all of them, so the step "
+            "takes longer than that"
+        )
     if not best.fits:
         lines.append("No mesh fits. More GPUs, fewer sequences per GPU, LoRA or frozen parts need less memory.")
     return "\n".join(lines)

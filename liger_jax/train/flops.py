@@ -28,7 +28,12 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def step_flops(
-    config: QwenVLConfig, batch: Batch, *, frozen: Collection[str] = (), adapted: Collection[str] = ()
+    config: QwenVLConfig,
+    batch: Batch,
+    *,
+    frozen: Collection[str] = (),
+    adapted: Collection[str] = (),
+    heads: int | None = None,
 ) -> float:
     """Returns the number of floating-point operations of a training step on a batch.
 
@@ -44,6 +49,7 @@ def step_flops(
         batch: as `prepare` returns it, in host memory.
         frozen: parts that are not trained (vision, merger, text). Operations that only their gradients need do not count.
         adapted: parts with LoRA. They need the gradients of their inputs even if their weights are frozen.
+        heads: query heads of the language model's attention, including those that pad them for a mesh; by default without.
 
     Example:
         >>> import numpy as np
@@ -70,7 +76,7 @@ def step_flops(
         "merger": (patches.sum() / vision.merge_unit * weights["merger"], 0),
         "text": (
             tokens.sum() * weights["text"] + trained_tokens * head,
-            text.num_hidden_layers * text.num_attention_heads * text.head_dim * np.square(tokens).sum() / 2,
+            text.num_hidden_layers * (heads or text.num_attention_heads) * text.head_dim * np.square(tokens).sum() / 2,
         ),
     }
     total, needs_input_gradient = 0.0, False
