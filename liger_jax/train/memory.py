@@ -26,7 +26,8 @@ from jax.sharding import AbstractMesh, AxisType
 from liger_jax.config import QwenVLConfig
 from liger_jax.inputs.batch import Batch, prepare
 from liger_jax.model import QwenVL
-from liger_jax.model.params import axis_sizes, find_row, param_group, param_paths
+from liger_jax.model.lora import adapted_parts
+from liger_jax.model.params import PARTS, axis_sizes, find_row, param_group, param_paths
 from liger_jax.model.remat import count_blocks
 from liger_jax.model.sharding import BATCH_AXES, get_mesh, param_shardings
 from liger_jax.options import Remat
@@ -189,10 +190,11 @@ def estimate_memory(
         gathered, reduced = gathered + sum(visual.values()), weights | visual
     trained = {path: size for path, size in reduced.items() if param_group(path) not in training.frozen}
     in_text = sum(size for path, size in trained.items() if not path.startswith("visual/"))
-    peaks = []
+    peaks, inputs = [], _gathered_inputs(training, mesh, rows)
     for tower, gradients in (("text", in_text), ("vision", sum(trained.values()))):
         working = _working_bytes(training, tower, rows, on_mesh=math.prod(mesh.values()) > 1)
-        peaks.append((rows * training.activations[tower] // split, gradients, working // split))
+        saved = rows * training.activations[tower] // split + inputs[tower]
+        peaks.append((saved, gradients, working // split))
     return StepMemory(sum(weights.values()), optimizer, gathered, *max(peaks, key=sum))
 
 
@@ -282,6 +284,27 @@ def _bytes_of_two_layers(config: QwenVLConfig, whole: Mapping[str, int], mesh: M
     tables = sum(size for path, size in whole.items() if path.endswith(("embed_tokens/weight", "lm_head/weight")))
     layers = sum(size for path, size in whole.items() if "language_model/layers" in path)
     return tables + 2 * layers // config.text.num_hidden_layers // mesh.get("tensor", 1)
+
+
+def _gathered_inputs(training: Training, mesh: Mapping[str, int], rows: int) -> dict[str, int]:
+    """Returns the bytes of saved inputs of attention and MLP that `tensor` does not split, held as `Training.activations`.
+
+    Of such an input, "dots" saves nothing without `tensor`, see `liger_jax.model.sharding.gather_positions`.
+    """
+    tensor, sequence = (mesh.get(name, 1) for name in ("tensor", "sequence"))
+    if tensor == 1 or training.remat not in ("none", "dots"):
+        return {"text": 0, "vision": 0}
+    sizes, row = axis_sizes(training.config), training.row
+    computed = {*PARTS} - {*training.frozen} | {*adapted_parts(training.model)}
+    values = dict.fromkeys(("text", "vision"), 0)
+    if "text" in computed:
+        values["text"] = row.shape[1] * sizes["L"] * sizes["H"]
+    if "vision" in computed and row.vision is not None and not vision_runs_by_rows(mesh, rows):
+        values["vision"] = row.vision.pixel_values.shape[1] * sizes["Lv"] * sizes["E"]
+    itemsize = training.model.language_model.norm.weight.dtype.itemsize
+    whole = {tower: 2 * itemsize * rows * count // sequence for tower, count in values.items()}
+    saved = {tower: size - size // tensor if training.remat == "none" else size for tower, size in whole.items()}
+    return {"text": sum(saved.values()), "vision": saved["vision"]}
 
 
 def _working_bytes(training: Training, tower: str, rows: int, *, on_mesh: bool) -> int:

@@ -166,4 +166,20 @@ def test_memory_on_meshes():
     assert fsdp.gathered == one.weights and math.isclose(fsdp.weights, one.weights / 4, rel_tol=0.1)
     by_layer = estimate_memory(training(), {"fsdp": 4}, 16, by_device=False)
     assert by_layer.gathered < fsdp.gathered and by_layer.gradients < fsdp.gradients
-    assert estimate_memory(training(), {"tensor": 2}, 4).activations == one.activations // 2
+
+
+def test_inputs_of_matmuls_are_whole_on_tensor():
+    """Regression: the policies that save them counted them as split over `tensor`: 21.9 GiB instead of the compiled 23.7."""
+    config, row, tensor = training().config, training().row, {"tensor": 2}
+    text = 2 * 4 * row.shape[1] * config.text.num_hidden_layers * config.text.hidden_size * 2  # 4 rows of 2 bytes
+    patches = row.vision.pixel_values.shape[1]
+    vision = 2 * 4 * patches * config.vision.depth * config.vision.embed_dim * 2
+    one = {remat: estimate_memory(training(remat), {}, 4).activations for remat in ("none", "dots", "narrow")}
+    two = {remat: estimate_memory(training(remat), tensor, 4).activations for remat in one}
+    assert {remat: two[remat] - one[remat] // 2 for remat in one} == {"none": text // 2, "dots": text, "narrow": 0}
+    # three rows: the vision tower is split by heads, and its inputs are whole as well
+    odd = [estimate_memory(training(), mesh, 3).activations for mesh in ({}, tensor)]
+    assert odd[1] - odd[0] // 2 == (text + vision) * 3 // 4
+    compiled = 23.7  # by XLA, for the 2B
+    training_2b = measured_training("qwen2-vl-2b", "dots", 2048, None, False)
+    assert estimate_memory(training_2b, tensor, 4).total / 2**30 == pytest.approx(compiled, rel=0.03)
