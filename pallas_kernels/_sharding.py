@@ -201,18 +201,50 @@ def run(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:
 
     @call.def_vmap
     def batch(size: int, batched: list[bool], *operands: jax.Array) -> tuple[tuple, tuple]:
-        all_batched = (True,) * len(op.results)
-        if not op.folds:
-            return _over_problems(op, size, batched, operands), all_batched
-        stacked = [
-            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            for x, is_batched in zip(operands, batched, strict=True)
-        ]
-        length = stacked[0].shape[1]  # of the leading axis, the same in all operands and results of a problem
-        results = run(op, *(x.reshape(size * length, *x.shape[2:]) for x in stacked))
-        return tuple(r.reshape(size, length, *r.shape[1:]) for r in results), all_batched
+        over_problems = _fold_problems if op.folds else _over_problems
+        return over_problems(op, size, batched, operands), (True,) * len(op.results)
 
     return call(*operands)
+
+
+def _fold_problems(op: ParallelOp, size: int, batched: list[bool], operands: tuple) -> tuple:
+    """Runs a batch of problems as one, whose leading axis is longer.
+
+    On Explicit axes, a reshape cannot merge an axis into a sharded one that follows it. If the leading axis is sharded, it
+    therefore comes before the axis of the problems.
+    """
+    sharding = _sharding_of_problems(batched, operands)
+    stacked = [x if is_batched else _repeat(x, size, sharding) for x, is_batched in zip(operands, batched, strict=True)]
+    length = stacked[0].shape[1]  # of the leading axis, the same in all operands and results of a problem
+    if _explicit_spec(stacked[0])[1] is None:
+        results = run(op, *(x.reshape(size * length, *x.shape[2:]) for x in stacked))
+        return tuple(r.reshape(size, length, *r.shape[1:]) for r in results)
+    swapped = [_shard_problems(x, None).swapaxes(0, 1) for x in stacked]
+    results = run(op, *(x.reshape(length * size, *x.shape[2:]) for x in swapped))
+    return tuple(_shard_problems(r.reshape(length, size, *r.shape[1:]).swapaxes(0, 1), sharding) for r in results)
+
+
+def _sharding_of_problems(batched: list[bool], operands: tuple) -> Any:
+    """Returns the entry of a PartitionSpec for the axis of the problems, which vmap requires to be the same everywhere."""
+    return next(_explicit_spec(x)[0] for x, is_batched in zip(operands, batched, strict=True) if is_batched)
+
+
+def _repeat(x: jax.Array, size: int, sharding: Any) -> jax.Array:
+    """Returns an operand that the problems share with an axis of the problems."""
+    return _shard_problems(jnp.broadcast_to(x, (size, *x.shape)), sharding)
+
+
+def _shard_problems(x: jax.Array, sharding: Any) -> jax.Array:
+    """Returns x with its first axis sharded as an entry of a PartitionSpec says."""
+    first, *remaining = _explicit_spec(x)
+    return x if first == sharding else jax.sharding.reshard(x, P(sharding, *remaining))
+
+
+def _explicit_spec(x: jax.Array) -> tuple:
+    """Returns the entries of the PartitionSpec that the type of x has on Explicit axes, one per axis; None elsewhere."""
+    sharding = jax.typeof(x).sharding
+    spec = tuple(sharding.spec) if AxisType.Explicit in sharding.mesh.axis_types else ()
+    return spec + (None,) * (x.ndim - len(spec))
 
 
 def _over_problems(op: ParallelOp, size: int, batched: list[bool], operands: tuple) -> tuple:
@@ -221,12 +253,13 @@ def _over_problems(op: ParallelOp, size: int, batched: list[bool], operands: tup
     If the problems share all operands without rows, and no result sums over the rows, they become more rows of one problem.
     Otherwise they run one after the other: a sum over the rows, such as a weight's gradient, belongs to a single problem.
     """
+    sharding = _sharding_of_problems(batched, operands)
     has_rows = [ROWS in axes.split() for axes in op.operands]
     if all(ROWS in axes.split() for axes in op.results) and all(
         rows or not is_batched for rows, is_batched in zip(has_rows, batched, strict=True)
     ):
         stacked = (
-            jnp.broadcast_to(x, (size, *x.shape)) if rows and not is_batched else x
+            _repeat(x, size, sharding) if rows and not is_batched else x
             for x, rows, is_batched in zip(operands, has_rows, batched, strict=True)
         )
         return run(op, *stacked)
@@ -235,7 +268,9 @@ def _over_problems(op: ParallelOp, size: int, batched: list[bool], operands: tup
         problem = iter(batched_operands)
         return run(op, *(next(problem) if is_batched else x for x, is_batched in zip(operands, batched, strict=True)))
 
-    return jax.lax.map(run_problem, [x for x, is_batched in zip(operands, batched, strict=True) if is_batched])
+    # a loop cannot run over a sharded axis
+    mapped = [_shard_problems(x, None) for x, is_batched in zip(operands, batched, strict=True) if is_batched]
+    return tuple(_shard_problems(r, sharding) for r in jax.lax.map(run_problem, mapped))
 
 
 def _dispatch(op: ParallelOp, *operands: jax.Array) -> tuple[jax.Array, ...]:

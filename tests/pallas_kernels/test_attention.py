@@ -123,6 +123,26 @@ def test_sharded_batch_and_heads_need_no_collective(kind, monkeypatch):
             assert not (divisible and collectives(compiled))
 
 
+@pytest.mark.parametrize("problems, rows", [(None, "data"), ("problems", None), ("problems", "data")])
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_vmap_on_explicit_axes(implementation, problems, rows):
+    """Over sharded problems or sharded rows. Regression: it raised if the rows were sharded."""
+    args = data()
+    twice = [jnp.stack([x, x]) for x in args]
+    mesh = jax.make_mesh(
+        (2, 2), ("problems", "data"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices("cpu")[:4]
+    )
+    run = gradients(functools.partial(pk.attention, implementation=implementation), max_segments=3)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(twice, NamedSharding(mesh, P(problems, rows)))
+        ids = jax.device_put(jnp.asarray(SEGMENTS), NamedSharding(mesh, P(rows)))
+        compiled = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, 0, None))).lower(*placed, ids).compile()
+        results = compiled(*placed, ids)
+    for got, want in zip(results, reference(*args, SEGMENTS), strict=True):
+        assert_close(got, [want, want])
+    assert bool(collectives(compiled)) == (problems is not None and rows is not None)
+
+
 def test_backward_saves_no_scores():
     """The backward pass saves arrays of the size and dtype of the inputs, and none of the size of the scores."""
     q, k, v, _ = data(tokens=64, sources=64, dtype=jnp.bfloat16)

@@ -210,6 +210,38 @@ def test_sharded_heads_and_columns_stay_sharded(kind):
             close(run(*placed), jax.jit(op.run)(*args))
 
 
+@pytest.mark.parametrize("problems, rows", [(None, "data"), ("problems", None), ("problems", "data")])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "add_rms_norm", "layer_norm", "swiglu", "rope", "mrope", "qk_norm_rope", "cross_entropy"]
+)
+def test_vmap_on_explicit_axes(name, problems, rows):
+    """Over sharded problems or sharded rows, which share the last argument or not.
+
+    Regression: it raised for RoPE, which puts the problems into the axis of the batch, if that was sharded. If the problems
+    were, it raised wherever they shared an argument.
+    """
+    op = OPS[name]
+    each = [op.make((2, 3), 32, seed=seed) for seed in range(2)]
+    stacked = [jnp.stack(arrays) for arrays in zip(*each, strict=True)]
+    mesh = jax.make_mesh(
+        (2, 2), ("problems", "data"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices("cpu")[:4]
+    )
+
+    def total(*args):
+        return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(op.run(*args, implementation="xla")))
+
+    value_and_gradients = jax.value_and_grad(total, argnums=tuple(range(op.differentiable)))
+    specs = [P(*(rows if entry == "data" else None for entry in row_spec(axes))) for axes in op.axes]
+    for last in (0, None):
+        args = [*stacked[:-1], stacked[-1] if last == 0 else stacked[-1][0]]
+        run = jax.vmap(value_and_gradients, in_axes=(*(0 for _ in args[:-1]), last))
+        placed_as = [*(P(problems, *spec) for spec in specs[:-1]), P(problems, *specs[-1]) if last == 0 else specs[-1]]
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(args, placed_as, strict=True)]
+            got = jax.jit(run)(*placed)
+        close(got, run(*args))
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "linear_cross_entropy"])
 def test_rows_that_the_mesh_does_not_divide(name):
     """Regression: 7 of 8 tokens, as in a loss of the next token, on 4 devices. The partitioner pads such rows with garbage,
