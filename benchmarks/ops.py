@@ -24,7 +24,7 @@ from benchmarks.sweep import plot_sweep, sweep_table
 from benchmarks.timing import measure, measure_copy
 from pallas_kernels.registry import OPERATIONS
 
-PACKAGES = ("jax", "jaxlib")
+PACKAGES = ("jax", "jaxlib", "fa4-jax")
 MEMORY_BOUND = ("norm", "activation", "rope")  # families of operations that are compared with a copy
 
 

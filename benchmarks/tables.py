@@ -201,10 +201,15 @@ def ops_table(results: list[dict]) -> str:
         xla = "cudnn" if "cudnn" in timed else "jnp"
         cells = [_times(r["op"], timed.get(name)) for name in ("ours", xla, "liger")]
         cells += [f"{best} {_times(r['op'], timed[best])}" if best else "", _times(r["op"], timed.get("copy"))]
-        lines.append(f"| `{r['op']}` {r['size']} | {' | '.join(cells)} |")
+        lines.append(f"| `{r['op']}` {r['size']}{_attention(r)} | {' | '.join(cells)} |")
     timed = [r["results"]["ours"] for r in results if "forward_us" in r["results"].get("ours", {})]
     note = OPS_NOTE + FORWARD_NOTE * any("both_us" not in result for result in timed)
     return "\n".join([*lines, "", note + _measured_on(results)])
+
+
+def _attention(result: dict) -> str:
+    """Returns what `attention` picks where FlashAttention-4 is installed."""
+    return ", FlashAttention-4" * (result["op"] == "attention" and "fa4-jax" in result["versions"])
 
 
 def kernels_table(results: list[dict]) -> str:
@@ -215,7 +220,7 @@ def kernels_table(results: list[dict]) -> str:
         plain = "cudnn" if r["op"] == "attention" else "jnp"
         cells = [_microseconds(r["results"].get(name)) for name in ("ours", plain, "liger")]
         cells[1] += " (cuDNN)" * (r["op"] == "attention")
-        lines.append(f"| `{r['op']}` | {r['size']} | {' | '.join(cells)} |")
+        lines.append(f"| `{r['op']}` | {r['size']}{_attention(r)} | {' | '.join(cells)} |")
     missing = [f"`{name}`" for name in OPERATIONS if name not in first]
     note = f"Not measured alone: {', '.join(missing)}. " if missing else ""
     return "\n".join([*lines, "", note + _measured_on(results)])
@@ -293,8 +298,12 @@ def headline_table(model: list[dict], ops: list[dict]) -> str:
 
 def _plain(results: list[dict]) -> list[dict]:
     """Returns the results without LoRA, master weights, another length or a lowered limit of memory."""
-    special = {"lora", "master_weights", "prompt_tokens", "tokens", "memory_limit_gib"}
-    return [r for r in results if not special & r.keys()]
+    return [r for r in _usual_work(results) if "memory_limit_gib" not in r]
+
+
+def _usual_work(results: list[dict]) -> list[dict]:
+    """Returns the results without LoRA, master weights or another length."""
+    return [r for r in results if not {"lora", "master_weights", "prompt_tokens", "tokens"} & r.keys()]
 
 
 def _find(results: list[dict], fields: dict) -> dict:
@@ -434,15 +443,20 @@ def _mesh_name(plan: dict) -> str:
 
 
 def _measured_step(plan: dict, measured: list[dict]) -> str:
-    """Returns the fastest step that was measured with a plan's model, mesh and sequences, as it runs by default."""
+    """Returns the fastest step that was measured with a plan's model, mesh and sequences, as it runs by default.
+
+    On a mesh, a step takes more memory than planned where a GPU has more: weights are then gathered all at once. So a step
+    counts only if its memory is close to the plan's.
+    """
     same = [
         r
-        for r in _plain(measured)
+        for r in _usual_work(measured)
         if r["package"] == OURS
         and r["what"] == "train"
         and (r["model"], r.get("mesh", "")) == (plan["model"], _mesh_name(plan))
         and (r["rows"], r["remat"]) == (4 * plan["gpus"], plan["remat"])
         and r.get("unroll") != "all"
+        and abs(r.get("peak_gib", plan["gib"]) / plan["gib"] - 1) < 0.1
     ]
     if not same:
         return ""

@@ -31,7 +31,8 @@ def step_compiler_options(mesh: Any) -> dict[str, str | bool]:
     """Returns the compiler options of a training step.
 
     Without a mesh there is no communication whose latency to hide. XLA's latency hiding scheduler then only takes time: with
-    it, a step of the 2B on an H200 takes 3 to 6 ms longer, and compiles up to 8 s longer.
+    it, a step of the 2B on an H200 takes 3 to 6 ms longer, and compiles up to 8 s longer. On a mesh, no other option was
+    found to help; docs/performance.md lists those that were measured.
     """
     return (
         COMPILER_OPTIONS if mesh is not None else COMPILER_OPTIONS | {"xla_gpu_enable_latency_hiding_scheduler": False}

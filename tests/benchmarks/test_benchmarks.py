@@ -456,6 +456,7 @@ def test_scaling_table_marks_what_was_measured():
     }
     step |= {"step_ms": 440.0, "peak_gib": 38.2, "device": "NVIDIA H200"}
     others = [step | {"rows": 4, "step_ms": 1.0}, step | {"mesh": "data=2", "step_ms": 2.0}, step | {"step_ms": 450.0}]
+    others += [step | {"peak_gib": 55.0, "step_ms": 3.0}]  # weights gathered at once, on GPUs with more memory
     large = plan | {"model": "qwen2-vl-72b", "fits": False, "gib": 318.0}
     lines = tables.scaling_table([plan, large], [*others, step]).splitlines()
     measured = "440 ms, 38.2 GiB on NVIDIA H200"
