@@ -190,10 +190,10 @@ def estimate_memory(
         gathered, reduced = gathered + sum(visual.values()), weights | visual
     trained = {path: size for path, size in reduced.items() if param_group(path) not in training.frozen}
     in_text = sum(size for path, size in trained.items() if not path.startswith("visual/"))
-    peaks, inputs = [], _gathered_inputs(training, mesh, rows)
+    peaks, whole_on_tensor = [], _bytes_whole_on_tensor(training, mesh, rows)
     for tower, gradients in (("text", in_text), ("vision", sum(trained.values()))):
         working = _working_bytes(training, tower, rows, on_mesh=math.prod(mesh.values()) > 1)
-        saved = rows * training.activations[tower] // split + inputs[tower]
+        saved = rows * training.activations[tower] // split + whole_on_tensor[tower]
         peaks.append((saved, gradients, working // split))
     return StepMemory(sum(weights.values()), optimizer, gathered, *max(peaks, key=sum))
 
@@ -286,25 +286,27 @@ def _bytes_of_two_layers(config: QwenVLConfig, whole: Mapping[str, int], mesh: M
     return tables + 2 * layers // config.text.num_hidden_layers // mesh.get("tensor", 1)
 
 
-def _gathered_inputs(training: Training, mesh: Mapping[str, int], rows: int) -> dict[str, int]:
-    """Returns the bytes of saved inputs of attention and MLP that `tensor` does not split, held as `Training.activations`.
+def _bytes_whole_on_tensor(training: Training, mesh: Mapping[str, int], rows: int) -> dict[str, int]:
+    """Returns the bytes by which saved activations exceed an even split over `tensor`, held as `Training.activations`.
 
-    Of such an input, "dots" saves nothing without `tensor`, see `liger_jax.model.sharding.gather_positions`.
+    The inputs of attention and MLP are gathered, see `liger_jax.model.sharding.gather_positions`; of these, "dots" saves
+    nothing without `tensor`. Keys and values are whole where `tensor` does not divide the key heads.
     """
     tensor, sequence = (mesh.get(name, 1) for name in ("tensor", "sequence"))
-    if tensor == 1 or training.remat not in ("none", "dots"):
-        return {"text": 0, "vision": 0}
-    sizes, row = axis_sizes(training.config), training.row
-    computed = {*PARTS} - {*training.frozen} | {*adapted_parts(training.model)}
-    values = dict.fromkeys(("text", "vision"), 0)
-    if "text" in computed:
-        values["text"] = row.shape[1] * sizes["L"] * sizes["H"]
-    if "vision" in computed and row.vision is not None and not vision_runs_by_rows(mesh, rows):
-        values["vision"] = row.vision.pixel_values.shape[1] * sizes["Lv"] * sizes["E"]
+    sizes, row, excess = axis_sizes(training.config), training.row, 1 - 1 / tensor
+    of_inputs = {"none": excess, "dots": 1.0}.get(training.remat, 0.0) if tensor > 1 else 0.0
+    of_keys = excess if training.remat in ("none", "dots", "narrow") and sizes["K"] % tensor else 0.0
+    text = sizes["L"] * row.shape[1] * (sizes["H"] * of_inputs + sizes["K"] * sizes["D"] * of_keys)
+    vision = 0.0
+    if row.vision is not None and not vision_runs_by_rows(mesh, rows):
+        vision = sizes["Lv"] * row.vision.pixel_values.shape[1] * sizes["E"] * of_inputs
+    computed = {*PARTS} - {*training.frozen} | adapted_parts(training.model)
     itemsize = training.model.language_model.norm.weight.dtype.itemsize
-    whole = {tower: 2 * itemsize * rows * count // sequence for tower, count in values.items()}
-    saved = {tower: size - size // tensor if training.remat == "none" else size for tower, size in whole.items()}
-    return {"text": sum(saved.values()), "vision": saved["vision"]}
+    in_text, in_vision = (
+        2 * itemsize * rows * int(count) // sequence if part in computed else 0
+        for part, count in (("text", text), ("vision", vision))
+    )
+    return {"text": in_text + in_vision, "vision": in_vision}
 
 
 def _working_bytes(training: Training, tower: str, rows: int, *, on_mesh: bool) -> int:
