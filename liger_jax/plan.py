@@ -31,10 +31,11 @@ GIB = 2**30
 GPUS = {"A100": 79.1, "H100": 79.1, "H200": 140.4, "B200": 178.0}  # GiB of memory
 # The fraction of it that a program may take, as XLA_PYTHON_CLIENT_MEM_FRACTION; JAX's default is 0.75.
 USABLE = 0.95
-# Share of the peak rate that a step reaches on one GPU: (weights, share), measured for Qwen2-VL 2B and 7B on an H200.
-UTILIZATION = ((2.2e9, 0.43), (8.3e9, 0.50))
-# Time of a step relative to "dots". Measured on an H200: narrow 1.03 (2B) and 1.12 (7B), full 1.12 (2B).
-SLOWDOWN: dict[str, float] = {"none": 1.0, "dots": 1.0, "narrow": 1.07, "attention": 1.12, "full": 1.15}
+# Share of the peak rate that a step reaches on one GPU: (weights, share), measured for Qwen2-VL 2B and 7B on an H200,
+# with FlashAttention-4.
+UTILIZATION = ((2.2e9, 0.46), (8.3e9, 0.52))
+# Time of a step relative to "dots". Measured on an H200: narrow 1.12 (Qwen2.5-VL 3B and 7B), full 1.14 (Qwen2-VL 2B).
+SLOWDOWN: dict[str, float] = {"none": 1.0, "dots": 1.0, "narrow": 1.12, "attention": 1.13, "full": 1.14}
 
 
 MESH_FLAGS = ("data", "fsdp", "sequence", "tensor")  # the last axes are those within a host
@@ -260,7 +261,7 @@ def utilization(weights: int) -> float:
 
     Example:
         >>> utilization(10**9), utilization(70 * 10**9)
-        (0.43, 0.5)
+        (0.46, 0.52)
     """
     (small, low), (large, high) = UTILIZATION
     position = (math.log(weights) - math.log(small)) / (math.log(large) - math.log(small))

@@ -18,7 +18,8 @@ from liger_jax.train.communication import step_traffic
 from liger_jax.train.memory import sample_row
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "model.json"
-MEASURED = [r for r in json.loads(RESULTS.read_text()) if r["what"] == "train" and "mesh" in r]
+STEPS = [r for r in json.loads(RESULTS.read_text()) if r["what"] == "train"]
+MEASURED = [r for r in STEPS if "mesh" in r]
 TINY = {"length": 64, "patches": 64, "remat": "dots"}
 
 
@@ -53,7 +54,9 @@ def test_heads_that_a_named_mesh_does_not_divide():
     assert "divide" not in report(options, make_plans(QwenVLConfig.qwen2_vl_2b(), options))
 
 
-@pytest.mark.parametrize("result", MEASURED, ids=lambda result: f"{result['model']} {result['mesh']}")
+@pytest.mark.parametrize(
+    "result", [r for r in MEASURED if "tokens" not in r], ids=lambda result: f"{result['model']} {result['mesh']}"
+)
 def test_time_is_near_that_of_each_measured_step_on_a_mesh(result):
     """Regression: with the weights gathered by layer, the 7B was planned 13 % slower than measured."""
     mesh = {name: int(size) for name, size in (axis.split("=") for axis in result["mesh"].split())}
@@ -61,8 +64,18 @@ def test_time_is_near_that_of_each_measured_step_on_a_mesh(result):
     if "memory_limit_gib" in result:
         options = dataclasses.replace(options, memory=result["memory_limit_gib"] / 0.95)
     (plan,) = make_plans(getattr(QwenVLConfig, result["model"].replace("-", "_"))(), options)
-    assert plan.fits and plan.by_device == ("memory_limit_gib" not in result and "tensor" not in mesh)
+    assert plan.fits and plan.by_device == ("memory_limit_gib" not in result and {*mesh} <= {"data", "fsdp"})
     assert plan.step_s * 1e3 == pytest.approx(result["step_ms"], rel=0.07)
+
+
+def test_efficiency_of_a_long_row_is_near_the_measured_one():
+    """Only relative to one GPU: with long rows, all GPUs compute at a higher rate than planned."""
+    (two,) = (r for r in MEASURED if r["mesh"] == "sequence=2")
+    work = ("model", "tokens", "rows", "remat", "attention")
+    (one,) = (r for r in STEPS if r.get("devices") == 1 and all(r.get(name) == two[name] for name in work))
+    options = PlanOptions(gpus=2, gpu="H200", batch_size=1, length=two["tokens"], remat="dots", sequence=2)
+    (plan,) = make_plans(QwenVLConfig.qwen2_vl_2b(), options)
+    assert plan.efficiency == pytest.approx(one["step_ms"] / 2 / two["step_ms"], abs=0.03)
 
 
 def test_plans_that_fit_come_first():
