@@ -104,13 +104,14 @@ class QwenVL(nnx.Module):
             capture: if given, receives the outputs of all layers; see `activations`.
         """
 
-        def run(model: Self, batch: Batch) -> jax.Array:
-            x, deepstack = model.embed(batch, execution=execution, capture=capture)
-            attend = functools.partial(causal_attention, pk.find_segments(batch.segment_ids, batch.max_segments))
-            options: dict[str, Any] = {"execution": execution, "capture": capture}
-            return model.language_model(x, batch.position_ids, attend, deepstack=deepstack, **options)[0]
-
-        return run_on_auto_axes(run, self, batch, rows_of=batch.input_ids)
+        rows_of = (
+            batch.input_ids if capture is None else None
+        )  # the first dimension of some outputs is that of the layers
+        options = {"execution": execution, "capture": capture is not None}
+        hidden, results = run_on_auto_axes(_hidden_states, self, batch, rows_of=rows_of, **options)
+        if capture is not None:
+            capture |= results
+        return hidden
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Returns logits [B, T, V]. The first rows and positions are those of the caller's `input_ids`; padding follows."""
@@ -118,12 +119,7 @@ class QwenVL(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits [..., V] for hidden states [..., H]. Those of a batch [B, T, V] are split like the batch."""
-
-        def run(hidden: jax.Array, head: jax.Array) -> jax.Array:
-            logits = jnp.einsum("...h,vh->...v", hidden, head)
-            return constrain_batch(logits) if hidden.ndim == 3 else logits
-
-        return run_on_auto_axes(run, hidden, self.head, rows_of=hidden)
+        return run_on_auto_axes(_logits, hidden, self.head, rows_of=hidden)
 
     def activations(self, batch: Batch) -> dict[str, jax.Array]:
         """Returns the output of every layer, for inspection.
@@ -132,13 +128,9 @@ class QwenVL(nnx.Module):
         batch has images; inputs_embeds [B,T,H], text_layers [L,B,T,H] before deepstack is added, final_hidden [B,T,H],
         logits [B,T,V].
         """
-
-        def run(model: Self, batch: Batch) -> dict[str, jax.Array]:
-            capture: dict[str, jax.Array] = {}
-            capture["logits"] = model.logits(model.hidden_states(batch, capture=capture))
-            return capture
-
-        return run_on_auto_axes(run, self, batch)
+        capture: dict[str, jax.Array] = {}
+        capture["logits"] = self.logits(self.hidden_states(batch, capture=capture))
+        return capture
 
     def summary(self, batch: Batch | None = None) -> str:
         """Returns a table of the model's parameters and, for a batch, of the shapes of its activations.
@@ -164,6 +156,23 @@ class QwenVL(nnx.Module):
 
 
 Qwen2VL = QwenVL
+
+
+def _hidden_states(
+    model: QwenVL, batch: Batch, *, execution: LayerExecution, capture: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns `QwenVL.hidden_states`, and the outputs of all layers, or none of them."""
+    captured: dict[str, jax.Array] = {}
+    options: dict[str, Any] = {"execution": execution, "capture": captured if capture else None}
+    x, deepstack = model.embed(batch, **options)
+    attend = functools.partial(causal_attention, pk.find_segments(batch.segment_ids, batch.max_segments))
+    hidden, _ = model.language_model(x, batch.position_ids, attend, deepstack=deepstack, **options)
+    return hidden, captured
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    logits = jnp.einsum("...h,vh->...v", hidden, head)
+    return constrain_batch(logits) if hidden.ndim == 3 else logits
 
 
 def causal_attention(segments: pk.Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:

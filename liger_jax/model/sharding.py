@@ -195,8 +195,10 @@ def with_axes_of(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), tree)
 
 
-def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = None, out_shardings: Any = None) -> Any:
-    """Returns function(*args), which sees Explicit axes of the arguments, or of `jax.set_mesh`, as Auto axes.
+def run_on_auto_axes(
+    function: Callable[..., Any], *args: Any, rows_of: Any = None, out_shardings: Any = None, **options: Any
+) -> Any:
+    """Returns function(*args, **options), which sees Explicit axes of the arguments, or of `jax.set_mesh`, as Auto axes.
 
     The results have Explicit axes again. On Auto axes, this is a plain call in which the mesh of the arguments is the
     current one, so that activations are constrained in a user's own `jax.jit`, too. Without a mesh, it is a plain call.
@@ -204,16 +206,17 @@ def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = No
     mesh, and could not see the mesh of arrays within `jax.grad`.
 
     Args:
-        function: a function of pytrees of arrays.
+        function: a function of pytrees of arrays. Outside of `jax.jit`, it compiles once for each function and options.
         args: its arguments.
         rows_of: an array; the first dimension of every result is split as that of this array. None: results are whole.
-        out_shardings: the sharding of each result, instead: a pytree of `NamedSharding`, or a prefix of it.
+        out_shardings: the sharding of each result, instead: a pytree of `NamedSharding`, or a prefix of it. Only under
+            `jax.jit`.
+        options: its hashable keyword arguments.
     """
     meshes, has_context = _meshes(args), not jax.sharding.get_abstract_mesh().empty
     if meshes and not (has_context or is_inside_trace()):
-        return jax.jit(functools.partial(run_on_auto_axes, function, rows_of=rows_of, out_shardings=out_shardings))(
-            *args
-        )
+        return _compiled(function, **options)(rows_of, *args)
+    function = functools.partial(function, **options)
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         with mesh_context(None if has_context else next(iter(meshes), None)):
@@ -228,6 +231,12 @@ def run_on_auto_axes(function: Callable[..., Any], *args: Any, rows_of: Any = No
     batch_axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
     with split_rows_over(batch_axes) if has_both else contextlib.nullcontext():
         return function(*args)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Returns `run_on_auto_axes` of a function and its options as a compiled program of rows_of and args."""
+    return jax.jit(lambda rows_of, *args: run_on_auto_axes(function, *args, rows_of=rows_of, **options))
 
 
 def is_inside_trace(*arguments: Any) -> bool:

@@ -69,11 +69,13 @@ def loss_fn(
         >>> int(metrics["num_tokens"])
         2
     """
+    return run_on_auto_axes(_loss, model, batch, num_items, execution=LayerExecution(remat, unroll))
 
-    def run(model: QwenVL, batch: Batch, num_items: jax.Array | float | None) -> tuple[jax.Array, Metrics]:
-        targets = next_token_labels(batch)
-        hidden = constrain_batch_and_seq(model.hidden_states(batch, execution=LayerExecution(remat, unroll)))
-        loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
-        return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}
 
-    return run_on_auto_axes(run, model, batch, num_items)
+def _loss(
+    model: QwenVL, batch: Batch, num_items: jax.Array | float | None, *, execution: LayerExecution
+) -> tuple[jax.Array, Metrics]:
+    targets = next_token_labels(batch)
+    hidden = constrain_batch_and_seq(model.hidden_states(batch, execution=execution))
+    loss, metrics = pk.linear_cross_entropy(hidden, model.head, targets, normalizer=num_items, return_metrics=True)
+    return loss, {"loss": loss, "num_tokens": metrics["num_tokens"], "accuracy": metrics["accuracy"]}

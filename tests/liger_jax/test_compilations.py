@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from liger_jax import TrainState, generate, make_train_step, prepare
+from liger_jax import TrainState, generate, loss_fn, make_train_step, prepare
 from liger_jax.generation import loop
 from liger_jax.model import decode_layout
 from liger_jax.model.sharding import make_mesh, param_shardings
@@ -164,3 +164,16 @@ def test_fifty_requests():
     for batch, options in requests:
         generate(parity.model(), batch, do_sample=True, **options)
     assert 0 < events[start:].count(COMPILED) <= sum(map(len, buckets.values()))
+
+
+@pytest.mark.parametrize(
+    "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=lambda kind: kind.name
+)
+def test_calls_outside_of_jit_on_a_mesh(kind):
+    """They are compiled as a whole, once for all models and batches of the same shapes."""
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(kind,), devices=jax.devices()[:2])
+    one, other = (jax.device_put(parity.model(), param_shardings(parity.model(), mesh)) for _ in range(2))
+    with compilations(None):
+        one(FIRST), loss_fn(one, FIRST)
+    with compilations(0):
+        other(FIRST), loss_fn(other, FIRST)
