@@ -150,10 +150,14 @@ def groups_table(profile: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in profile["versions"].items())
     lines += [
         "",
-        f"A step of {step_ms:.1f} ms: {profile['kernels']:,} kernels take {profile['kernel_ms']:.1f} ms; the GPU is idle "
-        f"for {profile['idle_ms']:.1f} ms. {profile['device']}, {versions}, {profile['date']}.",
+        f"A step of {step_ms:.1f} ms: {profile['kernels']:,} kernels take {profile['kernel_ms']:.1f} ms; "
+        f"{_idle(profile['idle_ms'])}. {profile['device']}, {versions}, {profile['date']}.",
     ]
     return "\n".join(lines)
+
+
+def _idle(ms: float) -> str:
+    return f"the GPU is idle for {ms:.1f} ms" if ms >= 0 else f"at least {-ms:.1f} ms of them run beside others"
 
 
 def write_profile(file: Path, trace: Path, hlo: str, device: str) -> None:

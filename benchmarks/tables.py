@@ -208,7 +208,7 @@ def ops_table(results: list[dict]) -> str:
 
 
 def _attention(result: dict) -> str:
-    """Returns what `attention` picks where FlashAttention-4 is installed."""
+    """Returns the label of cases that were measured with FlashAttention-4."""
     return ", FlashAttention-4" * (result["op"] == "attention" and "fa4-jax" in result["versions"])
 
 
@@ -445,8 +445,8 @@ def _mesh_name(plan: dict) -> str:
 def _measured_step(plan: dict, measured: list[dict]) -> str:
     """Returns the fastest step that was measured with a plan's model, mesh and sequences, as it runs by default.
 
-    On a mesh, a step takes more memory than planned where a GPU has more: weights are then gathered all at once. So a step
-    counts only if its memory is close to the plan's.
+    With more memory than planned, a step may gather all weights at once, so only those within 10 % of the planned memory
+    count.
     """
     same = [
         r

@@ -34,7 +34,8 @@ USABLE = 0.95
 # Share of the peak rate that a step reaches on one GPU: (weights, share), measured for Qwen2-VL 2B and 7B on an H200,
 # with FlashAttention-4.
 UTILIZATION = ((2.2e9, 0.46), (8.3e9, 0.52))
-# Time of a step relative to "dots". Measured on an H200: narrow 1.12 (Qwen2.5-VL 3B and 7B), full 1.14 (Qwen2-VL 2B).
+# Time of a step relative to "dots". Measured on an H200: narrow 1.12 (Qwen2.5-VL 3B and 7B), full 1.14 (Qwen2-VL 2B);
+# attention is between them.
 SLOWDOWN: dict[str, float] = {"none": 1.0, "dots": 1.0, "narrow": 1.12, "attention": 1.13, "full": 1.14}
 
 
@@ -96,7 +97,7 @@ class Plan:
     communication_s: float
     """Time by which communication makes the step longer."""
     alone_s: float
-    """Time that one GPU with its part of the batch and the same remat takes, without communication and padded heads."""
+    """Step time of one GPU on its share of the batch, with the same remat, without communication and padded heads."""
     tokens: int
     """Positions in a step."""
     splits_heads: bool = True
@@ -167,7 +168,7 @@ def make_plans(config: QwenVLConfig, options: PlanOptions) -> list[Plan]:
     if not plans:
         raise UserError(
             f"batch_size is {batch_rows(options)}; expected a multiple of data x fsdp for a mesh of {options.gpus} GPUs "
-            f"whose sequence x tensor is within a host of {options.gpus_per_host}. Name the mesh, such as "
+            f"whose sequence x tensor divides the {options.gpus_per_host} GPUs of a host. Name the mesh, such as "
             f"sequence={options.gpus}, to split rows over hosts"
         )
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory.total))
@@ -189,7 +190,7 @@ def meshes(config: QwenVLConfig, options: PlanOptions) -> Iterator[dict[str, int
             data * fsdp * sequence * tensor == options.gpus
             and batch_rows(options) % (data * fsdp) == 0
             and divides_heads(config, tensor)
-            and options.gpus_per_host % (sequence * tensor) == 0
+            and (options.gpus <= options.gpus_per_host or options.gpus_per_host % (sequence * tensor) == 0)
         ):
             sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
             yield {name: size for name, size in sizes.items() if size > 1}

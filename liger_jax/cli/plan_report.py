@@ -32,7 +32,7 @@ def report(options: PlanOptions, plans: list[Plan], *, shown: int = 6) -> str:
     if not best.splits_heads:
         lines.append(
             f"tensor={best.mesh['tensor']} does not divide the attention heads: each GPU projects all of them, so the step "
-            "takes longer than that"
+            "takes longer than shown"
         )
     if not best.fits:
         lines.append("No mesh fits. More GPUs, fewer sequences per GPU, LoRA or frozen parts need less memory.")

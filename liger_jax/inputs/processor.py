@@ -419,12 +419,14 @@ class Processor:
         contains the template's own control tokens.
 
         An answer begins after the generation prompt of its turn, so the reasoning that a template writes before the content
-        is trained, also if it is empty. A turn that is rendered without its reasoning begins with its content.
+        is trained, also if it is empty. A turn that is rendered without its reasoning begins with its content; so does one
+        that follows no other, or one of the assistant's own.
         """
         if any(mark in text for mark in (BEGIN, END)):
             raise UserError(f"text contains {BEGIN!r} or {END!r}; expected neither, since they mark answers internally")
         if not any(message["role"] == "assistant" for message in conversation):
             raise UserError("conversation has no assistant message; expected one, since labels=True")
+        roles = [message["role"] for message in conversation]
         trained = [index for index, message in enumerate(conversation) if is_trained(message)]
         if not trained:
             raise UserError("no assistant message is trained; expected one without loss false or weight 0")
@@ -439,16 +441,18 @@ class Processor:
                 f"the chat template renders {sum(BEGIN in answer for answer in answers)} whole answers of {len(trained)} "
                 "trained messages; expected one of each, since labels=True"
             )
-        other = render(conversation, options={**options, "add_generation_prompt": not options["add_generation_prompt"]})
-        shorter, longer = sorted((text, other), key=len)
-        opening = longer.removeprefix(shorter)  # of an assistant's turn
+
+        def prompt(index: int, *, opened: bool = True) -> str:
+            return render(conversation[:index], options={**options, "add_generation_prompt": opened})
+
+        prompted = [index for index in trained if index and roles[index - 1] != "assistant"]
+        opening = prompt(prompted[0]).removeprefix(prompt(prompted[0], opened=False)) if prompted else ""
         spans, end = [], 0
         for index, answer in zip(trained, answers, strict=True):
             begin = end + answer.index(BEGIN)
             end += len(answer.replace(BEGIN, ""))
-            if index and not text[:begin].endswith(opening):
-                prompt = render(conversation[:index], options={**options, "add_generation_prompt": True})
-                begin = min(begin, len(prompt)) if text.startswith(prompt) else begin
+            if index in prompted and not text.endswith(opening, 0, begin) and text.startswith(before := prompt(index)):
+                begin = min(begin, len(before))
             spans.append((begin, end))
         return spans
 

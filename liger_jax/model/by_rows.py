@@ -17,6 +17,7 @@ from liger_jax.model.sharding import (
     BATCH_AXES,
     auto_axes,
     axes_size,
+    axis_names,
     inside_shard_map,
     param_shardings,
     sequence_axes,
@@ -72,13 +73,13 @@ def gather_shards(shard: jax.Array, spec: P) -> jax.Array:
     gather along another axis would also copy its operand. Its gradient is summed over the devices, and scattered.
     """
     for axis, names in enumerate(spec):
-        if names is not None and (count := count_shards(names)) > 1:
+        if (count := count_shards(names)) > 1:
             shards = jnp.moveaxis(jax.lax.all_gather(shard, names), 0, axis)
             shard = shards.reshape(*shard.shape[:axis], count * shard.shape[axis], *shard.shape[axis + 1 :])
     return shard
 
 
-def count_shards(names: str | tuple[str, ...]) -> int:
-    """Returns the number of devices along one or several axes of the current mesh."""
+def count_shards(entry: Any) -> int:
+    """Returns the number of devices along the axes of the current mesh that an entry of a PartitionSpec names."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names))
+    return math.prod(shape[name] for name in axis_names(entry))

@@ -103,10 +103,8 @@ class QwenVL(nnx.Module):
             execution: how the layers run.
             capture: if given, receives the outputs of all layers; see `activations`.
         """
-
-        rows_of = (
-            batch.input_ids if capture is None else None
-        )  # the first dimension of some outputs is that of the layers
+        # with capture, results are whole: the first dimension of some is that of the layers
+        rows_of = batch.input_ids if capture is None else None
         options = {"execution": execution, "capture": capture is not None}
         hidden, results = run_on_auto_axes(_hidden_states, self, batch, rows_of=rows_of, **options)
         if capture is not None:
@@ -126,7 +124,7 @@ class QwenVL(nnx.Module):
 
         patch_embed [B,P,E], vision_blocks [Lv,B,P,E], features [B,P/4,H] and, with deepstack, deepstack [Ls,B,P/4,H] if the
         batch has images; inputs_embeds [B,T,H], text_layers [L,B,T,H] before deepstack is added, final_hidden [B,T,H],
-        logits [B,T,V].
+        logits [B,T,V]. On Explicit axes, all of them are whole.
         """
         capture: dict[str, jax.Array] = {}
         capture["logits"] = self.logits(self.hidden_states(batch, capture=capture))

@@ -137,7 +137,7 @@ def param_shardings(tree: Any, mesh: Mesh, *, strict: bool = True, over_data: bo
 def split_over_data(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
     """Returns a spec that also splits over `data` the first dimension that is whole and divides, if there is one."""
     entries = [*spec, *(None,) * (len(shape) - len(spec))]
-    names = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+    names = [axis_names(entry) for entry in entries]
     shards = mesh.shape.get("data", 1)
     if shards == 1 or any("data" in axes for axes in names):
         return spec
@@ -145,6 +145,11 @@ def split_over_data(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
         if math.prod(mesh.shape[name] for name in axes) == 1 and size % shards == 0:
             return P(*entries[:i], "data", *entries[i + 1 :])
     return spec
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that an entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _split_axes(mesh_axis: str | None, mesh: Mesh) -> tuple[str, ...]:
@@ -209,12 +214,11 @@ def run_on_auto_axes(
         function: a function of pytrees of arrays. Outside of `jax.jit`, it compiles once for each function and options.
         args: its arguments.
         rows_of: an array; the first dimension of every result is split as that of this array. None: results are whole.
-        out_shardings: the sharding of each result, instead: a pytree of `NamedSharding`, or a prefix of it. Only under
-            `jax.jit`.
+        out_shardings: the sharding of each result, instead: a pytree of `NamedSharding`, or a prefix of it.
         options: its hashable keyword arguments.
     """
     meshes, has_context = _meshes(args), not jax.sharding.get_abstract_mesh().empty
-    if meshes and not (has_context or is_inside_trace()):
+    if meshes and out_shardings is None and not (has_context or is_inside_trace()):
         return _compiled(function, **options)(rows_of, *args)
     function = functools.partial(function, **options)
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
@@ -253,7 +257,7 @@ def _meshes(tree: Any) -> list[Any]:
 def _explicit_part(sharding: NamedSharding) -> NamedSharding:
     """Returns the sharding over the Explicit axes alone, which are those that the type of an array has."""
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    names = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+    names = [axis_names(entry) for entry in sharding.spec]
     kept = [tuple(name for name in entry if types.get(name) == AxisType.Explicit) for entry in names]
     return NamedSharding(sharding.mesh, P(*(entry or None for entry in kept)))
 

@@ -11,11 +11,11 @@ from liger_jax.model.sequence import plan_heads
 from liger_jax.train.memory import vision_runs_by_rows
 
 # Bytes per second that a GPU receives over NVLink while a step runs. Measured on two H200s as the bytes of a step over the
-# time that it takes longer than its computation, for the 2B: fsdp=2 moves 4.4 GB in 14 ms, data=2 4.4 GB in 13 ms.
+# time that it takes longer than its computation, for the 2B: fsdp=2 and data=2 move 4.4 GB in 14 and in 3 to 13 ms.
 NVLINK = 310e9
 # The shares of this rate that other collectives reach. Those between the matmuls of a layer are small, and the matmuls wait
-# for them: tensor=2 moves 4.9 GB in 40 ms. Weights that are gathered by layer can be gathered during the layer before: the
-# 7B, whose step takes 862 ms on one GPU and 962 ms with fsdp=2, moves 24.9 GB in 100 ms.
+# for them: tensor=2 moves 4.9 GB in 37 to 40 ms. Weights that are gathered by layer can be gathered during the layer
+# before: the 7B, whose step takes 862 ms on one GPU and 962 ms with fsdp=2, moves 24.9 GB in 100 ms.
 WITHIN_LAYERS = 0.4
 BY_LAYER = 0.8
 # Bytes per second and GPU between hosts: one 400 Gb/s adapter per GPU, at 80 % of its data sheet. Not measured.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from liger_jax.model.by_rows import count_shards, gather_shards
-from liger_jax.model.sharding import BATCH_AXES, split_over_data
+from liger_jax.model.sharding import BATCH_AXES, axis_names, split_over_data
 
 Reduce = Callable[[Any], Any]
 
@@ -90,7 +90,7 @@ def _sum_over_mesh(grad: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array
 
     It is scattered over the last axes of the mesh first. These are within a host, so that what crosses hosts is smallest.
     """
-    entries, order = [_axis_names(entry) for entry in spec], jax.sharding.get_abstract_mesh().axis_names
+    entries, order = [axis_names(entry) for entry in spec], jax.sharding.get_abstract_mesh().axis_names
     split = [axis for axis, names in enumerate(entries) if count_shards(names) > 1]
     for axis in sorted(split, key=lambda axis: order.index(entries[axis][0]), reverse=True):
         count = count_shards(entries[axis])
@@ -98,8 +98,3 @@ def _sum_over_mesh(grad: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array
         grad = jax.lax.psum_scatter(jnp.moveaxis(grad.reshape(shape), axis, 0), entries[axis])
     unsplit = tuple(name for name in axes if all(name not in names for names in entries))
     return jax.lax.psum(grad, unsplit) if unsplit else grad
-
-
-def _axis_names(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes that an entry of a PartitionSpec names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -49,7 +49,7 @@ def step_flops(
         batch: as `prepare` returns it, in host memory.
         frozen: parts that are not trained (vision, merger, text). Operations that only their gradients need do not count.
         adapted: parts with LoRA. They need the gradients of their inputs even if their weights are frozen.
-        heads: query heads of the language model's attention, including those that pad them for a mesh; by default without.
+        heads: query heads of the language model's attention, including a mesh's padding heads; by default, the model's own.
 
     Example:
         >>> import numpy as np

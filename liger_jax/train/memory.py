@@ -296,16 +296,15 @@ def _bytes_whole_on_tensor(training: Training, mesh: Mapping[str, int], rows: in
     sizes, row, excess = axis_sizes(training.config), training.row, 1 - 1 / tensor
     of_inputs = {"none": excess, "dots": 1.0}.get(training.remat, 0.0) if tensor > 1 else 0.0
     of_keys = excess if training.remat in ("none", "dots", "narrow") and sizes["K"] % tensor else 0.0
-    text = sizes["L"] * row.shape[1] * (sizes["H"] * of_inputs + sizes["K"] * sizes["D"] * of_keys)
-    vision = 0.0
-    if row.vision is not None and not vision_runs_by_rows(mesh, rows):
-        vision = sizes["Lv"] * row.vision.pixel_values.shape[1] * sizes["E"] * of_inputs
     computed = {*PARTS} - {*training.frozen} | adapted_parts(training.model)
+    tokens, patches = sizes["L"] * row.shape[1], 0
+    if row.vision is not None and not vision_runs_by_rows(mesh, rows):
+        patches = sizes["Lv"] * row.vision.pixel_values.shape[1]
+    # the gradients of a frozen language model's inputs pass through its attention, but not through its matmuls' inputs
+    text = tokens * (sizes["H"] * of_inputs * ("text" in computed) + sizes["K"] * sizes["D"] * of_keys)
+    vision = patches * sizes["E"] * of_inputs * ("vision" in computed)
     itemsize = training.model.language_model.norm.weight.dtype.itemsize
-    in_text, in_vision = (
-        2 * itemsize * rows * int(count) // sequence if part in computed else 0
-        for part, count in (("text", text), ("vision", vision))
-    )
+    in_text, in_vision = (2 * itemsize * rows * int(count) // sequence for count in (text, vision))
     return {"text": in_text + in_vision, "vision": in_vision}
 
 

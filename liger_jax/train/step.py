@@ -36,7 +36,7 @@ from liger_jax.train.optimizer import read_grad_stats, warn_if_updates_vanish
 
 # The choices of remat="auto", from the fastest to the one that needs the least memory.
 AUTO_REMAT: tuple[Remat, ...] = ("dots", "narrow", "attention", "full")
-# Unrolling all layers saves Qwen2-VL 2B 8 ms a step and Qwen3-VL 4B 21 ms, and takes 12 s longer to compile (H200).
+# Unrolling all layers saves Qwen2-VL 2B 6 ms a step and Qwen3-VL 4B 22 ms, and takes 12 s longer to compile (H200).
 LONG_RUN = 2000  # steps
 
 # Why the step has its remat policy, for the report: by whether "auto" chose it, and whether it fits in memory.
@@ -49,8 +49,8 @@ REMAT_REASONS = {
 # Why unroll="auto" takes each choice, for the report.
 UNROLL_REASONS = {
     "none": "with remat full, a scan needs less memory",
-    "vision": f"all pay off from {LONG_RUN} steps with one batch shape on",
-    "all": f"they pay off from {LONG_RUN} steps with one batch shape on",
+    "vision": f"unrolling all pays off from {LONG_RUN:,} steps of one batch shape",
+    "all": f"it pays off from {LONG_RUN:,} steps of one batch shape",
 }
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,9 @@ def make_train_step(
         accumulate: number of parts in which the batch is computed, one after the other. The gradient is that of the whole
             batch: the loss of each part is divided by the number of trained tokens in all parts.
         unroll: layers to unroll instead of scanning over them: "none", "vision" (the vision tower) or "all". "auto" is
-            "vision", or "all" in a long run; with remat "full", also if it is chosen by "auto", it is "none", for less
-            memory. On an H200, a step with "all" takes 370 ms, not 378 (2B), or 518 ms, not 539 (Qwen3-VL 4B), and compiles
-            in 54 s, not 42 s, on a host with slow cores.
+            "vision", or "all" in a long run. It is "none" with remat "full", even if "auto" chose that, to save memory. On
+            an H200, a step with "all" takes 370 ms, not 376 (2B), or 518 ms, not 540 (Qwen3-VL 4B), and about 30 % longer
+            to compile.
         long_run: whether about 2,000 steps or more share a program, so that faster steps make up for longer compilation.
 
     Returns:
@@ -198,7 +198,7 @@ class TrainStep:
             fits = _fits_memory(compiled)  # for the report, of which each process makes its own
         self.chosen_remat, self.by_device = choice
         reason = REMAT_REASONS[self.execution.remat == "auto", fits]
-        unrolled = self._execution_with(self.chosen_remat).unrolled
+        unrolled = self.execution.resolve(self.chosen_remat, long_run=self.long_run).unroll
         why_unrolled = f" ({UNROLL_REASONS[unrolled]})" if self.execution.unroll == "auto" else ""
         patches = f" with {batch.vision.pixel_values.shape[1]} patches each" if batch.vision else ""
         self.report(
@@ -206,12 +206,6 @@ class TrainStep:
             f"remat {self.chosen_remat}{reason}, unrolled layers: {unrolled}{why_unrolled}"
         )
         return compiled
-
-    def _execution_with(self, remat: Remat) -> LayerExecution:
-        """Returns how the layers run with a remat policy, for which unroll="auto" is resolved."""
-        execution = dataclasses.replace(self.execution, remat=remat)
-        layers = "all" if self.long_run and execution.unroll == "auto" and remat != "full" else execution.unrolled
-        return dataclasses.replace(execution, unroll=layers)
 
     def _by_device_choices(self, mesh: Mesh | None, rows: int) -> tuple[bool, ...]:
         """Returns the ways to run on a mesh: by device, with few large collectives, or else as the partitioner decides.
@@ -246,7 +240,7 @@ class TrainStep:
         shardings: Any = None if mesh is None else (placed, None)
         options: dict[str, Any] = {
             "accumulate": self.accumulate,
-            "execution": self._execution_with(remat),
+            "execution": self.execution.resolve(remat, long_run=self.long_run),
         }
         if by_device:
             state = structure.unflatten([sharding.spec for sharding in placed])
@@ -314,9 +308,10 @@ def train_step(
     else:
         num_items = jnp.sum(next_token_labels(batch) != IGNORE)
         grads, metrics = _accumulated_gradients(state.model, batch, num_items, accumulate, execution=execution)
-    norm = optax.tree.norm(used_gradients(state, grads))
+    update = _inlined_update(state.optimizer)
+    norm = optax.tree.norm(used_gradients(state, grads, update))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    updates, opt_state = _traced_once(state.optimizer)(grads, state.opt_state, state.model, finite=finite)
+    updates, opt_state = update(grads, state.opt_state, state.model, finite=finite)
     stats = {"grad_norm": norm, "skipped_update": 1.0 - finite} | read_grad_stats(opt_state)
     model = _select(finite, optax.apply_updates(state.model, updates), state.model)
     model = model if specs is None else split_update(model, specs)
@@ -325,24 +320,28 @@ def train_step(
     return state, metrics | stats
 
 
-def used_gradients(state: TrainState, grads: QwenVL) -> list[jax.Array]:
+def used_gradients(state: TrainState, grads: QwenVL, update: Callable[..., Any] | None = None) -> list[jax.Array]:
     """Returns the gradients that the optimizer reads. Those of frozen parts need not be computed."""
-    return [grad for grad, is_read in zip(jax.tree.leaves(grads), reads_gradients(state), strict=True) if is_read]
+    is_read = reads_gradients(state, update)
+    return [grad for grad, is_used in zip(jax.tree.leaves(grads), is_read, strict=True) if is_used]
 
 
-def reads_gradients(state: TrainState) -> list[bool]:
-    """Returns for each weight whether the optimizer reads its gradient."""
+def reads_gradients(state: TrainState, update: Callable[..., Any] | None = None) -> list[bool]:
+    """Returns for each weight whether the optimizer reads its gradient.
+
+    A step passes the function that it then calls, so that the optimizer is traced once.
+    """
+    update = update or _inlined_update(state.optimizer)
     # without their shardings: Explicit axes would not match gradients that have none
     model, opt_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.model, state.opt_state))
-    trace, finite = jax.make_jaxpr(_traced_once(state.optimizer)), jax.ShapeDtypeStruct((), bool)
-    update = trace(model, opt_state, model, finite=finite).jaxpr  # gradients have the model's shapes
-    used = {id(variable) for equation in update.eqns for variable in equation.invars} | set(map(id, update.outvars))
-    return [id(variable) in used for variable in update.invars[: len(jax.tree.leaves(model))]]
+    finite = jax.ShapeDtypeStruct((), bool)
+    jaxpr = jax.make_jaxpr(update)(model, opt_state, model, finite=finite).jaxpr  # gradients have the model's shapes
+    used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars} | set(map(id, jaxpr.outvars))
+    return [id(variable) in used for variable in jaxpr.invars[: len(jax.tree.leaves(model))]]
 
 
-@functools.lru_cache(maxsize=8)
-def _traced_once(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Returns the optimizer's update as a function that a step traces once: for `reads_gradients` and for the update."""
+def _inlined_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """Returns the optimizer's update as a function that JAX traces once for the same shapes, and inlines."""
     return jax.jit(optax.with_extra_args_support(optimizer).update, inline=True)
 
 

@@ -239,6 +239,9 @@ def test_vmap_on_explicit_axes(name, problems, rows):
         with jax.set_mesh(mesh):
             placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(args, placed_as, strict=True)]
             got = jax.jit(run)(*placed)
+        _, grads = got
+        expected = [P(problems, *spec) for spec in specs[: len(grads)]]  # a gradient for each problem
+        assert [jax.typeof(grad).sharding.spec for grad in grads] == expected
         close(got, run(*args))
 
 

@@ -131,7 +131,7 @@ def build_in_read_only_folder(folder):
         (build_in_read_only_folder, "FlashAttention-4's kernels cannot be kept in"),
     ],
 )
-def test_warnings_of_the_kernels_were_silent(problem, message, tmp_path, monkeypatch, capsys):
+def test_warnings_of_pallas_kernels_are_printed(problem, message, tmp_path, monkeypatch, capsys):
     fa4_jax, cutejax = types.ModuleType("fa4_jax"), types.ModuleType("cutejax")
     fa4_jax.__spec__ = importlib.machinery.ModuleSpec("fa4_jax", None)
     vars(cutejax).update(CompileTimeout=TimeoutError, configure_cache=lambda enabled: None)

@@ -210,6 +210,16 @@ def test_labels_of_answers_with_reasoning(answers, expected):
         )
 
 
+def test_labels_need_no_prompt_after_an_answer():
+    """Templates may refuse a generation prompt after the assistant's own turn."""
+    last = (
+        "{%- if add_generation_prompt and messages[-1]['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    processor = templated(last + THINKING)
+    outputs = processor([user(text("?")), {"role": "assistant", "content": "4"}], labels=True)
+    assert decoded_labels(processor, outputs) == ["\n</think>\n\n4<|im_end|>"]
+
+
 def test_labels_begin_after_the_generation_prompt():
     processor = templated(THINKING)
     messages = [user(text("?")), {"role": "assistant", "content": "4", "reasoning_content": "add"}]

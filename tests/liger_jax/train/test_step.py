@@ -231,8 +231,8 @@ def test_compilations_are_reported():
     patches = batch().vision.pixel_values.shape[1]
     assert re.fullmatch(
         rf"compiled the training step for {rows} x {length} tokens with {patches} patches each in \d+ s: "
-        r"remat dots \(the fastest that fits in memory\), unrolled layers: vision \(all pay off from 2000 steps "
-        r"with one batch shape on\)",
+        r"remat dots \(the fastest that fits in memory\), unrolled layers: vision \(unrolling all pays off from 2,000 steps "
+        r"of one batch shape\)",
         line,
     )
 
