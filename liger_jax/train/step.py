@@ -320,13 +320,13 @@ def train_step(
     return state, metrics | stats
 
 
-def used_gradients(state: TrainState, grads: QwenVL, update: Callable[..., Any] | None = None) -> list[jax.Array]:
+def used_gradients(state: TrainState, grads: QwenVL, update: Any = None) -> list[jax.Array]:
     """Returns the gradients that the optimizer reads. Those of frozen parts need not be computed."""
     is_read = reads_gradients(state, update)
     return [grad for grad, is_used in zip(jax.tree.leaves(grads), is_read, strict=True) if is_used]
 
 
-def reads_gradients(state: TrainState, update: Callable[..., Any] | None = None) -> list[bool]:
+def reads_gradients(state: TrainState, update: Any = None) -> list[bool]:
     """Returns for each weight whether the optimizer reads its gradient.
 
     A step passes the function that it then calls, so that the optimizer is traced once.
@@ -335,12 +335,12 @@ def reads_gradients(state: TrainState, update: Callable[..., Any] | None = None)
     # without their shardings: Explicit axes would not match gradients that have none
     model, opt_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.model, state.opt_state))
     finite = jax.ShapeDtypeStruct((), bool)
-    jaxpr = jax.make_jaxpr(update)(model, opt_state, model, finite=finite).jaxpr  # gradients have the model's shapes
+    jaxpr = update.trace(model, opt_state, model, finite=finite).jaxpr.jaxpr  # gradients have the model's shapes
     used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars} | set(map(id, jaxpr.outvars))
     return [id(variable) in used for variable in jaxpr.invars[: len(jax.tree.leaves(model))]]
 
 
-def _inlined_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def _inlined_update(optimizer: optax.GradientTransformation) -> Any:
     """Returns the optimizer's update as a function that JAX traces once for the same shapes, and inlines."""
     return jax.jit(optax.with_extra_args_support(optimizer).update, inline=True)
 
